@@ -1,0 +1,37 @@
+# Each target makes .venv ready first (tools/environment.py) and touches nothing outside the checkout.
+PYTHON ?= python3
+BIN := .venv/bin
+CPP := $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh')
+
+.PHONY: help demo test lint bench wheel clean
+
+help:
+	@echo "make demo   train ResNet-20 on real images through the fused kernels, measured and drawn"
+	@echo "make test   lint, then all tests"
+	@echo "make bench  the kernels beside PyTorch, interleaved in one process"
+	@echo "make wheel  a wheel for this Python and CUDA, in dist/"
+
+demo:
+	@$(PYTHON) tools/environment.py train
+	@$(BIN)/fastcnn demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint:
+	@$(PYTHON) tools/environment.py dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+bench:
+	@$(PYTHON) tools/environment.py dev
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+wheel:
+	@$(PYTHON) tools/environment.py dev
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf .venv build dist runs

@@ -1,0 +1,76 @@
+// batch_norm_act: y = act((x - mean) * rstd * weight + bias + residual), per channel.
+// What the kernels of every device see: sizes, types and pointers. No torch header.
+#pragma once
+
+#include <cstdint>
+
+#include "common/activation.h"
+#include "common/cpu_capability.h"
+#include "common/cuda_device.h"
+#include "common/types.h"
+
+namespace fastcnn {
+
+// acc is the accumulate type: float, and double where dtype is kFloat64.
+struct BatchNormActFwdParams {
+  ImageShape shape;
+  DType dtype;
+  Act act;
+  double eps;
+  const void* x;         // [n, c, h, w] dtype
+  const void* residual;  // [n, c, h, w] dtype, in x's layout; null: none
+  const void* weight;    // [c] acc; null: 1
+  const void* bias;      // [c] acc; null: 0
+  void* mean;            // [c] acc: written by fwd, read by apply
+  void* var;             // [c] acc: biased variance; likewise
+  void* y;               // [n, c, h, w] dtype, in x's layout
+};
+
+struct BatchNormActBwdParams {
+  ImageShape shape;
+  DType dtype;
+  Act act;
+  double eps;
+  bool training;       // mean and var came from x itself, so dx has their gradients too
+  const void* dy;      // [n, c, h, w] dtype, in x's layout
+  const void* x;       // [n, c, h, w] dtype
+  const void* y;       // [n, c, h, w] dtype: where a residual was added; null: z is rebuilt from x
+  const void* mean;    // [c] acc
+  const void* var;     // [c] acc
+  const void* weight;  // [c] acc; null: 1
+  const void* bias;    // [c] acc; null: 0
+  void* dx;            // [n, c, h, w] dtype
+  void* dresidual;     // [n, c, h, w] dtype; null: not wanted
+  void* dweight;       // [c] acc
+  void* dbias;         // [c] acc
+};
+
+// running = (1 - momentum) * running + momentum * new, the variance made unbiased.
+struct BatchNormRunningParams {
+  int64_t c;
+  DType dtype;        // of running_mean and running_var
+  DType stats_dtype;  // of mean and var: kFloat32 or kFloat64
+  double momentum;
+  double unbias;       // count / (count - 1)
+  const void* mean;    // [c]
+  const void* var;     // [c], biased
+  void* running_mean;  // [c]
+  void* running_var;   // [c]
+};
+
+FASTCNN_CPU_KERNEL(batch_norm_act_fwd_cpu, BatchNormActFwdParams)
+FASTCNN_CPU_KERNEL(batch_norm_act_apply_cpu, BatchNormActFwdParams)
+FASTCNN_CPU_KERNEL(batch_norm_act_bwd_cpu, BatchNormActBwdParams)
+FASTCNN_CPU_KERNEL(batch_norm_running_cpu, BatchNormRunningParams)
+
+// The CUDA launchers return a cudaError_t. float64 is the CPU's: they refuse it.
+// workspace: batch_norm_act_workspace(...) floats, uninitialised.
+int64_t batch_norm_act_workspace(const ImageShape& shape, DType dtype, const CudaDevice& device);
+int launch_batch_norm_act_fwd(const BatchNormActFwdParams& p, float* workspace,
+                              const CudaDevice& device);
+int launch_batch_norm_act_apply(const BatchNormActFwdParams& p, const CudaDevice& device);
+int launch_batch_norm_act_bwd(const BatchNormActBwdParams& p, float* workspace,
+                              const CudaDevice& device);
+int launch_batch_norm_running(const BatchNormRunningParams& p, const CudaDevice& device);
+
+}  // namespace fastcnn

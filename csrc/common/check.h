@@ -1,0 +1,144 @@
+// The checks that protect memory, for the torch glue: whatever a caller hands to torch.ops.fastcnn,
+// it raises here and no kernel reads out of bounds. What would merely confuse a user is checked in
+// fastcnn/ops/<op>.py, with the user's words.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+
+#include "common/activation.h"
+#include "common/types.h"
+
+namespace fastcnn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class... Words>
+[[noreturn]] inline void fail(const char* op, const Words&... words) {
+  std::ostringstream message;
+  message << "fastcnn::" << op << ": ";
+  (message << ... << words);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string sizes_of(const Tensor& t) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  text << ']';
+  return text.str();
+}
+
+inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      fail(op, name, ": expected float32, bfloat16, float16 or float64, got ",
+           torch::headeronly::toString(t.scalar_type()));
+  }
+}
+
+// Checks of one operator call. Every tensor must be where x is.
+class Check {
+ public:
+  Check(const char* op, const Tensor& x) : op_(op), x_(x) {
+    if (x.dim() != 4) fail(op, "x: expected 4 dimensions [n, c, h, w], got sizes ", sizes_of(x));
+    data("x", x);
+    shape_ = {x.size(0), x.size(1), x.size(2) * x.size(3), false};
+    const bool nchw = is_dense(x, false), nhwc = is_dense(x, true);
+    if (!nchw && !nhwc) {
+      fail(op, "x: expected a dense NCHW or channels_last tensor, got sizes ", sizes_of(x),
+           " with other strides; call .contiguous() first");
+    }
+    // A 1x1 image is both: its channels are what lies side by side.
+    shape_.channels_last = nhwc && (!nchw || shape_.hw == 1);
+  }
+
+  const ImageShape& shape() const { return shape_; }
+
+  DType dtype() const { return dtype_of(op_, "x", x_); }
+
+  // The type of statistics, parameters and sums.
+  ScalarType acc() const {
+    return x_.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  }
+
+  // A tensor of x's sizes, dtype and memory layout.
+  const void* image(const char* name, const Tensor& t) const {
+    data(name, t);
+    bool same = t.dim() == 4 && t.scalar_type() == x_.scalar_type();
+    for (int64_t d = 0; same && d < 4; ++d) same = t.size(d) == x_.size(d);
+    if (!same) {
+      fail(op_, name, ": expected sizes ", sizes_of(x_), " and dtype ",
+           torch::headeronly::toString(x_.scalar_type()), " as x, got ", sizes_of(t), " and ",
+           torch::headeronly::toString(t.scalar_type()));
+    }
+    if (!is_dense(t, shape_.channels_last)) fail(op_, name, ": expected the memory layout of x");
+    return t.const_data_ptr();
+  }
+  const void* image(const char* name, const OptionalTensor& t) const {
+    return t ? image(name, *t) : nullptr;
+  }
+
+  // A dense vector of one number a channel in the accumulate type.
+  const void* channels(const char* name, const Tensor& t) const {
+    data(name, t);
+    if (t.dim() != 1 || t.size(0) != shape_.c || t.scalar_type() != acc() ||
+        (shape_.c > 1 && t.stride(0) != 1)) {
+      fail(op_, name, ": expected a dense vector of ", shape_.c, " ",
+           torch::headeronly::toString(acc()), ", got sizes ", sizes_of(t), " of ",
+           torch::headeronly::toString(t.scalar_type()));
+    }
+    return t.const_data_ptr();
+  }
+  const void* channels(const char* name, const OptionalTensor& t) const {
+    return t ? channels(name, *t) : nullptr;
+  }
+
+  Act act(int64_t act) const {
+    if (act < 0 || act >= kActCount) {
+      fail(op_, "act: expected 0 to ", kActCount - 1, ", got ", act);
+    }
+    return static_cast<Act>(act);
+  }
+
+  Tensor new_channels() const { return torch::stable::new_empty(x_, {shape_.c}, acc()); }
+
+ private:
+  void data(const char* name, const Tensor& t) const {
+    if (t.device() != x_.device()) fail(op_, name, ": expected the device of x");
+    if (t.numel() > 0 && t.const_data_ptr() == nullptr) fail(op_, name, ": its storage is empty");
+  }
+
+  // Dense in the order n c h w, or n h w c. Dimensions of size 1 have no order.
+  static bool is_dense(const Tensor& t, bool channels_last) {
+    if (t.numel() == 0) return true;
+    static constexpr int kOrder[2][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}};
+    int64_t expected = 1;
+    for (int d : kOrder[channels_last]) {
+      if (t.size(d) == 1) continue;
+      if (t.stride(d) != expected) return false;
+      expected *= t.size(d);
+    }
+    return true;
+  }
+
+  const char* op_;
+  const Tensor& x_;
+  ImageShape shape_;
+};
+
+}  // namespace fastcnn

@@ -1,0 +1,60 @@
+// Which of the compiled instruction sets the CPU kernels use, decided once.
+#pragma once
+
+#include "common/types.h"
+
+namespace fastcnn {
+
+enum class CpuLevel { kBaseline, kAvx2, kAvx512 };
+
+inline const char* name(CpuLevel level) {
+  switch (level) {
+    case CpuLevel::kAvx512:
+      return "avx512";
+    case CpuLevel::kAvx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+// The best level of this processor.
+CpuLevel supported_cpu_level();
+
+// The level in use: the supported one, or the lower one that FASTCNN_CPU_CAPABILITY names
+// (baseline, avx2, avx512). Throws std::runtime_error for a name that is none of these and for a
+// level this processor lacks.
+CpuLevel cpu_level();
+
+// Declares a CPU kernel once per level, and the function that calls the level in use. float64 is
+// there for gradient checks and always runs at the baseline: that saves a quarter of the compiling.
+#if defined(__x86_64__)
+#define FASTCNN_CPU_KERNEL(function, Params)                                  \
+  namespace baseline {                                                        \
+  void function(const Params&);                                               \
+  }                                                                           \
+  namespace avx2 {                                                            \
+  void function(const Params&);                                               \
+  }                                                                           \
+  namespace avx512 {                                                          \
+  void function(const Params&);                                               \
+  }                                                                           \
+  inline void function(const Params& p) {                                     \
+    switch (p.dtype == DType::kFloat64 ? CpuLevel::kBaseline : cpu_level()) { \
+      case CpuLevel::kAvx512:                                                 \
+        return avx512::function(p);                                           \
+      case CpuLevel::kAvx2:                                                   \
+        return avx2::function(p);                                             \
+      default:                                                                \
+        return baseline::function(p);                                         \
+    }                                                                         \
+  }
+#else
+#define FASTCNN_CPU_KERNEL(function, Params) \
+  namespace baseline {                       \
+  void function(const Params&);              \
+  }                                          \
+  inline void function(const Params& p) { baseline::function(p); }
+#endif
+
+}  // namespace fastcnn

@@ -1,0 +1,64 @@
+// From an op's parameters to its kernels: template arguments and launches.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <type_traits>
+
+#include "common/cuda_device.h"
+#include "common/types.h"
+
+namespace fastcnn {
+
+inline int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// Returns body(T{}, constant vector width, constant layout) for the kernels' template arguments, or
+// cudaErrorInvalidValue for float64, which is the CPU's.
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
+template <class Body>
+cudaError_t dispatch(DType dtype, int vector, bool channels_last, Body body) {
+  const auto layout = [&](auto element, auto width) {
+    return channels_last ? body(element, width, std::true_type{})
+                         : body(element, width, std::false_type{});
+  };
+  const auto width = [&](auto element) {
+    return vector == 1 ? layout(element, Constant<1>{})
+                       : layout(element, Constant<16 / sizeof(element)>{});
+  };
+  switch (dtype) {
+    case DType::kFloat32:
+      return width(float{});
+    case DType::kBFloat16:
+      return width(__nv_bfloat16{});
+    case DType::kFloat16:
+      return width(__half{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(const CudaDevice& device, dim3 grid, int threads, size_t shared_bytes,
+                   void (*kernel)(Parameters...), Arguments... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = device.stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+inline bool aligned(std::initializer_list<const void*> pointers) {
+  for (const void* p : pointers) {
+    if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
+  }
+  return true;
+}
+
+}  // namespace fastcnn

@@ -1,0 +1,69 @@
+// Sums over the batch in two stages, in a fixed order and without atomics: the lanes of a block
+// join what they hold, each block writes one partial value a channel, and a last kernel joins
+// those.
+#pragma once
+
+#include "common/columns.cuh"
+#include "common/shared_memory.cuh"
+
+namespace fastcnn {
+
+// Count, mean and squares around the mean of some values; joined by Chan's formula.
+struct Moments {
+  float count = 0, mean = 0, m2 = 0;
+
+  __device__ void join(float other_count, float other_mean, float other_m2) {
+    if (other_count == 0) return;
+    const float total = count + other_count;
+    const float delta = other_mean - mean, share = other_count / total;
+    mean += delta * share;
+    m2 += other_m2 + delta * delta * count * share;
+    count = total;
+  }
+};
+
+// Joins what the lanes of a block hold, value by value: a tree in shared memory, in a fixed order.
+// lanes is a power of two; lane l of a column is thread l * columns + column. Every thread calls
+// it; lane 0 gets the result.
+template <int kCount, class Value, class Join>
+__device__ void join_lanes(Value (&values)[kCount], int columns, int lanes, Join join) {
+  Value* shared = shared_memory<Value>();
+  const int lane = threadIdx.x / columns;
+  for (int s = 0; s < kCount; ++s) shared[threadIdx.x * kCount + s] = values[s];
+  for (int half = lanes / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (lane < half) {
+      for (int s = 0; s < kCount; ++s) {
+        join(shared[threadIdx.x * kCount + s], shared[(threadIdx.x + half * columns) * kCount + s]);
+      }
+    }
+  }
+  if (lane == 0) {  // its own slot: no barrier needed
+    for (int s = 0; s < kCount; ++s) values[s] = shared[threadIdx.x * kCount + s];
+  }
+}
+
+struct JoinMoments {
+  __device__ void operator()(Moments& a, const Moments& b) const { a.join(b.count, b.mean, b.m2); }
+};
+
+// A block joins the splits of 32 channels with 8 lanes.
+constexpr int kFinishColumns = 32, kFinishLanes = 8;
+
+template <class Value, class Join>
+__device__ Value join_splits(const Value* partial, int splits, int64_t c, int64_t channel,
+                             Join join) {
+  Value total[1] = {};
+  for (int split = threadIdx.x / kFinishColumns; channel < c && split < splits;
+       split += kFinishLanes) {
+    join(total[0], partial[split * c + channel]);
+  }
+  join_lanes(total, kFinishColumns, kFinishLanes, join);
+  return total[0];
+}
+
+__device__ int64_t finish_channel() {
+  return blockIdx.x * static_cast<int64_t>(kFinishColumns) + threadIdx.x % kFinishColumns;
+}
+
+}  // namespace fastcnn

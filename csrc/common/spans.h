@@ -1,0 +1,142 @@
+// How CPU kernels walk a dense image batch channel by channel, in either layout.
+//
+// NCHW: a span is one plane; its channel's numbers are the same for every element.
+// channels_last: a span is a "wide row" of k pixels, wide = k * c elements, with k the smallest
+//   number that makes wide a whole number of vectors and long enough to be worth a loop. The
+//   channels' numbers are repeated k times in an array in step with it. So C = 3 runs at full
+//   vector width and no inner loop has a tail.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#include "common/types.h"
+#include "common/vec.h"
+
+namespace fastcnn::FASTCNN_CPU_LEVEL {
+
+constexpr int64_t kTasks = 64;  // a fixed cut, see parallel_for: 64 serves 1 to 64 threads
+constexpr int64_t kChunkBytes =
+    1 << 15;  // read twice in a row: from memory, then from the L1 cache
+
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Zeroed scratch memory of one kernel call, aligned to cache lines: a vector that straddled two of
+// them would cost twice as much.
+template <class S>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) {
+    const size_t bytes = static_cast<size_t>(ceil_div(max(count, 1) * sizeof(S), 64) * 64);
+    data_ = static_cast<S*>(std::aligned_alloc(64, bytes));
+    if (data_ == nullptr) throw std::bad_alloc();
+    std::memset(static_cast<void*>(data_), 0, bytes);
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  S* get() const { return data_; }
+  S& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  S* data_;
+};
+
+// body(i, count) for each vector of a span: count is the full width, known to the compiler, except
+// for a last shorter one.
+template <class S, class Body>
+inline __attribute__((always_inline)) void for_each_vector(int64_t length, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes<S> <= length; i += kLanes<S>) body(i, static_cast<int64_t>(kLanes<S>));
+  if (i < length) body(i, length - i);
+}
+
+template <int kCount>
+struct RowCount {
+  static constexpr int value = kCount;
+};
+
+// body(RowCount<k>{}, row, i, count) for k rows of a span at a time, at the same place i: four
+// rows share what is loaded for their channels, which is more than their own data.
+template <class S, class Body>
+inline __attribute__((always_inline)) void for_each_block(int64_t rows, int64_t length, Body body) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) {
+    for_each_vector<S>(
+        length, [&](int64_t i, int64_t count)
+                    __attribute__((always_inline)) { body(RowCount<4>{}, row, i, count); });
+  }
+  for (; row < rows; ++row) {
+    for_each_vector<S>(
+        length, [&](int64_t i, int64_t count)
+                    __attribute__((always_inline)) { body(RowCount<1>{}, row, i, count); });
+  }
+}
+
+// A number per channel as a span sees it: an array in step with the span, or one for all of it.
+template <class S, bool kArray>
+struct PerChannel {
+  const S* values;
+
+  Vec<S> at(int64_t i) const {
+    if constexpr (kArray) {
+      return load(values + i);
+    } else {
+      return splat(*values);
+    }
+  }
+};
+
+// Tasks handed to a thread at a time: at least 16K elements, which outweigh waking it up (~3 us).
+inline int64_t task_grain(int64_t tasks, int64_t elements) {
+  return max(1, (1 << 14) * tasks / max(elements, 1));
+}
+
+// channels_last: rows of `wide` elements, cut into tasks of whole chunks; `rest` elements (fewer
+// than wide, whole pixels) follow the last row.
+struct WideRows {
+  int64_t c, pixels, repeat, wide, rows, rest, chunk, rows_per_task, tasks, grain;
+
+  WideRows(const ImageShape& shape, int64_t element_bytes, int64_t lanes)
+      : c(shape.c), pixels(shape.per_channel()) {
+    int64_t step = lanes;  // pixels until the vectors come out even: lanes / gcd(lanes, c)
+    while (step > 1 && (c * (step / 2)) % lanes == 0) step /= 2;
+    repeat = step * max(1, ceil_div(8 * lanes, c * step));
+    if (repeat > pixels) repeat = max(step, pixels / step * step);
+    wide = c * repeat;
+    rows = pixels / repeat;
+    rest = pixels % repeat * c;
+    chunk = max(kChunkBytes / (wide * element_bytes), 32);
+    rows_per_task = ceil_div(ceil_div(max(rows, 1), kTasks), chunk) * chunk;
+    tasks = ceil_div(rows, rows_per_task);
+    grain = task_grain(tasks, rows * wide);
+  }
+  int64_t first(int64_t task) const { return task * rows_per_task; }
+  int64_t last(int64_t task) const { return min(rows, first(task) + rows_per_task); }
+};
+
+// NCHW: a task is one channel of a part of the batch; one part when there are channels enough.
+struct Planes {
+  int64_t n, c, hw, parts, images_per_part, tasks, grain;
+  int64_t piece, group;  // elements of a plane, and planes, that make up a chunk
+
+  Planes(const ImageShape& shape, int64_t element_bytes) : n(shape.n), c(shape.c), hw(shape.hw) {
+    images_per_part = ceil_div(n, min(n, ceil_div(kTasks / 4, c)));
+    parts = ceil_div(n, images_per_part);
+    tasks = c * parts;
+    grain = task_grain(tasks, shape.numel());
+    const int64_t elements = kChunkBytes / element_bytes;
+    piece = min(hw, elements);
+    group = max(1, elements / hw);
+  }
+  int64_t channel(int64_t task) const { return task / parts; }
+  int64_t first(int64_t task) const { return task % parts * images_per_part; }
+  int64_t last(int64_t task) const { return min(n, first(task) + images_per_part); }
+  int64_t offset(int64_t image, int64_t channel) const { return (image * c + channel) * hw; }
+};
+
+}  // namespace fastcnn::FASTCNN_CPU_LEVEL

@@ -1,0 +1,187 @@
+// CPU vectors: S (float or double) in registers of the widest kind this file is compiled for.
+//
+// Each CPU kernel file is compiled once per instruction set, with FASTCNN_CPU_LEVEL naming the
+// namespace. Everything here lives in that namespace and nothing of the standard library's
+// templates is used: one shared inline function compiled for AVX-512 would be picked by the
+// linker for all levels and crash an AVX2 machine. tests/test_build.py looks at the symbols.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#ifndef FASTCNN_CPU_LEVEL
+#error "compile CPU kernels with -DFASTCNN_CPU_LEVEL=<baseline|avx2|avx512>"
+#endif
+
+namespace fastcnn::FASTCNN_CPU_LEVEL {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// Storage types. Arithmetic happens in Acc<T>: float, and double for double.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename AccOf<T>::type;
+
+template <class S, int kBytes = kVectorBytes>
+struct VecOf {
+  typedef S type __attribute__((vector_size(kBytes)));
+};
+template <class S>
+using Vec = typename VecOf<S>::type;
+template <class S>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(S));
+
+template <class S>
+inline Vec<S> splat(S value) {
+  return Vec<S>{} + value;
+}
+
+template <class S>
+inline S horizontal_sum(Vec<S> v) {
+  S sum = 0;
+  for (int i = 0; i < kLanes<S>; ++i) sum += v[i];
+  return sum;
+}
+
+// 16-bit lanes beside one vector of floats.
+using Bits16 = typename VecOf<uint16_t, kVectorBytes / 2>::type;
+using Bits32 = Vec<uint32_t>;
+
+inline Vec<float> to_float(Bits16 bits, BFloat16) {
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, Bits32) << 16);
+}
+
+// Round to nearest even; a NaN becomes the quiet NaN that PyTorch writes.
+inline Bits16 from_float(Vec<float> v, BFloat16) {
+  const Bits32 bits = reinterpret_cast<Bits32>(v);
+  const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits32 nan = splat<uint32_t>(0x7fc0u);
+  return __builtin_convertvector(v != v ? nan : rounded, Bits16);
+}
+
+inline Vec<float> to_float(Bits16 bits, Float16) {
+#if defined(__AVX512F__)
+  // The masked form, all lanes on: gcc 12 warns of an uninitialised value inside the plain one.
+  return reinterpret_cast<Vec<float>>(
+      _mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(bits)));
+#elif defined(__F16C__)
+  return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(bits)));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) {
+    _Float16 half;
+    const uint16_t lane = bits[i];
+    std::memcpy(&half, &lane, sizeof half);
+    v[i] = static_cast<float>(half);
+  }
+  return v;
+#endif
+}
+
+inline Bits16 from_float(Vec<float> v, Float16) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Bits16>(
+      _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  return reinterpret_cast<Bits16>(
+      _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  Bits16 bits;
+  for (int i = 0; i < kLanes<float>; ++i) {
+    const _Float16 half = static_cast<_Float16>(v[i]);
+    uint16_t lane;
+    std::memcpy(&lane, &half, sizeof half);
+    bits[i] = lane;
+  }
+  return bits;
+#endif
+}
+
+// The first `count` lanes of a vector: its own kind of mask where the instruction set has one.
+#if defined(__AVX512F__)
+inline uint32_t lane_mask(int64_t count) { return (1u << count) - 1; }
+#endif
+
+// `count` elements, the remaining lanes zero. Full-width calls, whose count the compiler knows, are
+// plain unaligned loads and stores; the others touch no memory beyond the count.
+template <class T>
+inline Vec<Acc<T>> load(const T* p, int64_t count = kLanes<Acc<T>>) {
+  const bool full = __builtin_constant_p(count) && count == kLanes<Acc<T>>;
+  if constexpr (sizeof(T) == sizeof(Acc<T>)) {
+    Vec<T> v{};
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+      if (!full) return reinterpret_cast<Vec<T>>(_mm512_maskz_loadu_ps(lane_mask(count), p));
+    }
+#endif
+    std::memcpy(&v, p, full ? sizeof v : static_cast<size_t>(count) * sizeof(T));
+    return v;
+  } else {
+    Bits16 bits{};
+#if defined(__AVX512F__)
+    if (!full) {
+      bits = reinterpret_cast<Bits16>(_mm256_maskz_loadu_epi16(lane_mask(count), p));
+      return to_float(bits, T{});
+    }
+#endif
+    std::memcpy(&bits, p, full ? sizeof bits : static_cast<size_t>(count) * sizeof(T));
+    return to_float(bits, T{});
+  }
+}
+
+template <class T>
+inline void store(T* p, Vec<Acc<T>> v, int64_t count = kLanes<Acc<T>>) {
+  const bool full = __builtin_constant_p(count) && count == kLanes<Acc<T>>;
+  if constexpr (sizeof(T) == sizeof(Acc<T>)) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+      if (!full) {
+        return _mm512_mask_storeu_ps(p, lane_mask(count), reinterpret_cast<__m512>(v));
+      }
+    }
+#endif
+    std::memcpy(p, &v, full ? sizeof v : static_cast<size_t>(count) * sizeof(T));
+  } else {
+    const Bits16 bits = from_float(v, T{});
+#if defined(__AVX512F__)
+    if (!full) {
+      return _mm256_mask_storeu_epi16(p, lane_mask(count), reinterpret_cast<__m256i>(bits));
+    }
+#endif
+    std::memcpy(p, &bits, full ? sizeof bits : static_cast<size_t>(count) * sizeof(T));
+  }
+}
+
+// v in the first `count` lanes, 0 in the others.
+template <class S>
+inline Vec<S> first_lanes(Vec<S> v, int64_t count) {
+  Vec<S> lane{};
+  for (int i = 0; i < kLanes<S>; ++i) lane[i] = static_cast<S>(i);
+  return lane < splat(static_cast<S>(count)) ? v : Vec<S>{};
+}
+
+}  // namespace fastcnn::FASTCNN_CPU_LEVEL

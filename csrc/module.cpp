@@ -1,0 +1,23 @@
+// fastcnn._C: what this build is, for Python. No torch header: it imports before torch is looked
+// at, so that a wrong torch can be told apart from a broken build.
+#include <pybind11/pybind11.h>
+
+#include "common/cpu_capability.h"
+#include "common/cuda_device.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Facts about this build of fastcnn.";
+  m.attr("version") = FASTCNN_VERSION;
+  m.attr("compiler") = FASTCNN_COMPILER;
+  m.attr("cpu_levels") = FASTCNN_CPU_LEVELS;
+  m.attr("cuda_version") = FASTCNN_CUDA_VERSION;  // of nvcc; empty: built without CUDA
+  m.attr("cuda_archs") = FASTCNN_CUDA_ARCHS;
+  m.def(
+      "cpu_capability", [] { return fastcnn::name(fastcnn::cpu_level()); },
+      "The instruction set that the CPU kernels use. RuntimeError if FASTCNN_CPU_CAPABILITY is "
+      "not one that this processor has.");
+  m.def(
+      "missing_cuda_code", &fastcnn::missing_cuda_code, pybind11::arg("archs"),
+      pybind11::arg("capability"),
+      "Why code built for `archs` cannot run on a card of this compute capability; '' if it can.");
+}

@@ -1,0 +1,16 @@
+"""Fused kernels for training and running convolutional networks in PyTorch."""
+
+import torch
+
+from fastcnn import _C
+from fastcnn._version_check import check_torch
+
+check_torch(torch.__version__, _C.version)
+
+from fastcnn import functional, nn  # noqa: E402
+from fastcnn.ops._library import load_kernels  # noqa: E402
+
+load_kernels()
+
+__version__: str = _C.version
+__all__ = ["__version__", "functional", "nn"]

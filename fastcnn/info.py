@@ -1,0 +1,52 @@
+"""`python -m fastcnn.info`: what this build is, what it runs on, and each op's backend."""
+
+import platform
+
+import torch
+
+from fastcnn import _C
+
+# By op: the kernels on the CPU and on CUDA.
+BACKENDS = {
+    "batch_norm_act": ("C++", "CUDA C++"),
+    "conv_bn_act": ("oneDNN through PyTorch + C++", "cuDNN through PyTorch + CUDA C++"),
+}
+
+
+def facts() -> dict[str, str]:
+    """Return name and value of everything worth a line in a bug report."""
+    built_with_cuda = bool(_C.cuda_version)
+    cuda = f"nvcc {_C.cuda_version} for {_C.cuda_archs}" if built_with_cuda else "built without"
+    rows = {
+        "fastcnn": _C.version,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "compiler": _C.compiler,
+        "CUDA kernels": cuda,
+        "GPU": _gpu(),
+        "CPU capability": f"{_C.cpu_capability()} of {_C.cpu_levels}, {torch.get_num_threads()} threads",
+    }
+    for op, (cpu, on_cuda) in BACKENDS.items():
+        rows[op] = f"CPU: {cpu}; CUDA: {on_cuda if built_with_cuda else 'none in this build'}"
+    return rows
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none"
+    name = torch.cuda.get_device_name()
+    major, minor = torch.cuda.get_device_capability()
+    missing = _C.missing_cuda_code(_C.cuda_archs, 10 * major + minor) if _C.cuda_version else ""
+    return f"{name}, sm_{major}{minor}" + (f": {missing}" if missing else "")
+
+
+def main() -> None:
+    """Print the facts."""
+    rows = facts()
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    main()

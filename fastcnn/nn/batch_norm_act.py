@@ -1,0 +1,80 @@
+"""BatchNormAct2d."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcnn.functional import batch_norm_act
+from fastcnn.ops.activation import Activation, act_number
+
+
+class BatchNormAct2d(torch.nn.BatchNorm2d):
+    """Batch normalisation, an optional residual and an activation in one kernel.
+
+    ``forward(x, residual=None) = act(batch_norm(x) + residual)``. Parameters, buffers, state_dict
+    keys and running statistics are torch.nn.BatchNorm2d's, which it is an instance of. Shapes,
+    dtypes and errors are those of :func:`fastcnn.functional.batch_norm_act`.
+
+    Args:
+        num_features: channels of the input.
+        eps: added to the variance.
+        momentum: weight of the new running statistics; None for their cumulative average.
+        affine: whether there are weight and bias.
+        track_running_stats: whether there are running statistics; without them evaluation uses
+            the batch's.
+        act: "none", "relu" or "relu6".
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        act: Activation = "relu",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        act_number("BatchNormAct2d", act)
+        self.act: Activation = act
+
+    @property
+    def uses_batch_statistics(self) -> bool:
+        """Whether the next forward normalises with the batch's own mean and variance."""
+        return self.training or self.running_mean is None
+
+    def step_momentum(self) -> float:
+        """Count one more batch and return the weight of its statistics in the running ones."""
+        if not self.training or self.num_batches_tracked is None:
+            return 0.0 if self.momentum is None else self.momentum
+        self.num_batches_tracked.add_(1)
+        if self.momentum is None:
+            return 1.0 / float(self.num_batches_tracked)
+        return self.momentum
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return act(batch_norm(input) + residual)."""
+        return batch_norm_act(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.uses_batch_statistics,
+            self.step_momentum(),
+            self.eps,
+            residual=residual,
+            act=self.act,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the arguments as torch.nn.BatchNorm2d prints them, and the activation."""
+        return f"{super().extra_repr()}, act={self.act}"

@@ -1,0 +1,256 @@
+"""batch_norm_act: the operators, what they return, and their autograd.
+
+    z = (x - mean) * rstd * weight + bias + residual        rstd = 1 / sqrt(var + eps)
+    y = act(z)
+
+x, residual, y: [n, c, h, w]; mean, var (biased), weight, bias: [c]. mean and var have the
+accumulate type: float32, and float64 for a float64 x.
+
+Data movement in passes over the tensor: forward 3 (4 with a residual); backward 5, and 7 with a
+residual. Kept for backward: x, mean, var, the parameters; and y where a residual was added to a z
+that goes through an activation. There z cannot be rebuilt from x alone, and y is the next layer's
+input anyway, so it costs no memory. Without a residual y is not kept: z is rebuilt from x.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastcnn.ops._library import declare
+from fastcnn.ops.activation import ACT_NUMBER, act_number
+from fastcnn.ops.checks import check_channels, check_image, check_like, memory_format_of
+
+OP = "batch_norm_act"
+_ops = torch.ops.fastcnn
+
+
+def acc_type(x: Tensor) -> torch.dtype:
+    """Return the dtype of statistics and sums beside an input x."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _new_channels(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=acc_type(x))
+
+
+def _fwd_fake(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), _new_channels(x), _new_channels(x)
+
+
+def _apply_fake(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _bwd_fake(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    want_dresidual = args[-1]
+    dresidual = torch.empty_like(x) if want_dresidual else x.new_empty(0)
+    return torch.empty_like(x), dresidual, _new_channels(x), _new_channels(x)
+
+
+declare(
+    "batch_norm_act_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, "
+    "int act) -> (Tensor y, Tensor mean, Tensor var)",
+    _fwd_fake,
+)
+declare(
+    "batch_norm_act_apply(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor var, float eps, int act) -> Tensor",
+    _apply_fake,
+)
+declare(
+    "batch_norm_act_bwd(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, "
+    "Tensor mean, Tensor var, float eps, int act, bool training, bool want_dresidual) "
+    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    _bwd_fake,
+)
+declare(
+    "batch_norm_update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, "
+    "Tensor var, float momentum, int count) -> ()",
+    lambda *_: None,
+)
+
+
+class BatchNormActFunction(torch.autograd.Function):
+    """y, mean, var with statistics of the batch; y alone with fixed ones. Backward of y."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        eps: float,
+        act: int,
+    ) -> tuple[Tensor, Tensor, Tensor] | Tensor:
+        if mean is None:
+            return batch_norm_act_fwd(x, residual, weight, bias, eps, act)
+        return batch_norm_act_apply(x, residual, weight, bias, mean, var, eps, act)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, residual, weight, bias, mean, var, ctx.eps, ctx.act = inputs
+        ctx.training = mean is None
+        if ctx.training:
+            y, mean, var = output
+            ctx.mark_non_differentiable(mean, var)
+        else:
+            y = output
+        ctx.set_materialize_grads(False)
+        ctx.has_residual = residual is not None
+        keep_y = ctx.has_residual and ctx.act != ACT_NUMBER["none"]
+        ctx.save_for_backward(x, y if keep_y else None, weight, bias, mean, var)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 8
+        x, y, weight, bias, mean, var = ctx.saved_tensors
+        dx, dresidual, dweight, dbias = batch_norm_act_bwd(
+            dy, x, y, weight, bias, mean, var, ctx.eps, ctx.act, ctx.training,
+            ctx.has_residual and ctx.needs_input_grad[1],
+        )  # fmt: skip
+        return dx, dresidual, dweight, dbias, None, None, None, None
+
+
+def as_acc(x: Tensor, t: Tensor | None) -> Tensor | None:
+    """Return a per-channel vector as the kernels take it beside x: dense, in the accumulate type."""
+    return None if t is None else t.to(acc_type(x)).contiguous()
+
+
+def batch_norm_act_fwd(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, mean and biased variance, with the statistics of the batch."""
+    weight, bias = as_acc(x, weight), as_acc(x, bias)
+    y, mean, var = _ops.batch_norm_act_fwd(x, residual, weight, bias, eps, act)
+    return y, mean, var
+
+
+def batch_norm_act_apply(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    act: int,
+) -> Tensor:
+    """Return y with the statistics given: evaluation, and the rebuilding of an activation."""
+    weight, bias, mean, var = (as_acc(x, t) for t in (weight, bias, mean, var))
+    return _ops.batch_norm_act_apply(x, residual, weight, bias, mean, var, eps, act)
+
+
+def batch_norm_act_bwd(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    act: int,
+    training: bool,
+    want_dresidual: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return dx, dresidual, dweight, dbias, with None for what was not there or not wanted.
+
+    dy may come in any layout, also expanded; it is brought to x's.
+    """
+    dy = dy.contiguous(memory_format=memory_format_of(x) or torch.contiguous_format)
+    stats = as_acc(x, mean), as_acc(x, var)
+    dx, dresidual, dweight, dbias = _ops.batch_norm_act_bwd(
+        dy, x, y, as_acc(x, weight), as_acc(x, bias), *stats, eps, act, training, want_dresidual
+    )
+    return (
+        dx,
+        dresidual if want_dresidual else None,
+        None if weight is None else dweight.to(weight.dtype),
+        None if bias is None else dbias.to(bias.dtype),
+    )
+
+
+def update_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    x: Tensor,
+) -> None:
+    """Blend batch statistics into the running ones, the variance made unbiased, as PyTorch does."""
+    if running_mean is None or running_var is None or x.numel() == 0:
+        return
+    count = x.numel() // x.shape[1]
+    _ops.batch_norm_update_running(running_mean, running_var, mean, var, momentum, count)
+
+
+def check_parameters(
+    op: str,
+    sizes: Sequence[int],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+) -> None:
+    """Check a batch norm of an input of these sizes, with x's dtype and device."""
+    named = {
+        "weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var
+    }  # fmt: skip
+    for name, t in named.items():
+        if t is not None:
+            check_channels(op, name, t, sizes[1], x)
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{op}: {missing}: expected a Tensor as its partner is one, got None")
+    if running_mean is None and not training:
+        raise ValueError(f"{op}: running_mean: expected a Tensor where training=False, got None")
+    if training and sizes[0] * sizes[2] * sizes[3] == 1:
+        raise ValueError(
+            f"{op}: input: expected more than 1 value per channel when training, "
+            f"got sizes {list(sizes)}"
+        )
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    act: str,
+) -> Tensor:
+    """Check, apply, update the running statistics: see fastcnn.functional.batch_norm_act."""
+    check_image(OP, "input", input)
+    number = act_number(OP, act)
+    check_parameters(
+        OP, input.shape, input, weight, bias, running_mean, running_var, training
+    )
+    if residual is not None:
+        check_like(OP, "residual", residual, input)
+    apply = BatchNormActFunction.apply
+    if not training:
+        return apply(input, residual, weight, bias, running_mean, running_var, eps, number)
+    y, mean, var = apply(input, residual, weight, bias, None, None, eps, number)
+    update_running(running_mean, running_var, mean, var, momentum, input)
+    return y

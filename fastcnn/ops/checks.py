@@ -1,0 +1,100 @@
+"""What every op asks of its arguments, in the user's words.
+
+These checks run before dispatch, so that a mistake is a TypeError or ValueError that names the
+argument, what was expected and what came. Memory is protected once more below, in C++.
+"""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format | None:
+    """channels_last or contiguous_format where x is dense in that order, else None.
+
+    A tensor with 1x1 images or a single channel is dense in both orders; it then counts as
+    contiguous_format, which describes the same bytes.
+    """
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return None
+
+
+def check_image(op: str, name: str, x: Tensor) -> None:
+    """Check a dense batch of images [n, c, h, w] of a floating type on a device with kernels."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name}: expected a Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"{op}: {name}: expected float32, bfloat16, float16 or float64, got {x.dtype}"
+        )
+    if x.dim() != 4:
+        raise ValueError(
+            f"{op}: {name}: expected 4 dimensions [n, c, h, w], got {x.dim()}: {list(x.shape)}"
+        )
+    if memory_format_of(x) is None:
+        raise ValueError(
+            f"{op}: {name}: expected a dense NCHW or channels_last tensor, got sizes "
+            f"{list(x.shape)} with strides {list(x.stride())}; call {name}.contiguous() or "
+            f"{name}.contiguous(memory_format=torch.channels_last) first"
+        )
+    check_device(op, name, x)
+
+
+def check_device(op: str, name: str, x: Tensor) -> None:
+    """Check that there are kernels for the tensor's device and dtype."""
+    kind = x.device.type
+    if kind in ("cpu", "meta"):
+        return
+    if kind != "cuda":
+        raise ValueError(f"{op}: {name}: expected a CPU or CUDA tensor, got one on {x.device}")
+    from fastcnn import _C
+
+    if not _C.cuda_version:
+        raise ValueError(
+            f"{op}: {name}: expected a CPU tensor, since this fastcnn was built without CUDA, "
+            f"got one on {x.device}; rebuild it where nvcc is, with FASTCNN_CUDA=ON"
+        )
+    if x.dtype is torch.float64:
+        raise TypeError(
+            f"{op}: {name}: expected float32, bfloat16 or float16 on CUDA, got {x.dtype}"
+        )
+
+
+def check_like(op: str, name: str, t: Tensor, x: Tensor) -> None:
+    """Check a tensor of x's sizes, dtype, device and memory format."""
+    check_image(op, name, t)
+    if t.shape != x.shape:
+        raise ValueError(f"{op}: {name}: expected sizes {list(x.shape)}, got {list(t.shape)}")
+    if t.dtype != x.dtype:
+        raise TypeError(f"{op}: {name}: expected {x.dtype} as the input, got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{op}: {name}: expected device {x.device}, got {t.device}")
+    expected = memory_format_of(x)
+    if expected is not None and not t.is_contiguous(memory_format=expected):
+        raise ValueError(
+            f"{op}: {name}: expected the input's memory format {expected}, got strides "
+            f"{list(t.stride())}; call {name}.contiguous(memory_format={expected}) first"
+        )
+
+
+def check_channels(op: str, name: str, t: Tensor, channels: int, x: Tensor) -> None:
+    """Check one number a channel, in x's dtype or, beside a half x, in float32."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name}: expected a Tensor, got {type(t).__name__}")
+    if t.shape != (channels,):
+        raise ValueError(
+            f"{op}: {name}: expected {channels} numbers, one for each channel, "
+            f"got sizes {list(t.shape)}"
+        )
+    if t.dtype != x.dtype and not (x.dtype in HALVES and t.dtype is torch.float32):
+        expected = f"{x.dtype} or torch.float32" if x.dtype in HALVES else f"{x.dtype}"
+        raise TypeError(
+            f"{op}: {name}: expected {expected} beside an input of {x.dtype}, got {t.dtype}"
+        )
+    if t.device != x.device:
+        raise ValueError(f"{op}: {name}: expected device {x.device}, got {t.device}")

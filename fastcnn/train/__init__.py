@@ -1,0 +1,1 @@
+"""Training recipes. Modules here need the extra: pip install 'fastcnn[train]'."""

@@ -1,0 +1,253 @@
+"""fastcnn.models against torchvision, and the CIFAR family against its paper."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import torchvision_resnet
+from torch import Tensor, nn
+
+from fastcnn import models
+from fastcnn.lab import eager_twin
+
+RESNETS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+# Shapes that differ from the plain networks', in names or sizes of weights.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in RESNETS),
+    ("resnet50", {"groups": 32, "width_per_group": 4, "num_classes": 7}),  # ResNeXt-50
+    ("resnet50", {"width_per_group": 128}),  # Wide ResNet-50
+]
+
+# Networks whose arithmetic differs: both blocks, and dilation, which changes no weight's shape.
+COMPUTED: list[tuple[str, dict[str, Any]]] = [
+    ("resnet18", {}),
+    ("resnet50", {}),
+    ("resnet50", {"replace_stride_with_dilation": [False, True, True]}),
+]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def assert_same(actual: Tensor, expected: Tensor, name: str = "") -> None:
+    """Equal to 1e-11 of the largest value, in float64: 20 times what torchvision's own ResNet-50
+    differs by between NCHW and channels_last (5e-13); another eps is off by 1e-6 and more."""
+    tolerance = 1e-11 * max(expected.abs().max().item(), 1e-30)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, msg=lambda m: name + m)
+
+
+def randomize(model: nn.Module) -> None:
+    """Fresh BatchNorms are too kind: gamma 1, beta 0, mean 0 and variance 1 hide what is unused."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.weight, -1.5, 1.5),  # negative gamma too: trained networks have it
+                (module.bias, -0.5, 0.5),
+                (module.running_mean, -0.5, 0.5),
+                (module.running_var, 0.5, 2.0),
+            ):
+                assert tensor is not None
+                tensor.data.uniform_(low, high, generator=generator)
+
+
+def outputs_and_gradients(model: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """Logits, gradients of x and of every parameter, and the buffers after the call."""
+    x = x.clone().requires_grad_()
+    logits = model(x)
+    logits.backward(dy)
+    results = {"logits": logits.detach(), "dx": x.grad}
+    results.update({f"d {name}": p.grad for name, p in model.named_parameters()})
+    results.update({name: b.double() for name, b in model.named_buffers()})
+    return {name: value for name, value in results.items() if value is not None}
+
+
+def assert_same_network(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
+    dy = torch.randn(len(x), 10, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected = outputs_and_gradients(theirs, x, dy)
+    actual = outputs_and_gradients(ours, x, dy)
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert_same(actual[name], expected[name], f"{name}: ")
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_state_dict_is_torchvisions(name: str, options: dict[str, Any]) -> None:
+    with torch.device("meta"):  # shapes without weights: ResNet-152 in milliseconds
+        ours = getattr(models, name)(**options).state_dict()
+        theirs = getattr(torchvision_resnet, name)(**options).state_dict()
+    # Order too: optimizers and checkpoints of flat parameter lists depend on it.
+    assert [(k, v.shape, v.dtype) for k, v in ours.items()] == [
+        (k, v.shape, v.dtype) for k, v in theirs.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("resnet18", {}), ("resnet50", {"zero_init_residual": True})]
+)
+def test_same_seed_gives_torchvisions_initial_weights(name: str, options: dict[str, Any]) -> None:
+    # Somebody who switches a training script to fastcnn repeats the same experiment.
+    torch.manual_seed(0)
+    ours = getattr(models, name)(**options).state_dict()
+    torch.manual_seed(0)
+    theirs = getattr(torchvision_resnet, name)(**options).state_dict()
+    for key, value in theirs.items():
+        assert torch.equal(ours[key], value), key
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("name", "options"), COMPUTED)
+def test_computes_what_torchvision_computes(
+    name: str, options: dict[str, Any], training: bool
+) -> None:
+    theirs = getattr(torchvision_resnet, name)(num_classes=10, **options).double().train(training)
+    randomize(theirs)
+    ours = getattr(models, name)(num_classes=10, **options).double().train(training)
+    ours.load_state_dict(theirs.state_dict())
+    # Odd sizes: at 65x51 every stride-2 layer rounds up somewhere. channels_last, as on GPUs.
+    x = torch.randn(3, 3, 65, 51, dtype=torch.float64).to(memory_format=torch.channels_last)
+    assert_same_network(ours, theirs, x)
+
+
+def test_torchvision_checkpoint_with_a_missing_key_is_refused() -> None:
+    checkpoint = torchvision_resnet.resnet18(num_classes=10).state_dict()
+    del checkpoint["layer2.0.downsample.1.running_var"]
+    with pytest.raises(RuntimeError, match=r"layer2\.0\.downsample\.1\.running_var"):
+        models.resnet18(num_classes=10).load_state_dict(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"groups": 2},
+        {"width_per_group": 128},
+        {"replace_stride_with_dilation": [False, True, False]},
+    ],
+)
+def test_basic_block_says_what_it_lacks(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="groups, base_width, dilation: BasicBlock has only"):
+        models.resnet18(**options)
+
+
+def test_lists_of_the_wrong_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="replace_stride_with_dilation: expected None or 3"):
+        models.resnet50(replace_stride_with_dilation=[True])
+    with pytest.raises(ValueError, match="layers: expected 4 block counts"):
+        models.ResNet(models.BasicBlock, [2, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("depth", "millions"),
+    # Table 6 of the paper.
+    [(20, "0.27"), (32, "0.46"), (44, "0.66"), (56, "0.85"), (110, "1.7")],
+)
+def test_cifar_parameter_counts_are_the_papers(depth: int, millions: str) -> None:
+    digits = len(millions.split(".")[1])
+    for family in ("resnet", "plain"):  # option A's shortcuts have no parameters
+        model: nn.Module = getattr(models, f"{family}{depth}")()
+        count = sum(p.numel() for p in model.parameters())
+        assert f"{count / 1e6:.{digits}f}" == millions
+        # The paper's depth counts layers with weights: convolutions and the classifier.
+        layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        assert len(layers) == depth
+
+
+@pytest.mark.parametrize("depth", [18, 21, 2, 0, -4])
+def test_cifar_depth_must_be_6n_plus_2(depth: int) -> None:
+    with pytest.raises(ValueError, match=rf"depth: expected 6n \+ 2 .* got {depth}"):
+        models.CifarResNet(depth)
+
+
+class FunctionalCifar(nn.Module):
+    """The paper's section 4.2 written once more, without blocks: a loop over 2n convolutions."""
+
+    def __init__(self, model: models.CifarResNet, shortcut: bool) -> None:
+        super().__init__()
+        self.network, self.shortcut = model, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensors = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
+
+        def conv_bn(x: Tensor, conv: str, bn: str, stride: int) -> Tensor:
+            x = F.conv2d(x, tensors[f"{conv}.weight"], stride=stride, padding=1)
+            tensors[f"{bn}.num_batches_tracked"].add_(int(self.training))
+            return F.batch_norm(
+                x,
+                *(tensors[f"{bn}.{k}"] for k in ("running_mean", "running_var", "weight", "bias")),
+                self.training,
+            )
+
+        x = F.relu(conv_bn(x, "conv1", "bn1", 1))
+        names = sorted({k.rsplit(".", 2)[0] for k in tensors if k.startswith("layer")})
+        for name in names:
+            stride = 2 if name in ("layer2.0", "layer3.0") else 1
+            y = F.relu(conv_bn(x, f"{name}.conv1", f"{name}.bn1", stride))
+            y = conv_bn(y, f"{name}.conv2", f"{name}.bn2", 1)
+            if self.shortcut:
+                zeros = torch.zeros_like(y)
+                zeros[:, : x.shape[1]] = x[:, :, ::stride, ::stride]
+                y = y + zeros
+            x = F.relu(y)
+        x = F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0]
+        return x @ tensors["fc.weight"].T + tensors["fc.bias"]
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network.named_buffers(*args, **kwargs)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("shortcut", [True, False], ids=["resnet", "plain"])
+def test_cifar_computes_what_the_paper_describes(shortcut: bool, training: bool) -> None:
+    ours = models.CifarResNet(14, shortcut).double().train(training)
+    randomize(ours)
+    theirs = models.CifarResNet(14, shortcut).double().train(training)
+    theirs.load_state_dict(ours.state_dict())
+    # 13x10 halves to 7x5 and 4x3: odd sizes, where subsampling and stride-2 must agree.
+    x = torch.randn(4, 3, 13, 10, dtype=torch.float64).to(memory_format=torch.channels_last)
+    oracle = FunctionalCifar(theirs, shortcut).train(training)
+    assert_same_network(ours, oracle, x)
+
+
+BUILDERS: list[tuple[Callable[[], nn.Module], int]] = [
+    (lambda: models.resnet20(), 16),
+    (lambda: models.plain20(), 16),
+    (lambda: models.resnet50(num_classes=10), 64),
+]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("build", "size"), BUILDERS, ids=["resnet20", "plain20", "resnet50"])
+def test_eager_twin_is_the_same_network(
+    build: Callable[[], nn.Module], size: int, training: bool
+) -> None:
+    # Speedups are measured against the twin: it must compute the same, and only that.
+    model = build().double().train(training)
+    randomize(model)
+    twin = eager_twin(model)
+    assert_same_network(model, twin, torch.randn(4, 3, size, size, dtype=torch.float64))
+
+
+def test_eager_twin_shares_nothing_with_the_model_and_leaves_it_fused() -> None:
+    model = models.resnet20()
+    chain = model.chain
+    twin = eager_twin(model)
+    assert model.chain is chain
+    assert twin.chain is not chain
+    ours = {t.data_ptr() for t in model.state_dict().values()}
+    assert ours.isdisjoint(t.data_ptr() for t in twin.state_dict().values())
+
+
+def test_eager_twin_of_a_foreign_network_is_refused() -> None:
+    # Without chains the copy would be the same network twice, and the speedup always 1.
+    with pytest.raises(
+        TypeError, match=r"model: expected a network of fastcnn\.models, got Linear"
+    ):
+        eager_twin(nn.Linear(1, 1))
