@@ -17,6 +17,7 @@ def facts() -> dict[str, str]:
     """Return name and value of everything worth a line in a bug report."""
     built_with_cuda = bool(_C.cuda_version)
     cuda = f"nvcc {_C.cuda_version} for {_C.cuda_archs}" if built_with_cuda else "built without"
+    cpu = f"{_C.cpu_capability()} of {_C.cpu_levels}, {torch.get_num_threads()} threads"
     rows = {
         "fastcnn": _C.version,
         "torch": torch.__version__,
@@ -24,10 +25,10 @@ def facts() -> dict[str, str]:
         "compiler": _C.compiler,
         "CUDA kernels": cuda,
         "GPU": _gpu(),
-        "CPU capability": f"{_C.cpu_capability()} of {_C.cpu_levels}, {torch.get_num_threads()} threads",
+        "CPU capability": cpu,
     }
-    for op, (cpu, on_cuda) in BACKENDS.items():
-        rows[op] = f"CPU: {cpu}; CUDA: {on_cuda if built_with_cuda else 'none in this build'}"
+    for op, (on_cpu, on_cuda) in BACKENDS.items():
+        rows[op] = f"CPU: {on_cpu}; CUDA: {on_cuda if built_with_cuda else 'none in this build'}"
     return rows
 
 

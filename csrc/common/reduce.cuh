@@ -62,7 +62,7 @@ __device__ Value join_splits(const Value* partial, int splits, int64_t c, int64_
   return total[0];
 }
 
-__device__ int64_t finish_channel() {
+__device__ inline int64_t finish_channel() {
   return blockIdx.x * static_cast<int64_t>(kFinishColumns) + threadIdx.x % kFinishColumns;
 }
 

@@ -51,9 +51,19 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         """Whether the next forward normalises with the batch's own mean and variance."""
         return self.training or self.running_mean is None
 
+    def running_statistics(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return mean and var that the next forward uses or moves, if any.
+
+        As in torch.nn.BatchNorm2d, track_running_stats may be switched off at any time.
+        """
+        if self.training and not self.track_running_stats:
+            return None, None
+        return self.running_mean, self.running_var
+
     def step_momentum(self) -> float:
         """Count one more batch and return the weight of its statistics in the running ones."""
-        if not self.training or self.num_batches_tracked is None:
+        counts = self.training and self.track_running_stats
+        if not counts or self.num_batches_tracked is None:
             return 0.0 if self.momentum is None else self.momentum
         self.num_batches_tracked.add_(1)
         if self.momentum is None:
@@ -64,8 +74,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         """Return act(batch_norm(input) + residual)."""
         return batch_norm_act(
             input,
-            self.running_mean,
-            self.running_var,
+            *self.running_statistics(),
             self.weight,
             self.bias,
             self.uses_batch_statistics,

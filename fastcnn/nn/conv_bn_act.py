@@ -1,12 +1,15 @@
 """Chains of convolution and BatchNormAct2d modules."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fastcnn import functional
 from fastcnn.nn.batch_norm_act import BatchNormAct2d
+
+Pair = tuple[int, int]
 
 
 def conv_bn_act(
@@ -36,12 +39,11 @@ def _step(i: int, conv: torch.nn.Conv2d, bn: BatchNormAct2d) -> functional.ConvB
     return functional.ConvBnActStep(
         conv.weight,
         conv.bias,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
+        cast(Pair, conv.stride),
+        cast(Pair, conv.padding),
+        cast(Pair, conv.dilation),
         conv.groups,
-        bn.running_mean,
-        bn.running_var,
+        *bn.running_statistics(),
         bn.weight,
         bn.bias,
         bn.uses_batch_statistics,

@@ -1,6 +1,6 @@
 """The activations by name, and the number that the operator schemas carry for each."""
 
-from typing import get_args, Literal
+from typing import Literal, get_args
 
 Activation = Literal["none", "relu", "relu6"]
 

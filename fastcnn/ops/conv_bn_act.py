@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastcnn.ops._library import distinct, positional
 from fastcnn.ops.activation import ACT_NUMBER, act_number
 from fastcnn.ops.batch_norm_act import (
     batch_norm_act_apply,
@@ -77,14 +78,19 @@ class _Geometry(NamedTuple):
 _TENSORS = 6
 
 
+_AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
+
+
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
+_convolution = torch.ops.aten.convolution.default
+_convolution_backward = torch.ops.aten.convolution_backward.default
+
+
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: _Geometry) -> Tensor:
-    return torch.ops.aten.convolution(
-        x, weight, bias, g.stride, g.padding, g.dilation, False, (0, 0), g.groups
-    )
+    return _convolution(x, weight, bias, g.stride, g.padding, g.dilation, False, (0, 0), g.groups)
 
 
 class ConvBnActFunction(torch.autograd.Function):
@@ -95,6 +101,7 @@ class ConvBnActFunction(torch.autograd.Function):
     """
 
     @staticmethod
+    @positional
     def forward(
         x: Tensor, residual: Tensor | None, geometry: tuple[_Geometry, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
@@ -150,7 +157,7 @@ class ConvBnActFunction(torch.autograd.Function):
             at = 3 + i * _TENSORS
             need_input = needs[0] if i == 0 else True
             need_weight, need_bias = needs[at], needs[at + 1]
-            dy, dweight, dconv_bias = torch.ops.aten.convolution_backward(
+            dy, dweight, dconv_bias = _convolution_backward(
                 draw, conv_input, step.weight,
                 None if step.conv_bias is None else list(step.conv_bias.shape),
                 g.stride, g.padding, g.dilation, False, (0, 0), g.groups,
@@ -190,21 +197,20 @@ def _saved_steps(geometry: tuple[_Geometry, ...], saved: Sequence[Any]) -> list[
     return steps
 
 
+def _autocast(t: Any, dtype: torch.dtype) -> Any:
+    """Cast as autocast does for a convolution: every floating type but float64."""
+    return t.to(dtype) if isinstance(t, Tensor) and t.dtype in _AUTOCAST_FROM else t
+
+
 def conv_bn_act(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None) -> Tensor:
     """Check, apply, update the running statistics: see fastcnn.functional.conv_bn_act."""
     if not steps:
         raise ValueError(f"{OP}: steps: expected at least one, got none")
-    kind = x.device.type if isinstance(x, Tensor) else "cpu"
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x, residual = (
-            t.to(dtype) if t is not None and t.is_floating_point() else t for t in (x, residual)
-        )
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, residual = _autocast(x, dtype), _autocast(residual, dtype)
         steps = [
-            s._replace(
-                weight=s.weight.to(dtype),
-                conv_bias=None if s.conv_bias is None else s.conv_bias.to(dtype),
-            )
+            s._replace(weight=_autocast(s.weight, dtype), conv_bias=_autocast(s.conv_bias, dtype))
             for s in steps
         ]
     check_image(OP, "input", x)
@@ -221,12 +227,13 @@ def conv_bn_act(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | No
                 step.training, step.eps, act_number(f"{OP}: step {i}", step.act),
             )
         )  # fmt: skip
-    y, *kept = ConvBnActFunction.apply(x, residual, tuple(geometry), *tensors)
+    image, added, *tensors = distinct(x, residual, *tensors)
+    y, *kept = ConvBnActFunction.apply(image, added, tuple(geometry), *tensors)
     for step in steps:
-        raw, *stats = kept[: 3 if step.training else 1]
-        del kept[: 3 if step.training else 1]
+        raw = kept.pop(0)
         if step.training:
-            update_running(step.running_mean, step.running_var, *stats, step.momentum, raw)
+            mean, var = kept.pop(0), kept.pop(0)
+            update_running(step.running_mean, step.running_var, mean, var, step.momentum, raw)
     return y
 
 
@@ -265,7 +272,7 @@ def _check_step(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int]) -> li
         strict=True,
     ):  # fmt: skip
         reach = size + 2 * padding - dilation * (kernel - 1) - 1
-        if reach < 0 or stride < 1:
+        if reach < 0 or stride < 1 or padding < 0 or dilation < 1:
             raise ValueError(
                 f"{op}: weight: expected a kernel that fits into the padded input, got kernel "
                 f"{list(weight.shape[2:])}, stride {step.stride}, padding {step.padding}, dilation "
@@ -274,6 +281,6 @@ def _check_step(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int]) -> li
         out.append(reach // stride + 1)
     check_parameters(
         op, out, x, step.bn_weight, step.bn_bias, step.running_mean, step.running_var,
-        step.training,
+        step.training, "bn_",
     )  # fmt: skip
     return out

@@ -2,6 +2,8 @@
 // Numbers and tensors have the names of the params structs; sm_count is the device's.
 #include "batch_norm_act.h"
 
+#include "common/columns.cuh"
+#include "common/launch.cuh"
 #include "driver.h"
 
 namespace fastcnn {
@@ -67,6 +69,34 @@ void run_with_workspace(Case& c, const Params& p, const CudaDevice& device, Laun
   });
 }
 
+// The first offsets of each thread's walk through a tensor that no test has memory for.
+constexpr int kSteps = 4;
+
+template <int kVector, bool kChannelsLast>
+__global__ void walk_kernel(ImageShape shape, ColumnPlan plan, int64_t* offsets) {
+  Walk<kVector, kChannelsLast> walk(shape, plan);
+  for (int i = 0; i < kSteps; ++i) {
+    offsets[(blockIdx.y * kThreads + threadIdx.x) * kSteps + i] = walk.next();
+  }
+}
+
+void run_walk(Case& c, const CudaDevice& device) {
+  const ImageShape shape{c.integer("n"), c.integer("c"), c.integer("hw"),
+                         c.integer("channels_last") != 0};
+  ColumnPlan plan{};
+  plan.vector = 8;
+  plan.columns = static_cast<int>(c.integer("columns"));
+  plan.lanes = kThreads / plan.columns;
+  plan.splits = static_cast<int>(c.integer("splits"));
+  plan.length = shape.per_channel() / (shape.channels_last ? 1 : plan.vector);
+  auto* offsets = static_cast<int64_t*>(c.tensor("offsets"));
+  c.run([&] {
+    return launch(device, dim3(1, plan.splits), kThreads, 0,
+                  shape.channels_last ? walk_kernel<8, true> : walk_kernel<8, false>, shape, plan,
+                  offsets);
+  });
+}
+
 void run_op(Case& c) {
   const CudaDevice device{static_cast<int>(c.integer("sm_count")), nullptr};
   if (c.op() == "fwd") {
@@ -76,6 +106,8 @@ void run_op(Case& c) {
     c.run([&] { return launch_batch_norm_act_apply(p, device); });
   } else if (c.op() == "bwd") {
     run_with_workspace(c, bwd_params(c), device, launch_batch_norm_act_bwd);
+  } else if (c.op() == "walk") {
+    run_walk(c, device);
   } else if (c.op() == "running") {
     const BatchNormRunningParams p = running_params(c);
     c.run([&] { return launch_batch_norm_running(p, device); });

@@ -3,8 +3,8 @@
 // A driver's only argument is a folder that holds `cases`, one a line:
 //   op name=number name=in:file:skip name=out:file:bytes:skip name=inout:file:skip
 // `skip` bytes lie between a 16-byte address and the tensor's first element. On stdout: `run LINE`
-// before each case, `error CODE` behind it. Outputs are written beside the inputs, unless a launcher
-// returned an error.
+// before each case, `error CODE` behind it. Outputs are written beside the inputs, unless a
+// launcher returned an error.
 #pragma once
 
 #include <fstream>
@@ -66,8 +66,8 @@ class Case {
     return tensors_.back().data();
   }
 
-  // Runs launch() under every schedule, each time with the inputs as they were read, then writes the
-  // outputs.
+  // Runs launch() under every schedule, each time with the inputs as they were read, then writes
+  // the outputs.
   template <class Launch>
   void run(Launch launch) {
     std::vector<Output> outputs;

@@ -3,13 +3,13 @@
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from cuda_emu import build
+from torch import Tensor
 
 # The numbers of DType in csrc/common/types.h.
 DTYPE_NUMBER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -22,7 +22,9 @@ class Case:
     op: str
     numbers: dict[str, float] = field(default_factory=dict)
     inputs: dict[str, Tensor | None] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # shape and dtype; contents do not go in
+    outputs: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # shape and dtype; contents do not go in
     updated: dict[str, Tensor] = field(default_factory=dict)
     skip: dict[str, int] = field(default_factory=dict)  # elements before a tensor: its misalignment
 
@@ -33,8 +35,11 @@ class Result:
     tensors: dict[str, Tensor]
 
 
+PROCESSES = 2  # what CI's machines have cores for
+
+
 def run_cases(op: str, cases: Sequence[Case], timeout: float = 120) -> list[Result]:
-    """Run the cases in one process of the driver `cuda_emu/<op>.cpp`, built when it is not there.
+    """Run the cases in the driver `cuda_emu/<op>.cpp`, built when it is not there.
 
     Raises:
         RuntimeError: a case failed; the message names it and holds the emulator's or the
@@ -42,6 +47,14 @@ def run_cases(op: str, cases: Sequence[Case], timeout: float = 120) -> list[Resu
     """
     sources = [Path(__file__).with_name(f"{op}.cpp"), build.ROOT / "csrc" / "cuda" / f"{op}.cu"]
     program = build.build_runner(sources, Path(op))
+    parts = [cases[i::PROCESSES] for i in range(PROCESSES)]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        of_parts = list(pool.map(lambda part: _run_process(program, part, timeout), parts))
+    return [of_parts[i % PROCESSES][i // PROCESSES] for i in range(len(cases))]
+
+
+def _run_process(program: Path, cases: Sequence[Case], timeout: float) -> list[Result]:
+    """One process for many cases, as its start costs more than a small case."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lines = [_write(folder, i, case) for i, case in enumerate(cases)]

@@ -1,0 +1,56 @@
+"""The shapes and layouts of images that tests and benchmarks use, each with its reason."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Image(NamedTuple):
+    """Sizes of a batch [n, c, h, w], and why it is in the list."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    reason: str
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.n, self.c, self.h, self.w
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self.sizes))
+
+
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+# Small, each at an edge of some kernel. A vector is 4 to 16 floats wide.
+EDGES = [
+    Image(2, 1, 1, 1, "the fewest values a channel that training takes"),
+    Image(37, 5, 1, 1, "1x1 images are NCHW and channels_last at once"),
+    Image(3, 1, 7, 5, "one channel: both layouts at once"),
+    Image(1, 3, 5, 7, "batch 1, c = 3, and a plane that is no whole number of vectors"),
+    Image(2, 3, 17, 19, "c = 3: channels_last vectors come out even after 3 of them, then a rest"),
+    Image(2, 16, 1, 9, "one row: h is a dimension without order"),
+    Image(2, 16, 9, 1, "one column: likewise w"),
+    Image(3, 257, 3, 3, "c one more than a power of two"),
+    Image(1, 2, 96, 101, "a plane over 8192 elements: more than one chunk of 32 KiB"),
+    Image(1, 1, 131, 211, "several chunks of one plane, the last one short"),
+    Image(67, 3, 3, 3, "many small planes: several share a chunk, and images are cut into parts"),
+    Image(5, 8, 13, 11, "channels_last: 715 rows, left over by every block of rows"),
+    Image(9, 24, 41, 5, "c not a power of two, pixels over several tasks with a shorter last one"),
+    Image(1, 1030, 2, 2, "channels_last: a row wider than a chunk of 32 rows would like"),
+]
+
+# The inputs of ResNet-50's batch norms for 224x224 images; benchmarks set their own n.
+RESNET50 = [
+    Image(1, 64, 112, 112, "the stem: the largest, few channels"),
+    Image(1, 64, 56, 56, "stage 1, inside the bottleneck"),
+    Image(1, 256, 56, 56, "stage 1, after the expansion"),
+    Image(2, 128, 28, 28, "stage 2, inside"),
+    Image(2, 512, 28, 28, "stage 2, after"),
+    Image(2, 256, 14, 14, "stage 3, inside"),
+    Image(2, 1024, 14, 14, "stage 3, after: 196 pixels a plane"),
+    Image(2, 512, 7, 7, "stage 4, inside: an odd plane of 49"),
+    Image(2, 2048, 7, 7, "stage 4, after: the most channels"),
+]

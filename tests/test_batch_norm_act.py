@@ -1,0 +1,304 @@
+"""batch_norm_act against torch.nn.functional.batch_norm and PyTorch's activations in float64.
+
+The expected gradients are autograd's of those; the kernels' formulas appear nowhere here. How exact
+a result must be, and why the data keeps away from the kinks: tests/tolerance.py.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from shapes import EDGES, LAYOUTS, RESNET50, Image
+from tolerance import assert_as_exact_as_torch, assert_same_in_float64, margin
+from torch import Tensor
+
+from fastcnn import functional, reference
+
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z, "relu": F.relu, "relu6": F.relu6
+}  # fmt: skip
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+TRAINING_AND_EVAL = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+TENSORS = ("x", "residual", "weight", "bias", "dy", "running_mean", "running_var")
+
+
+@dataclass
+class Case:
+    """Arguments of one call; the gradient of y is dy."""
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    dy: Tensor
+    training: bool
+    act: str
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        tensors = {k: t.to(dtype) for k in TENSORS if (t := getattr(self, k)) is not None}
+        return replace(self, **tensors)
+
+
+def make_case(
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: str = "nchw",
+    act: str = "relu",
+    residual: bool = False,
+    training: bool = True,
+    param_dtype: torch.dtype | None = None,
+) -> Case:
+    """Float32 values away from the kinks; gamma of both signs and, in the second channel, zero."""
+    g = torch.Generator().manual_seed(sum(sizes))
+    c = sizes[1]
+
+    def image() -> Tensor:
+        t = torch.randn(sizes, generator=g).to(dtype)
+        return t.contiguous(memory_format=LAYOUTS[layout])
+
+    def uniform(low: float, high: float) -> Tensor:
+        t = torch.rand(c, generator=g) * (high - low) + low
+        return t.to(param_dtype or dtype)
+
+    weight = uniform(0.5, 1.5) * (4 if act == "relu6" else 1)  # relu6 needs values above 6
+    weight[::3] *= -1
+    # Two values a channel normalise to -1 and 1, so |beta| < |gamma| keeps them off the kink at 0.
+    bias = uniform(-0.25, 0.25)
+    if c > 1:
+        weight[1], bias[1] = 0, 0.25
+    case = Case(
+        image(), image() if residual else None, weight, bias, uniform(-0.5, 0.5), uniform(0.5, 2.0),
+        image(), training, act,
+    )  # fmt: skip
+    moved = case.x if case.residual is None else case.residual
+    for _ in range(100):
+        before = replace(case, act="none").to(torch.float64)
+        z = run(torch_batch_norm_act, before, forward_only=True)["y"]
+        near = (z.abs() < margin(dtype)) | ((z - 6).abs() < margin(dtype))
+        if act == "none" or not near.any():
+            return case
+        moved.copy_(torch.where(near, image(), moved))
+    raise AssertionError("no data away from the kinks found")
+
+
+def torch_batch_norm_act(case: Case) -> Tensor:
+    z = F.batch_norm(
+        case.x, case.running_mean, case.running_var, case.weight, case.bias, case.training,
+        case.momentum, case.eps,
+    )  # fmt: skip
+    return ACTS[case.act](z if case.residual is None else z + case.residual)
+
+
+def fastcnn_batch_norm_act(case: Case) -> Tensor:
+    return functional.batch_norm_act(
+        case.x, case.running_mean, case.running_var, case.weight, case.bias, case.training,
+        case.momentum, case.eps, residual=case.residual, act=case.act,
+    )  # fmt: skip
+
+
+def run(fn: Callable[[Case], Tensor], case: Case, forward_only: bool = False) -> dict[str, Tensor]:
+    """y, the gradients of all that is there, and the running statistics after the call."""
+    names = [k for k in ("x", "residual", "weight", "bias") if getattr(case, k) is not None]
+    leaves = {k: getattr(case, k).detach().requires_grad_(not forward_only) for k in names}
+    running = {
+        k: t.clone() for k in ("running_mean", "running_var") if (t := getattr(case, k)) is not None
+    }
+    y = fn(replace(case, **leaves, **running))
+    results = {"y": y.detach(), **running}
+    if not forward_only:
+        y.backward(case.dy)
+        results |= {f"d{k}": t.grad for k, t in leaves.items()}
+    return results
+
+
+def check(case: Case) -> dict[str, Tensor]:
+    """Compare everything with float64, by PyTorch's own error in the dtype."""
+    actual = run(fastcnn_batch_norm_act, case)
+    exact = run(torch_batch_norm_act, case.to(torch.float64))
+    eager = run(torch_batch_norm_act, case)
+    assert actual.keys() == exact.keys()
+    x, dy = case.x.double(), case.dy.double()
+    std = (x.var((0, 2, 3), correction=0) if case.training else case.running_var) + case.eps
+    gain = (1.0 if case.weight is None else case.weight.abs()) / std.sqrt()
+    # Magnitudes of the terms that cancel: in dx those of gain * dy, in the others dy's.
+    total = dy.abs().sum((0, 2, 3)).max().item()
+    scales = {"dx": dy.abs().max().item() * gain.max().item(), "dweight": total, "dbias": total}
+    for k, t in actual.items():
+        like = case.x if k == "y" else getattr(case, k.removeprefix("d"))
+        assert t.dtype == like.dtype, f"{k}: expected {like.dtype}, got {t.dtype}"
+        assert t.stride() == like.stride(), f"{k}: expected {like.stride()}, got {t.stride()}"
+        if t.dtype is torch.float64:
+            terms = case.x.numel() // case.x.shape[1]
+            assert_same_in_float64(k, t, exact[k], terms, scales.get(k, 0.0))
+        else:
+            assert_as_exact_as_torch(k, t, eager[k], exact[k], scales.get(k, 0.0))
+    return actual
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("image", EDGES + RESNET50, ids=str)
+def test_every_shape(image: Image, layout: str) -> None:
+    # A half type with a residual and a full one without visit both of the backward's ways to dz.
+    check(make_case(image.sizes, torch.float32, layout, "relu6"))
+    check(make_case(image.sizes, torch.bfloat16, layout, "relu", residual=True))
+
+
+@TRAINING_AND_EVAL
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_combination(dtype: torch.dtype, layout: str, training: bool) -> None:
+    # One odd shape with rests in both layouts, and all there is beside it.
+    for act, residual in itertools.product(ACTS, [False, True]):
+        check(make_case((5, 7, 9, 11), dtype, layout, act, residual, training))
+
+
+@TRAINING_AND_EVAL
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_parameters_beside_half_images(dtype: torch.dtype, training: bool) -> None:
+    # The usual state of mixed precision: gradients of parameters must then be float32 too.
+    for layout in LAYOUTS:
+        case = make_case((4, 6, 5, 5), dtype, layout, training=training, param_dtype=torch.float32)
+        actual = check(case)
+        assert actual["dweight"].dtype is torch.float32
+
+
+@TRAINING_AND_EVAL
+def test_the_reference_against_torch(training: bool) -> None:
+    # It is the oracle of the CUDA kernels' tests, so it is itself held against F.batch_norm.
+    def reference_batch_norm_act(case: Case) -> Tensor:
+        stats = () if case.training else (case.running_mean, case.running_var)
+        mean, var = stats or (None, None)
+        args = (case.x, case.weight, case.bias, mean, var, case.residual, case.eps, case.act)
+        return reference.batch_norm_act(*args)[0]
+
+    for act, residual in itertools.product(ACTS, [False, True]):
+        case = make_case((3, 4, 5, 5), torch.float64, "nchw", act, residual, training)
+        actual, expected = run(reference_batch_norm_act, case), run(torch_batch_norm_act, case)
+        for k in actual.keys() - {"running_mean", "running_var"}:
+            torch.testing.assert_close(actual[k], expected[k], rtol=1e-12, atol=1e-12, msg=k)
+
+
+def test_the_reference_lets_nan_through() -> None:
+    # As F.relu and F.relu6 do: an oracle that hides a NaN would call a kernel wrong that does not.
+    x = torch.tensor([float("nan"), 1.0]).reshape(2, 1, 1, 1)
+    for act in ACTS:
+        y = reference.batch_norm_act(x, mean=torch.zeros(1), var=torch.ones(1), act=act)[0]
+        assert y.isnan().flatten().tolist() == [True, False], act
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_in_any_layout(layout: str) -> None:
+    # Each is brought to x's layout: the same bits as from a dense dy of the same values.
+    case = make_case((4, 6, 5, 7), torch.float32, layout, residual=True)
+    other = LAYOUTS["nchw" if layout == "channels_last" else "channels_last"]
+    wide = torch.randn(4, 6, 5, 14)
+    for dy in (
+        torch.ones(()).expand(case.x.shape),  # what y.sum().backward() sends: strides 0
+        torch.randn(6, 1, 1).expand(case.x.shape),  # from a broadcast product
+        torch.randn(case.x.shape).contiguous(memory_format=other),
+        wide[..., ::2],  # strided
+        torch.randn(4, 6, 7, 5).mT,  # transposed
+    ):
+        dense = dy.contiguous(memory_format=LAYOUTS[layout])
+        actual = run(fastcnn_batch_norm_act, replace(case, dy=dy))
+        for k, expected in run(fastcnn_batch_norm_act, replace(case, dy=dense)).items():
+            assert torch.equal(actual[k], expected), k
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_slices_of_a_batch(layout: str, dtype: torch.dtype) -> None:
+    # 3 * 5 * 7 elements an image: a slice starts at an address that is no multiple of a vector.
+    case = make_case((4, 3, 5, 7), dtype, layout, residual=True)
+
+    def sliced(t: Tensor) -> Tensor:
+        base = torch.empty((5, *t.shape[1:]), dtype=dtype, memory_format=LAYOUTS[layout])
+        base[1:] = t
+        return base[1:]
+
+    views = {k: sliced(getattr(case, k)) for k in ("x", "residual", "dy")}
+    actual, expected = run(fastcnn_batch_norm_act, replace(case, **views)), check(case)
+    assert views["x"].data_ptr() % 16 != 0
+    assert all(torch.equal(actual[k], expected[k]) for k in actual)
+
+
+@TRAINING_AND_EVAL
+def test_without_affine_parameters(training: bool) -> None:
+    # None stands for 1 and 0; each may be missing alone.
+    for layout, missing in itertools.product(LAYOUTS, (["weight"], ["bias"], ["weight", "bias"])):
+        case = make_case((3, 5, 4, 6), torch.float32, layout, "none", training=training)
+        check(replace(case, **dict.fromkeys(missing)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_large_mean_keeps_its_variance(layout: str) -> None:
+    # Mean 1e4, deviation 1: of E[x^2] - E[x]^2 no digit is left in float32. PyTorch's error is the
+    # larger one of its two layouts, which sum in different ways.
+    for image in EDGES:
+        x = make_case(image.sizes, torch.float32, layout, "none").x + 1e4
+        mean, var = torch.zeros(image.c), torch.zeros(image.c)
+        functional.batch_norm_act(x, mean, var, training=True, momentum=1.0)
+        exact = x.double().var((0, 2, 3))
+        eager = torch.zeros(2, 2, image.c)
+        for memory_format, stats in zip(LAYOUTS.values(), eager, strict=True):
+            F.batch_norm(x.contiguous(memory_format=memory_format), *stats, None, None, True, 1.0)
+        worst = exact + (eager[:, 1] - exact).abs().max()
+        assert_as_exact_as_torch(f"{image}: variance", var, worst.float(), exact)
+
+
+@TRAINING_AND_EVAL
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_nan_and_inf_propagate_as_in_torch(value: float, training: bool) -> None:
+    # A diverged network must show it. One bad value spoils its channel in training, itself in eval.
+    for layout, dtype, act in itertools.product(LAYOUTS, DTYPES[:2], ACTS):
+        case = make_case((3, 4, 5, 7), dtype, layout, act, training=training)
+        case.x[1, 2, 3, 4] = value
+        actual, expected = run(fastcnn_batch_norm_act, case), run(torch_batch_norm_act, case)
+        for k in ("y", "dx"):
+            for test in (torch.isnan, torch.isposinf, torch.isneginf):
+                assert torch.equal(test(actual[k]), test(expected[k])), (k, test, layout, dtype)
+        for k in ("running_mean", "running_var"):  # spoiled with the channel, by inf or by NaN
+            assert torch.equal(actual[k].isfinite(), expected[k].isfinite()), (k, layout, dtype)
+
+
+@TRAINING_AND_EVAL
+def test_an_empty_batch_is_torchs(training: bool) -> None:
+    # The last batch of a sharded loader: nothing to normalise, statistics stay, gradients are 0.
+    for layout, residual in itertools.product(LAYOUTS, [False, True]):
+        case = make_case((0, 3, 4, 5), torch.float32, layout, "relu", residual, training)
+        actual, expected = run(fastcnn_batch_norm_act, case), run(torch_batch_norm_act, case)
+        for k in actual:
+            assert torch.equal(actual[k], expected[k]), k
+
+
+def test_only_what_is_asked_for_gets_a_gradient() -> None:
+    # A frozen gamma or a residual from a frozen trunk must not receive one.
+    case = make_case((2, 3, 4, 4), torch.float32, residual=True)
+    for name in ("x", "residual", "weight", "bias"):
+        leaf = getattr(case, name).clone().requires_grad_()
+        fastcnn_batch_norm_act(replace(case, **{name: leaf})).backward(case.dy)
+        expected = run(fastcnn_batch_norm_act, case)[f"d{name}"]
+        assert torch.equal(leaf.grad, expected), name
+    assert not fastcnn_batch_norm_act(case).requires_grad
+
+
+def test_the_same_bits_on_any_number_of_threads_and_in_every_run() -> None:
+    # Sums are cut by shape alone. These shapes are large enough for several tasks.
+    threads = torch.get_num_threads()
+    try:
+        for layout, sizes in itertools.product(LAYOUTS, [(8, 32, 29, 31), (2, 3, 128, 128)]):
+            case = make_case(sizes, torch.float32, layout, residual=True)
+            first = run(fastcnn_batch_norm_act, case)
+            for count in (1, 2, 2, 3):
+                torch.set_num_threads(count)
+                other = run(fastcnn_batch_norm_act, case)
+                assert all(torch.equal(other[k], t) for k, t in first.items()), layout
+    finally:
+        torch.set_num_threads(threads)

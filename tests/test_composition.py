@@ -1,0 +1,211 @@
+"""batch_norm_act and conv_bn_act inside what PyTorch offers: compile, export, func, checkpoint."""
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from shapes import LAYOUTS
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
+
+from fastcnn import functional
+from fastcnn.functional import ConvBnActStep
+from fastcnn.nn import BatchNormAct2d, conv_bn_act
+
+ACTS = ["none", "relu", "relu6"]
+# Dynamo makes an instance of the autograd.Function, against PyTorch's own advice; inductor imports
+# parts of torch.jit.
+pytorchs_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+class Network(nn.Module):
+    """Both functions, trained and frozen statistics, and tensors that come in twice: the input that
+    is the residual too, a step that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.bn = BatchNormAct2d(6, act="relu6")
+        self.conv, self.conv_bn = nn.Conv2d(6, 6, 3, padding=1, bias=False), BatchNormAct2d(6)
+        self.last = BatchNormAct2d(6, act="none").eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.first(x))
+        x = conv_bn_act(x, [(self.conv, self.conv_bn)] * 2, residual=x)
+        return self.last(x, x)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def steps_of_training(run: Callable[[Tensor], Tensor], network: Network) -> list[Tensor]:
+    """Outputs and gradients of two batches (the second meets what the first compiled), buffers."""
+    found = []
+    for i in range(2):
+        x = torch.randn(2, 3, 8, 9, generator=torch.Generator().manual_seed(i)).requires_grad_()
+        y = run(x)
+        y.square().mean().backward()
+        found += [y.detach(), x.grad]
+    return found + [p.grad for p in network.parameters()] + list(network.buffers())
+
+
+@pytorchs_own_warnings
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compile_without_graph_breaks(layout: str) -> None:
+    # aot_eager traces everything and changes no arithmetic: the same bits.
+    network = Network().to(memory_format=LAYOUTS[layout])
+    compiled = copy.deepcopy(network)
+    run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(
+        steps_of_training(run, compiled), steps_of_training(network, network), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+@pytorchs_own_warnings
+def test_compile_with_inductor() -> None:
+    # It compiles what lies between the operators, and so may round otherwise than eager.
+    network = Network()
+    compiled = copy.deepcopy(network)
+    run = torch.compile(compiled, fullgraph=True)
+    for actual, expected in zip(
+        steps_of_training(run, compiled), steps_of_training(network, network), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytorchs_own_warnings
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_export(training: bool) -> None:
+    # Any batch size; the running statistics of the exported program move as the module's.
+    network = Network().train(training)
+    x = torch.randn(2, 3, 8, 9)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(copy.deepcopy(network), (x,), dynamic_shapes=({0: batch},))
+    exported = program.module()
+    for n in (2, 5):
+        x = torch.randn(n, 3, 8, 9)
+        assert torch.equal(exported(x), network(x))
+    buffers = dict(exported.named_buffers())
+    for name, expected in network.named_buffers():
+        assert torch.equal(buffers[name], expected), name
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_func_grad(training: bool) -> None:
+    # torch.func.functional_call takes the parameters as arguments; autograd says what is right.
+    network = Network().train(training)
+    x = torch.randn(2, 3, 8, 9)
+    parameters, buffers = dict(network.named_parameters()), dict(network.named_buffers())
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        state = parameters | {name: b.clone() for name, b in buffers.items()}
+        return torch.func.functional_call(network, state, (x,)).square().mean()
+
+    actual = torch.func.grad(loss)({name: p.detach() for name, p in parameters.items()})
+    expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
+    for name, e in zip(parameters, expected, strict=True):
+        assert torch.equal(actual[name], e), name
+
+
+def test_activation_checkpointing() -> None:
+    # Forward runs again in backward: the same gradients. (Running statistics move twice, as
+    # PyTorch's do.)
+    network = Network()
+    x = torch.randn(2, 3, 8, 9)
+    for run in (network, lambda x: checkpoint(network, x, use_reentrant=False)):
+        network.zero_grad()
+        run(x).square().mean().backward()
+        grads = [p.grad for p in network.parameters()]
+        if run is network:
+            expected = grads
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+def test_double_backward_is_refused() -> None:
+    # Rather than a gradient that is silently wrong.
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    step = ConvBnActStep(torch.randn(3, 3, 1, 1), None, 1, 0, 1, 1, None, None, None, None, True)
+    for y in (
+        functional.batch_norm_act(x, None, None, training=True),
+        functional.conv_bn_act(x, [step]),
+    ):
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dx.sum().backward()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batch_norm_act_gradcheck(layout: str, training: bool) -> None:
+    # Against differences of the forward itself, by all inputs at once.
+    weight, bias = torch.tensor([[3.0, -2.5], [0.5, 1.0]], dtype=torch.float64)
+    mean, var = torch.tensor([[0.1, -0.2], [0.8, 1.5]], dtype=torch.float64)
+    stats = (None, None) if training else (mean, var)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor, act: str) -> Tensor:
+        added = residual[0] if residual else None
+        return functional.batch_norm_act(x, *stats, weight, bias, training, residual=added, act=act)
+
+    for act, residual in itertools.product(ACTS, [False, True]):
+        near = torch.tensor(True)
+        while near.any():  # gradcheck's steps of 1e-6 must not cross a kink
+            images = torch.randn(1 + residual, 3, 2, 3, 2, dtype=torch.float64).unbind()
+            images = [t.contiguous(memory_format=LAYOUTS[layout]) for t in images]
+            leaves = [images[0], weight, bias, *images[1:]]
+            z = run(*leaves, act="none")
+            near = (z.abs() < 1e-3) | ((z - 6).abs() < 1e-3)
+        leaves = [t.clone().requires_grad_() for t in leaves]
+        assert gradcheck(lambda *t, a=act: run(*t, act=a), leaves)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_conv_bn_act_gradcheck(layout: str, training: bool) -> None:
+    # Two steps: the first one's activation is rebuilt in backward. With this seed no value lies
+    # within gradcheck's steps of 1e-6 of a kink.
+    def image(*sizes: int) -> Tensor:
+        t = torch.randn(sizes, dtype=torch.float64)
+        return t.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+
+    def vector() -> Tensor:
+        return torch.rand(2, dtype=torch.float64).add(0.5).requires_grad_()
+
+    leaves = [image(2, 2, 4, 3), image(2, 2, 4, 3), image(2, 2, 3, 3), image(2, 1, 1, 1)]
+    leaves += [vector() for _ in range(5)]
+    stats = (None, None) if training else (torch.zeros(2), torch.ones(2))
+    mean, var = (None if t is None else t.double() for t in stats)
+
+    def run(x: Tensor, r: Tensor, w1: Tensor, w2: Tensor, b: Tensor, *norm: Tensor) -> Tensor:
+        steps = [
+            ConvBnActStep(w1, b, 1, 1, 1, 1, mean, var, *norm[:2], training, act="relu6"),
+            ConvBnActStep(w2, None, 1, 0, 1, 2, mean, var, *norm[2:], training, act="relu"),
+        ]
+        return functional.conv_bn_act(x, steps, r)
+
+    # In training the convolution's bias has gradient 0, which differences meet to 1e-7.
+    assert gradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype, layout: str) -> None:
+    # Schema, fake tensors and tracing with symbolic sizes agree with the kernels.
+    x, r, dy = (
+        torch.randn(2, 3, 4, 5).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+        for _ in range(3)
+    )
+    ops, (a, b, mean, var) = torch.ops.fastcnn, torch.rand(4, 3).add(0.5)
+    for residual, weight, bias in ((None, None, None), (r, a, b)):
+        opcheck(ops.batch_norm_act_fwd, (x, residual, weight, bias, 1e-5, 1))
+        opcheck(ops.batch_norm_act_apply, (x, residual, weight, bias, mean, var, 1e-5, 2))
+        for want in (False, True):
+            args = (dy, x, residual, weight, bias, mean, var, 1e-5, 1, True, want)
+            opcheck(ops.batch_norm_act_bwd, args)
+    opcheck(ops.batch_norm_update_running, (a.to(dtype), b.to(dtype), mean, var, 0.1, 9))

@@ -1,0 +1,290 @@
+"""conv_bn_act against chains of torch.nn modules in float64.
+
+The expected gradients are autograd's of conv2d, batch_norm, add and relu. A chain amplifies
+roundings, and a rounding that crosses a kink of relu changes a gradient by as much as it is; so
+values and gradients of whole chains are compared in float64, where the distance to a kink is
+many roundings, and float32 and the half types only by the measure of tests/tolerance.py.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from shapes import LAYOUTS
+from tolerance import assert_as_exact_as_torch
+from torch import Tensor, nn
+
+from fastcnn.lab import kept_for_backward
+from fastcnn.nn import BatchNormAct2d, conv_bn_act
+
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z, "relu": F.relu, "relu6": F.relu6
+}  # fmt: skip
+
+
+class Chain(nn.Module):
+    """Steps (conv, bn), fused or as eager PyTorch runs them."""
+
+    def __init__(self, *steps: tuple[nn.Conv2d, BatchNormAct2d], fused: bool = True) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(conv for conv, _ in steps)
+        self.bns = nn.ModuleList(bn for _, bn in steps)
+        self.fused = fused
+        generator = torch.Generator().manual_seed(0)
+        for bn in self.bns:  # fresh ones hide what is unused: gamma 1, beta 0, mean 0, variance 1
+            for t, low, high in (
+                (bn.weight, -1.5, 1.5), (bn.bias, -0.5, 0.5),
+                (bn.running_mean, -0.5, 0.5), (bn.running_var, 0.5, 2.0),
+            ):  # fmt: skip
+                if t is not None:
+                    t.data.uniform_(low, high, generator=generator)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        steps = list(zip(self.convs, self.bns, strict=True))
+        if self.fused:
+            return conv_bn_act(x, steps, residual)
+        for conv, bn in steps:
+            x = nn.BatchNorm2d.forward(bn, conv(x))
+            if residual is not None and bn is self.bns[-1]:
+                x = x + residual
+            x = ACTS[bn.act](x)
+        return x
+
+
+def twin(chain: Chain) -> Chain:
+    eager = copy.deepcopy(chain)
+    eager.fused = False
+    return eager
+
+
+def results(
+    chain: Chain, x: Tensor, residual: Tensor | None, x_needs_grad: bool = True
+) -> dict[str, Tensor | None]:
+    """The output, all gradients, None where there is none, and all buffers after the call."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x_needs_grad)
+    if residual is not None:
+        residual = residual.detach().clone().requires_grad_()
+    y = chain(x, residual)
+    found = {"y": y.detach(), "dx": None, "dresidual": None}
+    if y.requires_grad:
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        y.backward(dy.to(y))
+        found["dx"] = x.grad
+        found["dresidual"] = None if residual is None else residual.grad
+        found |= {f"d{name}": p.grad for name, p in chain.named_parameters()}
+    return found | {name: b.clone() for name, b in chain.named_buffers()}
+
+
+def check_float64(
+    chain: Chain,
+    sizes: tuple[int, ...] = (3, 4, 9, 8),
+    residual: bool = False,
+    layout: str = "nchw",
+    **kwargs: Any,
+) -> dict[str, Tensor | None]:
+    """Equal to 1e-11 of the largest value. Another order of summation changes 1e-13 at most here;
+    an eps in the wrong place, or an unbiased variance for a biased one, 1e-6 and more."""
+    chain = copy.deepcopy(chain).double()  # without the gradients of earlier checks
+    x = torch.randn(sizes, dtype=torch.float64).contiguous(memory_format=LAYOUTS[layout])
+    eager = twin(chain)
+    with torch.no_grad():
+        added = torch.randn_like(copy.deepcopy(eager)(x)) if residual else None
+    actual, expected = results(chain, x, added, **kwargs), results(eager, x, added, **kwargs)
+    assert actual.keys() == expected.keys()
+    for name, want in expected.items():
+        got = actual[name]
+        assert (got is None) == (want is None), f"{name}: got {got}"
+        if want is not None:
+            largest = want.abs().max().item() if want.numel() > 0 else 0.0
+            atol = 1e-11 * max(largest, 1.0)
+            torch.testing.assert_close(got, want, rtol=0, atol=atol, msg=lambda m, n=name: n + m)
+    return actual
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def bottleneck(conv_bias: bool = False, act: str = "relu", **bn: Any) -> Chain:
+    """1x1, 3x3, 1x1 that widens: ResNet's."""
+    return Chain(
+        (nn.Conv2d(4, 6, 1, bias=conv_bias), BatchNormAct2d(6, act=act, **bn)),
+        (nn.Conv2d(6, 6, 3, padding=1, bias=conv_bias), BatchNormAct2d(6, act=act, **bn)),
+        (nn.Conv2d(6, 8, 1, bias=conv_bias), BatchNormAct2d(8, act=act, **bn)),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_chains(training: bool, residual: bool, layout: str) -> None:
+    # Lengths 1 to 3: a first step that is also the last, both apart, and one in between.
+    for length, act, bias in itertools.product((1, 2, 3), ACTS, (False, True)):
+        steps = bottleneck(conv_bias=bias, act=act)
+        chain = Chain(*list(zip(steps.convs, steps.bns, strict=True))[:length]).train(training)
+        check_float64(chain, residual=residual, layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "conv"),
+    [
+        ((2, 4, 9, 8), nn.Conv2d(4, 6, 3, stride=2, padding=1)),  # downsampling, odd and even size
+        ((2, 4, 9, 8), nn.Conv2d(4, 6, (3, 1), stride=(1, 2), padding=(1, 0))),  # unequal sides
+        ((2, 4, 9, 8), nn.Conv2d(4, 6, 3, padding=2, dilation=2)),  # segmentation networks
+        ((2, 4, 9, 8), nn.Conv2d(4, 8, 3, padding=1, groups=2)),  # ResNeXt
+        ((2, 4, 9, 8), nn.Conv2d(4, 4, 3, padding=1, groups=4)),  # depthwise
+        ((2, 4, 9, 8), nn.Conv2d(4, 6, 3, padding=4)),  # more padding than kernel
+        ((2, 4, 9, 8), nn.Conv2d(4, 1, 1)),  # one channel between: both layouts at once
+        ((3, 4, 3, 3), nn.Conv2d(4, 6, 3)),  # 1x1 images between
+        ((1, 4, 2, 1), nn.Conv2d(4, 6, 1)),  # two values a channel
+        ((0, 4, 9, 8), nn.Conv2d(4, 6, 3)),  # an empty batch
+    ],
+    ids=str,
+)  # fmt: skip
+def test_convolutions(sizes: tuple[int, ...], conv: nn.Conv2d) -> None:
+    # As the first step and, behind another, where its input is rebuilt in backward.
+    for layout, residual in itertools.product(LAYOUTS, [False, True]):
+        first = (nn.Conv2d(sizes[1], sizes[1], 1, bias=False), BatchNormAct2d(sizes[1]))
+        last = (copy.deepcopy(conv), BatchNormAct2d(conv.out_channels))
+        check_float64(Chain(last), sizes, residual, layout)
+        check_float64(Chain(first, last), sizes, residual, layout)
+
+
+def test_frozen_batch_norms_among_trained_ones() -> None:
+    # Fine-tuning: some normalise with running statistics, which then get no update.
+    for frozen in ([0], [1], [2], [0, 2]):
+        chain = bottleneck()
+        for i in frozen:
+            chain.bns[i].eval()
+        before = chain.bns[frozen[0]].running_mean.double()
+        after = check_float64(chain, residual=True)[f"bns.{frozen[0]}.running_mean"]
+        assert torch.equal(before, after)
+
+
+def test_batch_norms_of_other_kinds() -> None:
+    # Without parameters; without running statistics; with the cumulative average; another eps.
+    kinds = [{"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"eps": 0.1}]
+    for kind, training in itertools.product(kinds, [True, False]):
+        check_float64(bottleneck(**kind).train(training), residual=True)
+
+
+def test_parameters_shared_between_steps() -> None:
+    # As recurrent networks do: the gradients of both uses add up, both batches are counted.
+    for momentum in (0.1, None):
+        conv, bn = nn.Conv2d(4, 4, 3, padding=1), BatchNormAct2d(4, momentum=momentum)
+        chain = Chain((conv, bn), (conv, bn))
+        found = check_float64(chain)
+        assert found["bns.0.num_batches_tracked"] == 2
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    # Backward passes through them. A wrong one would be seen by an optimizer's weight decay.
+    for i, part in itertools.product(range(3), ("convs", "bns")):
+        chain = bottleneck(conv_bias=True)
+        getattr(chain, part)[i].requires_grad_(False)
+        found = check_float64(chain, residual=True)
+        assert found[f"d{part}.{i}.weight"] is None
+        assert found[f"d{part}.{i}.bias"] is None
+
+
+def test_an_input_that_needs_no_gradient() -> None:
+    # The first layer of every network: its convolution's dx is not even computed.
+    for residual in (False, True):
+        assert check_float64(bottleneck(), residual=residual, x_needs_grad=False)["dx"] is None
+
+
+def test_nothing_needs_a_gradient() -> None:
+    chain = bottleneck().requires_grad_(False)
+    assert not chain(torch.randn(2, 4, 5, 5)).requires_grad
+
+
+def check_rounding(layout: str, dtype: torch.dtype, autocast: bool) -> dict[str, Tensor]:
+    """Compare with float64 by eager's own error, over 8 draws.
+
+    Eight, because a chain's error is one rounding of an early layer, amplified: in one draw either
+    side may be 2.5 times as far off as the other, while the median of their ratio is 1.00. No
+    activation, so that no kink turns a rounding into a jump: there is a bound to speak of.
+    """
+    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for _ in range(8):
+        chain = bottleneck(conv_bias=True, act="none").to(torch.float32 if autocast else dtype)
+        x = torch.randn(4, 4, 9, 8).to(chain.convs[0].weight.dtype)
+        x = x.contiguous(memory_format=LAYOUTS[layout])
+        # In the dtype of the convolutions' outputs, as another layer's output is.
+        added = torch.randn(4, 8, 9, 8).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+        exact = results(twin(chain).double(), x.double(), added.double())
+        eager = twin(chain)
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            expected, actual = results(eager, x, added), results(chain, x, added)
+        for name, t in actual.items():
+            found.setdefault(name, []).append((t, expected[name], exact[name]))
+    pooled = {
+        name: [torch.stack(t) for t in zip(*draws, strict=True)] for name, draws in found.items()
+    }
+    for name, (got, expected, exact) in pooled.items():
+        assert got.dtype == expected.dtype, name
+        # The others are batch counters; and batch norm undoes the convolutions' bias, so that its
+        # gradient is 0 and all that is found there is noise.
+        if got.is_floating_point() and not (name.startswith("dconvs") and name.endswith("bias")):
+            assert_as_exact_as_torch(name, got, expected, exact)
+    return {name: draws[0] for name, draws in pooled.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_types(layout: str, dtype: torch.dtype) -> None:
+    check_rounding(layout, dtype, autocast=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_autocast(layout: str) -> None:
+    # Parameters stay float32, images are bfloat16; gradients of parameters and of x are float32.
+    found = check_rounding(layout, torch.bfloat16, autocast=True)
+    assert found["y"].dtype is found["dresidual"].dtype is torch.bfloat16
+    assert found["dx"].dtype is found["dconvs.0.weight"].dtype is torch.float32
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    # As it does with F.conv2d.
+    with torch.autocast("cpu", torch.bfloat16):
+        check_float64(bottleneck(), residual=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("act", ACTS)
+def test_what_is_kept_for_backward(act: str, layout: str) -> None:
+    # Counted in bytes: the input, every raw convolution output, in training mean and var of every
+    # step, and the output where a residual went through an activation. No activation in between.
+    x = torch.randn(4, 4, 9, 8).contiguous(memory_format=LAYOUTS[layout])
+    added = torch.randn(4, 8, 9, 8).contiguous(memory_format=LAYOUTS[layout])
+    image = 4 * 9 * 8 * 4
+    for training, residual in itertools.product([True, False], [None, added]):
+        chain = bottleneck(act=act).train(training)
+        state = [*chain.parameters(), *chain.buffers()]
+        kept = kept_for_backward(lambda c=chain, r=residual: c(x, r), exclude=state)
+        y = 8 if residual is not None and act != "none" else 0
+        stats = 2 * (6 + 6 + 8) * 4 if training else 0
+        assert kept == image * (4 + 6 + 6 + 8 + y) + stats
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_activations_are_rebuilt_bit_for_bit(layout: str, dtype: torch.dtype) -> None:
+    # Two steps keep no activation; cut in two chains they keep it. Both must give the same bits,
+    # also where a rounding decides about a kink, in the gradient of the second weight above all.
+    whole = bottleneck(conv_bias=True, act="relu6").to(dtype)
+    parts = copy.deepcopy(whole)
+    steps = list(zip(parts.convs, parts.bns, strict=True))
+    x = torch.randn(4, 4, 9, 8).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    whole(x).square().sum().backward()
+    a = x
+    for step in steps:
+        a = conv_bn_act(a, [step])
+    a.square().sum().backward()
+    for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name

@@ -1,0 +1,177 @@
+"""What a user gets wrong: TypeError or ValueError that names the argument, expected and got."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastcnn import _C, functional
+from fastcnn._version_check import check_torch
+from fastcnn.functional import ConvBnActStep
+from fastcnn.nn import BatchNormAct2d, conv_bn_act
+
+X = torch.randn(2, 3, 4, 4)
+HALF = X.bfloat16()
+C3, C4 = torch.ones(3), torch.ones(4)
+
+# What replaces a good argument of batch_norm_act, the error, and what its message names.
+BATCH_NORM_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"input": [1.0]}, TypeError, r"input: expected a Tensor, got list"),
+    ({"input": X[0]}, ValueError, r"input: expected 4 dimensions .*, got 3: \[3, 4, 4\]"),
+    ({"input": X[None]}, ValueError, r"input: expected 4 dimensions .*, got 5"),
+    ({"input": X.long()}, TypeError, r"input: expected float32, .*, got torch.int64"),
+    # Layouts that only a copy would bring in order: the message says how to make it.
+    ({"input": X.mT}, ValueError, r"input: expected a dense .* strides \[48, 16, 1, 4\]; call"),
+    ({"input": X[..., ::2]}, ValueError, r"input: expected a dense NCHW or channels_last"),
+    ({"input": torch.ones(1).expand(2, 3, 4, 4)}, ValueError, r"strides \[0, 0, 0, 0\]"),
+    ({"input": C3[None, :, None, None]}, ValueError, r"more than 1 value .*\[1, 3, 1, 1\]"),
+    ({"weight": C4}, ValueError, r"weight: expected 3 numbers, .* got sizes \[4\]"),
+    ({"bias": C3[None]}, ValueError, r"bias: expected 3 numbers, .* got sizes \[1, 3\]"),
+    ({"running_mean": C4}, ValueError, r"running_mean: expected 3 numbers"),
+    ({"weight": 1.0}, TypeError, r"weight: expected a Tensor, got float"),
+    ({"weight": C3.double()}, TypeError, r"expected torch.float32 beside .*float32, got .*float64"),
+    # Half parameters beside float32 images would lose digits unnoticed.
+    ({"running_var": C3.half()}, TypeError, r"running_var: expected torch.float32 .*float16"),
+    ({"input": HALF, "bias": C3.half()}, TypeError, r"bias: expected torch.bfloat16 or .*float32"),
+    ({"weight": C3.to("meta")}, ValueError, r"weight: expected device cpu, got meta"),
+    ({"running_var": None}, ValueError, r"running_var: expected a Tensor as its partner"),
+    ({"running_mean": None}, ValueError, r"running_mean: expected a Tensor as its partner"),
+    (
+        {"running_mean": None, "running_var": None, "training": False}, ValueError,
+        r"running_mean: expected a Tensor where training=False, got None",
+    ),
+    ({"residual": 0}, TypeError, r"residual: expected a Tensor, got int"),
+    ({"residual": X[:1]}, ValueError, r"residual: expected sizes \[2, 3, 4, 4\], got \[1, 3, 4, 4"),
+    ({"residual": HALF}, TypeError, r"residual: expected torch.float32 .*, got torch.bfloat16"),
+    ({"residual": X.to("meta")}, ValueError, r"residual: expected device cpu, got meta"),
+    (
+        {"residual": X.contiguous(memory_format=torch.channels_last)}, ValueError,
+        r"residual: expected the input's memory format torch.contiguous_format, got strides",
+    ),
+    ({"act": "swish"}, ValueError, r"act: expected one of none, relu, relu6, got 'swish'"),
+    ({"act": None}, ValueError, r"act: expected one of none, relu, relu6, got None"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bad", "error", "message"), BATCH_NORM_ERRORS)
+def test_batch_norm_act(bad: dict[str, Any], error: type[Exception], message: str) -> None:
+    good = {"input": X, "running_mean": C3, "running_var": C3, "weight": C3, "bias": C3}
+    with pytest.raises(error, match=f"^batch_norm_act: .*{message}"):
+        functional.batch_norm_act(**{**good, "training": True, **bad})
+
+
+STEP = ConvBnActStep(torch.randn(4, 3, 3, 3), C4, 1, 1, 1, 1, C4, C4, C4, C4, True)
+SECOND = STEP._replace(weight=torch.randn(4, 4, 1, 1), padding=0)
+
+# What replaces something in the second step of a good chain.
+STEP_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"weight": None}, TypeError, r"weight: expected a Tensor, got NoneType"),
+    ({"weight": C4}, ValueError, r"weight: expected 4 dimensions .*, got \[4\]"),
+    ({"weight": torch.ones(4, 3, 1, 1)}, ValueError, r"expected 4 input channels, got 3 \(3 for"),
+    ({"weight": SECOND.weight.half()}, TypeError, r"weight: expected torch.float32 .*float16"),
+    ({"weight": torch.ones(4, 4, 5, 1)}, ValueError, r"weight: expected a kernel that fits into"),
+    ({"groups": 0}, ValueError, r"expected 4 input channels, got 0"),
+    ({"weight": torch.ones(3, 2, 1, 1), "groups": 2}, ValueError, r"groups: expected a divisor"),
+    ({"conv_bias": C3}, ValueError, r"conv_bias: expected 4 numbers, got \[3\]"),
+    ({"conv_bias": C4.to("meta")}, ValueError, r"conv_bias: expected device cpu, got meta"),
+    ({"stride": 0}, ValueError, r"stride 0"),
+    ({"dilation": 0}, ValueError, r"dilation 0"),
+    ({"padding": -1}, ValueError, r"padding -1"),
+    ({"bn_weight": C3}, ValueError, r"bn_weight: expected 4 numbers"),
+    ({"bn_bias": C4.double()}, TypeError, r"bn_bias: expected torch.*float32 .*float64"),
+    ({"running_mean": C3}, ValueError, r"running_mean: expected 4 numbers"),
+    ({"running_mean": None, "running_var": None, "training": False}, ValueError, r"training=False"),
+    ({"stride": 4, "training": True}, ValueError, r"more than 1 value per channel"),
+    ({"act": "gelu"}, ValueError, r"act: expected one of none, relu, relu6, got 'gelu'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize(("bad", "error", "message"), STEP_ERRORS)
+def test_a_step_of_conv_bn_act(
+    bad: dict[str, Any], error: type[Exception], message: str, autocast: bool
+) -> None:
+    # One image, so that stride 4 leaves a single value a channel. Casting must not get in the way.
+    if autocast and "weight: expected torch.float32" in message:
+        return  # cast to the autocast dtype like any other
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(error, match=f"^conv_bn_act: step 1: .*{message}"),
+    ):
+        functional.conv_bn_act(X[:1], [STEP, SECOND._replace(**bad)])
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_conv_bn_act(autocast: bool) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with pytest.raises(ValueError, match="conv_bn_act: steps: expected at least one, got none"):
+            functional.conv_bn_act(X, [])
+        with pytest.raises(TypeError, match="conv_bn_act: input: expected a Tensor, got str"):
+            functional.conv_bn_act("x", [STEP])
+        with pytest.raises(
+            ValueError, match=r"residual: expected sizes \[2, 4, 4, 4\], got \[2, 3"
+        ):
+            functional.conv_bn_act(X, [STEP], residual=X)
+        with pytest.raises(TypeError, match="residual: expected a Tensor, got int"):
+            functional.conv_bn_act(X, [STEP], residual=1)
+
+
+@pytest.mark.parametrize("kwargs", [{"padding": "same"}, {"padding_mode": "reflect", "padding": 1}])
+def test_convolutions_that_the_chain_does_not_run(kwargs: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match="step 0: expected padding numbers with padding_mode='zero"
+    ):
+        conv_bn_act(X, [(nn.Conv2d(3, 4, 3, **kwargs), BatchNormAct2d(4))])
+
+
+def test_an_activation_that_a_module_does_not_know() -> None:
+    # At construction, not at the first batch.
+    with pytest.raises(ValueError, match=r"BatchNormAct2d: act: expected one of .*, got 'tanh'"):
+        BatchNormAct2d(3, act="tanh")
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "1.13.0+cu117", "nightly"])
+def test_torch_too_old(version: str) -> None:
+    with pytest.raises(ImportError, match=r"fastcnn 0.1 needs torch 2.11 or later, found torch"):
+        check_torch(version, "0.1")
+
+
+def test_torch_new_enough() -> None:
+    # By numbers, not by text: "2.9" > "2.11" and "10.0" < "2.11" as strings.
+    for version in ("2.11.0", "2.13.0+cpu", "3.0.0a0+git1234", "10.0.1"):
+        check_torch(version, "0.1")
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("80-real,90", 80, True),  # its own machine code
+        ("80-real,90", 86, True),  # machine code of a lower minor version
+        ("80-real,90", 75, False),  # older than everything there is
+        ("80-real,90", 100, True),  # from PTX of 90
+        ("80-real,90-real", 100, False),  # no PTX
+        ("86-real", 80, False),  # machine code of a higher minor version
+        ("90-virtual", 90, True),  # PTX alone serves its own version
+        ("90-virtual", 89, False),  # and none before
+        ("100-real", 120, False),  # another major version
+    ],
+)
+def test_code_for_the_card_that_is_there(archs: str, capability: int, runs: bool) -> None:
+    missing = _C.missing_cuda_code(archs, capability)
+    if runs:
+        assert missing == ""
+    else:
+        for part in (f"for {archs} ", f"got sm_{capability}", f"FASTCNN_CUDA_ARCHS={capability}"):
+            assert part in missing
+
+
+def test_an_unknown_cpu_capability() -> None:
+    code = "import fastcnn, torch; fastcnn.nn.BatchNormAct2d(3)(torch.ones(2, 3, 4, 4))"
+    env = {**os.environ, "FASTCNN_CPU_CAPABILITY": "avx3"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 1, "an exception, not a crash"
+    assert "FASTCNN_CPU_CAPABILITY: expected baseline, avx2 or avx512, got avx3" in done.stderr

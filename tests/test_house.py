@@ -1,0 +1,66 @@
+"""The house: every op has all its rooms, and its tables agree with each other."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastcnn
+from fastcnn import _C, functional, info
+from fastcnn.ops.activation import ACT_NUMBER
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = [name for name in functional.__all__ if name.islower()]
+KERNEL_OPS = [op for op in OPS if (ROOT / f"csrc/{op}.cpp").exists()]
+
+
+def test_there_are_ops() -> None:
+    # The tests below walk these lists: empty ones would prove nothing.
+    assert "batch_norm_act" in KERNEL_OPS
+    assert set(KERNEL_OPS) < set(OPS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_has_all_rooms(op: str) -> None:
+    rooms = [f"fastcnn/ops/{op}.py", f"fastcnn/nn/{op}.py", f"tests/test_{op}.py"]
+    if op in KERNEL_OPS:
+        rooms += [f"csrc/{op}.h", f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu"]
+        rooms += [f"fastcnn/reference/{op}.py", f"benchmarks/bench_{op}.py"]
+        rooms += [f"tests/test_{op}_cuda.py", f"tests/cuda_emu/{op}.cpp"]
+    missing = [room for room in rooms if not (ROOT / room).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("op", KERNEL_OPS)
+def test_sources_are_built(op: str) -> None:
+    # CMakeLists.txt lists sources by name: a forgotten one leaves its operators without kernels.
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    for source in (f"csrc/{op}.cpp", f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu"):
+        assert source in cmake
+
+
+def test_info_names_every_op() -> None:
+    assert set(info.BACKENDS) == set(OPS)
+
+
+def test_activation_tables_agree() -> None:
+    # One table in Python, one in C++: the operator schemas carry the number.
+    header = (ROOT / "csrc/common/activation.h").read_text()
+    table = re.search(r"enum class Act : int32_t \{(.*?)\};", header)
+    assert table is not None
+    in_cpp = {name.lower(): int(n) for name, n in re.findall(r"k(\w+) = (\d+)", table[1])}
+    assert in_cpp == ACT_NUMBER
+
+
+@pytest.mark.parametrize("name", [n for n in dir(torch.ops.fastcnn) if n.startswith("batch_norm")])
+def test_operators_have_cpu_and_cuda_kernels(name: str) -> None:
+    # Declared in Python, implemented in _ops.so: a typo on one side shows here.
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcnn::{name}", "CPU")
+    has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcnn::{name}", "CUDA")
+    assert has_cuda == bool(_C.cuda_version)
+
+
+def test_version_is_the_project_s() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{fastcnn.__version__}"' in project

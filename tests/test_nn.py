@@ -1,0 +1,121 @@
+"""BatchNormAct2d against torch.nn.BatchNorm2d, which it replaces in a network that exists."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_as_exact_as_torch
+from torch import Tensor, nn
+
+from fastcnn import _C
+from fastcnn.nn import BatchNormAct2d
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"momentum": 0.3, "eps": 0.1},
+    {"momentum": None},  # the cumulative average
+    {"affine": False},
+    {"track_running_stats": False},  # evaluation then uses the batch's statistics
+]
+LEVELS = _C.cpu_levels.split(",")
+
+
+def pair(dtype: torch.dtype | None = None, **kwargs: Any) -> tuple[nn.BatchNorm2d, BatchNormAct2d]:
+    return nn.BatchNorm2d(3, dtype=dtype, **kwargs), BatchNormAct2d(3, dtype=dtype, **kwargs)
+
+
+def images(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(4, 3, 5, 7, generator=generator) + 1).to(dtype)
+
+
+def assert_same_state(actual: nn.Module, expected: nn.Module, **tolerance: float) -> None:
+    a, e = actual.state_dict(), expected.state_dict()
+    assert list(a) == list(e)
+    for name in e:
+        torch.testing.assert_close(a[name], e[name], msg=lambda m, n=name: n + m, **tolerance)
+
+
+@pytest.mark.parametrize("kwargs", KINDS, ids=str)
+def test_running_statistics_over_several_batches(kwargs: dict[str, Any]) -> None:
+    # Training, evaluation that must leave them, and training again; batches are counted.
+    expected, actual = pair(torch.float64, **kwargs)
+    for i, training in enumerate([True, True, False, True]):
+        x = images(i, torch.float64)
+        y, want = actual.train(training)(x), expected.train(training)(x).relu()
+        torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+        assert_same_state(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_tracking_switched_off_after_construction() -> None:
+    # A common way to keep the statistics that there are; they still serve in evaluation.
+    expected, actual = pair(torch.float64)
+    for module in (expected, actual):
+        module(images(0, torch.float64))
+        module.track_running_stats = False
+    for i, training in enumerate([True, False]):
+        x = images(i, torch.float64)
+        y, want = actual.train(training)(x), expected.train(training)(x).relu()
+        torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+        assert_same_state(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_module_all_in_half(dtype: torch.dtype) -> None:
+    # model.to(bfloat16): parameters and statistics are half too, and stay so.
+    expected, actual = pair(dtype)
+    exact = nn.BatchNorm2d(3, dtype=torch.float64)
+    for i in range(3):
+        x = images(i, dtype)
+        y, eager_y, exact_y = actual(x), expected(x).relu(), exact(x.double()).relu()
+        assert_as_exact_as_torch("y", y, eager_y, exact_y)
+        for name in ("running_mean", "running_var"):
+            found = [getattr(module, name) for module in (actual, expected, exact)]
+            assert found[0].dtype is dtype
+            assert_as_exact_as_torch(name, *found)
+
+
+@pytest.mark.parametrize("kwargs", KINDS, ids=str)
+def test_state_dict_both_ways(kwargs: dict[str, Any]) -> None:
+    # Weights trained with one load into the other, strictly.
+    expected, actual = pair(**kwargs)
+    for source, target in ((expected, actual), (actual, expected)):
+        source(images(0))
+        for p in source.parameters():
+            nn.init.normal_(p)
+        target.load_state_dict(source.state_dict())
+        assert_same_state(target, source, rtol=0, atol=0)
+
+
+def test_it_is_a_batch_norm() -> None:
+    # Code that freezes, counts or exempts from weight decay asks with isinstance.
+    module = BatchNormAct2d(3, act="relu6")
+    assert isinstance(module, nn.BatchNorm2d)
+    assert repr(module) == repr(nn.BatchNorm2d(3)).replace("BatchNorm2d", "BatchNormAct2d")[:-1] + (
+        ", act=relu6)"
+    )
+
+
+def test_the_residual_comes_before_the_activation() -> None:
+    expected, actual = pair(torch.float64)
+    x, residual = images(0, torch.float64), images(1, torch.float64)
+    want = (expected(x) + residual).relu()
+    torch.testing.assert_close(actual(x, residual), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("level", LEVELS[: LEVELS.index(_C.cpu_capability()) + 1])
+def test_every_instruction_set(level: str) -> None:
+    # The kernels are compiled once for each; this processor can run its own and all lower ones.
+    # The shapes' and the combinations' tests run again in a process that is told which to use.
+    check = f"from fastcnn import _C; assert _C.cpu_capability() == {level!r}"
+    tests = str(Path(__file__).with_name("test_batch_norm_act.py"))
+    select = "combination or (shape and not 56x56 and not 112x112 and not 28x28) or slices"
+    arguments = [tests, "-q", "-k", select, "-p", "no:cacheprovider"]
+    code = f"{check}; import pytest; raise SystemExit(pytest.main({arguments}))"
+    env = {**os.environ, "FASTCNN_CPU_CAPABILITY": level}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

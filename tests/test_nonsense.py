@@ -1,0 +1,154 @@
+"""torch.ops.fastcnn called directly, with nonsense: it always raises, and never reads elsewhere.
+
+Every argument of every operator is replaced by everything that could lead a kernel astray, one at a
+time and several at once.
+"""
+
+import random
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shapes import LAYOUTS
+from torch import Tensor
+
+import fastcnn  # noqa: F401  (declares the operators)
+
+
+def without_storage(t: Tensor, kept: float, offset: int = 0) -> Tensor:
+    """t's sizes and strides over a storage that has shrunk since."""
+    storage = torch.cat([t.new_zeros(offset), t.flatten()]).untyped_storage()
+    view = t.new_empty(0).set_(storage, offset, t.shape, t.stride())
+    storage.resize_(int(storage.nbytes() * kept))
+    return view
+
+
+ANY: dict[str, Callable[[Tensor], Any]] = {
+    "None": lambda t: None,
+    "no tensor": lambda t: "x",
+    "a number": lambda t: 1.0,
+    "int64": lambda t: t.long(),
+    "bool": lambda t: t.bool(),
+    "complex": lambda t: t.to(torch.complex64),
+    "other float": lambda t: t.half() if t.dtype == torch.float64 else t.double(),
+    "another half": lambda t: t.half() if t.dtype == torch.bfloat16 else t.bfloat16(),
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "expanded": lambda t: t.flatten()[0].expand(t.shape),
+    "huge strides": lambda t: t.new_zeros(t.numel() * 64).as_strided(
+        t.shape, [64 * s for s in t.stride()]
+    ),
+    "empty": lambda t: t[:0],
+    "shorter": lambda t: t[:1],
+    "longer": lambda t: torch.cat([t, t]),
+    "another dimension": lambda t: t[None],
+    "a dimension less": lambda t: t[0],
+    "no dimension": lambda t: t.flatten()[0],
+    "storage freed": lambda t: without_storage(t, 0),
+    "storage freed behind an offset": lambda t: without_storage(t, 0, 5),
+    "storage halved": lambda t: without_storage(t, 0.5),
+}
+IMAGE: dict[str, Callable[[Tensor], Any]] = {
+    "overlapping": lambda t: t.as_strided(t.shape, (1, 1, 1, 1)),
+    "channel less": lambda t: t[:, 1:].clone(),
+    "column less": lambda t: t[..., 1:].clone(),
+    "transposed": lambda t: t.mT,
+    "permuted": lambda t: t.permute(0, 2, 1, 3),
+    "the other layout": lambda t: t.contiguous(
+        memory_format=LAYOUTS["channels_last" if t.is_contiguous() else "nchw"]
+    ),
+}
+CHANNELS: dict[str, Callable[[Tensor], Any]] = {"strided": lambda t: t.repeat_interleave(2)[::2]}
+NUMBERS: dict[str, list[Any]] = {
+    "act": [-1, 3, 2**31, -(2**63), 2**63 - 1, None, "relu"],
+    "count": [1, 0, -5, -(2**63), None, "x"],
+    "eps": [None, "x"],
+    "momentum": [None, "x"],
+}
+OPTIONAL = ("residual", "y", "weight", "bias")
+IMAGES = ("x", "residual", "y", "dy")
+
+
+def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
+    def image() -> Tensor:  # square, so that a transposed one has the same sizes
+        return torch.randn(2, 6, 4, 4).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+
+    c = [torch.ones(6, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(4)]
+    norm: dict[str, Any] = {"weight": c[0], "bias": c[1]}
+    stats, rest = {"mean": c[2], "var": c[3]}, {"eps": 1e-5, "act": 1}
+    if op == "batch_norm_act_fwd":
+        return {"x": image(), "residual": image(), **norm, **rest}
+    if op == "batch_norm_act_apply":
+        return {"x": image(), "residual": image(), **norm, **stats, **rest}
+    if op == "batch_norm_act_bwd":
+        images = {"dy": image(), "x": image(), "y": image()}
+        return {**images, **norm, **stats, **rest, "training": True, "want_dresidual": True}
+    return {"running_mean": c[0], "running_var": c[1], **stats, "momentum": 0.1, "count": 9}
+
+
+OPS = ["batch_norm_act_fwd", "batch_norm_act_apply", "batch_norm_act_bwd"]
+OPS += ["batch_norm_update_running"]
+
+
+def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
+    """Call the operators with nonsense; how often, and which calls did not raise."""
+    accepted, calls = [], 0
+    generator = random.Random(0)
+
+    def attempt(op: str, dtype: torch.dtype, layout: str, bad: list[tuple[str, str]]) -> None:
+        nonlocal calls
+        arguments = good_arguments(op, dtype, layout)
+        for name, kind in bad:
+            spoil = (ANY | IMAGE | CHANNELS).get(kind)
+            good = arguments[name]
+            arguments[name] = NUMBERS[name][int(kind)] if spoil is None else spoil(good)
+        case = f"{op} {dtype} {layout} {bad}"
+        log.write_text(case)
+        calls += 1
+        try:
+            getattr(torch.ops.fastcnn, op)(*arguments.values())
+        except Exception:
+            return
+        accepted.append(case)
+
+    for op in OPS:
+        for layout in LAYOUTS:
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+                getattr(torch.ops.fastcnn, op)(*good_arguments(op, dtype, layout).values())
+                choices = [
+                    (name, kind)
+                    for name, good in good_arguments(op, dtype, layout).items()
+                    for kind in kinds(name, good)
+                ]
+                for choice in choices:
+                    attempt(op, dtype, layout, [choice])
+                # Several at once: one check must not lead another astray. Different kinds, since
+                # x and residual in the other layout are no nonsense.
+                for _ in range(30):
+                    bad = {kind: name for name, kind in generator.sample(choices, 3)}
+                    attempt(op, dtype, layout, list({v: k for k, v in bad.items()}.items()))
+    return calls, accepted
+
+
+def kinds(name: str, good: Any) -> list[str]:
+    if not isinstance(good, Tensor):
+        return [str(i) for i in range(len(NUMBERS.get(name, [])))]
+    own = ANY | (IMAGE if name in IMAGES else CHANNELS)
+    return [kind for kind in own if not (kind == "None" and name in OPTIONAL)]
+
+
+def test_nonsense_raises(tmp_path: Path) -> None:
+    # In a process of its own, so that a crash is a failure that names the call.
+    log = tmp_path / "call"
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            calls, accepted = pool.submit(partial(accepted_nonsense, log)).result()
+        except Exception as error:
+            pytest.fail(f"{type(error).__name__} in {log.read_text()}")
+    assert calls > 1000
+    assert not accepted, f"{len(accepted)} of {calls} calls did not raise:\n" + "\n".join(accepted)
