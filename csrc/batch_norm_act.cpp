@@ -111,6 +111,7 @@ void update_running(Tensor running_mean, Tensor running_var, const Tensor& mean,
                     double momentum, int64_t count) {
   constexpr const char* kOp = "batch_norm_update_running";
   const auto dense = [&](const char* name, const Tensor& t, const Tensor& like) {
+    check_storage(kOp, name, t);
     if (t.dim() != 1 || t.size(0) != running_mean.size(0) ||
         t.scalar_type() != like.scalar_type() || t.device() != running_mean.device() ||
         (t.size(0) > 1 && t.stride(0) != 1)) {

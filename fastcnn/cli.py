@@ -51,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="train a ResNet-20 on real images in seconds and compare with plain PyTorch",
-        description="Trains a ResNet-20 on scikit-learn's 8x8 digits, tests it once, compares "
+        help="train ResNet-20 on real images in under a minute, and compare with plain PyTorch",
+        description="Trains a ResNet-20 on scikit-learn's digits, tests it once, compares "
         "time and memory of a training step with plain PyTorch, and writes summary.json and "
         "curves.png.",
     )

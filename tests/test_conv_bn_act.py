@@ -204,14 +204,14 @@ def test_nothing_needs_a_gradient() -> None:
 
 
 def check_rounding(layout: str, dtype: torch.dtype, autocast: bool) -> dict[str, Tensor]:
-    """Compare with float64 by eager's own error, over 8 draws.
+    """Compare with float64 by eager's own error, over 32 draws.
 
-    Eight, because a chain's error is one rounding of an early layer, amplified: in one draw either
+    Many, because a chain's error is one rounding of an early layer, amplified: in one draw either
     side may be 2.5 times as far off as the other, while the median of their ratio is 1.00. No
     activation, so that no kink turns a rounding into a jump: there is a bound to speak of.
     """
     found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    for _ in range(8):
+    for _ in range(32):
         chain = bottleneck(conv_bias=True, act="none").to(torch.float32 if autocast else dtype)
         x = torch.randn(4, 4, 9, 8).to(chain.convs[0].weight.dtype)
         x = x.contiguous(memory_format=LAYOUTS[layout])

@@ -50,10 +50,10 @@ def test_parts_are_a_partition_with_every_digit_in_each() -> None:
 def test_normalisation_comes_from_the_training_images() -> None:
     # Statistics of all images would let the test images into training.
     digits = demo.load()
-    x = demo.normalize(digits.train.x, digits).numpy().astype(np.float64)
+    x = demo.prepare(digits.train.x, digits).numpy().astype(np.float64)
     assert abs(x.mean()) < 1e-5
     assert abs(x.std() - 1) < 1e-4
-    assert abs(demo.normalize(digits.test.x, digits).mean().item()) > 1e-4
+    assert abs(demo.prepare(digits.test.x, digits).mean().item()) > 1e-4
 
 
 def test_shift_moves_each_image_by_at_most_one_pixel() -> None:

@@ -1,5 +1,6 @@
 """BatchNormAct2d against torch.nn.BatchNorm2d, which it replaces in a network that exists."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from tolerance import assert_as_exact_as_torch
 from torch import Tensor, nn
 
 from fastcnn import _C
+from fastcnn.lab import kept_for_backward
 from fastcnn.nn import BatchNormAct2d
 
 KINDS: list[dict[str, Any]] = [
@@ -105,6 +107,20 @@ def test_the_residual_comes_before_the_activation() -> None:
     x, residual = images(0, torch.float64), images(1, torch.float64)
     want = (expected(x) + residual).relu()
     torch.testing.assert_close(actual(x, residual), want, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_kept_for_backward() -> None:
+    # In bytes: x, in training mean and var, and y only where a residual went through an activation;
+    # without one z is rebuilt from x, without the other no z is needed.
+    x, residual = images(0), images(1)
+    for training, act, added in itertools.product(
+        [True, False], ["none", "relu"], [None, residual]
+    ):
+        module = BatchNormAct2d(3, act=act).train(training)
+        state = [*module.parameters(), *module.buffers()]
+        kept = kept_for_backward(lambda m=module, r=added: m(x, r), exclude=state)
+        y = x.nbytes if act == "relu" and added is not None else 0
+        assert kept == x.nbytes + y + (2 * 3 * 4 if training else 0)
 
 
 @pytest.mark.parametrize("level", LEVELS[: LEVELS.index(_C.cpu_capability()) + 1])

@@ -30,10 +30,12 @@ struct Moments {
   }
 };
 
-// Rows [begin, end): mean[i] and m2[i] of each of the `wide` columns. sum, dev and sq are scratch.
+// Rows [begin, end): of each of the `wide` columns m2[i] and the mean origin[i] + mean[i]. The
+// origin is the first chunk's mean: what is left has the size of the deviations, and rounds like
+// them. sum, dev and sq are scratch.
 template <class T>
-void column_moments(const T* x, int64_t begin, int64_t end, const WideRows& w, Acc<T>* mean,
-                    Acc<T>* m2, Acc<T>* sum, Acc<T>* dev, Acc<T>* sq) {
+void column_moments(const T* x, int64_t begin, int64_t end, const WideRows& w, Acc<T>* origin,
+                    Acc<T>* mean, Acc<T>* m2, Acc<T>* sum, Acc<T>* dev, Acc<T>* sq) {
   using S = Acc<T>;
   for (int64_t chunk = begin; chunk < end; chunk += w.chunk) {
     const int64_t rows = min(w.chunk, end - chunk);
@@ -45,15 +47,20 @@ void column_moments(const T* x, int64_t begin, int64_t end, const WideRows& w, A
     });
     for_each_block<S>(rows, w.wide, [&](auto block, int64_t row, int64_t i, int64_t) {
       Vec<S> total = load(sum + i);
+#pragma GCC unroll 4
       for (int u = 0; u < block.value; ++u) total += load(first + (row + u) * w.wide + i);
       store(sum + i, total);
     });
     const Vec<S> inverse = splat(S(1) / static_cast<S>(rows));
     for_each_vector<S>(w.wide,
                        [&](int64_t i, int64_t) { store(sum + i, load(sum + i) * inverse); });
+    if (chunk == begin) {
+      for_each_vector<S>(w.wide, [&](int64_t i, int64_t) { store(origin + i, load(sum + i)); });
+    }
     for_each_block<S>(rows, w.wide, [&](auto block, int64_t row, int64_t i, int64_t) {
       const Vec<S> center = load(sum + i);
       Vec<S> deviations = load(dev + i), squares = load(sq + i);
+#pragma GCC unroll 4
       for (int u = 0; u < block.value; ++u) {
         const Vec<S> a = load(first + (row + u) * w.wide + i) - center;
         deviations += a;
@@ -67,7 +74,7 @@ void column_moments(const T* x, int64_t begin, int64_t end, const WideRows& w, A
     const Vec<S> spread = splat(seen * static_cast<S>(rows) / total);
     for_each_vector<S>(w.wide, [&](int64_t i, int64_t) {
       const Vec<S> drift = load(dev + i) * inverse;
-      const Vec<S> delta = (load(sum + i) - load(mean + i)) + drift;
+      const Vec<S> delta = ((load(sum + i) - load(origin + i)) - load(mean + i)) + drift;
       store(mean + i, load(mean + i) + delta * share);
       store(m2 + i, load(m2 + i) + (load(sq + i) - load(dev + i) * drift) + delta * delta * spread);
     });
@@ -117,35 +124,40 @@ template <class T>
 void batch_moments(const T* x, const WideRows& w, Acc<T>* mean_out, Acc<T>* var_out) {
   using S = Acc<T>;
   Scratch<S> mean(w.tasks * w.wide), m2(w.tasks * w.wide), scratch(w.tasks * w.wide * 3);
+  Scratch<S> origin(w.tasks * w.wide);
   const auto stats = [&](int64_t task) {
     const int64_t o = task * w.wide;
     S* sum = scratch.get() + 3 * o;
-    column_moments(x, w.first(task), w.last(task), w, mean.get() + o, m2.get() + o, sum,
-                   sum + w.wide, sum + 2 * w.wide);
+    column_moments(x, w.first(task), w.last(task), w, origin.get() + o, mean.get() + o,
+                   m2.get() + o, sum, sum + w.wide, sum + 2 * w.wide);
   };
   parallel_for(w.tasks, w.grain, stats);
   // Tasks and repeats are joined in double, channels side by side: the mean, then all squares
   // around it.
   Scratch<double> total(w.c), squares(w.c);
-  const auto for_each_part = [&](auto body) {  // body(count, means, m2s) of c channels
-    for (int64_t task = 0; task < w.tasks; ++task) {
-      const double count = static_cast<double>(w.last(task) - w.first(task));
-      for (int64_t i = task * w.wide; i < (task + 1) * w.wide; i += w.c) {
-        body(count, mean.get() + i, m2.get() + i);
-      }
-    }
-  };
+  const auto for_each_part =
+      [&](auto body) {  // body(count, i): the columns from i on of c channels
+        for (int64_t task = 0; task < w.tasks; ++task) {
+          const double count = static_cast<double>(w.last(task) - w.first(task));
+          for (int64_t i = task * w.wide; i < (task + 1) * w.wide; i += w.c) {
+            body(count, i);
+          }
+        }
+      };
   const double count = static_cast<double>(w.pixels);
   const T* rest = x + w.rows * w.wide;
-  for_each_part([&](double part, const S* means, const S*) {
-    for (int64_t j = 0; j < w.c; ++j) total[j] += part * static_cast<double>(means[j]);
+  const auto mean_of = [&](int64_t column) {
+    return static_cast<double>(origin[column]) + static_cast<double>(mean[column]);
+  };
+  for_each_part([&](double part, int64_t i) {
+    for (int64_t j = 0; j < w.c; ++j) total[j] += part * mean_of(i + j);
   });
   for (int64_t i = 0; i < w.rest; ++i) total[i % w.c] += static_cast<double>(load(rest + i, 1)[0]);
   for (int64_t j = 0; j < w.c; ++j) total[j] /= count;
-  for_each_part([&](double part, const S* means, const S* m2s) {
+  for_each_part([&](double part, int64_t i) {
     for (int64_t j = 0; j < w.c; ++j) {
-      const double delta = static_cast<double>(means[j]) - total[j];
-      squares[j] += static_cast<double>(m2s[j]) + part * delta * delta;
+      const double delta = mean_of(i + j) - total[j];
+      squares[j] += static_cast<double>(m2[i + j]) + part * delta * delta;
     }
   });
   for (int64_t i = 0; i < w.rest; ++i) {

@@ -64,6 +64,7 @@ void normalize(const T* x, const T* residual, T* y, int64_t rows, int64_t length
         rows, length,
         [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
           const Vec<S> m = mean.at(i), s = scale.at(i), b = bias.at(i);
+#pragma GCC unroll 4
           for (int u = 0; u < block.value; ++u) {
             const int64_t o = (row + u) * length + i;
             Vec<S> z = (load(x + o, count) - m) * s + b;
@@ -125,7 +126,7 @@ inline __attribute__((always_inline)) Vec<Acc<T>> grad_z(const BwdSpan<T>& s, in
 // Adds sum(dz) and sum(dz * (x - mean)): to the columns' accumulators, or to one number each.
 // Writes dz where the residual's gradient is wanted.
 template <class T, Act act, bool kFromY, bool kArray>
-void reduce_span(const BwdSpan<T>& s, int64_t rows, int64_t length, const Coefficients<Acc<T>>& k,
+void reduce_span(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<Acc<T>>& k,
                  int64_t j, Acc<T>* sum_dz, Acc<T>* sum_dzx) {
   using S = Acc<T>;
   const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
@@ -139,6 +140,7 @@ void reduce_span(const BwdSpan<T>& s, int64_t rows, int64_t length, const Coeffi
           total_dz = load(sum_dz + i);
           total_dzx = load(sum_dzx + i);
         }
+#pragma GCC unroll 4
         for (int u = 0; u < block.value; ++u) {
           const int64_t o = (row + u) * length + i;
           const Vec<S> centered = load(s.x + o, count) - m;
@@ -163,8 +165,7 @@ void reduce_span(const BwdSpan<T>& s, int64_t rows, int64_t length, const Coeffi
 
 // dx = scale * (dz - shift - (x - mean) * slope); with fixed statistics dx = scale * dz.
 template <class T, Act act, bool kFromY, bool kArray, bool kTraining>
-void dx_span(const BwdSpan<T>& s, int64_t rows, int64_t length, const Coefficients<Acc<T>>& k,
-             int64_t j) {
+void dx_span(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<Acc<T>>& k, int64_t j) {
   using S = Acc<T>;
   const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
       bias{k.bias.get() + j}, shift{k.shift.get() + j}, slope{k.slope.get() + j};
@@ -173,6 +174,7 @@ void dx_span(const BwdSpan<T>& s, int64_t rows, int64_t length, const Coefficien
       [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
         const Vec<S> m = mean.at(i), sc = scale.at(i), b = bias.at(i);
         const Vec<S> sh = shift.at(i), sl = slope.at(i);
+#pragma GCC unroll 4
         for (int u = 0; u < block.value; ++u) {
           const int64_t o = (row + u) * length + i;
           const Vec<S> centered = load(s.x + o, count) - m;
@@ -184,12 +186,11 @@ void dx_span(const BwdSpan<T>& s, int64_t rows, int64_t length, const Coefficien
 }
 
 template <class T>
-using ReduceFn = void (*)(const BwdSpan<T>& s, int64_t rows, int64_t length,
-                          const Coefficients<Acc<T>>& k, int64_t j, Acc<T>* sum_dz,
-                          Acc<T>* sum_dzx);
+using ReduceFn = void (*)(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<Acc<T>>& k,
+                          int64_t j, Acc<T>* sum_dz, Acc<T>* sum_dzx);
 template <class T>
-using DxFn = void (*)(const BwdSpan<T>& s, int64_t rows, int64_t length,
-                      const Coefficients<Acc<T>>& k, int64_t j);
+using DxFn = void (*)(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<Acc<T>>& k,
+                      int64_t j);
 
 // The two loops of one call, chosen once. Where the first one has written dz into dresidual, the
 // second one reads it there instead of dy.

@@ -139,30 +139,38 @@ class ConvBnActFunction(torch.autograd.Function):
             return tuple(grads)
         x, y, *rest = ctx.saved_tensors
         steps = _saved_steps(geometry, rest)
-        for i in reversed(range(len(geometry))):
-            g, step = geometry[i], steps[i]
-            last = i == len(geometry) - 1
-            draw, dresidual, dbn_weight, dbn_bias = batch_norm_act_bwd(
+        del rest
+        if not torch.compiler.is_compiling():
+            # Each tensor now goes back to the allocator after its last use, not at the end: the
+            # next step then writes into memory that is still in the cache. Kept with retain_graph.
+            ctx.maybe_clear_saved_tensors()
+        while steps:
+            i = len(steps) - 1
+            g, step, last = geometry[i], steps.pop(), i == len(geometry) - 1
+            dy, dresidual, dbn_weight, dbn_bias = batch_norm_act_bwd(
                 dy, step.raw, y if last else None, step.bn_weight, step.bn_bias, step.mean,
                 step.var, g.eps, g.act, g.training, last and ctx.has_residual and needs[1],
             )  # fmt: skip
+            weight, conv_bias, y = step.weight, step.conv_bias, None
+            del step
             if last:
                 grads[1] = dresidual
+                del dresidual
             conv_input = x
             if i > 0:
-                prev, p = geometry[i - 1], steps[i - 1]
+                prev, p = geometry[i - 1], steps[-1]
                 conv_input = batch_norm_act_apply(
                     p.raw, None, p.bn_weight, p.bn_bias, p.mean, p.var, prev.eps, prev.act
                 )
+                del p
             at = 3 + i * _TENSORS
             need_input = needs[0] if i == 0 else True
-            need_weight, need_bias = needs[at], needs[at + 1]
             dy, dweight, dconv_bias = _convolution_backward(
-                draw, conv_input, step.weight,
-                None if step.conv_bias is None else list(step.conv_bias.shape),
+                dy, conv_input, weight, None if conv_bias is None else list(conv_bias.shape),
                 g.stride, g.padding, g.dilation, False, (0, 0), g.groups,
-                (need_input, need_weight, need_bias),
+                (need_input, needs[at], needs[at + 1]),
             )  # fmt: skip
+            del conv_input
             grads[at : at + 4] = dweight, dconv_bias, dbn_weight, dbn_bias
         grads[0] = dy if needs[0] else None
         return tuple(grads)

@@ -5,14 +5,14 @@ from torch import Tensor
 
 
 def activation(z: Tensor, act: str) -> Tensor:
-    """Apply an activation by name."""
+    """Apply an activation by name. A NaN comes through."""
     match act:
         case "none":
             return z
         case "relu":
-            return torch.where(z > 0, z, 0.0)
+            return torch.where(z <= 0, 0.0, z)
         case "relu6":
-            return torch.where(z > 0, torch.where(z < 6, z, 6.0), 0.0)
+            return torch.where(z <= 0, 0.0, torch.where(z >= 6, 6.0, z))
     raise ValueError(f"activation: act: expected none, relu or relu6, got {act!r}")
 
 

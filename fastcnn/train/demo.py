@@ -1,7 +1,8 @@
 """The one-command demo: train ResNet-20 on real images, then compare with plain PyTorch.
 
 The images are scikit-learn's digits: 1,797 of 8x8 pixels, scanned handwriting (UCI, Alpaydin and
-Kaynak 1998). They are small enough to train on in well under a minute without a GPU.
+Kaynak 1998), enlarged to the 32x32 that this network is made for. They are few enough to train on
+in well under a minute without a GPU.
 """
 
 import copy
@@ -39,7 +40,7 @@ MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 # The split is the same for every seed: seeds then differ by initial weights, order and shifts only.
 SPLIT_SEED = 0
-TIMING_ROUNDS = 60
+TIMING_ROUNDS = 40
 TIMING_WARMUP = 5
 
 
@@ -99,9 +100,10 @@ def shift(x: Tensor, generator: torch.Generator) -> Tensor:
     return windows[torch.arange(n), :, dy, dx]
 
 
-def normalize(x: Tensor, digits: Digits) -> Tensor:
-    """(x - mean) / std in channels_last."""
-    return ((x - digits.mean) / digits.std).to(memory_format=torch.channels_last)
+def prepare(x: Tensor, digits: Digits) -> Tensor:
+    """(x - mean) / std, enlarged from (n, 1, 8, 8) to (n, 1, 32, 32), in channels_last."""
+    x = F.interpolate((x - digits.mean) / digits.std, scale_factor=4, mode="bilinear")
+    return x.to(memory_format=torch.channels_last)
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:
@@ -115,7 +117,7 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
 def accuracy(model: nn.Module, images: Images, digits: Digits) -> float:
     """Share of images whose largest logit is the label's."""
     model.eval()
-    predicted = model(normalize(images.x, digits)).argmax(1)
+    predicted = model(prepare(images.x, digits)).argmax(1)
     right = int((predicted == images.labels).sum())
     return right / len(images.labels)
 
@@ -132,7 +134,7 @@ def train_epoch(
     total = 0.0
     order = torch.randperm(len(digits.train.x), generator=generator)
     for batch in torch.split(order, BATCH):
-        x = normalize(shift(digits.train.x[batch], generator), digits)
+        x = prepare(shift(digits.train.x[batch], generator), digits)
         loss = F.cross_entropy(model(x), digits.train.labels[batch])
         optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -209,7 +211,7 @@ def compare(model: nn.Module, digits: Digits) -> dict[str, float]:
 
     train_step_speedup = median(time e / time m); activation_memory_ratio = bytes m / bytes e.
     """
-    x = normalize(digits.train.x[:BATCH], digits)
+    x = prepare(digits.train.x[:BATCH], digits)
     labels = digits.train.labels[:BATCH]
     # Copies: the steps change weights, and the trained ones are not ours to change.
     models = {"fastcnn": copy.deepcopy(model), "eager": eager_twin(model)}
@@ -255,7 +257,7 @@ def draw(trained: Trained, test_accuracy: float, path: Path) -> None:
     # One epoch has no line: its points are drawn.
     marker = "o" if len(epochs) == 1 else ""
     figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
-    figure.suptitle(f"ResNet-20 on 8x8 digits: {test_accuracy:.1%} of the test images right")
+    figure.suptitle(f"ResNet-20 on scanned digits: {test_accuracy:.1%} of the test images right")
     left, right = figure.subplots(1, 2)
     left.plot(epochs, trained.train_loss, color="#c2410c", linewidth=2, marker=marker)
     left.set_yscale("log")
@@ -312,6 +314,7 @@ def run(
         "seed": seed,
         "dtype": "float32",
         "memory_format": "channels_last",
+        "image_size": 32,
         "device": f"cpu, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "timing_rounds": TIMING_ROUNDS,
