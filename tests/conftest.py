@@ -2,6 +2,6 @@
 
 import os
 
-# Threads that wait sleep instead of spinning: beside any other busy process, two spinning threads on
+# Threads that wait sleep instead of spinning: beside another busy process, two spinning threads on
 # two cores made single tests take minutes. It must be set before torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

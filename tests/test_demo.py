@@ -50,9 +50,13 @@ def test_parts_are_a_partition_with_every_digit_in_each() -> None:
 def test_normalisation_comes_from_the_training_images() -> None:
     # Statistics of all images would let the test images into training.
     digits = demo.load()
-    x = demo.prepare(digits.train.x, digits).numpy().astype(np.float64)
-    assert abs(x.mean()) < 1e-5
-    assert abs(x.std() - 1) < 1e-4
+    x = digits.train.x.numpy().astype(np.float64)
+    assert abs(x.mean() - digits.mean) < 1e-5
+    assert abs(x.std() - digits.std) < 1e-4
+    # Enlarging keeps the mean, and the size is the one that the network is made for.
+    prepared = demo.prepare(digits.train.x, digits)
+    assert prepared.shape[1:] == (1, 32, 32)
+    assert abs(prepared.mean().item()) < 1e-5
     assert abs(demo.prepare(digits.test.x, digits).mean().item()) > 1e-4
 
 

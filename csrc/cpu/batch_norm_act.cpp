@@ -123,15 +123,16 @@ inline __attribute__((always_inline)) Vec<Acc<T>> grad_z(const BwdSpan<T>& s, in
   }
 }
 
-// Adds sum(dz) and sum(dz * (x - mean)): to the columns' accumulators, or to one number each.
-// Writes dz where the residual's gradient is wanted.
+// Adds sum(dz) and sum(dz * (x - mean)) to the columns' accumulators, or for a plane to one vector
+// each, whose lanes are added up once a task and not once a plane. Writes dz where the residual's
+// gradient is wanted. The lanes beyond a span's end have dy = 0 and add nothing.
 template <class T, Act act, bool kFromY, bool kArray>
 void reduce_span(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<Acc<T>>& k,
                  int64_t j, Acc<T>* sum_dz, Acc<T>* sum_dzx) {
   using S = Acc<T>;
   const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
       bias{k.bias.get() + j};
-  Vec<S> total_dz{}, total_dzx{};
+  Vec<S> total_dz = load(sum_dz), total_dzx = load(sum_dzx);
   for_each_block<S>(
       rows, length,
       [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
@@ -144,11 +145,8 @@ void reduce_span(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<
         for (int u = 0; u < block.value; ++u) {
           const int64_t o = (row + u) * length + i;
           const Vec<S> centered = load(s.x + o, count) - m;
-          Vec<S> dz = grad_z<T, act, kFromY>(s, o, count, centered, sc, b);
+          const Vec<S> dz = grad_z<T, act, kFromY>(s, o, count, centered, sc, b);
           if (s.dresidual != nullptr) store(s.dresidual + o, dz, count);
-          if constexpr (!kArray) {
-            if (count < kLanes<S>) dz = first_lanes<S>(dz, count);
-          }
           total_dz += dz;
           total_dzx += dz * centered;
         }
@@ -158,8 +156,8 @@ void reduce_span(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<
         }
       });
   if constexpr (!kArray) {
-    *sum_dz += horizontal_sum<S>(total_dz);
-    *sum_dzx += horizontal_sum<S>(total_dzx);
+    store(sum_dz, total_dz);
+    store(sum_dzx, total_dzx);
   }
 }
 
@@ -339,20 +337,22 @@ void bwd_planes(const BatchNormActBwdParams& p) {
   const BwdLoops<T, false> loops(p);
   const Planes planes(p.shape, sizeof(T));
   Coefficients<S> k(planes.c, 1);
-  Scratch<S> sum_dz(planes.tasks), sum_dzx(planes.tasks);
+  constexpr int64_t kLane = kLanes<S>;
+  Scratch<S> sum_dz(planes.tasks * kLane), sum_dzx(planes.tasks * kLane);
   const auto set = [&](int64_t j) { k.set(p, j); };
   const auto reduce = [&](int64_t task) {
     const int64_t j = planes.channel(task);
     for (int64_t image = planes.first(task); image < planes.last(task); ++image) {
-      loops.reduce(BwdSpan<T>(p, planes.offset(image, j)), 1, planes.hw, k, j, &sum_dz[task],
-                   &sum_dzx[task]);
+      loops.reduce(BwdSpan<T>(p, planes.offset(image, j)), 1, planes.hw, k, j,
+                   sum_dz.get() + task * kLane, sum_dzx.get() + task * kLane);
     }
   };
   const auto finish = [&](int64_t j) {
     double total_dz = 0, total_dzx = 0;
-    for (int64_t task = j * planes.parts; task < (j + 1) * planes.parts; ++task) {
-      total_dz += sum_dz[task];
-      total_dzx += sum_dzx[task];
+    const int64_t lanes = planes.parts * kLane;  // of the channel's tasks, side by side
+    for (int64_t i = j * lanes; i < (j + 1) * lanes; ++i) {
+      total_dz += static_cast<double>(sum_dz[i]);
+      total_dzx += static_cast<double>(sum_dzx[i]);
     }
     finish_channel<S>(p, k, j, total_dz, total_dzx);
   };
