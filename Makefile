@@ -1,7 +1,8 @@
 # Each target makes .venv ready first (tools/environment.py) and touches nothing outside the checkout.
 PYTHON ?= python3
 BIN := .venv/bin
-CPP := $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh')
+CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+export FASTCNN_WERROR = ON
 
 .PHONY: help demo test lint bench wheel clean
 
@@ -35,7 +36,7 @@ bench:
 
 wheel:
 	@$(PYTHON) tools/environment.py dev
-	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
+	FASTCNN_CUDA_ARCHS=$${FASTCNN_CUDA_ARCHS:-80-real,90} $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:
 	rm -rf .venv build dist runs

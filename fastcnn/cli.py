@@ -45,7 +45,7 @@ def _writable_folder(text: str) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="fastcnn", description="Fused convolution, BatchNorm and activation for PyTorch."
+        prog="fastcnn", description="Fused kernels for convolutional networks in PyTorch."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 

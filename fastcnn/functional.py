@@ -7,7 +7,7 @@ from torch import Tensor
 from fastcnn.ops import batch_norm_act as _batch_norm_act
 from fastcnn.ops import conv_bn_act as _conv_bn_act
 from fastcnn.ops.activation import Activation
-from fastcnn.ops.conv_bn_act import ConvBnActStep
+from fastcnn.ops.conv_bn_act_step import ConvBnActStep
 
 __all__ = ["ConvBnActStep", "batch_norm_act", "conv_bn_act"]
 
@@ -25,7 +25,7 @@ def batch_norm_act(
     residual: Tensor | None = None,
     act: Activation = "relu",
 ) -> Tensor:
-    r"""Batch normalisation, an optional residual and an activation in one kernel.
+    r"""Batch normalisation, an optional residual and an activation as one fused operation.
 
     .. math::
         y = \mathrm{act}\left(\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta + r\right)

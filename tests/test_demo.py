@@ -208,3 +208,10 @@ def test_help_needs_no_extra() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "demo" in done.stdout
     assert "info" in done.stdout
+
+
+def test_the_recipe_reaches_its_goal(tmp_path: Path) -> None:
+    # What `make demo` promises: at least 97 % of the test images, with less memory than eager.
+    summary = demo.run(tmp_path, console=Console(file=io.StringIO()))
+    assert summary["test_accuracy"] >= 0.97
+    assert summary["activation_memory_ratio"] < 0.8

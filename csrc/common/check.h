@@ -99,7 +99,10 @@ class Check {
            torch::headeronly::toString(x_.scalar_type()), " as x, got ", sizes_of(t), " and ",
            torch::headeronly::toString(t.scalar_type()));
     }
-    if (!is_dense(t, shape_.channels_last)) fail(op_, name, ": expected the memory layout of x");
+    if (!is_dense(t, shape_.channels_last)) {
+      fail(op_, name, ": expected the ", shape_.channels_last ? "channels_last" : "NCHW",
+           " layout of x, got other strides");
+    }
     return t.const_data_ptr();
   }
   const void* image(const char* name, const OptionalTensor& t) const {
@@ -132,7 +135,10 @@ class Check {
 
  private:
   void data(const char* name, const Tensor& t) const {
-    if (t.device() != x_.device()) fail(op_, name, ": expected the device of x");
+    if (t.device() != x_.device()) {
+      fail(op_, name, ": expected device ", x_.get_device_index(), " of x's type, got device ",
+           t.get_device_index(), t.is_cpu() ? " of the CPU" : "");
+    }
     check_storage(op_, name, t);
   }
 

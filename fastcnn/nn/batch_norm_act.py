@@ -10,7 +10,7 @@ from fastcnn.ops.activation import Activation, act_number
 
 
 class BatchNormAct2d(torch.nn.BatchNorm2d):
-    """Batch normalisation, an optional residual and an activation in one kernel.
+    """Batch normalisation, an optional residual and an activation as one fused operation.
 
     ``forward(x, residual=None) = act(batch_norm(x) + residual)``. Parameters, buffers, state_dict
     keys and running statistics are torch.nn.BatchNorm2d's, which it is an instance of. Shapes,

@@ -12,7 +12,6 @@ that goes through an activation. There z cannot be rebuilt from x alone, and y i
 input anyway, so it costs no memory. Without a residual y is not kept: z is rebuilt from x.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from fastcnn.ops._library import declare, distinct, positional
 from fastcnn.ops.activation import ACT_NUMBER, act_number
-from fastcnn.ops.checks import check_channels, check_image, check_like, memory_format_of
+from fastcnn.ops.checks import check_image, check_like, check_parameters, memory_format_of
 
 OP = "batch_norm_act"
 
@@ -208,40 +207,6 @@ def update_running(
     _update_running(running_mean, running_var, mean, var, momentum, count)
 
 
-def check_parameters(
-    op: str,
-    sizes: Sequence[int],
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    prefix: str = "",
-) -> None:
-    """Check a batch norm of an input of these sizes, with x's dtype and device.
-
-    prefix: what the caller's user knows weight and bias as, "bn_" for "bn_weight".
-    """
-    named = {
-        f"{prefix}weight": weight, f"{prefix}bias": bias,
-        "running_mean": running_mean, "running_var": running_var,
-    }  # fmt: skip
-    for name, t in named.items():
-        if t is not None:
-            check_channels(op, name, t, sizes[1], x)
-    if (running_mean is None) != (running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(f"{op}: {missing}: expected a Tensor as its partner is one, got None")
-    if running_mean is None and not training:
-        raise ValueError(f"{op}: running_mean: expected a Tensor where training=False, got None")
-    if training and sizes[0] * sizes[2] * sizes[3] == 1:
-        raise ValueError(
-            f"{op}: input: expected more than 1 value per channel when training, "
-            f"got sizes {list(sizes)}"
-        )
-
-
 def batch_norm_act(
     input: Tensor,
     running_mean: Tensor | None,
@@ -257,7 +222,9 @@ def batch_norm_act(
     """Check, apply, update the running statistics: see fastcnn.functional.batch_norm_act."""
     check_image(OP, "input", input)
     number = act_number(OP, act)
-    check_parameters(OP, input.shape, input, weight, bias, running_mean, running_var, training)
+    check_parameters(
+        OP, input.shape, input, weight, bias, running_mean, running_var, training, momentum, eps
+    )
     if residual is not None:
         check_like(OP, "residual", residual, input)
     fixed = (None, None) if training else (running_mean, running_var)

@@ -4,6 +4,8 @@ These checks run before dispatch, so that a mistake is a TypeError or ValueError
 argument, what was expected and what came. Memory is protected once more below, in C++.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -98,3 +100,46 @@ def check_channels(op: str, name: str, t: Tensor, channels: int, x: Tensor) -> N
         )
     if t.device != x.device:
         raise ValueError(f"{op}: {name}: expected device {x.device}, got {t.device}")
+
+
+def check_parameters(
+    op: str,
+    sizes: Sequence[int],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    prefix: str = "",
+) -> None:
+    """Check a batch norm of an input of these sizes, with x's dtype and device.
+
+    prefix: what the caller's user knows weight and bias as, "bn_" for "bn_weight".
+    """
+    for name, number in (("momentum", momentum), ("eps", eps)):
+        if not isinstance(number, (int, float)):
+            raise TypeError(f"{op}: {name}: expected a number, got {type(number).__name__}")
+    named = {
+        f"{prefix}weight": weight, f"{prefix}bias": bias,
+        "running_mean": running_mean, "running_var": running_var,
+    }  # fmt: skip
+    for name, t in named.items():
+        if t is not None:
+            check_channels(op, name, t, sizes[1], x)
+    for name, t in (("running_mean", running_mean), ("running_var", running_var)):
+        # Updated in place: a copy would lose the update.
+        if t is not None and not t.is_contiguous():
+            raise ValueError(f"{op}: {name}: expected a dense vector, got strides {t.stride()}")
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{op}: {missing}: expected a Tensor as its partner is one, got None")
+    if running_mean is None and not training:
+        raise ValueError(f"{op}: running_mean: expected a Tensor where training=False, got None")
+    if training and sizes[0] * sizes[2] * sizes[3] == 1:
+        raise ValueError(
+            f"{op}: input: expected more than 1 value per channel when training, "
+            f"got sizes {list(sizes)}"
+        )

@@ -24,72 +24,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastcnn.ops._library import distinct, positional
-from fastcnn.ops.activation import ACT_NUMBER, act_number
+from fastcnn.ops.activation import ACT_NUMBER
 from fastcnn.ops.batch_norm_act import (
     batch_norm_act_apply,
     batch_norm_act_bwd,
     batch_norm_act_fwd,
-    check_parameters,
     update_running,
 )
 from fastcnn.ops.checks import check_image, check_like
+from fastcnn.ops.conv_bn_act_step import ConvBnActStep, Geometry, check_step
 
 OP = "conv_bn_act"
-
-
-class ConvBnActStep(NamedTuple):
-    """One step of a chain: act(batch_norm(conv2d(x))).
-
-    The arguments are those of torch.nn.functional.conv2d and batch_norm: weight
-    [c_out, c_in / groups, kh, kw], conv_bias [c_out] or None, and per output channel running_mean,
-    running_var, bn_weight, bn_bias or None. stride, padding, dilation: an int or a pair.
-    """
-
-    weight: Tensor
-    conv_bias: Tensor | None
-    stride: int | tuple[int, int]
-    padding: int | tuple[int, int]
-    dilation: int | tuple[int, int]
-    groups: int
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    bn_weight: Tensor | None
-    bn_bias: Tensor | None
-    training: bool = False
-    momentum: float = 0.1
-    eps: float = 1e-5
-    act: str = "relu"
-
-
-class _Geometry(NamedTuple):
-    """What is not a tensor in a step."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    training: bool
-    eps: float
-    act: int
-
 
 # Tensors of a step in the Function's flat argument list: weight, conv_bias, bn_weight, bn_bias,
 # and the fixed mean and var, which are None where the batch's own are used.
 _TENSORS = 6
 
-
 _AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
-
 
 _convolution = torch.ops.aten.convolution.default
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: _Geometry) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
     return _convolution(x, weight, bias, g.stride, g.padding, g.dilation, False, (0, 0), g.groups)
 
 
@@ -103,7 +60,7 @@ class ConvBnActFunction(torch.autograd.Function):
     @staticmethod
     @positional
     def forward(
-        x: Tensor, residual: Tensor | None, geometry: tuple[_Geometry, ...], *tensors: Tensor | None
+        x: Tensor, residual: Tensor | None, geometry: tuple[Geometry, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         kept: list[Tensor] = []
         for i, g in enumerate(geometry):
@@ -156,14 +113,13 @@ class ConvBnActFunction(torch.autograd.Function):
             if last:
                 grads[1] = dresidual
                 del dresidual
-            conv_input = x
-            if i > 0:
-                prev, p = geometry[i - 1], steps[-1]
-                conv_input = batch_norm_act_apply(
-                    p.raw, None, p.bn_weight, p.bn_bias, p.mean, p.var, prev.eps, prev.act
-                )
-                del p
             at = 3 + i * _TENSORS
+            if i == 0:
+                conv_input = x
+            elif needs[at]:
+                conv_input = _rebuild(steps[-1], geometry[i - 1])
+            else:  # a frozen weight: only the sizes of the input matter, and raw has them
+                conv_input = steps[-1].raw
             need_input = needs[0] if i == 0 else True
             dy, dweight, dconv_bias = _convolution_backward(
                 dy, conv_input, weight, None if conv_bias is None else list(conv_bias.shape),
@@ -190,7 +146,14 @@ class _SavedStep(NamedTuple):
     var: Tensor
 
 
-def _saved_steps(geometry: tuple[_Geometry, ...], saved: Sequence[Any]) -> list[_SavedStep]:
+def _rebuild(step: _SavedStep, g: Geometry) -> Tensor:
+    """Return the step's activation, by the kernel that made it: the same bits."""
+    return batch_norm_act_apply(
+        step.raw, None, step.bn_weight, step.bn_bias, step.mean, step.var, g.eps, g.act
+    )
+
+
+def _saved_steps(geometry: tuple[Geometry, ...], saved: Sequence[Any]) -> list[_SavedStep]:
     """Undo setup_context's flattening: the tensors of all steps, then what forward returned."""
     steps = []
     kept = len(geometry) * _TENSORS
@@ -214,7 +177,8 @@ def conv_bn_act(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | No
     """Check, apply, update the running statistics: see fastcnn.functional.conv_bn_act."""
     if not steps:
         raise ValueError(f"{OP}: steps: expected at least one, got none")
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+    on_meta = isinstance(x, Tensor) and x.device.type == "meta"  # autocast does not know meta
+    if isinstance(x, Tensor) and not on_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, residual = _autocast(x, dtype), _autocast(residual, dtype)
         steps = [
@@ -222,19 +186,14 @@ def conv_bn_act(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | No
             for s in steps
         ]
     check_image(OP, "input", x)
-    geometry: list[_Geometry] = []
+    geometry: list[Geometry] = []
     tensors: list[Tensor | None] = []
     sizes = list(x.shape)
     for i, step in enumerate(steps):
-        sizes = _check_step(f"{OP}: step {i}", step, x, sizes)
+        g, sizes = check_step(f"{OP}: step {i}", step, x, sizes)
+        geometry.append(g)
         fixed = (None, None) if step.training else (step.running_mean, step.running_var)
         tensors += step.weight, step.conv_bias, step.bn_weight, step.bn_bias, *fixed
-        geometry.append(
-            _Geometry(
-                _pair(step.stride), _pair(step.padding), _pair(step.dilation), step.groups,
-                step.training, step.eps, act_number(f"{OP}: step {i}", step.act),
-            )
-        )  # fmt: skip
     image, added, *tensors = distinct(x, residual, *tensors)
     y, *kept = ConvBnActFunction.apply(image, added, tuple(geometry), *tensors)
     for step in steps:
@@ -243,52 +202,3 @@ def conv_bn_act(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | No
             mean, var = kept.pop(0), kept.pop(0)
             update_running(step.running_mean, step.running_var, mean, var, step.momentum, raw)
     return y
-
-
-def _check_step(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int]) -> list[int]:
-    """Check a step whose input has these sizes and x's dtype; return the sizes of its output."""
-    weight = step.weight
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{op}: weight: expected a Tensor, got {type(weight).__name__}")
-    if weight.dim() != 4:
-        raise ValueError(
-            f"{op}: weight: expected 4 dimensions [c_out, c_in / groups, kh, kw], "
-            f"got {list(weight.shape)}"
-        )
-    c_out, c_in = weight.shape[0], weight.shape[1] * step.groups
-    if c_in != sizes[1]:
-        raise ValueError(
-            f"{op}: weight: expected {sizes[1]} input channels, got {c_in} "
-            f"({weight.shape[1]} for each of {step.groups} groups)"
-        )
-    if c_out % step.groups != 0:
-        raise ValueError(
-            f"{op}: groups: expected a divisor of {c_out} output channels, got {step.groups}"
-        )
-    for name, t in (("weight", weight), ("conv_bias", step.conv_bias)):
-        if t is not None and t.dtype != x.dtype:
-            raise TypeError(f"{op}: {name}: expected {x.dtype} as the input, got {t.dtype}")
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{op}: {name}: expected device {x.device}, got {t.device}")
-    if step.conv_bias is not None and step.conv_bias.shape != (c_out,):
-        raise ValueError(
-            f"{op}: conv_bias: expected {c_out} numbers, got {list(step.conv_bias.shape)}"
-        )
-    out = [sizes[0], c_out]
-    for size, kernel, stride, padding, dilation in zip(
-        sizes[2:], weight.shape[2:], _pair(step.stride), _pair(step.padding), _pair(step.dilation),
-        strict=True,
-    ):  # fmt: skip
-        reach = size + 2 * padding - dilation * (kernel - 1) - 1
-        if reach < 0 or stride < 1 or padding < 0 or dilation < 1:
-            raise ValueError(
-                f"{op}: weight: expected a kernel that fits into the padded input, got kernel "
-                f"{list(weight.shape[2:])}, stride {step.stride}, padding {step.padding}, dilation "
-                f"{step.dilation} for an input of {sizes}"
-            )
-        out.append(reach // stride + 1)
-    check_parameters(
-        op, out, x, step.bn_weight, step.bn_bias, step.running_mean, step.running_var,
-        step.training, "bn_",
-    )  # fmt: skip
-    return out

@@ -1,0 +1,109 @@
+"""One step of a conv_bn_act chain: what it takes, and what is asked of it."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastcnn.ops.activation import act_number
+from fastcnn.ops.checks import check_parameters
+
+
+class ConvBnActStep(NamedTuple):
+    """One step of a chain: act(batch_norm(conv2d(x))).
+
+    The arguments are those of torch.nn.functional.conv2d and batch_norm: weight
+    [c_out, c_in / groups, kh, kw], conv_bias [c_out] or None, and per output channel running_mean,
+    running_var, bn_weight, bn_bias or None. stride, padding, dilation: an int or a pair.
+    """
+
+    weight: Tensor
+    conv_bias: Tensor | None
+    stride: int | tuple[int, int]
+    padding: int | tuple[int, int]
+    dilation: int | tuple[int, int]
+    groups: int
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+    act: str = "relu"
+
+
+class Geometry(NamedTuple):
+    """What is not a tensor in a step, as the Function takes it."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    training: bool
+    eps: float
+    act: int
+
+
+def pair(op: str, name: str, value: int | tuple[int, ...]) -> tuple[int, int]:
+    """Return one number for the height and one for the width, as torch.nn.functional takes them."""
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    if len(numbers) not in (1, 2) or not all(isinstance(number, int) for number in numbers):
+        raise ValueError(f"{op}: {name}: expected a whole number or a pair of them, got {value!r}")
+    return numbers[0], numbers[-1]
+
+
+def check_step(
+    op: str, step: ConvBnActStep, x: Tensor, sizes: list[int]
+) -> tuple[Geometry, list[int]]:
+    """Check a step whose input has these sizes and x's dtype; also return its output's sizes."""
+    weight = step.weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{op}: weight: expected a Tensor, got {type(weight).__name__}")
+    if weight.dim() != 4:
+        raise ValueError(
+            f"{op}: weight: expected 4 dimensions [c_out, c_in / groups, kh, kw], "
+            f"got {list(weight.shape)}"
+        )
+    if step.groups < 1:
+        raise ValueError(f"{op}: groups: expected at least 1, got {step.groups}")
+    c_out, c_in = weight.shape[0], weight.shape[1] * step.groups
+    if c_in != sizes[1]:
+        raise ValueError(
+            f"{op}: weight: expected {sizes[1]} input channels, got {c_in} "
+            f"({weight.shape[1]} for each of {step.groups} groups)"
+        )
+    if c_out % step.groups != 0:
+        raise ValueError(
+            f"{op}: groups: expected a divisor of {c_out} output channels, got {step.groups}"
+        )
+    for name, t in (("weight", weight), ("conv_bias", step.conv_bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"{op}: {name}: expected {x.dtype} as the input, got {t.dtype}")
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{op}: {name}: expected device {x.device}, got {t.device}")
+    if step.conv_bias is not None and step.conv_bias.shape != (c_out,):
+        raise ValueError(
+            f"{op}: conv_bias: expected {c_out} numbers, got {list(step.conv_bias.shape)}"
+        )
+    g = Geometry(
+        pair(op, "stride", step.stride), pair(op, "padding", step.padding),
+        pair(op, "dilation", step.dilation), step.groups, step.training, step.eps,
+        act_number(op, step.act),
+    )  # fmt: skip
+    out = [sizes[0], c_out]
+    for size, kernel, stride, padding, dilation in zip(
+        sizes[2:], weight.shape[2:], g.stride, g.padding, g.dilation, strict=True
+    ):
+        reach = size + 2 * padding - dilation * (kernel - 1) - 1
+        if reach < 0 or stride < 1 or padding < 0 or dilation < 1:
+            raise ValueError(
+                f"{op}: weight: expected a kernel that fits into the padded input, got kernel "
+                f"{list(weight.shape[2:])}, stride {step.stride}, padding {step.padding}, dilation "
+                f"{step.dilation} for an input of {sizes}"
+            )
+        out.append(reach // stride + 1)
+    check_parameters(
+        op, out, x, step.bn_weight, step.bn_bias, step.running_mean, step.running_var,
+        step.training, step.momentum, step.eps, "bn_",
+    )  # fmt: skip
+    return g, out

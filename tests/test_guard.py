@@ -1,0 +1,73 @@
+"""The CPU kernels beside memory that must not be touched, at every instruction set.
+
+Each input ends where a page without access begins: a read of one byte too many ends the process.
+"""
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastcnn import _C
+
+PAGE = mmap.PAGESIZE
+SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (3, 20, 3, 3), (1, 257, 1, 1), (5, 16, 9, 9), (2, 64, 7, 7)]
+
+
+def guarded(values: Tensor) -> Tensor:
+    """A copy of a dense tensor that ends at the end of its page; the next page is forbidden."""
+    size = values.numel() * values.element_size()
+    pages = -(-size // PAGE) * PAGE
+    area = mmap.mmap(-1, pages + PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + pages), PAGE, 0) == 0
+    flat = torch.frombuffer(area, dtype=values.dtype, count=values.numel(), offset=pages - size)
+    return flat.as_strided(values.size(), values.stride()).copy_(values)
+
+
+def run_all() -> None:
+    """Every operator over every shape, dtype and layout."""
+    ops = torch.ops.fastcnn
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                acc = torch.float64 if dtype is torch.float64 else torch.float32
+                image = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+                x, residual, dy = (guarded(image) for _ in range(3))
+                w, b, mean, var = (guarded(torch.rand(shape[1], dtype=acc)) for _ in range(4))
+                y, *_ = ops.batch_norm_act_fwd(x, residual, w, b, 1e-5, 1)
+                ops.batch_norm_act_apply(x, None, w, b, mean, var, 1e-5, 2)
+                for out in (None, guarded(y)):
+                    ops.batch_norm_act_bwd(dy, x, out, w, b, mean, var, 1e-5, 1, True, True)
+                ops.batch_norm_update_running(mean, var, w, b, 0.1, 7)
+    print("done")
+
+
+def in_a_process(statement: str, level: str) -> subprocess.CompletedProcess[str]:
+    here = str(Path(__file__).parent)
+    code = f"import sys; sys.path.insert(0, {here!r}); import test_guard as t; {statement}"
+    environment = os.environ | {"FASTCNN_CPU_CAPABILITY": level}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_nothing_beyond_an_input_is_read(level: str) -> None:
+    order = _C.cpu_levels.split(",")
+    if order.index(level) > order.index(_C.cpu_capability()):
+        pytest.skip(f"this processor has no {level}")
+    done = in_a_process("t.run_all()", level)
+    assert done.stdout == "done\n", done.stderr or f"exit status {done.returncode}"
+
+
+def test_the_guard_guards() -> None:
+    # One element beyond the end: without this, the test above would pass with a guard that is none.
+    read = "t.ctypes.string_at(t.guarded(t.torch.ones(8)).data_ptr(), 33)"
+    assert in_a_process(read, "baseline").returncode < 0
