@@ -2,18 +2,21 @@
 
 import copy
 import itertools
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from shapes import LAYOUTS
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.autograd import gradcheck
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from fastcnn import functional
 from fastcnn.functional import ConvBnActStep
+from fastcnn.models import resnet20
 from fastcnn.nn import BatchNormAct2d, conv_bn_act
 
 ACTS = ["none", "relu", "relu6"]
@@ -209,3 +212,32 @@ def test_opcheck(dtype: torch.dtype, layout: str) -> None:
             args = (dy, x, residual, weight, bias, mean, var, 1e-5, 1, True, want)
             opcheck(ops.batch_norm_act_bwd, args)
     opcheck(ops.batch_norm_update_running, (a.to(dtype), b.to(dtype), mean, var, 0.1, 9))
+
+
+def test_models_are_pickled_and_copied() -> None:
+    # Chains hold a function on the class: neither copy may lose it or share parameters.
+    torch.manual_seed(0)
+    model = resnet20().eval()
+    x = torch.randn(2, 3, 8, 8)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+        assert twin.conv1.weight.data_ptr() != model.conv1.weight.data_ptr()
+
+
+def test_ddp_gives_the_gradients_of_one_process(tmp_path: Path) -> None:
+    # DDP hooks every parameter's gradient accumulation: a Function must feed each exactly once.
+    torch.manual_seed(0)
+    plain = resnet20()
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+        x = torch.randn(4, 3, 8, 8)
+        for model in (plain, wrapped):
+            model(x).square().sum().backward()
+        pairs = zip(plain.parameters(), wrapped.module.parameters(), strict=True)
+        for one, many in pairs:
+            torch.testing.assert_close(many.grad, one.grad, rtol=0, atol=0)
+    finally:
+        distributed.destroy_process_group()
