@@ -1,0 +1,25 @@
+"""README: what it shows runs, and what it names exists."""
+
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_trains() -> None:
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert example is not None
+    scope: dict[str, object] = {}
+    exec(example[1], scope)
+    assert isinstance(scope["loss"], torch.Tensor)
+    assert torch.isfinite(scope["loss"])
+
+
+def test_links_and_commands_exist() -> None:
+    for target in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (ROOT / target).exists(), target
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"make (\w+)", README)) <= set(targets)
