@@ -74,7 +74,7 @@ STEP_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"weight": torch.ones(4, 3, 1, 1)}, ValueError, r"expected 4 input channels, got 3 \(3 for"),
     ({"weight": SECOND.weight.half()}, TypeError, r"weight: expected torch.float32 .*float16"),
     ({"weight": torch.ones(4, 4, 5, 1)}, ValueError, r"weight: expected a kernel that fits into"),
-    ({"groups": 0}, ValueError, r"expected 4 input channels, got 0"),
+    ({"groups": 0}, ValueError, r"groups: expected at least 1, got 0"),
     ({"weight": torch.ones(3, 2, 1, 1), "groups": 2}, ValueError, r"groups: expected a divisor"),
     ({"conv_bias": C3}, ValueError, r"conv_bias: expected 4 numbers, got \[3\]"),
     ({"conv_bias": C4.to("meta")}, ValueError, r"conv_bias: expected device cpu, got meta"),

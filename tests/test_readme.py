@@ -22,4 +22,4 @@ def test_links_and_commands_exist() -> None:
     for target in re.findall(r"\]\(([\w./-]+)\)", README):
         assert (ROOT / target).exists(), target
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert set(re.findall(r"make (\w+)", README)) <= set(targets)
+    assert set(re.findall(r"^    make (\w+)", README, re.MULTILINE)) <= set(targets)
