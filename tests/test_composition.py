@@ -224,6 +224,17 @@ def test_models_are_pickled_and_copied() -> None:
         assert twin.conv1.weight.data_ptr() != model.conv1.weight.data_ptr()
 
 
+def test_meta_tensors_have_shapes_and_no_numbers() -> None:
+    # How large models are planned; autocast does not know the meta device.
+    with torch.device("meta"):
+        model = resnet20()
+        logits = model(torch.empty(4, 3, 32, 32))
+    assert logits.device.type == "meta"
+    assert logits.shape == (4, 10)
+    torch.autograd.backward(logits.sum())
+    assert model.conv1.weight.grad.shape == model.conv1.weight.shape
+
+
 def test_ddp_gives_the_gradients_of_one_process(tmp_path: Path) -> None:
     # DDP hooks every parameter's gradient accumulation: a Function must feed each exactly once.
     torch.manual_seed(0)

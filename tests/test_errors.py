@@ -52,6 +52,10 @@ BATCH_NORM_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         {"residual": X.contiguous(memory_format=torch.channels_last)}, ValueError,
         r"residual: expected the input's memory format torch.contiguous_format, got strides",
     ),
+    # Updated in place: a copy of a strided vector would lose the update.
+    ({"running_mean": torch.ones(6)[::2]}, ValueError, r"running_mean: expected a dense .*\(2,\)"),
+    ({"momentum": None}, TypeError, r"momentum: expected a number, got NoneType"),
+    ({"eps": "small"}, TypeError, r"eps: expected a number, got str"),
     ({"act": "swish"}, ValueError, r"act: expected one of none, relu, relu6, got 'swish'"),
     ({"act": None}, ValueError, r"act: expected one of none, relu, relu6, got None"),
 ]  # fmt: skip
