@@ -224,6 +224,19 @@ def test_models_are_pickled_and_copied() -> None:
         assert twin.conv1.weight.data_ptr() != model.conv1.weight.data_ptr()
 
 
+@pytorchs_own_warnings
+def test_a_whole_network_compiles_to_one_graph() -> None:
+    # Identity blocks pass one tensor as input and residual, strided ones a padded view.
+    torch.manual_seed(0)
+    eager, compiled = (resnet20() for _ in range(2))
+    compiled.load_state_dict(eager.state_dict())
+    x = torch.randn(4, 3, 16, 16).to(memory_format=torch.channels_last)
+    eager(x).square().sum().backward()
+    torch.compile(compiled, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    for (name, one), other in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        assert torch.equal(other.grad, one.grad), name  # aot_eager runs the very same operators
+
+
 def test_meta_tensors_have_shapes_and_no_numbers() -> None:
     # How large models are planned; autocast does not know the meta device.
     with torch.device("meta"):
