@@ -91,7 +91,7 @@ struct PerChannel {
   }
 };
 
-// Tasks handed to a thread at a time: at least 16K elements, which outweigh waking it up (~3 us).
+// Tasks handed to a thread at a time: at least 16K elements, so that the work outweighs waking it.
 inline int64_t task_grain(int64_t tasks, int64_t elements) {
   return max(1, (1 << 14) * tasks / max(elements, 1));
 }

@@ -36,8 +36,8 @@ Forward = TypeVar("Forward", bound=Callable[..., Any])
 def positional(forward: Forward) -> Forward:
     """Give a Function's forward a signature that takes any positional arguments.
 
-    Function.apply binds its arguments to inspect.signature(forward) at every call: 38 us for ten
-    parameters, 4 us for this signature, where a whole small kernel takes 5.
+    Function.apply binds its arguments to inspect.signature(forward) at every call. A stored, simple
+    signature took 20 of 178 us off a two-step chain's forward (2-core AMD EPYC, torch 2.13).
     """
     everything = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
     forward.__signature__ = inspect.Signature([everything])  # type: ignore[attr-defined]
