@@ -9,17 +9,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from shapes import LAYOUTS, RESNET50
 from torch import Tensor
 
 from fastcnn.functional import batch_norm_act
 
-# ResNet-50's first and a late stage at batch 16: beyond the last-level cache, and within it.
+# ResNet-50's first and last stage at batch 16: beyond the last-level cache, and within it.
+BATCH = 16
 SHAPES = {
-    "64x112x112": (16, 64, 112, 112),
-    "256x56x56": (16, 256, 56, 56),
-    "512x7x7": (16, 512, 7, 7),
+    f"{image.c}x{image.h}x{image.w}": image for image in (RESNET50[0], RESNET50[2], RESNET50[7])
 }
-LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INPUTS = 4  # sets of tensors in turn: 4 x 51 MB and more, beyond any cache
 
@@ -37,14 +36,16 @@ class Layer(NamedTuple):
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_training(compare: Any, shape: str, dtype: str, layout: str, residual: bool) -> None:
-    n, c, h, w = SHAPES[shape]
+def test_training(
+    compare: Any, shape: str, dtype: str, layout: torch.memory_format, residual: bool
+) -> None:
+    _, c, h, w = SHAPES[shape].sizes
 
     def image() -> Tensor:
-        x = torch.randn(n, c, h, w).to(DTYPES[dtype], memory_format=LAYOUTS[layout])
+        x = torch.randn(BATCH, c, h, w).to(DTYPES[dtype], memory_format=layout)
         return x.requires_grad_()
 
     layers = [

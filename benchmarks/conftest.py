@@ -69,6 +69,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
                 f"{of_copy:.0%}" if floor_passes else "-",
             ]
         )
+        # For pytest-benchmark's record, which holds only what runs through it. Its time is of calls
+        # in a row and of one candidate: nothing to compare with. The table at the end is.
         benchmark.pedantic(ours, args=(inputs[0],), rounds=3)
 
     return run

@@ -48,7 +48,7 @@ def main() -> None:
     key = fingerprint()
     same_base = {name: stamp.get(name) for name in base} == base
     # Called by .venv's own Python: it cannot replace itself, and what it has is what there is.
-    if same_base or Path(sys.prefix) == VENV:
+    if same_base or (Path(sys.prefix) == VENV and "key" in stamp):
         base = {name: stamp[name] for name in base}
         if stamp["key"] == key and extra in stamp["serves"]:
             return
@@ -74,6 +74,8 @@ def create() -> None:
     """Make .venv anew, with a torch in it or the calling Python's in sight."""
     if VENV.exists() and not (VENV / STAMP).exists():
         stop(f"expected {VENV} to be made by this script, got another one: move it away")
+    if Path(sys.prefix) == VENV:
+        stop(f"expected another Python than that of {VENV}, which is unfinished: deactivate it")
     say(f"creating {VENV.relative_to(ROOT)}")
     try:
         venv.create(VENV, clear=True, with_pip=True, symlinks=True)

@@ -35,6 +35,12 @@ inline std::string sizes_of(const Tensor& t) {
   return text.str();
 }
 
+inline std::string device_of(const Tensor& t) {
+  if (t.is_cpu()) return "a CPU tensor";
+  const std::string kind = t.is_cuda() ? "a CUDA tensor" : "a tensor of another kind of device";
+  return kind + " (index " + std::to_string(t.get_device_index()) + ")";
+}
+
 inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
@@ -136,8 +142,7 @@ class Check {
  private:
   void data(const char* name, const Tensor& t) const {
     if (t.device() != x_.device()) {
-      fail(op_, name, ": expected device ", x_.get_device_index(), " of x's type, got device ",
-           t.get_device_index(), t.is_cpu() ? " of the CPU" : "");
+      fail(op_, name, ": expected ", device_of(x_), " as x, got ", device_of(t));
     }
     check_storage(op_, name, t);
   }
