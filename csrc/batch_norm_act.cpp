@@ -69,7 +69,7 @@ Tensor apply(const Tensor& x, const OptionalTensor& residual, const OptionalTens
 // -> dx, dresidual (empty if not wanted), dweight, dbias
 template <auto launch>
 std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& dy, const Tensor& x,
-                                               const OptionalTensor& y,
+                                               const OptionalTensor& saved,
                                                const OptionalTensor& weight,
                                                const OptionalTensor& bias, const Tensor& mean,
                                                const Tensor& var, double eps, int64_t act,
@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& dy, const Tensor& x
   p.training = training;
   p.dy = check.image("dy", dy);
   p.x = x.const_data_ptr();
-  p.y = check.image("y", y);
+  p.saved = check.image("saved", saved);
   p.mean = check.channels("mean", mean);
   p.var = check.channels("var", var);
   p.weight = check.channels("weight", weight);

@@ -45,7 +45,8 @@ def batch_norm_act(
         momentum: the weight of the new statistics in the running ones, 0 to 1.
         eps: added to the variance.
         residual: added before the activation; sizes, dtype and layout of the input.
-        act: "none", "relu" or "relu6".
+        act: "none", "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu" (by erf), "sigmoid"
+            or "hardswish". A NaN comes through; at -inf each has its limit.
 
     Returns:
         y in the input's sizes, dtype and memory layout. Results are bitwise the same from run to

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from activations import ACTS
 from cuda_emu.batch_norm_act import Call, Options, Shape, U, near
 from cuda_emu.run import DTYPE_NUMBER, Case, run_cases
 
@@ -52,6 +53,10 @@ def shapes(dtype: torch.dtype, channels_last: bool) -> list[Shape]:
 
 
 OPTIONS: list[Options] = list(itertools.product(["none", "relu", "relu6"], *[[True, False]] * 4))
+OPTIONS += [  # one switch for all activations: weight and bias need no more visits
+    (act, residual, True, True, training)
+    for act, residual, training in itertools.product(list(ACTS)[3:], [True, False], [True, False])
+]
 FULL, PLAIN = ("relu6", True, True, True, True), ("relu", False, False, False, False)
 
 
@@ -107,7 +112,7 @@ def test_misaligned(dtype: torch.dtype, channels_last: bool) -> None:
     # More splits than when aligned: the workspace must be large enough for either.
     call = Call(dtype, (1, wide, 1, 300) if channels_last else (1, 2, 1, 512 * wide), FULL)
     forward = [[name] for name in ("x", "residual", "y")]
-    backward = [[name] for name in ("dy", "x", "y", "dx", "dresidual")]
+    backward = [[name] for name in ("dy", "x", "saved", "dx", "dresidual")]
     # Parameters are floats at any address: they may be views into a larger tensor.
     channels = ["mean", "var", "weight", "bias", "dweight", "dbias"]
     cases = [call.forward(channels_last, skip=skip) for skip in [*forward, channels]]
@@ -147,31 +152,38 @@ def test_gradient_at_kinks(dtype: torch.dtype) -> None:
     eps = torch.finfo(dtype).eps
     tiny = torch.finfo(dtype).smallest_normal
     z = torch.tensor([-1, -tiny, -0.0, 0, tiny, 1, 6 - 4 * eps, 6, 6 + 4 * eps, torch.nan])
-    expected = {
-        "none": [1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
-        "relu": [0, 0, 0, 0, 1, 1, 1, 1, 1, 1],  # a NaN does not hide a gradient, as in PyTorch
-        "relu6": [0, 0, 0, 0, 1, 1, 1, 0, 0, 1],
-    }
+    z = torch.cat([z, torch.tensor([-3 - 4 * eps, -3, -3 + 4 * eps, 3 - 4 * eps, 3, 3 + 4 * eps])])
     z = z.to(dtype)[None, None, None]
     zero, one = torch.zeros(1), torch.ones(1)
     cases = []
-    for act, with_y in itertools.product(expected, [False, True]):
+    for act, with_residual in itertools.product(ACTS, [False, True]):
         call = Call(dtype, (1, 1, 1, z.numel()), (act, True, False, False, False))
         case = call.backward(channels_last=False)
         case.numbers["eps"] = 0
         case.inputs |= {"dy": torch.ones_like(z), "mean": zero, "var": one}
-        case.inputs |= {"x": torch.ones_like(z), "y": z} if with_y else {"x": z, "y": None}
+        x = torch.zeros_like(z) if with_residual else z  # z is y or the residual, else x
+        case.inputs |= {"x": x, "saved": z if with_residual else None}
         cases.append(case)
     for case, result in zip(cases, run_cases("batch_norm_act", cases), strict=True):
-        act = next(name for name in expected if ACT_NUMBER[name] == case.numbers["act"])
-        assert result.tensors["dresidual"].flatten().tolist() == expected[act]
+        act = next(name for name in ACTS if ACT_NUMBER[name] == case.numbers["act"])
+        leaf = z.double().requires_grad_()
+        ACTS[act](leaf).sum().backward()
+        if act == "hardswish":  # PyTorch's depends on the place in the tensor
+            leaf.grad[z.isnan()] = torch.nan
+        got = result.tensors["dresidual"]  # a NaN hides no gradient of relu, as in PyTorch
+        torch.testing.assert_close(got, leaf.grad.to(dtype), rtol=2 * eps, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_not_finite(dtype: torch.dtype) -> None:
     nan, inf = torch.nan, torch.inf
     x = torch.tensor([nan, inf, -inf, 1]).to(dtype)[None, None, None]
-    expected = {"none": [nan, inf, -inf, 1], "relu": [nan, inf, 0, 1], "relu6": [nan, 6, 0, 1]}
+    expected = {
+        "none": [nan, inf, -inf, 1], "relu": [nan, inf, 0, 1], "relu6": [nan, 6, 0, 1],
+        "leaky_relu": [nan, inf, -inf, 1], "silu": [nan, inf, 0, 0.7310586],
+        "gelu": [nan, inf, 0, 0.8413447], "sigmoid": [nan, 1, 0, 0.7310586],
+        "hardswish": [nan, inf, 0, 0.6666667],
+    }  # fmt: skip
     cases = []
     for act in expected:
         case = Call(dtype, (1, 1, 1, 4), (act, False, False, False, False)).forward(False)
@@ -179,8 +191,8 @@ def test_not_finite(dtype: torch.dtype) -> None:
         case.inputs |= {"x": x, "mean": torch.zeros(1), "var": torch.ones(1)}
         cases.append(case)
     for act, result in zip(expected, run_cases("batch_norm_act", cases), strict=True):
-        y = result.tensors["y"].flatten().float()
-        torch.testing.assert_close(y, torch.tensor(expected[act]).float(), equal_nan=True)
+        y = result.tensors["y"].flatten()
+        torch.testing.assert_close(y, torch.tensor(expected[act]).to(dtype), equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

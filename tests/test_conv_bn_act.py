@@ -8,22 +8,17 @@ many roundings, and float32 and the half types only by the measure of tests/tole
 
 import copy
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from activations import ACTS
 from shapes import LAYOUTS
 from tolerance import assert_as_exact_as_torch
 from torch import Tensor, nn
 
 from fastcnn.lab import kept_for_backward
 from fastcnn.nn import BatchNormAct2d, conv_bn_act
-
-ACTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda z: z, "relu": F.relu, "relu6": F.relu6
-}  # fmt: skip
 
 
 class Chain(nn.Module):
@@ -259,7 +254,8 @@ def test_autocast_leaves_float64_alone() -> None:
 @pytest.mark.parametrize("act", ACTS)
 def test_what_is_kept_for_backward(act: str, layout: str) -> None:
     # Counted in bytes: the input, every raw convolution output, in training mean and var of every
-    # step, and the output where a residual went through an activation. No activation in between.
+    # step, and the output or the residual, which are of one size, where a residual went through an
+    # activation. No activation in between.
     x = torch.randn(4, 4, 9, 8).contiguous(memory_format=LAYOUTS[layout])
     added = torch.randn(4, 8, 9, 8).contiguous(memory_format=LAYOUTS[layout])
     image = 4 * 9 * 8 * 4
@@ -267,9 +263,9 @@ def test_what_is_kept_for_backward(act: str, layout: str) -> None:
         chain = bottleneck(act=act).train(training)
         state = [*chain.parameters(), *chain.buffers()]
         kept = kept_for_backward(lambda c=chain, r=residual: c(x, r), exclude=state)
-        y = 8 if residual is not None and act != "none" else 0
+        saved = 8 if residual is not None and act != "none" else 0
         stats = 2 * (6 + 6 + 8) * 4 if training else 0
-        assert kept == image * (4 + 6 + 6 + 8 + y) + stats
+        assert kept == image * (4 + 6 + 6 + 8 + saved) + stats
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

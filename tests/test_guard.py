@@ -43,8 +43,9 @@ def run_all() -> None:
                 w, b, mean, var = (guarded(torch.rand(shape[1], dtype=acc)) for _ in range(4))
                 y, *_ = ops.batch_norm_act_fwd(x, residual, w, b, 1e-5, 1)
                 ops.batch_norm_act_apply(x, None, w, b, mean, var, 1e-5, 2)
-                for out in (None, guarded(y)):
-                    ops.batch_norm_act_bwd(dy, x, out, w, b, mean, var, 1e-5, 1, True, True)
+                ops.batch_norm_act_fwd(x, residual, w, b, 1e-5, 5)
+                for saved, act in ((None, 1), (guarded(y), 1), (None, 5), (residual, 5)):
+                    ops.batch_norm_act_bwd(dy, x, saved, w, b, mean, var, 1e-5, act, True, True)
                 ops.batch_norm_update_running(mean, var, w, b, 0.1, 7)
     print("done")
 

@@ -54,9 +54,10 @@ def test_info_names_every_op() -> None:
 def test_activation_tables_agree() -> None:
     # One table in Python, one in C++: the operator schemas carry the number.
     header = (ROOT / "csrc/common/activation.h").read_text()
-    table = re.search(r"enum class Act : int32_t \{(.*?)\};", header)
+    table = re.search(r"enum class Act : int32_t \{(.*?)\};", header, re.DOTALL)
     assert table is not None
-    in_cpp = {name.lower(): int(n) for name, n in re.findall(r"k(\w+) = (\d+)", table[1])}
+    pairs = re.findall(r"k(\w+) = (\d+)", table[1])
+    in_cpp = {re.sub(r"(?<!^)([A-Z])", r"_\1", name).lower(): int(n) for name, n in pairs}
     assert in_cpp == ACT_NUMBER
 
 

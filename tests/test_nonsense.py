@@ -65,13 +65,13 @@ IMAGE: dict[str, Callable[[Tensor], Any]] = {
 }
 CHANNELS: dict[str, Callable[[Tensor], Any]] = {"strided": lambda t: t.repeat_interleave(2)[::2]}
 NUMBERS: dict[str, list[Any]] = {
-    "act": [-1, 3, 2**31, -(2**63), 2**63 - 1, None, "relu"],
+    "act": [-1, 8, 2**31, -(2**63), 2**63 - 1, None, "relu"],
     "count": [1, 0, -5, -(2**63), None, "x"],
     "eps": [None, "x"],
     "momentum": [None, "x"],
 }
-OPTIONAL = ("residual", "y", "weight", "bias")
-IMAGES = ("x", "residual", "y", "dy")
+OPTIONAL = ("residual", "saved", "weight", "bias")
+IMAGES = ("x", "residual", "saved", "dy")
 
 
 def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
     if op == "batch_norm_act_apply":
         return {"x": image(), "residual": image(), **norm, **stats, **rest}
     if op == "batch_norm_act_bwd":
-        images = {"dy": image(), "x": image(), "y": image()}
+        images = {"dy": image(), "x": image(), "saved": image()}
         return {**images, **norm, **stats, **rest, "training": True, "want_dresidual": True}
     return {"running_mean": c[0], "running_var": c[1], **stats, "momentum": 0.1, "count": 9}
 

@@ -1,6 +1,8 @@
 // The activations, defined once for host and device, for scalars and for the CPU's vectors.
 #pragma once
 
+#include <math.h>
+
 #include <cstdint>
 
 #include "common/types.h"
@@ -8,11 +10,78 @@
 namespace fastcnn {
 
 // The numbers are part of the operator schemas: fastcnn/ops/activation.py holds the same table.
-enum class Act : int32_t { kNone = 0, kRelu = 1, kRelu6 = 2 };
-constexpr int32_t kActCount = 3;
+enum class Act : int32_t {
+  kNone = 0,
+  kRelu = 1,
+  kRelu6 = 2,
+  kLeakyRelu = 3,
+  kSilu = 4,
+  kGelu = 5,
+  kSigmoid = 6,
+  kHardswish = 7,
+};
+constexpr int32_t kActCount = 8;
 
-// V is float, double or a vector of them: a comparison then selects lane by lane.
-// A NaN fails every comparison and so comes through, as in PyTorch.
+// Whether d act / dz can be read off y = act(z). The others need z.
+FASTCNN_HOST_DEVICE constexpr bool slope_is_in_y(Act act) {
+  return act == Act::kNone || act == Act::kRelu || act == Act::kRelu6;
+}
+
+// exp and erf of V: of the device's scalars here, of the CPU's vectors in vec_math.h.
+template <class V>
+struct Math;
+
+template <>
+struct Math<float> {
+  using Scalar = float;
+  FASTCNN_HOST_DEVICE static float exp(float x) { return expf(x); }
+  FASTCNN_HOST_DEVICE static float erf(float x) { return erff(x); }
+};
+
+template <class V>
+FASTCNN_HOST_DEVICE V constant(double value) {
+  return V{} + static_cast<typename Math<V>::Scalar>(value);
+}
+
+// V is float or a vector of floats or doubles: a comparison then selects lane by lane.
+// A NaN comes through, as in PyTorch. Where an infinite z meets a factor of 0, silu, gelu and
+// hardswish have their limits, in value and slope; PyTorch's formulas give NaN there. To that end z
+// is held within +-kFar, beyond which those factors are 0 in double too.
+constexpr double kFar = 1e4, kLeakySlope = 0.01;
+
+template <class V>
+FASTCNN_HOST_DEVICE V not_below_far(V z) {
+  const V low = constant<V>(-kFar);
+  return z < low ? low : z;
+}
+
+template <class V>
+FASTCNN_HOST_DEVICE V within_far(V z) {
+  const V low = constant<V>(-kFar), high = constant<V>(kFar);
+  return z < low ? low : (z > high ? high : z);
+}
+
+// 1 / (1 + exp(-z)) and 1 minus that, from exp(-|z|): nothing overflows or cancels.
+template <class V>
+struct Sigmoid {
+  V value, rest;
+
+  FASTCNN_HOST_DEVICE explicit Sigmoid(V z) {
+    const V zero = V{}, one = zero + 1;
+    const V e = Math<V>::exp(z < zero ? z : -z);
+    const V large = one / (one + e), small = e * large;
+    value = z < zero ? small : large;
+    rest = z < zero ? large : small;
+  }
+};
+
+// The normal distribution: the probability of a value below z.
+template <class V>
+FASTCNN_HOST_DEVICE V normal_cdf(V z) {
+  const V half = constant<V>(0.5);
+  return half + half * Math<V>::erf(z * constant<V>(0.70710678118654752440));
+}
+
 template <Act act, class V>
 FASTCNN_HOST_DEVICE V act_fwd(V z) {
   const V zero = V{};
@@ -21,13 +90,24 @@ FASTCNN_HOST_DEVICE V act_fwd(V z) {
   } else if constexpr (act == Act::kRelu6) {
     const V six = zero + 6;
     return z < zero ? zero : (z > six ? six : z);
+  } else if constexpr (act == Act::kLeakyRelu) {
+    return z > zero ? z : z * constant<V>(kLeakySlope);
+  } else if constexpr (act == Act::kSilu) {
+    return not_below_far(z) * Sigmoid<V>(z).value;
+  } else if constexpr (act == Act::kGelu) {
+    return not_below_far(z) * normal_cdf(z);
+  } else if constexpr (act == Act::kSigmoid) {
+    return Sigmoid<V>(z).value;
+  } else if constexpr (act == Act::kHardswish) {
+    const V three = zero + 3;
+    return z <= -three ? zero : (z >= three ? z : z * (z + three) * constant<V>(1.0 / 6));
   } else {
     return z;
   }
 }
 
-// d act / dz times dy, from z or equally from y = act(z): for these activations both give the
-// same answer. At the kinks the gradient is 0, as in PyTorch.
+// d act / dz times dy, from z; where slope_is_in_y(act), equally from y. At a kink it is what
+// PyTorch takes: the smaller slope, but of hardswish the outer one.
 template <Act act, class V>
 FASTCNN_HOST_DEVICE V act_bwd(V dy, V z) {
   const V zero = V{};
@@ -36,25 +116,82 @@ FASTCNN_HOST_DEVICE V act_bwd(V dy, V z) {
   } else if constexpr (act == Act::kRelu6) {
     const V six = zero + 6;
     return z <= zero ? zero : (z >= six ? zero : dy);
+  } else if constexpr (act == Act::kLeakyRelu) {
+    return z > zero ? dy : dy * constant<V>(kLeakySlope);
+  } else if constexpr (act == Act::kSilu) {
+    const Sigmoid<V> sigmoid(z);
+    return dy * (sigmoid.value + within_far(z) * (sigmoid.value * sigmoid.rest));
+  } else if constexpr (act == Act::kGelu) {
+    const V near = within_far(z);
+    const V density = Math<V>::exp(near * near * constant<V>(-0.5));
+    return dy * (normal_cdf(z) + near * density * constant<V>(0.39894228040143267794));
+  } else if constexpr (act == Act::kSigmoid) {
+    const Sigmoid<V> sigmoid(z);
+    return dy * (sigmoid.value * sigmoid.rest);
+  } else if constexpr (act == Act::kHardswish) {
+    const V three = zero + 3;
+    const V slope = z * constant<V>(1.0 / 3) + constant<V>(0.5);
+    return z <= -three ? zero : (z >= three ? dy : dy * slope);
   } else {
     return dy;
   }
 }
 
-// The same with the activation known at run time only: CUDA kernels switch where it costs nothing,
-// in the shadow of memory, and are compiled once instead of once an activation.
-template <class V>
-FASTCNN_HOST_DEVICE V act_fwd(Act act, V z) {
-  return act == Act::kRelu    ? act_fwd<Act::kRelu>(z)
-         : act == Act::kRelu6 ? act_fwd<Act::kRelu6>(z)
-                              : z;
+template <Act act, class V, int kCount>
+FASTCNN_HOST_DEVICE void act_fwd_each(V (&z)[kCount]) {
+  for (int i = 0; i < kCount; ++i) z[i] = act_fwd<act>(z[i]);
 }
 
-template <class V>
-FASTCNN_HOST_DEVICE V act_bwd(Act act, V dy, V z) {
-  return act == Act::kRelu    ? act_bwd<Act::kRelu>(dy, z)
-         : act == Act::kRelu6 ? act_bwd<Act::kRelu6>(dy, z)
-                              : dy;
+template <Act act, class V, int kCount>
+FASTCNN_HOST_DEVICE void act_bwd_each(V (&dy)[kCount], const V (&z)[kCount]) {
+  for (int i = 0; i < kCount; ++i) dy[i] = act_bwd<act>(dy[i], z[i]);
+}
+
+// The same with the activation known at run time only, in place, for several values at once, which
+// share the one branch: CUDA kernels switch where it costs nothing, in the shadow of memory, and
+// are compiled once instead of once an activation.
+template <class V, int kCount>
+FASTCNN_HOST_DEVICE void act_fwd(Act act, V (&z)[kCount]) {
+  switch (act) {
+    case Act::kNone:
+      return;
+    case Act::kRelu:
+      return act_fwd_each<Act::kRelu>(z);
+    case Act::kRelu6:
+      return act_fwd_each<Act::kRelu6>(z);
+    case Act::kLeakyRelu:
+      return act_fwd_each<Act::kLeakyRelu>(z);
+    case Act::kSilu:
+      return act_fwd_each<Act::kSilu>(z);
+    case Act::kGelu:
+      return act_fwd_each<Act::kGelu>(z);
+    case Act::kSigmoid:
+      return act_fwd_each<Act::kSigmoid>(z);
+    case Act::kHardswish:
+      return act_fwd_each<Act::kHardswish>(z);
+  }
+}
+
+template <class V, int kCount>
+FASTCNN_HOST_DEVICE void act_bwd(Act act, V (&dy)[kCount], const V (&z)[kCount]) {
+  switch (act) {
+    case Act::kNone:
+      return;
+    case Act::kRelu:
+      return act_bwd_each<Act::kRelu>(dy, z);
+    case Act::kRelu6:
+      return act_bwd_each<Act::kRelu6>(dy, z);
+    case Act::kLeakyRelu:
+      return act_bwd_each<Act::kLeakyRelu>(dy, z);
+    case Act::kSilu:
+      return act_bwd_each<Act::kSilu>(dy, z);
+    case Act::kGelu:
+      return act_bwd_each<Act::kGelu>(dy, z);
+    case Act::kSigmoid:
+      return act_bwd_each<Act::kSigmoid>(dy, z);
+    case Act::kHardswish:
+      return act_bwd_each<Act::kHardswish>(dy, z);
+  }
 }
 
 }  // namespace fastcnn

@@ -2,8 +2,9 @@
 //
 // Data movement, T = one pass over the tensor:
 //   forward   stats reads x (1T); apply reads x and residual, writes y (2T or 3T).
-//   backward  reduce reads dy, x (and y, then writing dresidual); dx reads dy (or dresidual) and x
-//             and writes dx: 5T, and 7T with a residual.
+//   backward  reduce reads dy, x (and what was saved where a residual was added, then writing
+//             dresidual); dx reads dy (or dresidual) and x and writes dx: 5T, and 7T with a
+//             residual.
 // Sums over the batch have two stages: each block reduces its split to one partial a channel, which
 // `finish` joins in a fixed order. No atomics: the same bits from run to run.
 // Variance: kUnroll values are summed, then squared around their own mean, in registers; groups,
@@ -115,13 +116,14 @@ __global__ void __launch_bounds__(kThreads)
   const Coefficients<kSlots<kVector, kChannelsLast>, BatchNormActFwdParams> k(p, walk.channel);
   const auto finish = [&](int64_t offset, const float(&value)[kVector],
                           const float(&added)[kVector]) {
-    float out[kVector];
+    float z[kVector];
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       const int s = kChannelsLast ? v : 0;
-      out[v] = act_fwd(p.act, (value[v] - k.mean[s]) * k.scale[s] + k.bias[s] + added[v]);
+      z[v] = (value[v] - k.mean[s]) * k.scale[s] + k.bias[s] + added[v];
     }
-    store(y + offset, out);
+    act_fwd(p.act, z);
+    store(y + offset, z);
   };
   walk.run(
       [&](const int64_t(&offsets)[kUnroll]) {
@@ -145,24 +147,23 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- backward ----------------------------------------------------------------------------------
 
-// dz of one vector, in place of dy. y is read where the forward added a residual; else z is
-// rebuilt.
+// dz of one vector, in place of dy. z is rebuilt as the forward made it; where a residual was
+// added, with the saved residual, or y is read in place of z.
 template <class T, int kVector, bool kChannelsLast, class Coefficients>
 __device__ void grad_z(const BatchNormActBwdParams& p, const Coefficients& k, int64_t offset,
                        const float (&x)[kVector], float (&dy)[kVector]) {
   if (p.act == Act::kNone) return;
   float z[kVector];
-  if (p.y != nullptr) {
-    load(static_cast<const T*>(p.y) + offset, z);
-  } else {
+  float saved[kVector] = {};
+  if (p.saved != nullptr) load(static_cast<const T*>(p.saved) + offset, saved);
+  const bool from_y = p.saved != nullptr && slope_is_in_y(p.act);
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) {
-      const int s = kChannelsLast ? v : 0;
-      z[v] = (x[v] - k.mean[s]) * k.scale[s] + k.bias[s];
-    }
+  for (int v = 0; v < kVector; ++v) {
+    const int s = kChannelsLast ? v : 0;
+    const float rebuilt = (x[v] - k.mean[s]) * k.scale[s] + k.bias[s] + saved[v];
+    z[v] = from_y ? saved[v] : rebuilt;
   }
-#pragma unroll
-  for (int v = 0; v < kVector; ++v) dy[v] = act_bwd(p.act, dy[v], z[v]);
+  act_bwd(p.act, dy, z);
 }
 
 struct Sums {
@@ -346,8 +347,8 @@ int launch_batch_norm_act_fwd(const BatchNormActFwdParams& p, float* workspace,
 int launch_batch_norm_act_bwd(const BatchNormActBwdParams& p, float* workspace,
                               const CudaDevice& device) {
   const ColumnPlan plan =
-      plan_columns(p.shape, element_bytes(p.dtype), aligned({p.dy, p.x, p.y, p.dx, p.dresidual}),
-                   device.sm_count);
+      plan_columns(p.shape, element_bytes(p.dtype),
+                   aligned({p.dy, p.x, p.saved, p.dx, p.dresidual}), device.sm_count);
   Sums* partial = reinterpret_cast<Sums*>(workspace);
   return dispatch(p.dtype, plan.vector, p.shape.channels_last, [&](auto t, auto vector, auto cl) {
     using T = decltype(t);

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,6 +24,11 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": _identity,
     "relu": F.relu_,
     "relu6": lambda x: F.relu6(x, inplace=True),
+    "leaky_relu": F.leaky_relu_,
+    "silu": lambda x: F.silu(x, inplace=True),
+    "gelu": F.gelu,
+    "sigmoid": torch.sigmoid_,
+    "hardswish": lambda x: F.hardswish(x, inplace=True),
 }
 
 

@@ -23,7 +23,8 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         affine: whether there are weight and bias.
         track_running_stats: whether there are running statistics; without them evaluation uses
             the batch's.
-        act: "none", "relu" or "relu6".
+        act: "none", "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu" (by erf), "sigmoid"
+            or "hardswish".
         device: of parameters and buffers.
         dtype: of parameters and buffers.
     """

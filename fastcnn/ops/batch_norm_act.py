@@ -7,9 +7,10 @@ x, residual, y: [n, c, h, w]; mean, var (biased), weight, bias: [c]. mean and va
 accumulate type: float32, and float64 for a float64 x.
 
 Data movement in passes over the tensor: forward 3 (4 with a residual); backward 5, and 7 with a
-residual. Kept for backward: x, mean, var, the parameters; and y where a residual was added to a z
-that goes through an activation. There z cannot be rebuilt from x alone, and y is the next layer's
-input anyway, so it costs no memory. Without a residual y is not kept: z is rebuilt from x.
+residual. Kept for backward: x, mean, var, the parameters; and one image more where a residual was
+added before an activation, since z cannot be rebuilt from x alone there. For relu and relu6 that is
+y, which tells the derivative and is the next layer's input anyway, so it costs no memory; for the
+others the residual itself, which is some layer's output. Without a residual z is rebuilt from x.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastcnn.ops._library import declare, distinct, positional
-from fastcnn.ops.activation import ACT_NUMBER, act_number
+from fastcnn.ops.activation import ACT_NUMBER, act_number, slope_is_in_y
 from fastcnn.ops.checks import check_image, check_like, check_parameters, memory_format_of
 
 OP = "batch_norm_act"
@@ -61,7 +62,7 @@ declare(
     _apply_fake,
 )
 declare(
-    "batch_norm_act_bwd(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, "
+    "batch_norm_act_bwd(Tensor dy, Tensor x, Tensor? saved, Tensor? weight, Tensor? bias, "
     "Tensor mean, Tensor var, float eps, int act, bool training, bool want_dresidual) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     _bwd_fake,
@@ -110,20 +111,26 @@ class BatchNormActFunction(torch.autograd.Function):
             y = output
         ctx.set_materialize_grads(False)
         ctx.has_residual = residual is not None
-        keep_y = ctx.has_residual and ctx.act != ACT_NUMBER["none"]
-        ctx.save_for_backward(x, y if keep_y else None, weight, bias, mean, var)
+        ctx.save_for_backward(x, image_to_save(ctx.act, y, residual), weight, bias, mean, var)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 8
-        x, y, weight, bias, mean, var = ctx.saved_tensors
+        x, saved, weight, bias, mean, var = ctx.saved_tensors
         dx, dresidual, dweight, dbias = batch_norm_act_bwd(
-            dy, x, y, weight, bias, mean, var, ctx.eps, ctx.act, ctx.training,
+            dy, x, saved, weight, bias, mean, var, ctx.eps, ctx.act, ctx.training,
             ctx.has_residual and ctx.needs_input_grad[1],
         )  # fmt: skip
         return dx, dresidual, dweight, dbias, None, None, None, None
+
+
+def image_to_save(act: int, y: Tensor, residual: Tensor | None) -> Tensor | None:
+    """Return what backward needs beside x to know act'(z): y, the residual, or nothing."""
+    if residual is None or act == ACT_NUMBER["none"]:
+        return None
+    return y if slope_is_in_y(act) else residual
 
 
 def as_acc(x: Tensor, t: Tensor | None) -> Tensor | None:
@@ -165,7 +172,7 @@ def batch_norm_act_apply(
 def batch_norm_act_bwd(
     dy: Tensor,
     x: Tensor,
-    y: Tensor | None,
+    saved: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
@@ -177,12 +184,13 @@ def batch_norm_act_bwd(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return dx, dresidual, dweight, dbias, with None for what was not there or not wanted.
 
-    dy may come in any layout, also expanded; it is brought to x's.
+    saved: image_to_save(...) of the forward. dy may come in any layout, also expanded; it is
+    brought to x's.
     """
     dy = dy.contiguous(memory_format=memory_format_of(x) or torch.contiguous_format)
     stats = as_acc(x, mean), as_acc(x, var)
     dx, dresidual, dweight, dbias = _bwd(
-        dy, x, y, as_acc(x, weight), as_acc(x, bias), *stats, eps, act, training, want_dresidual
+        dy, x, saved, as_acc(x, weight), as_acc(x, bias), *stats, eps, act, training, want_dresidual
     )
     return (
         dx,

@@ -5,8 +5,9 @@
     a_i = act_i(batch_norm_i(r_i))                             i < last
     output = act_last(batch_norm_last(r_last) + residual)
 
-Kept for backward: the input, every r_i, the statistics, and the output where a residual went
-through an activation (it is the next chain's input anyway). Not kept: a_1 ... a_{last-1}, which
+Kept for backward: the input, every r_i, the statistics, and where a residual went through an
+activation the output (it is the next chain's input anyway) or, for activations whose derivative the
+output does not tell, the residual. Not kept: a_1 ... a_{last-1}, which
 eager keeps beside each r_i. Backward rebuilds each by one elementwise pass, bit for bit, as the
 input that the next convolution's weight gradient needs:
 
@@ -24,11 +25,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastcnn.ops._library import distinct, positional
-from fastcnn.ops.activation import ACT_NUMBER
 from fastcnn.ops.batch_norm_act import (
     batch_norm_act_apply,
     batch_norm_act_bwd,
     batch_norm_act_fwd,
+    image_to_save,
     update_running,
 )
 from fastcnn.ops.checks import check_image, check_like
@@ -84,8 +85,8 @@ class ConvBnActFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
         ctx.has_residual = residual is not None
-        keep_y = ctx.has_residual and ctx.geometry[-1].act != ACT_NUMBER["none"]
-        ctx.save_for_backward(x, y if keep_y else None, *tensors, *kept)
+        saved = image_to_save(ctx.geometry[-1].act, y, residual)
+        ctx.save_for_backward(x, saved, *tensors, *kept)
 
     @staticmethod
     @once_differentiable
@@ -94,7 +95,7 @@ class ConvBnActFunction(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(needs)
         if dy is None:
             return tuple(grads)
-        x, y, *rest = ctx.saved_tensors
+        x, saved, *rest = ctx.saved_tensors
         steps = _saved_steps(geometry, rest)
         del rest
         if not torch.compiler.is_compiling():
@@ -105,10 +106,10 @@ class ConvBnActFunction(torch.autograd.Function):
             i = len(steps) - 1
             g, step, last = geometry[i], steps.pop(), i == len(geometry) - 1
             dy, dresidual, dbn_weight, dbn_bias = batch_norm_act_bwd(
-                dy, step.raw, y if last else None, step.bn_weight, step.bn_bias, step.mean,
+                dy, step.raw, saved if last else None, step.bn_weight, step.bn_bias, step.mean,
                 step.var, g.eps, g.act, g.training, last and ctx.has_residual and needs[1],
             )  # fmt: skip
-            weight, conv_bias, y = step.weight, step.conv_bias, None
+            weight, conv_bias, saved = step.weight, step.conv_bias, None
             del step
             if last:
                 grads[1] = dresidual

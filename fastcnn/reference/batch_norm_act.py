@@ -1,7 +1,11 @@
 """batch_norm_act in elementary PyTorch operations, without torch's own batch norm."""
 
+import math
+
 import torch
 from torch import Tensor
+
+from fastcnn.ops.activation import act_number
 
 
 def activation(z: Tensor, act: str) -> Tensor:
@@ -13,7 +17,18 @@ def activation(z: Tensor, act: str) -> Tensor:
             return torch.where(z <= 0, 0.0, z)
         case "relu6":
             return torch.where(z <= 0, 0.0, torch.where(z >= 6, 6.0, z))
-    raise ValueError(f"activation: act: expected none, relu or relu6, got {act!r}")
+        case "leaky_relu":
+            return torch.where(z > 0, z, 0.01 * z)
+        case "silu":
+            return z * torch.sigmoid(z)
+        case "gelu":
+            return z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+        case "sigmoid":
+            return torch.sigmoid(z)
+        case "hardswish":
+            return z * (z + 3).clamp(0, 6) / 6
+    act_number("activation", act)  # raises, naming those there are
+    raise NotImplementedError(f"activation: {act} has no reference")
 
 
 def batch_norm_act(

@@ -37,7 +37,7 @@ BatchNormActBwdParams bwd_params(Case& c) {
   auto p = image_params<BatchNormActBwdParams>(c);
   p.training = c.integer("training") != 0;
   p.dy = c.tensor("dy");
-  p.y = c.tensor("y");
+  p.saved = c.tensor("saved");
   p.dx = c.tensor("dx");
   p.dresidual = c.tensor("dresidual");
   p.dweight = c.tensor("dweight");

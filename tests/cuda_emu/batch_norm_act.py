@@ -6,7 +6,7 @@ the magnitudes that are added up. Subtracting the mean costs U * max|x|, whateve
 
 Kinks. Where z lies nearer to 0 or 6 than its own error, either gradient is right; dy is 0 there, so
 that both give the same sums. With a residual the mask is the rounded y's, as in PyTorch, and z's
-error includes that rounding.
+error includes that rounding. A slope that bends carries z's error on, times its curvature.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,22 @@ from functools import partial
 from typing import Any
 
 import torch
+from activations import near_a_kink
 from cuda_emu.run import DTYPE_NUMBER, Case, Result
 from torch import Tensor
 
 from fastcnn import reference
-from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.ops.activation import ACT_NUMBER, slope_is_in_y
 
 U = 2.0**-24
 # The longest chain of float32 additions in the tests' shapes: 72 values in a thread, then 8 joins
 # of lanes and 6 of splits; each rounds twice, its product and its sum.
 ROUNDINGS = 2 * (72 + 8 + 6)
 EPS = 1e-5
+# The largest |act'| and |act''| (beside kinks) of the activations that calculate.
+STEEPNESS = {"leaky_relu": 1.0, "silu": 1.1, "gelu": 1.13, "sigmoid": 0.25, "hardswish": 1.5}
+CURVATURE = {"leaky_relu": 0.0, "silu": 0.5, "gelu": 0.8, "sigmoid": 0.1, "hardswish": 1 / 3}
+ACT_ROUNDINGS = 16  # exp, erf and erff to 2 ulp, and what combines them
 Shape = tuple[int, int, int, int]
 Options = tuple[str, bool, bool, bool, bool]  # act, residual, weight, bias, batch statistics
 
@@ -72,8 +77,11 @@ class Call:
         with torch.no_grad():
             self.forward_errors(x, residual, weight, bias, mean, var, y)
             margin = self.z_error + has_residual * self.rounding(z.abs() + self.z_error)
-            unsure = torch.minimum(z.abs(), (z - 6).abs()) <= margin
-            self.dy = normal(shape).masked_fill(unsure & (self.act != "none"), 0).to(dtype)
+            self.dy = normal(shape).masked_fill(near_a_kink(z, self.act, margin), 0).to(dtype)
+            self.dz_error = torch.zeros_like(z)
+            if self.act in CURVATURE:
+                error = CURVATURE[self.act] * self.z_error + ACT_ROUNDINGS * U
+                self.dz_error = self.dy.double().abs() * error
         self.dx, self.dz, self.dweight, self.dbias = torch.autograd.grad(
             y, leaves, self.dy.double()
         )
@@ -104,18 +112,28 @@ class Call:
         self.z_error = bound * added + column(weight.abs()) * (
             self.xhat_error + relative * (self.xhat + self.xhat_error)
         )
-        self.y_error = self.z_error + self.rounding(y.abs() + self.z_error)
+        error = self.z_error
+        if self.act in STEEPNESS:
+            error = STEEPNESS[self.act] * error + ACT_ROUNDINGS * U * (1 + added)
+        self.y_error = error + self.rounding(y.abs() + error)
 
     def backward_errors(self) -> None:
         bound, dz, n = ROUNDINGS * U, self.dz.abs(), self.x.numel() // self.shape[1]
-        self.dbias_error = bound * total(dz)
-        self.dweight_error = total(dz * self.xhat_error) + bound * total(dz * self.xhat)
-        shift, slope, slope_error = (
+        dz_error, xhat_most = self.dz_error, self.xhat + self.xhat_error
+        self.dbias_error = bound * total(dz) + total(dz_error)
+        self.dweight_error = total(dz * self.xhat_error + dz_error * xhat_most)
+        self.dweight_error += bound * total(dz * self.xhat)
+        self.dresidual_error = dz_error
+        if not slope_is_in_y(ACT_NUMBER[self.act]):  # else dy or 0: nothing is rounded
+            self.dresidual_error = dz_error + self.rounding(dz + dz_error)
+        shift, slope, shift_error, slope_error = (
             self.training * column(t) / n
-            for t in (total(dz), total(dz * self.xhat), self.dweight_error)
+            for t in (total(dz), total(dz * self.xhat), total(dz_error), self.dweight_error)
         )
         error = self.scale * (
-            bound * (dz + shift + self.xhat * slope)
+            self.dresidual_error  # where dx is made of it
+            + shift_error
+            + bound * (dz + shift + self.xhat * slope)
             + self.xhat * slope_error
             + self.xhat_error * (slope + slope_error)
         )
@@ -159,7 +177,8 @@ class Call:
     def backward(
         self, channels_last: bool, want_dresidual: bool = True, skip: Sequence[str] = ()
     ) -> Case:
-        y = None if self.residual is None else in_memory(self.y.to(self.dtype), channels_last)
+        in_y = slope_is_in_y(ACT_NUMBER[self.act])
+        saved = self.y.to(self.dtype) if in_y and self.residual is not None else self.residual
         image = in_memory(self.x, channels_last)
         return Case(
             "bwd",
@@ -167,7 +186,7 @@ class Call:
             inputs={
                 "dy": in_memory(self.dy, channels_last),
                 "x": image,
-                "y": y,
+                "saved": in_memory(saved, channels_last),
                 "mean": self.mean.float(),
                 "var": self.var.float(),
                 "weight": self.weight,
@@ -186,9 +205,9 @@ class Call:
         assert result.error == 0
         near(result, "dbias", self.dbias, self.dbias_error)
         near(result, "dweight", self.dweight, self.dweight_error)
-        if "dresidual" in result.tensors:  # dy or 0: nothing is rounded
-            dz = in_memory(self.dz, channels_last)
-            near(result, "dresidual", dz, torch.zeros_like(dz))
+        if "dresidual" in result.tensors:
+            dz, error = (in_memory(t, channels_last) for t in (self.dz, self.dresidual_error))
+            near(result, "dresidual", dz, error)
         near(
             result, "dx", in_memory(self.dx, channels_last), in_memory(self.dx_error, channels_last)
         )

@@ -1,0 +1,254 @@
+// batch_norm_act on the CPU, backward.
+//
+// Data movement, T = one pass over the tensor: the reductions read dy, x (and what was saved where
+// a residual was added, then writing dresidual); dx reads dy (or dresidual) and x and writes dx:
+// 5T, and 7T with a residual. NCHW: a task is a channel, whose second read comes from the cache
+// where it fits. All sums have an order that depends on the shape alone.
+#include "common/dispatch.h"
+#include "common/parallel.h"
+#include "cpu/batch_norm_coefficients.h"
+
+namespace fastcnn::FASTCNN_CPU_LEVEL {
+namespace {
+
+// Everything the backward reads and writes, offset to one span.
+template <class T>
+struct BwdSpan {
+  const T *dy, *x, *saved;
+  T *dx, *dresidual;
+
+  BwdSpan(const BatchNormActBwdParams& p, int64_t offset)
+      : dy(static_cast<const T*>(p.dy) + offset),
+        x(static_cast<const T*>(p.x) + offset),
+        saved(at(static_cast<const T*>(p.saved), offset)),
+        dx(static_cast<T*>(p.dx) + offset),
+        dresidual(at(static_cast<T*>(p.dresidual), offset)) {}
+};
+
+// dz = dy * act'(z). z is rebuilt exactly as the forward made it; where a residual was added, with
+// the saved residual, or y is read in place of z.
+template <class T, class A, bool kSaved>
+inline __attribute__((always_inline)) Vec<Acc<T>> grad_z(const BwdSpan<T>& s, A act, int64_t o,
+                                                         int64_t count, Vec<Acc<T>> centered,
+                                                         Vec<Acc<T>> scale, Vec<Acc<T>> bias) {
+  const Vec<Acc<T>> dy = load(s.dy + o, count);
+  if constexpr (A::kIsNone) {
+    return dy;
+  } else if constexpr (kSaved && A::kSlopeIsInY) {
+    return act.bwd(dy, load(s.saved + o, count));
+  } else {
+    Vec<Acc<T>> z = centered * scale + bias;
+    if constexpr (kSaved) z += load(s.saved + o, count);
+    return act.bwd(dy, z);
+  }
+}
+
+// Adds sum(dz) and sum(dz * (x - mean)) to the columns' accumulators, or for a plane to one vector
+// each, whose lanes are added up once a task and not once a plane. Writes dz where the residual's
+// gradient is wanted. The lanes beyond a span's end have dy = 0 and add nothing.
+template <class T, class A, bool kSaved, bool kArray>
+void reduce_span(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<Acc<T>>& k,
+                 int64_t j, Acc<T>* sum_dz, Acc<T>* sum_dzx) {
+  using S = Acc<T>;
+  const A act(k.act);
+  const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
+      bias{k.bias.get() + j};
+  Vec<S> total_dz = load(sum_dz), total_dzx = load(sum_dzx);
+  for_each_block<S>(
+      rows, length,
+      [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
+        const Vec<S> m = mean.at(i), sc = scale.at(i), b = bias.at(i);
+        if constexpr (kArray) {
+          total_dz = load(sum_dz + i);
+          total_dzx = load(sum_dzx + i);
+        }
+#pragma GCC unroll 4
+        for (int u = 0; u < block.value; ++u) {
+          const int64_t o = (row + u) * length + i;
+          const Vec<S> centered = load(s.x + o, count) - m;
+          const Vec<S> dz = grad_z<T, A, kSaved>(s, act, o, count, centered, sc, b);
+          if (s.dresidual != nullptr) store(s.dresidual + o, dz, count);
+          total_dz += dz;
+          total_dzx += dz * centered;
+        }
+        if constexpr (kArray) {
+          store(sum_dz + i, total_dz);
+          store(sum_dzx + i, total_dzx);
+        }
+      });
+  if constexpr (!kArray) {
+    store(sum_dz, total_dz);
+    store(sum_dzx, total_dzx);
+  }
+}
+
+// dx = scale * (dz - shift - (x - mean) * slope); with fixed statistics dx = scale * dz.
+template <class T, class A, bool kSaved, bool kArray, bool kTraining>
+void dx_span(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<Acc<T>>& k, int64_t j) {
+  using S = Acc<T>;
+  const A act(k.act);
+  const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
+      bias{k.bias.get() + j}, shift{k.shift.get() + j}, slope{k.slope.get() + j};
+  for_each_block<S>(
+      rows, length,
+      [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
+        const Vec<S> m = mean.at(i), sc = scale.at(i), b = bias.at(i);
+        const Vec<S> sh = shift.at(i), sl = slope.at(i);
+#pragma GCC unroll 4
+        for (int u = 0; u < block.value; ++u) {
+          const int64_t o = (row + u) * length + i;
+          const Vec<S> centered = load(s.x + o, count) - m;
+          Vec<S> dz = grad_z<T, A, kSaved>(s, act, o, count, centered, sc, b);
+          if constexpr (kTraining) dz -= sh + centered * sl;
+          store(s.dx + o, dz * sc, count);
+        }
+      });
+}
+
+template <class T>
+using ReduceFn = void (*)(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<Acc<T>>& k,
+                          int64_t j, Acc<T>* sum_dz, Acc<T>* sum_dzx);
+template <class T>
+using DxFn = void (*)(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<Acc<T>>& k,
+                      int64_t j);
+
+// The two loops of one call, chosen once. Where the first one has written dz into dresidual, the
+// second one reads it there instead of dy.
+template <class T, bool kArray>
+struct BwdLoops {
+  ReduceFn<T> reduce;
+  DxFn<T> dx;
+
+  explicit BwdLoops(const BatchNormActBwdParams& p) {
+    const bool saved = p.saved != nullptr && p.act != Act::kNone;
+    reduce = dispatch_act(p.act, [&](auto act) {
+      return dispatch_bool(saved, [&](auto kept) -> ReduceFn<T> {
+        return reduce_span<T, typename decltype(act)::type, decltype(kept)::value, kArray>;
+      });
+    });
+    const bool has_dz = p.dresidual != nullptr;
+    dx = dispatch_act(has_dz ? Act::kNone : p.act, [&](auto act) {
+      return dispatch_bool(saved && !has_dz, [&](auto kept) {
+        return dispatch_bool(p.training, [&](auto training) -> DxFn<T> {
+          return dx_span<T, typename decltype(act)::type, decltype(kept)::value, kArray,
+                         decltype(training)::value>;
+        });
+      });
+    });
+  }
+
+  void run_dx(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<Acc<T>>& k,
+              int64_t j) const {
+    if (s.dresidual != nullptr) s.dy = s.dresidual;
+    dx(s, rows, length, k, j);
+  }
+};
+
+// From the sums of channel j to its parameters' gradients and to dx's coefficients.
+template <class S>
+void finish_channel(const BatchNormActBwdParams& p, Coefficients<S>& k, int64_t j, double sum_dz,
+                    double sum_dzx) {
+  const double rstd = rstd_of(static_cast<const S*>(p.var)[j], p.eps);
+  const double count = static_cast<double>(p.shape.per_channel());
+  static_cast<S*>(p.dbias)[j] = static_cast<S>(sum_dz);
+  static_cast<S*>(p.dweight)[j] = static_cast<S>(sum_dzx * rstd);
+  for (int64_t i = j; i < k.c * k.repeat; i += k.c) {
+    k.shift[i] = static_cast<S>(sum_dz / count);
+    k.slope[i] = static_cast<S>(sum_dzx * rstd * rstd / count);
+  }
+}
+
+// ---- the two layouts ---------------------------------------------------------------------------
+
+template <class T>
+void bwd_channels_last(const BatchNormActBwdParams& p) {
+  using S = Acc<T>;
+  const BwdLoops<T, true> loops(p);
+  const WideRows w(p.shape, sizeof(T), kLanes<S>);
+  Coefficients<S> k(w.c, w.repeat, p.act);
+  for (int64_t j = 0; j < w.c; ++j) k.set(p, j);
+  const int64_t slots = w.tasks + 1;  // the last one for the rest
+  Scratch<S> sum_dz(slots * w.wide), sum_dzx(slots * w.wide);
+  const auto reduce = [&](int64_t slot, int64_t row, int64_t rows, int64_t length) {
+    loops.reduce(BwdSpan<T>(p, row * w.wide), rows, length, k, 0, sum_dz.get() + slot * w.wide,
+                 sum_dzx.get() + slot * w.wide);
+  };
+  const auto reduce_rows = [&](int64_t task) {
+    reduce(task, w.first(task), w.last(task) - w.first(task), w.wide);
+  };
+  parallel_for(w.tasks, w.grain, reduce_rows);
+  reduce(w.tasks, w.rows, 1, w.rest);
+  Scratch<double> total_dz(w.c), total_dzx(w.c);
+  for (int64_t i = 0; i < slots * w.wide; i += w.c) {
+    for (int64_t j = 0; j < w.c; ++j) {
+      total_dz[j] += static_cast<double>(sum_dz[i + j]);
+      total_dzx[j] += static_cast<double>(sum_dzx[i + j]);
+    }
+  }
+  for (int64_t j = 0; j < w.c; ++j) finish_channel<S>(p, k, j, total_dz[j], total_dzx[j]);
+  const auto dx = [&](int64_t row, int64_t rows, int64_t length) {
+    loops.run_dx(BwdSpan<T>(p, row * w.wide), rows, length, k, 0);
+  };
+  const auto dx_rows = [&](int64_t task) {
+    dx(w.first(task), w.last(task) - w.first(task), w.wide);
+  };
+  parallel_for(w.tasks, w.grain, dx_rows);
+  dx(w.rows, 1, w.rest);
+}
+
+template <class T>
+void bwd_planes(const BatchNormActBwdParams& p) {
+  using S = Acc<T>;
+  const BwdLoops<T, false> loops(p);
+  const Planes planes(p.shape, sizeof(T));
+  Coefficients<S> k(planes.c, 1, p.act);
+  constexpr int64_t kLane = kLanes<S>;
+  Scratch<S> sum_dz(planes.tasks * kLane), sum_dzx(planes.tasks * kLane);
+  const auto set = [&](int64_t j) { k.set(p, j); };
+  const auto reduce = [&](int64_t task) {
+    const int64_t j = planes.channel(task);
+    for (int64_t image = planes.first(task); image < planes.last(task); ++image) {
+      loops.reduce(BwdSpan<T>(p, planes.offset(image, j)), 1, planes.hw, k, j,
+                   sum_dz.get() + task * kLane, sum_dzx.get() + task * kLane);
+    }
+  };
+  const auto finish = [&](int64_t j) {
+    double total_dz = 0, total_dzx = 0;
+    const int64_t lanes = planes.parts * kLane;  // of the channel's tasks, side by side
+    for (int64_t i = j * lanes; i < (j + 1) * lanes; ++i) {
+      total_dz += static_cast<double>(sum_dz[i]);
+      total_dzx += static_cast<double>(sum_dzx[i]);
+    }
+    finish_channel<S>(p, k, j, total_dz, total_dzx);
+  };
+  const auto dx = [&](int64_t task) {
+    const int64_t j = planes.channel(task);
+    for (int64_t image = planes.first(task); image < planes.last(task); ++image) {
+      loops.run_dx(BwdSpan<T>(p, planes.offset(image, j)), 1, planes.hw, k, j);
+    }
+  };
+  if (planes.parts == 1) {
+    const auto all = [&](int64_t task) {
+      set(task);
+      reduce(task);
+      finish(task);
+      dx(task);
+    };
+    return parallel_for(planes.tasks, planes.grain, all);
+  }
+  parallel_for(planes.c, 1, set);
+  parallel_for(planes.tasks, planes.grain, reduce);
+  parallel_for(planes.c, 1, finish);
+  parallel_for(planes.tasks, planes.grain, dx);
+}
+
+}  // namespace
+
+void batch_norm_act_bwd_cpu(const BatchNormActBwdParams& p) {
+  dispatch_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    p.shape.channels_last ? bwd_channels_last<T>(p) : bwd_planes<T>(p);
+  });
+}
+
+}  // namespace fastcnn::FASTCNN_CPU_LEVEL
