@@ -13,7 +13,7 @@ import torch
 from activations import ACTS
 from torch import Tensor
 
-from fastcnn import _C
+from fastcnn import _C, reference
 from fastcnn.functional import batch_norm_act
 from fastcnn.ops.activation import ACT_NUMBER
 
@@ -83,7 +83,7 @@ def test_float64_is_accurate_to_its_last_digits(act: str) -> None:
 @pytest.mark.parametrize("act", ACTS)
 def test_slopes_at_kinks_are_torchs(act: str, dtype: torch.dtype) -> None:
     # Subgradients are a choice: the same one as PyTorch's. So is a NaN's, but for hardswish, where
-    # PyTorch's depends on the place in the tensor.
+    # PyTorch's slope has no trace of it.
     z = torch.tensor([-3, -0.0, 0, 3, 6] + [torch.nan] * (act != "hardswish"), dtype=dtype)
     for got, expected in zip(run(z, act), torchs(z.double(), act), strict=True):
         torch.testing.assert_close(got, expected.to(dtype), equal_nan=True)
@@ -108,6 +108,14 @@ def test_limits(act: str, dtype: torch.dtype) -> None:
     right = 0.0 if act in ("relu6", "sigmoid") else 1.0
     expected = torch.tensor([left, left, right, right], dtype=dtype)
     torch.testing.assert_close(slope, expected)
+
+
+def test_the_reference_lets_nan_through() -> None:
+    # As F.relu and F.relu6 do: an oracle that hides a NaN would call a kernel wrong that does not.
+    x = torch.tensor([float("nan"), 1.0]).reshape(2, 1, 1, 1)
+    for act in ACTS:
+        y = reference.batch_norm_act(x, mean=torch.zeros(1), var=torch.ones(1), act=act)[0]
+        assert y.isnan().flatten().tolist() == [True, False], act
 
 
 def test_every_activation_is_tested() -> None:

@@ -166,12 +166,15 @@ def test_gradient_at_kinks(dtype: torch.dtype) -> None:
         cases.append(case)
     for case, result in zip(cases, run_cases("batch_norm_act", cases), strict=True):
         act = next(name for name in ACTS if ACT_NUMBER[name] == case.numbers["act"])
-        leaf = z.double().requires_grad_()
-        ACTS[act](leaf).sum().backward()
-        if act == "hardswish":  # PyTorch's depends on the place in the tensor
-            leaf.grad[z.isnan()] = torch.nan
-        got = result.tensors["dresidual"]  # a NaN hides no gradient of relu, as in PyTorch
-        torch.testing.assert_close(got, leaf.grad.to(dtype), rtol=2 * eps, atol=0, equal_nan=True)
+        # One by one: what PyTorch makes of a NaN depends on the place in the tensor.
+        leaves = [value.clone().requires_grad_() for value in z.double().flatten()]
+        expected = torch.stack(torch.autograd.grad([ACTS[act](leaf) for leaf in leaves], leaves))
+        if act == "hardswish":  # where PyTorch's has no trace of the NaN
+            expected[z.flatten().isnan()] = torch.nan
+        got = result.tensors["dresidual"].flatten()
+        torch.testing.assert_close(
+            got, expected.to(dtype), rtol=2 * eps, atol=16 * U, equal_nan=True
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
