@@ -7,9 +7,16 @@ from torch import Tensor
 from fastcnn.ops import batch_norm_act as _batch_norm_act
 from fastcnn.ops import conv_bn_act as _conv_bn_act
 from fastcnn.ops.activation import Activation
-from fastcnn.ops.conv_bn_act_step import ConvBnActStep
+from fastcnn.ops.conv_bn_act_step import ConvBnActBlock, ConvBnActStep, MaxPool, Memory
 
-__all__ = ["ConvBnActStep", "batch_norm_act", "conv_bn_act"]
+__all__ = [
+    "ConvBnActBlock",
+    "ConvBnActStep",
+    "MaxPool",
+    "batch_norm_act",
+    "conv_bn_act",
+    "conv_bn_act_blocks",
+]
 
 
 def batch_norm_act(
@@ -65,7 +72,11 @@ def batch_norm_act(
 
 
 def conv_bn_act(
-    input: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None = None
+    input: Tensor,
+    steps: Sequence[ConvBnActStep],
+    residual: Tensor | Sequence[ConvBnActStep] | None = None,
+    *,
+    memory: Memory = "default",
 ) -> Tensor:
     r"""Run a chain of convolution, batch normalisation and activation steps with less memory.
 
@@ -74,24 +85,52 @@ def conv_bn_act(
         a_i = \mathrm{act}_i(\mathrm{BN}_i(\mathrm{conv}_i(a_{i-1}))), \quad
         y = \mathrm{act}_k(\mathrm{BN}_k(\mathrm{conv}_k(a_{k-1})) + r)
 
-    The chain is one autograd function. For backward it keeps its input and the raw convolution
-    outputs; the activations between the steps are rebuilt by one elementwise pass each, so ordinary
-    ReLU and ordinary weights need no retraining. Under autocast, input, residual and convolution
-    weights are cast to the autocast dtype, as torch.nn.functional.conv2d does.
+    A step with a ``pool`` ends in torch.nn.functional.max_pool2d. The chain is one autograd
+    function. For backward it keeps its input and the raw convolution outputs; the activations
+    between the steps are rebuilt by one elementwise pass each, to the same bits, so ordinary ReLU
+    and ordinary weights need no retraining. Under autocast, input, residual and convolution weights
+    are cast to the autocast dtype, as torch.nn.functional.conv2d does. In evaluation on the CPU,
+    where nothing requires a gradient, each batch norm is folded into its convolution's weights and
+    residual and activation run in the convolution's epilogue (float32 and bfloat16).
 
     Args:
         input: [n, c, h, w], dense in NCHW or channels_last; float32, bfloat16, float16, and on the
             CPU float64.
         steps: at least one; step i takes as many channels as step i - 1 gives.
-        residual: added in the last step before its activation; sizes, dtype and layout of the
-            last convolution's output.
+        residual: added in the last step before its activation. A tensor of the sizes, dtype and
+            layout of the last convolution's output; or steps, a chain on the same input whose
+            output is added, as in a block that changes resolution; no steps add the input itself.
+        memory: "lowest" keeps no raw output of a 1x1 convolution to more channels than it takes,
+            and runs it again in backward. "default" and "low" are one for a single chain.
 
     Returns:
         The last step's output [n, c_out, h_out, w_out].
 
     Raises:
         TypeError: an argument that is no Tensor or of another dtype.
-        ValueError: no steps; channels or sizes that do not fit, naming the step; and all that
-            batch_norm_act refuses.
+        ValueError: no steps; channels or sizes that do not fit, naming the step; pooling behind a
+            residual; and all that batch_norm_act refuses.
     """
-    return _conv_bn_act.conv_bn_act(input, steps, residual)
+    return _conv_bn_act.conv_bn_act(input, steps, residual, memory)
+
+
+def conv_bn_act_blocks(
+    input: Tensor, blocks: Sequence[ConvBnActBlock], *, memory: Memory = "default"
+) -> Tensor:
+    """Run blocks one after the other: y = conv_bn_act(x, steps, shortcut), whose x is the next y.
+
+    ``memory`` says what is kept for backward, beside the raw convolution outputs: with "default"
+    every block's input; with "low" the first one's only, from which backward rebuilds the others by
+    one elementwise pass each, for all blocks of this call at once; "lowest" as in
+    :func:`conv_bn_act`. Gradients are the same bits in "default" and "low".
+
+    Args:
+        input: as conv_bn_act's.
+        blocks: at least one. A block's shortcut is None for no residual, () for its input, or the
+            steps of a projection of its input.
+        memory: "default", "low" or "lowest".
+
+    Raises:
+        TypeError, ValueError: as conv_bn_act, naming the block.
+    """
+    return _conv_bn_act.conv_bn_act_blocks(input, blocks, memory)

@@ -120,7 +120,9 @@ def test_conv_bn_act(autocast: bool) -> None:
             ValueError, match=r"residual: expected sizes \[2, 4, 4, 4\], got \[2, 3"
         ):
             functional.conv_bn_act(X, [STEP], residual=X)
-        with pytest.raises(TypeError, match="residual: expected a Tensor, got int"):
+        with pytest.raises(
+            TypeError, match="residual: expected a Tensor or a sequence of steps, got int"
+        ):
             functional.conv_bn_act(X, [STEP], residual=1)
 
 

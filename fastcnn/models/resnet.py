@@ -1,9 +1,9 @@
 """ResNet (He et al. 2015, arXiv 1512.03385) with torchvision's names and state_dict keys.
 
-A residual block is two calls, where every step is act(bn(conv(.))):
+A residual block is one call, where every step is act(bn(conv(.))):
 
-    residual = x                or  chain(x, [downsample])              no activation
-    y        = chain(x, [(conv1, bn1), (conv2, bn2), ...], residual)    ReLU after the addition
+    y = chain(x, [(conv1, bn1), (conv2, bn2), ...], shortcut)       ReLU after the addition
+    shortcut                                                        x, or [downsample] on x
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,9 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from fastcnn.nn import BatchNormAct2d, conv_bn_act
+from fastcnn.nn import BatchNormAct2d, Block, conv_bn_act, conv_bn_act_blocks
+from fastcnn.nn.conv_bn_act import Step
+from fastcnn.ops.conv_bn_act_step import Memory, check_memory
 
 __all__ = [
     "BasicBlock",
@@ -24,14 +26,16 @@ __all__ = [
     "resnet152",
 ]
 
-Step = tuple[nn.Conv2d, BatchNormAct2d]
-
 
 class Chain(Protocol):
     """Runs act(bn(conv(.))) step by step, adding `residual` before the last activation."""
 
     def __call__(
-        self, x: Tensor, steps: Sequence[Step], residual: Tensor | None = None
+        self,
+        x: Tensor,
+        steps: Sequence[Step],
+        residual: Tensor | Sequence[Step] | None = None,
+        memory: Memory = "default",
     ) -> Tensor: ...
 
 
@@ -42,6 +46,7 @@ class Chained(nn.Module):
     """
 
     chain: Chain = staticmethod(conv_bn_act)
+    memory: Memory = "default"
 
 
 def _conv3x3(
@@ -74,14 +79,36 @@ def init_conv_bn(model: nn.Module) -> None:
 
 
 class _ResidualBlock(Chained):
-    """What both blocks share: the residual is x, or its projection where the shape changes."""
+    """What both blocks share: the shortcut is x, or its projection where the shape changes."""
 
     downsample: nn.Sequential | None
 
-    def residual(self, x: Tensor) -> Tensor:
+    def steps(self) -> list[Step]:
+        """Return the steps beside the shortcut."""
+        raise NotImplementedError
+
+    def block(self) -> Block:
+        """Return the block's steps and its shortcut's."""
         if self.downsample is None:
-            return x
-        return self.chain(x, [cast(Step, tuple(self.downsample))])
+            return Block(self.steps(), ())
+        return Block(self.steps(), [cast(Step, tuple(self.downsample))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the block: one chain."""
+        return self.chain(x, *self.block(), memory=self.memory)
+
+
+class Stage(nn.Sequential, Chained):
+    """Residual blocks one after the other, in one call where memory is "low".
+
+    Backward then rebuilds the blocks' inputs. Hooks on the blocks do not run in that call.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the blocks."""
+        if self.memory != "low":
+            return cast(Tensor, super().forward(x))
+        return conv_bn_act_blocks(x, [cast(_ResidualBlock, m).block() for m in self], self.memory)
 
 
 class BasicBlock(_ResidualBlock):
@@ -118,10 +145,9 @@ class BasicBlock(_ResidualBlock):
         self.bn2 = BatchNormAct2d(planes, act="relu")
         self.downsample = downsample
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the block: one chain, and one for the projection where there is one."""
-        steps = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
-        return self.chain(x, steps, self.residual(x))
+    def steps(self) -> list[Step]:
+        """Return the steps beside the shortcut."""
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
 
 class Bottleneck(_ResidualBlock):
@@ -154,10 +180,9 @@ class Bottleneck(_ResidualBlock):
         self.bn3 = BatchNormAct2d(c_out, act="relu")
         self.downsample = downsample
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the block: one chain, and one for the projection where there is one."""
-        steps = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
-        return self.chain(x, steps, self.residual(x))
+    def steps(self) -> list[Step]:
+        """Return the steps beside the shortcut."""
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
 
 
 class ResNet(Chained):
@@ -165,11 +190,13 @@ class ResNet(Chained):
 
     x (n, 3, h, w) -> logits (n, num_classes). `layers` counts the blocks of each stage;
     `replace_stride_with_dilation` keeps stages 2, 3, 4 at their input's resolution where true;
-    `zero_init_residual` starts every block as the identity (Goyal et al. 2017, arXiv 1706.02677).
+    `zero_init_residual` starts every block as the identity (Goyal et al. 2017, arXiv 1706.02677);
+    `memory` says what is kept for backward: "default", "low" or "lowest", see
+    fastcnn.functional.conv_bn_act_blocks.
     As torchvision.models.ResNet: the same keys, and from the same seed the same initial weights.
 
     Raises:
-        ValueError: layers or replace_stride_with_dilation of the wrong length.
+        ValueError: layers or replace_stride_with_dilation of the wrong length, an unknown memory.
     """
 
     def __init__(
@@ -181,8 +208,11 @@ class ResNet(Chained):
         groups: int = 1,
         width_per_group: int = 64,
         replace_stride_with_dilation: Sequence[bool] | None = None,
+        *,
+        memory: Memory = "default",
     ) -> None:
         super().__init__()
+        check_memory("ResNet", memory)
         dilate = replace_stride_with_dilation
         if dilate is None:
             dilate = (False, False, False)
@@ -208,6 +238,9 @@ class ResNet(Chained):
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512 * block.expansion, num_classes)
 
+        for module in self.modules():
+            if isinstance(module, Chained):
+                module.memory = memory
         init_conv_bn(self)
         if zero_init_residual:
             for module in self.modules():
@@ -223,7 +256,7 @@ class ResNet(Chained):
         blocks: int,
         stride: int,
         dilate: bool,
-    ) -> nn.Sequential:
+    ) -> Stage:
         # The stage's first block still sees the resolution of the stage before it, and so keeps
         # that stage's dilation.
         first_dilation = self.dilation
@@ -242,11 +275,11 @@ class ResNet(Chained):
         self.inplanes = c_out
         for _ in range(1, blocks):
             stage.append(block(c_out, planes, 1, None, *width, self.dilation))
-        return nn.Sequential(*stage)
+        return Stage(*stage)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images x (n, 3, h, w) to logits (n, num_classes)."""
-        x = self.maxpool(self.chain(x, [(self.conv1, self.bn1)]))
+        x = self.chain(x, [(self.conv1, self.bn1, self.maxpool)], memory=self.memory)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits: Tensor = self.fc(self.avgpool(x).flatten(1))
         return logits

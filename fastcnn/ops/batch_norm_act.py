@@ -206,12 +206,14 @@ def update_running(
     mean: Tensor,
     var: Tensor,
     momentum: float,
-    x: Tensor,
+    count: int,
 ) -> None:
-    """Blend batch statistics into the running ones, the variance made unbiased, as PyTorch does."""
-    if running_mean is None or running_var is None or x.numel() == 0:
+    """Blend statistics of `count` values a channel into the running ones, as PyTorch does.
+
+    The variance is made unbiased. An empty batch leaves them as they are.
+    """
+    if running_mean is None or running_var is None or count == 0:
         return
-    count = x.numel() // x.shape[1]
     _update_running(running_mean, running_var, mean, var, momentum, count)
 
 
@@ -240,5 +242,6 @@ def batch_norm_act(
     if not training:
         return BatchNormActFunction.apply(*tensors, eps, number)
     y, mean, var = BatchNormActFunction.apply(*tensors, eps, number)
-    update_running(running_mean, running_var, mean, var, momentum, input)
+    count = input.shape[0] * input.shape[2] * input.shape[3]
+    update_running(running_mean, running_var, mean, var, momentum, count)
     return y

@@ -67,15 +67,20 @@ def check_device(op: str, name: str, x: Tensor) -> None:
         )
 
 
-def check_like(op: str, name: str, t: Tensor, x: Tensor) -> None:
-    """Check a tensor of x's sizes, dtype, device and memory format."""
+def check_image_of(op: str, name: str, t: Tensor, sizes: Sequence[int], x: Tensor) -> None:
+    """Check an image batch of these sizes, of x's dtype and device."""
     check_image(op, name, t)
-    if t.shape != x.shape:
-        raise ValueError(f"{op}: {name}: expected sizes {list(x.shape)}, got {list(t.shape)}")
+    if list(t.shape) != list(sizes):
+        raise ValueError(f"{op}: {name}: expected sizes {list(sizes)}, got {list(t.shape)}")
     if t.dtype != x.dtype:
         raise TypeError(f"{op}: {name}: expected {x.dtype} as the input, got {t.dtype}")
     if t.device != x.device:
         raise ValueError(f"{op}: {name}: expected device {x.device}, got {t.device}")
+
+
+def check_like(op: str, name: str, t: Tensor, x: Tensor) -> None:
+    """Check a tensor of x's sizes, dtype, device and memory format."""
+    check_image_of(op, name, t, x.shape, x)
     expected = memory_format_of(x)
     if expected is not None and not t.is_contiguous(memory_format=expected):
         raise ValueError(

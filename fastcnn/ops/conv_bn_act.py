@@ -1,205 +1,196 @@
-"""conv_bn_act: a chain of (convolution, batch norm, activation) steps as one autograd.Function.
+"""conv_bn_act: a chain of (convolution, batch norm, activation, pooling) steps, with a residual.
 
     a_0 = input
     r_i = conv(a_{i-1}, weight_i)                              the raw output of step i
-    a_i = act_i(batch_norm_i(r_i))                             i < last
+    a_i = pool_i(act_i(batch_norm_i(r_i)))                     i < last
     output = act_last(batch_norm_last(r_last) + residual)
 
-Kept for backward: the input, every r_i, the statistics, and where a residual went through an
-activation the output (it is the next chain's input anyway) or, for activations whose derivative the
-output does not tell, the residual. Not kept: a_1 ... a_{last-1}, which
-eager keeps beside each r_i. Backward rebuilds each by one elementwise pass, bit for bit, as the
-input that the next convolution's weight gradient needs:
+The residual is a tensor, the input, or the output of a chain of its own on the input (a block's
+projection). A chain with its residual is a block; a stage is a row of blocks.
 
-    forward   convolutions + the passes of batch_norm_act
-    backward  the same + 2 passes (read r_i, write a_i) for every step but the last
+Kept for backward, beside parameters, statistics and, where a residual went through an activation,
+the output (it is the next block's input anyway) or, if that does not tell the derivative, a residual
+that came as a tensor:
 
-The convolutions are PyTorch's own. The residual's gradient is dz of the last step.
+    memory     kept                                             runs again in backward
+    default    each block's input, every r_i                    every a_i, i < last: read r_i, write
+                                                                a_i
+    low        the stage's input, every r_i                     the same, and the blocks' outputs:
+                                                                read r_last and residual, write
+    lowest     each block's input, the r_i but those of 1x1     the same, and those convolutions
+               convolutions to more channels
+
+Eager keeps every a_i beside every r_i, and a pooling's indices. What is rebuilt has the same bits:
+the kernels that made it run again. The convolutions are PyTorch's own. In evaluation, where nobody
+asks for a gradient, each step is one convolution of oneDNN on the CPU (ops/convolution.py).
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastcnn.ops._library import distinct, positional
-from fastcnn.ops.batch_norm_act import (
-    batch_norm_act_apply,
-    batch_norm_act_bwd,
-    batch_norm_act_fwd,
-    image_to_save,
-    update_running,
+from fastcnn.ops._library import distinct
+from fastcnn.ops.batch_norm_act import update_running
+from fastcnn.ops.checks import check_image, check_image_of
+from fastcnn.ops.conv_bn_act_function import ConvBnActFunction
+from fastcnn.ops.conv_bn_act_step import (
+    BlockGeometry,
+    ConvBnActBlock,
+    ConvBnActStep,
+    Geometry,
+    check_memory,
+    check_step,
 )
-from fastcnn.ops.checks import check_image, check_like
-from fastcnn.ops.conv_bn_act_step import ConvBnActStep, Geometry, check_step
+from fastcnn.ops.convolution import convolve_folded, folds
 
 OP = "conv_bn_act"
 
-# Tensors of a step in the Function's flat argument list: weight, conv_bias, bn_weight, bn_bias,
-# and the fixed mean and var, which are None where the batch's own are used.
-_TENSORS = 6
-
 _AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
 
-_convolution = torch.ops.aten.convolution.default
-_convolution_backward = torch.ops.aten.convolution_backward.default
+
+def conv_bn_act(
+    x: Tensor,
+    steps: Sequence[ConvBnActStep],
+    residual: Tensor | Sequence[ConvBnActStep] | None,
+    memory: str,
+) -> Tensor:
+    """One block: see fastcnn.functional.conv_bn_act."""
+    if isinstance(residual, Sequence):
+        return _run(x, None, [ConvBnActBlock(steps, residual)], memory)
+    if residual is not None and not isinstance(residual, Tensor):
+        raise TypeError(
+            f"{OP}: residual: expected a Tensor or a sequence of steps, "
+            f"got {type(residual).__name__}"
+        )
+    return _run(x, residual, [ConvBnActBlock(steps)], memory)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
-    return _convolution(x, weight, bias, g.stride, g.padding, g.dilation, False, (0, 0), g.groups)
+def conv_bn_act_blocks(x: Tensor, blocks: Sequence[ConvBnActBlock], memory: str) -> Tensor:
+    """Run blocks one after the other: see fastcnn.functional.conv_bn_act_blocks."""
+    if not blocks:
+        raise ValueError(f"{OP}: blocks: expected at least one, got none")
+    if memory == "low":
+        return _run(x, None, blocks, memory)
+    for block in blocks:
+        x = _run(x, None, [block], memory)
+    return x
 
 
-class ConvBnActFunction(torch.autograd.Function):
-    """The output, then for each step its raw convolution output, mean and var.
-
-    The latter are outputs because what backward keeps must be an input or an output for
-    torch.func; they have no gradient.
-    """
-
-    @staticmethod
-    @positional
-    def forward(
-        x: Tensor, residual: Tensor | None, geometry: tuple[Geometry, ...], *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        kept: list[Tensor] = []
-        for i, g in enumerate(geometry):
-            weight, conv_bias, bn_weight, bn_bias, mean, var = _step_tensors(tensors, i)
-            added = residual if i == len(geometry) - 1 else None
-            raw = _convolve(x, weight, conv_bias, g)
-            if added is not None:
-                check_like(OP, "residual", added, raw)
-            if g.training:
-                x, mean, var = batch_norm_act_fwd(raw, added, bn_weight, bn_bias, g.eps, g.act)
-                kept += raw, mean, var
-            else:
-                x = batch_norm_act_apply(raw, added, bn_weight, bn_bias, mean, var, g.eps, g.act)
-                kept += (raw,)
-        return x, *kept
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, residual, ctx.geometry, *tensors = inputs
-        y, *kept = output
-        ctx.mark_non_differentiable(*kept)
-        ctx.set_materialize_grads(False)
-        ctx.has_residual = residual is not None
-        saved = image_to_save(ctx.geometry[-1].act, y, residual)
-        ctx.save_for_backward(x, saved, *tensors, *kept)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        geometry, needs = ctx.geometry, ctx.needs_input_grad
-        grads: list[Tensor | None] = [None] * len(needs)
-        if dy is None:
-            return tuple(grads)
-        x, saved, *rest = ctx.saved_tensors
-        steps = _saved_steps(geometry, rest)
-        del rest
-        if not torch.compiler.is_compiling():
-            # Each tensor now goes back to the allocator after its last use, not at the end: the
-            # next step then writes into memory that is still in the cache. Kept with retain_graph.
-            ctx.maybe_clear_saved_tensors()
-        while steps:
-            i = len(steps) - 1
-            g, step, last = geometry[i], steps.pop(), i == len(geometry) - 1
-            dy, dresidual, dbn_weight, dbn_bias = batch_norm_act_bwd(
-                dy, step.raw, saved if last else None, step.bn_weight, step.bn_bias, step.mean,
-                step.var, g.eps, g.act, g.training, last and ctx.has_residual and needs[1],
-            )  # fmt: skip
-            weight, conv_bias, saved = step.weight, step.conv_bias, None
-            del step
-            if last:
-                grads[1] = dresidual
-                del dresidual
-            at = 3 + i * _TENSORS
-            if i == 0:
-                conv_input = x
-            elif needs[at]:
-                conv_input = _rebuild(steps[-1], geometry[i - 1])
-            else:  # a frozen weight: only the sizes of the input matter, and raw has them
-                conv_input = steps[-1].raw
-            need_input = needs[0] if i == 0 else True
-            dy, dweight, dconv_bias = _convolution_backward(
-                dy, conv_input, weight, None if conv_bias is None else list(conv_bias.shape),
-                g.stride, g.padding, g.dilation, False, (0, 0), g.groups,
-                (need_input, needs[at], needs[at + 1]),
-            )  # fmt: skip
-            del conv_input
-            grads[at : at + 4] = dweight, dconv_bias, dbn_weight, dbn_bias
-        grads[0] = dy if needs[0] else None
-        return tuple(grads)
-
-
-def _step_tensors(tensors: Sequence[Tensor | None], i: int) -> Sequence[Any]:
-    return tensors[i * _TENSORS : (i + 1) * _TENSORS]
-
-
-class _SavedStep(NamedTuple):
-    weight: Tensor
-    conv_bias: Tensor | None
-    bn_weight: Tensor | None
-    bn_bias: Tensor | None
-    raw: Tensor
-    mean: Tensor
-    var: Tensor
-
-
-def _rebuild(step: _SavedStep, g: Geometry) -> Tensor:
-    """Return the step's activation, by the kernel that made it: the same bits."""
-    return batch_norm_act_apply(
-        step.raw, None, step.bn_weight, step.bn_bias, step.mean, step.var, g.eps, g.act
-    )
-
-
-def _saved_steps(geometry: tuple[Geometry, ...], saved: Sequence[Any]) -> list[_SavedStep]:
-    """Undo setup_context's flattening: the tensors of all steps, then what forward returned."""
-    steps = []
-    kept = len(geometry) * _TENSORS
-    for i, g in enumerate(geometry):
-        weight, conv_bias, bn_weight, bn_bias, mean, var = _step_tensors(saved, i)
-        raw = saved[kept]
-        kept += 1
-        if g.training:
-            mean, var = saved[kept : kept + 2]
-            kept += 2
-        steps.append(_SavedStep(weight, conv_bias, bn_weight, bn_bias, raw, mean, var))
-    return steps
-
-
-def _autocast(t: Any, dtype: torch.dtype) -> Any:
-    """Cast as autocast does for a convolution: every floating type but float64."""
-    return t.to(dtype) if isinstance(t, Tensor) and t.dtype in _AUTOCAST_FROM else t
-
-
-def conv_bn_act(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None) -> Tensor:
-    """Check, apply, update the running statistics: see fastcnn.functional.conv_bn_act."""
-    if not steps:
-        raise ValueError(f"{OP}: steps: expected at least one, got none")
-    on_meta = isinstance(x, Tensor) and x.device.type == "meta"  # autocast does not know meta
-    if isinstance(x, Tensor) and not on_meta and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, residual = _autocast(x, dtype), _autocast(residual, dtype)
-        steps = [
-            s._replace(weight=_autocast(s.weight, dtype), conv_bias=_autocast(s.conv_bias, dtype))
-            for s in steps
-        ]
+def _run(
+    x: Tensor, residual: Tensor | None, blocks: Sequence[ConvBnActBlock], memory: str
+) -> Tensor:
+    check_memory(OP, memory)
+    dtype = _autocast_dtype(x)
+    x, residual = _cast(x, dtype), _cast(residual, dtype)
     check_image(OP, "input", x)
-    geometry: list[Geometry] = []
-    tensors: list[Tensor | None] = []
+    check = _Check(x, dtype, memory)
     sizes = list(x.shape)
-    for i, step in enumerate(steps):
-        g, sizes = check_step(f"{OP}: step {i}", step, x, sizes)
-        geometry.append(g)
-        fixed = (None, None) if step.training else (step.running_mean, step.running_var)
-        tensors += step.weight, step.conv_bias, step.bn_weight, step.bn_bias, *fixed
+    for i, block in enumerate(blocks):
+        name = f"{OP}: block {i}" if len(blocks) > 1 else OP
+        sizes = check.block(name, block, sizes, residual is not None)
+    if residual is not None:
+        check_image_of(OP, "residual", residual, sizes, x)
+    if folds(x, check.steps, residual):
+        return _evaluate(x, residual, blocks, iter(check.geometry))
+    tensors: list[Tensor | None] = []
+    for s in check.steps:
+        fixed = (None, None) if s.training else (s.running_mean, s.running_var)
+        tensors += s.weight, s.conv_bias, s.bn_weight, s.bn_bias, *fixed
     image, added, *tensors = distinct(x, residual, *tensors)
-    y, *kept = ConvBnActFunction.apply(image, added, tuple(geometry), *tensors)
-    for step in steps:
-        raw = kept.pop(0)
-        if step.training:
-            mean, var = kept.pop(0), kept.pop(0)
-            update_running(step.running_mean, step.running_var, mean, var, step.momentum, raw)
+    y, *kept = ConvBnActFunction.apply(image, added, tuple(check.blocks), *tensors)
+    check.update_running(kept)
     return y
+
+
+class _Check:
+    """Checks blocks one after the other, and holds what the Function needs of them."""
+
+    def __init__(self, x: Tensor, dtype: torch.dtype | None, memory: str) -> None:
+        self.x, self.dtype, self.memory = x, dtype, memory
+        self.blocks: list[BlockGeometry] = []
+        # Of all blocks' steps, in the order in which they run.
+        self.steps: list[ConvBnActStep] = []
+        self.geometry: list[Geometry] = []
+        self.counts: list[int] = []  # values a channel
+
+    def block(self, op: str, block: ConvBnActBlock, sizes: list[int], adds: bool) -> list[int]:
+        """Check a block whose input has these sizes; return its output's."""
+        shortcut, added = None, sizes
+        if block.shortcut is not None:
+            shortcut, added = self._chain(f"{op}: shortcut", block.shortcut, sizes)
+        if not block.steps:
+            raise ValueError(f"{op}: steps: expected at least one, got none")
+        steps, out = self._chain(op, block.steps, sizes)
+        if shortcut is not None and added != out:
+            raise ValueError(f"{op}: shortcut: expected sizes {out} as the steps give, got {added}")
+        if (adds or shortcut is not None) and steps[-1].pool is not None:
+            raise ValueError(
+                f"{op}: pool: expected None in the last step of a block with a residual, "
+                f"got {block.steps[-1].pool}"
+            )
+        self.blocks.append(BlockGeometry(steps, shortcut))
+        return out
+
+    def _chain(
+        self, op: str, steps: Sequence[ConvBnActStep], sizes: list[int]
+    ) -> tuple[tuple[Geometry, ...], list[int]]:
+        found = []
+        for i, step in enumerate(steps):
+            if self.dtype is not None:
+                step = step._replace(
+                    weight=_cast(step.weight, self.dtype),
+                    conv_bias=_cast(step.conv_bias, self.dtype),
+                )
+            g, raw, sizes = check_step(f"{op}: step {i}", step, self.x, sizes, self.memory)
+            found.append(g)
+            self.steps.append(step)
+            self.counts.append(raw[0] * raw[2] * raw[3])
+        self.geometry += found
+        return tuple(found), sizes
+
+    def update_running(self, kept: Sequence[Tensor]) -> None:
+        """Move the running statistics by what the Function has returned beside y."""
+        values = iter(kept)
+        for g, s, count in zip(self.geometry, self.steps, self.counts, strict=True):
+            if not g.rerun:
+                next(values)
+            if g.training:
+                mean, var = next(values), next(values)
+                update_running(s.running_mean, s.running_var, mean, var, s.momentum, count)
+
+
+def _evaluate(
+    x: Tensor,
+    residual: Tensor | None,
+    blocks: Sequence[ConvBnActBlock],
+    geometry: Iterator[Geometry],
+) -> Tensor:
+    """One convolution a step, from the weights as they came: cast once, after folding."""
+
+    def run(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None) -> Tensor:
+        for i, step in enumerate(steps, start=1):
+            added = residual if i == len(steps) else None
+            x = convolve_folded(x, step, next(geometry), added)
+        return x
+
+    for block in blocks:
+        added = residual if block.shortcut is None else run(x, block.shortcut, None)
+        x = run(x, block.steps, added)
+    return x
+
+
+def _autocast_dtype(x: Any) -> torch.dtype | None:
+    # Autocast does not know the meta device.
+    if not isinstance(x, Tensor) or x.device.type == "meta":
+        return None
+    on = torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if on else None
+
+
+def _cast(t: Any, dtype: torch.dtype | None) -> Any:
+    """Cast as autocast does for a convolution: every floating type but float64."""
+    if dtype is None or not isinstance(t, Tensor) or t.dtype not in _AUTOCAST_FROM:
+        return t
+    return t.to(dtype)

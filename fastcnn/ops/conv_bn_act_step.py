@@ -1,15 +1,26 @@
 """One step of a conv_bn_act chain: what it takes, and what is asked of it."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 from fastcnn.ops.activation import act_number
 from fastcnn.ops.checks import check_parameters
 
+Memory = Literal["default", "low", "lowest"]
+
+
+class MaxPool(NamedTuple):
+    """The arguments of torch.nn.functional.max_pool2d: an int or a pair each."""
+
+    kernel_size: int | tuple[int, int]
+    stride: int | tuple[int, int]
+    padding: int | tuple[int, int] = 0
+
 
 class ConvBnActStep(NamedTuple):
-    """One step of a chain: act(batch_norm(conv2d(x))).
+    """One step of a chain: act(batch_norm(conv2d(x))), then max_pool2d where `pool` is given.
 
     The arguments are those of torch.nn.functional.conv2d and batch_norm: weight
     [c_out, c_in / groups, kh, kw], conv_bias [c_out] or None, and per output channel running_mean,
@@ -30,21 +41,44 @@ class ConvBnActStep(NamedTuple):
     momentum: float = 0.1
     eps: float = 1e-5
     act: str = "relu"
+    pool: MaxPool | None = None
+
+
+class ConvBnActBlock(NamedTuple):
+    """A chain with its shortcut: steps(x) + shortcut(x), added before the last activation.
+
+    shortcut: None for no residual, () for x itself, or the steps of a projection of x.
+    """
+
+    steps: Sequence[ConvBnActStep]
+    shortcut: Sequence[ConvBnActStep] | None = None
+
+
+Pair = tuple[int, int]
 
 
 class Geometry(NamedTuple):
     """What is not a tensor in a step, as the Function takes it."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: Pair
+    padding: Pair
+    dilation: Pair
     groups: int
     training: bool
     eps: float
     act: int
+    pool: tuple[Pair, Pair, Pair] | None
+    rerun: bool  # the raw output is not kept: backward runs the convolution again
 
 
-def pair(op: str, name: str, value: int | tuple[int, ...]) -> tuple[int, int]:
+class BlockGeometry(NamedTuple):
+    """A ConvBnActBlock without its tensors."""
+
+    steps: tuple[Geometry, ...]
+    shortcut: tuple[Geometry, ...] | None
+
+
+def pair(op: str, name: str, value: int | tuple[int, ...]) -> Pair:
     """Return one number for the height and one for the width, as torch.nn.functional takes them."""
     numbers = (value,) if isinstance(value, int) else tuple(value)
     if len(numbers) not in (1, 2) or not all(isinstance(number, int) for number in numbers):
@@ -52,10 +86,63 @@ def pair(op: str, name: str, value: int | tuple[int, ...]) -> tuple[int, int]:
     return numbers[0], numbers[-1]
 
 
+def check_memory(op: str, memory: str) -> None:
+    """Check the name of a memory level."""
+    if memory not in get_args(Memory):
+        raise ValueError(
+            f"{op}: memory: expected one of {', '.join(get_args(Memory))}, got {memory!r}"
+        )
+
+
 def check_step(
-    op: str, step: ConvBnActStep, x: Tensor, sizes: list[int]
-) -> tuple[Geometry, list[int]]:
-    """Check a step whose input has these sizes and x's dtype; also return its output's sizes."""
+    op: str, step: ConvBnActStep, x: Tensor, sizes: list[int], memory: str
+) -> tuple[Geometry, list[int], list[int]]:
+    """Check a step whose input has these sizes and x's dtype.
+
+    Returns the sizes of its raw output, and of its output, which are others where it pools.
+    """
+    c_in = _check_weights(op, step, x, sizes)
+    c_out, kernel = step.weight.shape[0], step.weight.shape[2:]
+    pool = step.pool
+    g = Geometry(
+        pair(op, "stride", step.stride), pair(op, "padding", step.padding),
+        pair(op, "dilation", step.dilation), step.groups, step.training, step.eps,
+        act_number(op, step.act), None if pool is None else _check_pool(op, pool),
+        # Its output is larger than its input, and it is the cheapest convolution there is.
+        rerun=memory == "lowest" and tuple(kernel) == (1, 1) and c_out > c_in,
+    )  # fmt: skip
+    out = [sizes[0], c_out]
+    for size, k, stride, padding, dilation in zip(
+        sizes[2:], kernel, g.stride, g.padding, g.dilation, strict=True
+    ):
+        reach = size + 2 * padding - dilation * (k - 1) - 1
+        if reach < 0 or stride < 1 or padding < 0 or dilation < 1:
+            raise ValueError(
+                f"{op}: weight: expected a kernel that fits into the padded input, got kernel "
+                f"{list(kernel)}, stride {step.stride}, padding {step.padding}, dilation "
+                f"{step.dilation} for an input of {sizes}"
+            )
+        out.append(reach // stride + 1)
+    check_parameters(
+        op, out, x, step.bn_weight, step.bn_bias, step.running_mean, step.running_var,
+        step.training, step.momentum, step.eps, "bn_",
+    )  # fmt: skip
+    if g.pool is None:
+        return g, out, out
+    pooled = [
+        (size + 2 * padding - k) // stride + 1
+        for size, k, stride, padding in zip(out[2:], *g.pool, strict=True)
+    ]
+    if min(pooled) < 1:
+        raise ValueError(
+            f"{op}: pool: expected a window that fits into the padded image, got "
+            f"{step.pool} for {out}"
+        )
+    return g, out, out[:2] + pooled
+
+
+def _check_weights(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int]) -> int:
+    """Check the convolution's tensors against each other and x; return its input channels."""
     weight = step.weight
     if not isinstance(weight, Tensor):
         raise TypeError(f"{op}: weight: expected a Tensor, got {type(weight).__name__}")
@@ -85,25 +172,18 @@ def check_step(
         raise ValueError(
             f"{op}: conv_bias: expected {c_out} numbers, got {list(step.conv_bias.shape)}"
         )
-    g = Geometry(
-        pair(op, "stride", step.stride), pair(op, "padding", step.padding),
-        pair(op, "dilation", step.dilation), step.groups, step.training, step.eps,
-        act_number(op, step.act),
-    )  # fmt: skip
-    out = [sizes[0], c_out]
-    for size, kernel, stride, padding, dilation in zip(
-        sizes[2:], weight.shape[2:], g.stride, g.padding, g.dilation, strict=True
+    return c_in
+
+
+def _check_pool(op: str, pool: MaxPool) -> tuple[Pair, Pair, Pair]:
+    kernel, stride, padding = (
+        pair(op, f"pool.{name}", getattr(pool, name)) for name in MaxPool._fields
+    )
+    if min(*kernel, *stride) < 1 or any(
+        not 0 <= 2 * p <= k for k, p in zip(kernel, padding, strict=True)
     ):
-        reach = size + 2 * padding - dilation * (kernel - 1) - 1
-        if reach < 0 or stride < 1 or padding < 0 or dilation < 1:
-            raise ValueError(
-                f"{op}: weight: expected a kernel that fits into the padded input, got kernel "
-                f"{list(weight.shape[2:])}, stride {step.stride}, padding {step.padding}, dilation "
-                f"{step.dilation} for an input of {sizes}"
-            )
-        out.append(reach // stride + 1)
-    check_parameters(
-        op, out, x, step.bn_weight, step.bn_bias, step.running_mean, step.running_var,
-        step.training, step.momentum, step.eps, "bn_",
-    )  # fmt: skip
-    return g, out
+        raise ValueError(
+            f"{op}: pool: expected a kernel and a stride of at least 1 and a padding of at most "
+            f"half the kernel, got {pool}"
+        )
+    return kernel, stride, padding

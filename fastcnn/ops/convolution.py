@@ -1,0 +1,120 @@
+"""The convolutions of a chain: PyTorch's own, forward and backward, and folded for evaluation."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastcnn.ops.conv_bn_act_step import ConvBnActStep, Geometry
+
+_convolution = torch.ops.aten.convolution.default
+_convolution_backward = torch.ops.aten.convolution_backward.default
+_max_pool = torch.ops.aten.max_pool2d_with_indices.default
+_convolution_pointwise = torch.ops.mkldnn._convolution_pointwise
+_max_pool_backward = torch.ops.aten.max_pool2d_with_indices_backward.default
+
+# oneDNN's names of the activations, with their parameters: what the convolution's epilogue applies.
+_EPILOGUES: dict[str, tuple[str, list[float], str]] = {
+    "none": ("none", [], ""),
+    "relu": ("relu", [], ""),
+    "relu6": ("hardtanh", [0.0, 6.0], ""),
+    "leaky_relu": ("leaky_relu", [0.01], ""),
+    "silu": ("swish", [], ""),
+    "gelu": ("gelu", [], "none"),
+    "sigmoid": ("sigmoid", [], ""),
+    "hardswish": ("hardswish", [], ""),
+}
+# After a residual its epilogue has none or ReLU; the others are a pass of their own.
+_AFTER_SUM: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu6": lambda z: F.relu6(z, inplace=True),
+    "leaky_relu": F.leaky_relu_,
+    "silu": lambda z: F.silu(z, inplace=True),
+    "gelu": F.gelu,
+    "sigmoid": torch.sigmoid_,
+    "hardswish": lambda z: F.hardswish(z, inplace=True),
+}
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
+    """Return conv2d(x, weight, bias)."""
+    return _convolution(x, weight, bias, g.stride, g.padding, g.dilation, False, (0, 0), g.groups)
+
+
+def convolve_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    g: Geometry,
+    want: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return dx, dweight, dbias, with None for what is not wanted."""
+    if not any(want):
+        return None, None, None
+    dx, dweight, dbias = _convolution_backward(
+        dy, x, weight, None if bias is None else list(bias.shape),
+        g.stride, g.padding, g.dilation, False, (0, 0), g.groups, want,
+    )  # fmt: skip
+    return dx, dweight, dbias
+
+
+def max_pool(x: Tensor, g: Geometry) -> Tensor:
+    """Return max_pool2d(x) where the step has one, else x."""
+    if g.pool is None:
+        return x
+    y, _ = _max_pool(x, *g.pool)
+    return y
+
+
+def max_pool_bwd(dy: Tensor, x: Tensor, g: Geometry) -> Tensor:
+    """Return dx. The indices, 8 bytes an output, are not kept: the window is searched again."""
+    assert g.pool is not None
+    _, indices = _max_pool(x, *g.pool)
+    return _max_pool_backward(dy, x, *g.pool, (1, 1), False, indices)
+
+
+def folds(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None) -> bool:
+    """Whether oneDNN runs each of these steps as one convolution.
+
+    In evaluation where nobody asks for a gradient, in the types that oneDNN has on this processor.
+    """
+    if x.device.type != "cpu" or any(step.training for step in steps):
+        return False
+    if torch.is_grad_enabled():
+        tensors = [x, residual, *(t for step in steps for t in step if isinstance(t, Tensor))]
+        if any(t is not None and t.requires_grad for t in tensors):
+            return False
+    if torch.compiler.is_exporting() or not torch.backends.mkldnn.is_available():
+        return False
+    if x.dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return x.dtype is torch.float32
+
+
+def convolve_folded(x: Tensor, step: ConvBnActStep, g: Geometry, residual: Tensor | None) -> Tensor:
+    """Return act(batch_norm(conv2d(x)) + residual), the batch norm folded into the weights.
+
+    weight' = weight * scale and bias' = (conv_bias - mean) * scale + beta per output channel, with
+    scale = gamma / sqrt(var + eps), computed in float32 at every call, as parameters may change.
+    """
+    assert step.running_mean is not None
+    assert step.running_var is not None
+    scale = torch.rsqrt(step.running_var.float() + step.eps)
+    if step.bn_weight is not None:
+        scale = scale * step.bn_weight
+    bias = -step.running_mean * scale
+    if step.conv_bias is not None:
+        bias = bias + step.conv_bias * scale
+    if step.bn_bias is not None:
+        bias = bias + step.bn_bias
+    weight = (step.weight * scale[:, None, None, None]).to(x.dtype)
+    arguments = (weight, bias.to(x.dtype), g.padding, g.stride, g.dilation, g.groups)
+    if residual is None:
+        y = _convolution_pointwise.default(x, *arguments, *_EPILOGUES[step.act])
+    else:
+        relu = "relu" if step.act == "relu" else None
+        y = _convolution_pointwise.binary(x, residual, *arguments, "add", 1.0, relu, [], "")
+        if step.act in _AFTER_SUM:
+            y = _AFTER_SUM[step.act](y)
+    return max_pool(y, g)
