@@ -117,7 +117,9 @@ class ConvBnActFunction(torch.autograd.Function):
                 image = block.residual(x)
             x_needs = needs[0] or any(needs[_FIRST : block.first])
             wants_dresidual = block.shortcut is not None or (ctx.has_residual and needs[1])
-            dx, dresidual = block.steps.backward(dy, x, image, wants_dresidual, x_needs, needs, grads)
+            dx, dresidual = block.steps.backward(
+                dy, x, image, wants_dresidual, x_needs, needs, grads
+            )
             if block.shortcut is None:
                 grads[1] = dresidual
             else:
@@ -184,7 +186,8 @@ class _SavedSteps:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Fill in the gradients of the steps' tensors; return dx and dresidual.
 
-        image: image_to_save(...) of the last step. Stops where nothing further up needs a gradient; then dx is None. Drops what it has used.
+        image: image_to_save(...) of the last step. Stops where nothing further up needs a
+        gradient; then dx is None. Drops what it has used.
         """
         dresidual: Tensor | None = None
         if not self.saved:  # the shortcut that is x itself
