@@ -1,5 +1,9 @@
 #include "common/cpu_capability.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -39,6 +43,22 @@ static CpuLevel requested_cpu_level() {
 CpuLevel cpu_level() {
   static const CpuLevel level = requested_cpu_level();
   return level;
+}
+
+bool has_bf16_dot() {
+#if defined(__x86_64__)
+  static const bool has = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    __get_cpuid_count(7, 0, &a, &b, &c, &d);
+    const bool amx_bf16 = (d >> 22) & 1;
+    __get_cpuid_count(7, 1, &a, &b, &c, &d);
+    const bool avx512_bf16 = (a >> 5) & 1;
+    return avx512_bf16 && !amx_bf16 && cpu_level() == CpuLevel::kAvx512;
+  }();
+  return has;
+#else
+  return false;
+#endif
 }
 
 }  // namespace fastcnn

@@ -16,6 +16,8 @@ PYBIND11_MODULE(_C, m) {
       "cpu_capability", [] { return fastcnn::name(fastcnn::cpu_level()); },
       "The instruction set that the CPU kernels use. RuntimeError if FASTCNN_CPU_CAPABILITY is "
       "not one that this processor has.");
+  m.def("has_bf16_dot", &fastcnn::has_bf16_dot,
+        "Whether the CPU kernels use the AVX512-BF16 dot product.");
   m.def(
       "missing_cuda_code", &fastcnn::missing_cuda_code, pybind11::arg("archs"),
       pybind11::arg("capability"),

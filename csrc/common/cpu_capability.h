@@ -26,6 +26,10 @@ CpuLevel supported_cpu_level();
 // level this processor lacks.
 CpuLevel cpu_level();
 
+// Whether the level in use is kAvx512 on a processor that also has AVX512-BF16, and not the matrix
+// unit (AMX), for which oneDNN has kernels of its own.
+bool has_bf16_dot();
+
 // Declares a CPU kernel once per level, and the function that calls the level in use. float64 is
 // there for gradient checks and always runs at the baseline: one type of four less to compile for
 // each higher level.

@@ -24,16 +24,18 @@ inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Zeroed scratch memory of one kernel call, aligned to cache lines: a vector that straddled two of
-// them would cost twice as much.
+enum Contents { kZeros, kUninitialised };
+
+// Scratch memory of one kernel call, aligned to cache lines: a vector that straddled two of them
+// would cost twice as much.
 template <class S>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) {
+  explicit Scratch(int64_t count, Contents contents = kZeros) {
     const size_t bytes = static_cast<size_t>(ceil_div(max(count, 1) * sizeof(S), 64) * 64);
     data_ = static_cast<S*>(std::aligned_alloc(64, bytes));
     if (data_ == nullptr) throw std::bad_alloc();
-    std::memset(static_cast<void*>(data_), 0, bytes);
+    if (contents == kZeros) std::memset(static_cast<void*>(data_), 0, bytes);
   }
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;
