@@ -65,18 +65,18 @@ struct Plan {
   int64_t tasks() const { return splits * across * down; }
 };
 
-// Rows a and b of 32 channels -> pairs (a, b) of the first 16 and of the last 16. A row whose mask
-// is 0 is not read.
+// Rows a and b of 32 channels -> pairs (a, b): `low` of channels 0-3, 8-11, 16-19 and 24-27, `high`
+// of the others, which is the order in which the instructions give them. channel_of() undoes it.
 inline void pack_pair(const uint16_t* a, const uint16_t* b, __mmask32 mask_a, __mmask32 mask_b,
                       uint32_t* low, uint32_t* high) {
-  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
-                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i last = _mm512_add_epi16(first, _mm512_set1_epi16(kLane));
   const __m512i row_a = _mm512_maskz_loadu_epi16(mask_a, a);
   const __m512i row_b = _mm512_maskz_loadu_epi16(mask_b, b);
-  _mm512_store_si512(low, _mm512_permutex2var_epi16(row_a, first, row_b));
-  _mm512_store_si512(high, _mm512_permutex2var_epi16(row_a, last, row_b));
+  _mm512_store_si512(low, _mm512_unpacklo_epi16(row_a, row_b));
+  _mm512_store_si512(high, _mm512_unpackhi_epi16(row_a, row_b));
 }
+
+// The channel, of 32, of a panel's row; `panel` is 0 for the low half, 1 for the high one.
+inline int64_t channel_of(int64_t panel, int64_t row) { return row / 4 * 8 + panel * 4 + row % 4; }
 
 inline __mmask32 channels_mask(int64_t channels) {
   return channels >= kStrip ? 0xffffffffu : (__mmask32{1} << channels) - 1;
@@ -113,28 +113,26 @@ void multiply(const uint32_t* panel, const uint32_t* strip, int64_t pairs, float
 // one is multiplied: packing reads faster than the hardware's own prefetchers see it coming.
 class Ahead {
  public:
-  Ahead() = default;
-  Ahead(const uint16_t* rows, int64_t count, int64_t width, int64_t stride, int64_t calls)
-      : next_(rows), rows_(count), width_(width), stride_(stride) {
+  Ahead(const uint16_t* const* rows, int64_t count, int64_t width, int64_t calls)
+      : rows_(rows), end_(rows + count), width_(width) {
     per_call_ = ceil_div(count * ceil_div(width, kLine), max(calls, 1));
   }
 
   void fetch() {
-    for (int64_t i = 0; i < per_call_ && rows_ > 0; ++i) {
-      _mm_prefetch(reinterpret_cast<const char*>(next_ + at_), _MM_HINT_T1);
+    for (int64_t i = 0; i < per_call_ && rows_ < end_; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(*rows_ + at_), _MM_HINT_T1);
       at_ += kLine;
       if (at_ >= width_) {
         at_ = 0;
-        next_ += stride_;
-        --rows_;
+        ++rows_;
       }
     }
   }
 
  private:
   static constexpr int64_t kLine = 64 / sizeof(uint16_t);
-  const uint16_t* next_ = nullptr;
-  int64_t rows_ = 0, width_ = 0, stride_ = 0, per_call_ = 0, at_ = 0;
+  const uint16_t *const *rows_, *const *end_;
+  int64_t width_, per_call_, at_ = 0;
 };
 
 // One task: its tiles over its split of the pixels, chunk by chunk.
@@ -151,32 +149,33 @@ class Task {
         tiles_(partial + split_ * plan.tile_count() * kTile),
         panels_(plan.panels_per_task * kPairs * kLane, kUninitialised),
         strip_(kPairs * kStrip, kUninitialised),
-        places_(kChunk, kUninitialised),
-        rows_(kChunk, kUninitialised) {}
+        rows_(kChunk, kUninitialised),
+        next_dy_(kChunk, kUninitialised),
+        next_x_(kChunk, kUninitialised),
+        zeros_(p.c_in) {}
 
   void run() {
     const int64_t begin = split_ * plan_.pixels_per_split;
     const int64_t end = min(plan_.pixels, begin + plan_.pixels_per_split);
-    image_ = begin / (p_.h_out * p_.w_out);
-    y_ = begin / p_.w_out % p_.h_out;
-    x_ = begin % p_.w_out;
     for (int64_t pixel = begin; pixel < end; pixel += plan_.chunk) {
       const int64_t pixels = min(plan_.chunk, end - pixel), pairs = ceil_div(pixels, 2);
       pack_panels(pixel, pixels);
-      place(pixels);
-      const int64_t next = pixel + plan_.chunk, coming = min(plan_.chunk, end - next);
+      const int64_t next = pixel + plan_.chunk, coming = max(0, min(plan_.chunk, end - next));
       const int64_t calls = (last_strip_ - first_strip_) * (last_panel_ - first_panel_);
       const int64_t channel = first_panel_ * kLane;
-      Ahead dy(p_.dy + next * p_.c_out + channel, coming,
-               min(p_.c_out - channel, (last_panel_ - first_panel_) * kLane), p_.c_out, calls);
-      Ahead x;
-      if (p_.h == p_.h_out && p_.w == p_.w_out) {  // then its pixels come in dy's order
-        x = Ahead(p_.x + next * p_.c_in, coming, p_.c_in, p_.c_in, calls);
+      for (int64_t k = 0; k < coming; ++k) {
+        next_dy_[k] = p_.dy + (next + k) * p_.c_out + channel;
       }
+      Ahead dy(next_dy_.get(), coming,
+               min(p_.c_out - channel, (last_panel_ - first_panel_) * kLane), calls);
+      if (coming > 0) find_rows(first_strip_ / plan_.strips_per_tap, next, coming, next_x_.get());
+      Ahead x(next_x_.get(), coming, p_.c_in, calls);
       int64_t tap = -1;
       for (int64_t strip = first_strip_; strip < last_strip_; ++strip) {
-        if (strip / plan_.strips_per_tap != tap)
-          find_rows(tap = strip / plan_.strips_per_tap, pixels);
+        if (strip / plan_.strips_per_tap != tap) {
+          tap = strip / plan_.strips_per_tap;
+          find_rows(tap, pixel, pixels, rows_.get());
+        }
         pack_strip(strip % plan_.strips_per_tap * kStrip, pixels);
         for (int64_t panel = first_panel_; panel < last_panel_; ++panel) {
           const uint32_t* a = panels_.get() + (panel - first_panel_) * kPairs * kLane;
@@ -193,12 +192,6 @@ class Task {
   }
 
  private:
-  // Where a pixel of dy reads x with the kernel's first tap.
-  struct Place {
-    int64_t offset;
-    int32_t y, x;
-  };
-
   void pack_panels(int64_t pixel, int64_t pixels) {
     for (int64_t k = 0; k < pixels; k += 2) {
       const uint16_t* row = p_.dy + (pixel + k) * p_.c_out;
@@ -213,42 +206,34 @@ class Task {
     }
   }
 
-  void place(int64_t pixels) {
-    for (int64_t k = 0; k < pixels; ++k) {
-      const int64_t y = y_ * p_.stride_h - p_.padding_h, x = x_ * p_.stride_w - p_.padding_w;
-      places_[k] = {((image_ * p_.h + y) * p_.w + x) * p_.c_in, static_cast<int32_t>(y),
-                    static_cast<int32_t>(x)};
-      if (++x_ == p_.w_out) {
-        x_ = 0;
-        if (++y_ == p_.h_out) {
-          y_ = 0;
-          ++image_;
+  // Where each pixel of the chunk reads x at a tap: zeros outside the image. Row by row of dy.
+  void find_rows(int64_t tap, int64_t pixel, int64_t pixels, const uint16_t** rows) {
+    const int64_t down = tap / p_.kernel_w * p_.dilation_h - p_.padding_h;
+    const int64_t right = tap % p_.kernel_w * p_.dilation_w - p_.padding_w;
+    const uint16_t* zeros = zeros_.get();
+    for (int64_t k = 0; k < pixels;) {
+      const int64_t row = (pixel + k) / p_.w_out, first = (pixel + k) % p_.w_out;
+      const int64_t run = min(pixels - k, p_.w_out - first);
+      const int64_t y = row % p_.h_out * p_.stride_h + down;
+      if (y < 0 || y >= p_.h) {
+        for (int64_t i = 0; i < run; ++i) rows[k + i] = zeros;
+      } else {
+        const uint16_t* image_row = p_.x + (row / p_.h_out * p_.h + y) * p_.w * p_.c_in;
+        int64_t x = first * p_.stride_w + right;
+        for (int64_t i = 0; i < run; ++i, x += p_.stride_w) {
+          rows[k + i] = x >= 0 && x < p_.w ? image_row + x * p_.c_in : zeros;
         }
       }
+      k += run;
     }
-  }
-
-  // The offsets of a tap's pixels in x, -1 for those outside the image.
-  void find_rows(int64_t tap, int64_t pixels) {
-    const int64_t down = tap / p_.kernel_w * p_.dilation_h,
-                  right = tap % p_.kernel_w * p_.dilation_w;
-    const int64_t shift = (down * p_.w + right) * p_.c_in;
-    for (int64_t k = 0; k < pixels; ++k) {
-      const uint64_t y = static_cast<uint64_t>(places_[k].y + down);
-      const uint64_t x = static_cast<uint64_t>(places_[k].x + right);
-      const bool inside = y < static_cast<uint64_t>(p_.h) && x < static_cast<uint64_t>(p_.w);
-      rows_[k] = inside ? places_[k].offset + shift : -1;
-    }
-    if (pixels % 2 != 0) rows_[pixels] = -1;
+    if (pixels % 2 != 0) rows[pixels] = zeros;
   }
 
   void pack_strip(int64_t channel, int64_t pixels) {
     const __mmask32 mask = channels_mask(p_.c_in - channel);
-    const uint16_t* x = p_.x + channel;
-    for (int64_t k = 0; k < pixels; k += 2) {
-      const int64_t a = rows_[k], b = rows_[k + 1];
-      pack_pair(x + max(a, 0), x + max(b, 0), a < 0 ? 0 : mask, b < 0 ? 0 : mask,
-                strip_.get() + k / 2 * kStrip, strip_.get() + k / 2 * kStrip + kLane);
+    uint32_t* out = strip_.get();
+    for (int64_t k = 0; k < pixels; k += 2, out += kStrip) {
+      pack_pair(rows_[k] + channel, rows_[k + 1] + channel, mask, mask, out, out + kLane);
     }
   }
 
@@ -257,18 +242,22 @@ class Task {
   int64_t split_, first_panel_, first_strip_, last_panel_, last_strip_;
   float* tiles_;
   Scratch<uint32_t> panels_, strip_;
-  Scratch<Place> places_;
-  Scratch<int64_t> rows_;
-  int64_t image_ = 0, y_ = 0, x_ = 0;  // of the next pixel of dy
+  Scratch<const uint16_t*> rows_, next_dy_, next_x_;
+  Scratch<uint16_t> zeros_;
 };
 
 // One tile: the sum of its splits, in their order, rounded.
 void finish(const Conv2dBwdWeightParams& p, const Plan& plan, const float* partial, int64_t tile) {
-  const int64_t strip = tile % plan.strips, first = tile / plan.strips * kLane;
+  const int64_t strip = tile % plan.strips, panel = tile / plan.strips;
   const int64_t tap = strip / plan.strips_per_tap, taps = p.kernel_h * p.kernel_w;
   const int64_t channel = strip % plan.strips_per_tap * kStrip;
   const __mmask32 mask = channels_mask(p.c_in - channel);
-  for (int64_t r = 0; r < min(kLane, p.c_out - first); ++r) {
+  // The four neighbouring channels of a lane of `low`, then those of `high`, and so on.
+  const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+  const __m512i last = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  for (int64_t r = 0; r < kLane; ++r) {
+    const int64_t out_channel = panel / 2 * kStrip + channel_of(panel % 2, r);
+    if (out_channel >= p.c_out) continue;
     const float* row = partial + tile * kTile + r * kStrip;
     __m512 low = _mm512_load_ps(row), high = _mm512_load_ps(row + kLane);
     for (int64_t split = 1; split < plan.splits; ++split) {
@@ -276,8 +265,10 @@ void finish(const Conv2dBwdWeightParams& p, const Plan& plan, const float* parti
       low = _mm512_add_ps(low, _mm512_load_ps(row));
       high = _mm512_add_ps(high, _mm512_load_ps(row + kLane));
     }
-    uint16_t* out = p.dweight + ((first + r) * taps + tap) * p.c_in + channel;
-    _mm512_mask_storeu_epi16(out, mask, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    const __m512 front = _mm512_permutex2var_ps(low, first, high);
+    const __m512 back = _mm512_permutex2var_ps(low, last, high);
+    uint16_t* out = p.dweight + (out_channel * taps + tap) * p.c_in + channel;
+    _mm512_mask_storeu_epi16(out, mask, (__m512i)_mm512_cvtne2ps_pbh(back, front));
   }
 }
 
