@@ -253,7 +253,8 @@ __global__ void __launch_bounds__(kThreads)
   Walk<kVector, kChannelsLast> walk(p.shape, plan);
   if (!walk.active) return;
   const Coefficients<kCount, BatchNormActBwdParams> k(p, walk.channel);
-  const float inverse = 1.f / static_cast<float>(p.shape.per_channel());
+  const float inverse = 1.f / (p.total == nullptr ? static_cast<float>(p.shape.per_channel())
+                                                  : *static_cast<const float*>(p.total));
   float shift[kCount], slope[kCount];
 #pragma unroll
   for (int s = 0; s < kCount; ++s) {
@@ -273,26 +274,6 @@ __global__ void __launch_bounds__(kThreads)
                    }
                    store(dx + offset, out);
                  });
-}
-
-__device__ void blend(DType dtype, void* running, int64_t c, float next, float momentum) {
-  const auto update = [&](auto* value) {
-    using T = std::remove_pointer_t<decltype(value)>;
-    const float kept = to_float(value[c]);
-    value[c] = from_float<T>(kept + momentum * (next - kept));
-  };
-  if (dtype == DType::kFloat32) update(static_cast<float*>(running));
-  if (dtype == DType::kBFloat16) update(static_cast<__nv_bfloat16*>(running));
-  if (dtype == DType::kFloat16) update(static_cast<__half*>(running));
-}
-
-__global__ void batch_norm_running_kernel(BatchNormRunningParams p) {
-  const int64_t c = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-  if (c >= p.c) return;
-  const float momentum = static_cast<float>(p.momentum);
-  blend(p.dtype, p.running_mean, c, static_cast<const float*>(p.mean)[c], momentum);
-  blend(p.dtype, p.running_var, c,
-        static_cast<const float*>(p.var)[c] * static_cast<float>(p.unbias), momentum);
 }
 
 // ---- launching ---------------------------------------------------------------------------------
@@ -341,7 +322,8 @@ int launch_batch_norm_act_fwd(const BatchNormActFwdParams& p, float* workspace,
   const cudaError_t finished =
       launch(device, finish_grid(p.shape), kThreads, kThreads * sizeof(Moments),
              batch_norm_act_finish_stats_kernel, p, partial, plan.splits);
-  return finished != cudaSuccess ? finished : launch_batch_norm_act_apply(p, device);
+  return finished != cudaSuccess || p.y == nullptr ? finished
+                                                   : launch_batch_norm_act_apply(p, device);
 }
 
 int launch_batch_norm_act_bwd(const BatchNormActBwdParams& p, float* workspace,
@@ -353,13 +335,16 @@ int launch_batch_norm_act_bwd(const BatchNormActBwdParams& p, float* workspace,
   return dispatch(p.dtype, plan.vector, p.shape.channels_last, [&](auto t, auto vector, auto cl) {
     using T = decltype(t);
     constexpr int kVector = decltype(vector)::value;
-    cudaError_t error =
-        launch(device, grid_of(plan), kThreads, kThreads * kSlots<kVector, cl.value> * sizeof(Sums),
-               batch_norm_act_reduce_kernel<T, kVector, cl.value>, p, plan, partial);
-    if (error != cudaSuccess) return error;
-    error = launch(device, finish_grid(p.shape), kThreads, kThreads * sizeof(Sums),
-                   batch_norm_act_finish_reduce_kernel, p, partial, plan.splits);
-    if (error != cudaSuccess) return error;
+    if (p.total == nullptr) {
+      const size_t shared_bytes = kThreads * kSlots<kVector, cl.value> * sizeof(Sums);
+      cudaError_t error =
+          launch(device, grid_of(plan), kThreads, shared_bytes,
+                 batch_norm_act_reduce_kernel<T, kVector, cl.value>, p, plan, partial);
+      if (error != cudaSuccess) return error;
+      error = launch(device, finish_grid(p.shape), kThreads, kThreads * sizeof(Sums),
+                     batch_norm_act_finish_reduce_kernel, p, partial, plan.splits);
+      if (error != cudaSuccess || p.dx == nullptr) return error;
+    }
     BatchNormActBwdParams second = p;
     if (p.dresidual != nullptr) {  // dz lies there now
       second.dy = p.dresidual;
@@ -368,12 +353,6 @@ int launch_batch_norm_act_bwd(const BatchNormActBwdParams& p, float* workspace,
     return launch(device, grid_of(plan), kThreads, 0,
                   batch_norm_act_dx_kernel<T, kVector, cl.value>, second, plan);
   });
-}
-
-int launch_batch_norm_running(const BatchNormRunningParams& p, const CudaDevice& device) {
-  if (p.dtype == DType::kFloat64 || p.stats_dtype != DType::kFloat32) return cudaErrorInvalidValue;
-  return launch(device, dim3(static_cast<unsigned>((p.c + kThreads - 1) / kThreads)), kThreads, 0,
-                batch_norm_running_kernel, p);
 }
 
 }  // namespace fastcnn
