@@ -75,6 +75,7 @@ NUMBERS: dict[str, list[Any]] = {
 ALONE = ("batch_norm_act_stats", "batch_norm_join_stats")
 SENSIBLE_ALONE = ("other float", "another half", "meta", "empty", "shorter", "longer")
 SENSIBLE_ALONE += ("channel less", "column less", "the other layout")
+SAME_NUMBER = ("expanded", "huge strides", "shorter", "strided")  # of a vector of one
 OPTIONAL = ("residual", "saved", "weight", "bias")  # total is None already where it may be
 IMAGES = ("x", "residual", "saved", "dy")
 
@@ -157,7 +158,8 @@ def kinds(name: str, good: Any) -> list[str]:
     if not isinstance(good, Tensor):
         return [str(i) for i in range(len(NUMBERS.get(name, [])))]
     own = ANY | (IMAGE if name in IMAGES else CHANNELS)
-    return [kind for kind in own if not (kind == "None" and name in OPTIONAL)]
+    sensible = ("None",) * (name in OPTIONAL) + SAME_NUMBER * (good.numel() == 1)
+    return [kind for kind in own if kind not in sensible]
 
 
 def test_nonsense_raises(tmp_path: Path) -> None:
