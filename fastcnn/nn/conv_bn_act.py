@@ -50,4 +50,6 @@ def _step(i: int, conv: torch.nn.Conv2d, bn: BatchNormAct2d) -> functional.ConvB
         bn.step_momentum(),
         bn.eps,
         bn.act,
+        bn.sync,
+        bn.process_group,
     )

@@ -71,8 +71,10 @@ class ConvBnActFunction(torch.autograd.Function):
             if added is not None:
                 check_like(OP, "residual", added, raw)
             if g.training:
-                x, mean, var = batch_norm_act_fwd(raw, added, bn_weight, bn_bias, g.eps, g.act)
-                kept += raw, mean, var
+                x, *stats = batch_norm_act_fwd(
+                    raw, added, bn_weight, bn_bias, g.eps, g.act, g.group
+                )
+                kept += raw, *stats
             else:
                 x = batch_norm_act_apply(raw, added, bn_weight, bn_bias, mean, var, g.eps, g.act)
                 kept += (raw,)
@@ -108,6 +110,7 @@ class ConvBnActFunction(torch.autograd.Function):
             dy, dresidual, dbn_weight, dbn_bias = batch_norm_act_bwd(
                 dy, step.raw, saved if last else None, step.bn_weight, step.bn_bias, step.mean,
                 step.var, g.eps, g.act, g.training, last and ctx.has_residual and needs[1],
+                True, step.total, g.group,
             )  # fmt: skip
             weight, conv_bias, saved = step.weight, step.conv_bias, None
             del step
@@ -145,6 +148,7 @@ class _SavedStep(NamedTuple):
     raw: Tensor
     mean: Tensor
     var: Tensor
+    total: Tensor | None
 
 
 def _rebuild(step: _SavedStep, g: Geometry) -> Tensor:
@@ -162,10 +166,14 @@ def _saved_steps(geometry: tuple[Geometry, ...], saved: Sequence[Any]) -> list[_
         weight, conv_bias, bn_weight, bn_bias, mean, var = _step_tensors(saved, i)
         raw = saved[kept]
         kept += 1
+        total = None
         if g.training:
             mean, var = saved[kept : kept + 2]
             kept += 2
-        steps.append(_SavedStep(weight, conv_bias, bn_weight, bn_bias, raw, mean, var))
+        if g.group is not None:
+            total = saved[kept]
+            kept += 1
+        steps.append(_SavedStep(weight, conv_bias, bn_weight, bn_bias, raw, mean, var, total))
     return steps
 
 
@@ -197,9 +205,12 @@ def conv_bn_act(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | No
         tensors += step.weight, step.conv_bias, step.bn_weight, step.bn_bias, *fixed
     image, added, *tensors = distinct(x, residual, *tensors)
     y, *kept = ConvBnActFunction.apply(image, added, tuple(geometry), *tensors)
-    for step in steps:
+    for step, g in zip(steps, geometry, strict=True):
         raw = kept.pop(0)
         if step.training:
             mean, var = kept.pop(0), kept.pop(0)
-            update_running(step.running_mean, step.running_var, mean, var, step.momentum, raw)
+            total = None if g.group is None else kept.pop(0)
+            update_running(
+                step.running_mean, step.running_var, mean, var, step.momentum, raw, total
+            )
     return y

@@ -3,9 +3,11 @@
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastcnn.ops.activation import act_number
 from fastcnn.ops.checks import check_parameters
+from fastcnn.ops.process_group import Group, group_of
 
 
 class ConvBnActStep(NamedTuple):
@@ -14,6 +16,7 @@ class ConvBnActStep(NamedTuple):
     The arguments are those of torch.nn.functional.conv2d and batch_norm: weight
     [c_out, c_in / groups, kh, kw], conv_bias [c_out] or None, and per output channel running_mean,
     running_var, bn_weight, bn_bias or None. stride, padding, dilation: an int or a pair.
+    sync, process_group: as in batch_norm_act, for each step by itself.
     """
 
     weight: Tensor
@@ -30,6 +33,8 @@ class ConvBnActStep(NamedTuple):
     momentum: float = 0.1
     eps: float = 1e-5
     act: str = "relu"
+    sync: bool = False
+    process_group: ProcessGroup | None = None
 
 
 class Geometry(NamedTuple):
@@ -42,6 +47,7 @@ class Geometry(NamedTuple):
     training: bool
     eps: float
     act: int
+    group: Group | None
 
 
 def pair(op: str, name: str, value: int | tuple[int, ...]) -> tuple[int, int]:
@@ -85,10 +91,11 @@ def check_step(
         raise ValueError(
             f"{op}: conv_bias: expected {c_out} numbers, got {list(step.conv_bias.shape)}"
         )
+    group = group_of(op, step.sync, step.process_group)
     g = Geometry(
         pair(op, "stride", step.stride), pair(op, "padding", step.padding),
         pair(op, "dilation", step.dilation), step.groups, step.training, step.eps,
-        act_number(op, step.act),
+        act_number(op, step.act), group if step.training else None,
     )  # fmt: skip
     out = [sizes[0], c_out]
     for size, kernel, stride, padding, dilation in zip(
@@ -104,6 +111,6 @@ def check_step(
         out.append(reach // stride + 1)
     check_parameters(
         op, out, x, step.bn_weight, step.bn_bias, step.running_mean, step.running_var,
-        step.training, step.momentum, step.eps, "bn_",
+        step.training, step.momentum, step.eps, "bn_", group is not None,
     )  # fmt: skip
     return g, out
