@@ -20,8 +20,11 @@ KINDS: list[dict[str, Any]] = [
     {},
     {"momentum": 0.3, "eps": 0.1},
     {"momentum": None},  # the cumulative average
+    {"momentum": 0.0},  # the running statistics stay as they are, batches are counted
+    {"momentum": 1.0},  # they are the last batch's
     {"affine": False},
     {"track_running_stats": False},  # evaluation then uses the batch's statistics
+    {"affine": False, "track_running_stats": False, "momentum": None},  # nothing in state_dict
 ]
 LEVELS = _C.cpu_levels.split(",")
 
@@ -91,6 +94,22 @@ def test_state_dict_both_ways(kwargs: dict[str, Any]) -> None:
             nn.init.normal_(p)
         target.load_state_dict(source.state_dict())
         assert_same_state(target, source, rtol=0, atol=0)
+        for module in (source, target):  # goes on from the batches counted, also with another batch
+            module(images(1))
+        assert_same_state(target, source)
+
+
+def test_a_state_dict_from_before_batches_were_counted() -> None:
+    # torch.nn.BatchNorm2d's version 1, as old checkpoints have it: the count starts anew.
+    expected, actual = pair(momentum=None)
+    state = expected.state_dict()
+    del state["num_batches_tracked"]
+    state._metadata = {"": {"version": 1}}
+    for module in (expected, actual):
+        module(images(0))
+        module.load_state_dict(state)
+        module(images(1))
+    assert_same_state(actual, expected)
 
 
 def test_it_is_a_batch_norm() -> None:
