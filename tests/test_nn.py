@@ -1,5 +1,6 @@
 """BatchNormAct2d against torch.nn.BatchNorm2d, which it replaces in a network that exists."""
 
+import copy
 import itertools
 import os
 import subprocess
@@ -100,9 +101,9 @@ def test_state_dict_both_ways(kwargs: dict[str, Any]) -> None:
 
 
 def test_a_state_dict_from_before_batches_were_counted() -> None:
-    # torch.nn.BatchNorm2d's version 1, as old checkpoints have it: the count starts anew.
+    # torch.nn.BatchNorm2d's version 1, as old checkpoints have it: the module's own count goes on.
     expected, actual = pair(momentum=None)
-    state = expected.state_dict()
+    state = copy.deepcopy(expected.state_dict())
     del state["num_batches_tracked"]
     state._metadata = {"": {"version": 1}}
     for module in (expected, actual):

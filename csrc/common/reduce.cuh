@@ -8,6 +8,13 @@
 
 namespace fastcnn {
 
+// mean + step towards `target`. A mean that is not finite has no way to go: PyTorch's is then the sum
+// over the count, which is infinite where all such values are, and inf - inf would be NaN.
+__device__ inline float moved_mean(float mean, float target, float step) {
+  const float moved = mean + step;
+  return moved == moved ? moved : mean + target;
+}
+
 // Count, mean and squares around the mean of some values; joined by Chan's formula.
 struct Moments {
   float count = 0, mean = 0, m2 = 0;
@@ -16,7 +23,7 @@ struct Moments {
     if (other_count == 0) return;
     const float total = count + other_count;
     const float delta = other_mean - mean, share = other_count / total;
-    mean += delta * share;
+    mean = moved_mean(mean, other_mean, delta * share);
     m2 += other_m2 + delta * delta * count * share;
     count = total;
   }

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads)
             squares += (values[u][v] - center) * (values[u][v] - center);
           }
           const float delta = center - mean[v];
-          mean[v] += delta * share;
+          mean[v] = moved_mean(mean[v], center, delta * share);
           m2[v] += squares + delta * delta * spread;
         }
       },
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int v = 0; v < kVector; ++v) {
           const float delta = value[v] - mean[v];
-          mean[v] += delta * share;
+          mean[v] = moved_mean(mean[v], value[v], delta * share);
           m2[v] += delta * delta * spread;
         }
       });
