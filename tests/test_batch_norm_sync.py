@@ -1,7 +1,7 @@
-"""Synchronised statistics: two gloo processes with a part of a batch each, against one with it all.
+"""Synchronised statistics: two gloo processes with a part of a batch each, against all in one.
 
-The oracle is PyTorch in float64 on the whole batch. Outputs and input gradients of the parts are put
-together, parameter gradients added up; the limits are those of tests/tolerance.py for the whole.
+The oracle is PyTorch in float64 on the whole batch. Outputs and input gradients of the parts are
+put together, parameter gradients added up; the limits are those of tests/tolerance.py for the whole.
 """
 
 import copy
@@ -93,7 +93,7 @@ def trained(module: nn.Module, x: Tensor) -> Results:
     return found | dict(inner.named_buffers())
 
 
-# ---- what a process does ---------------------------------------------------------------------------
+# ---- what a process does -------------------------------------------------------------------------
 
 
 def cases(rank: int) -> Results:
@@ -189,7 +189,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
-# ---- what must have come out -----------------------------------------------------------------------
+# ---- what must have come out ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,8 +27,8 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         act: "none", "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu" (by erf), "sigmoid"
             or "hardswish".
         sync: whether training uses the statistics of all processes' batches, as
-            torch.nn.SyncBatchNorm does; here off by default. :func:`convert_sync_batchnorm` switches
-            it on in a whole model.
+            torch.nn.SyncBatchNorm does; :func:`convert_sync_batchnorm` switches it on in a whole
+            model.
         process_group: with sync=True, whose batches; None for all processes.
         device: of parameters and buffers.
         dtype: of parameters and buffers.

@@ -78,8 +78,7 @@ _update_running = torch.ops.fastcnn.batch_norm_update_running.default
 
 
 class BatchNormActFunction(torch.autograd.Function):
-    """y, mean, var with statistics of the batch, and the total beside a group; y alone with fixed
-    ones. Backward of y."""
+    """y, mean, var with statistics of the batch, and beside a group their count; else y alone."""
 
     @staticmethod
     @positional

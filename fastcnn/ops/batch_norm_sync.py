@@ -62,8 +62,8 @@ declare(
     _reduce_fake,
 )
 declare(
-    "batch_norm_act_dx(Tensor dy, Tensor x, Tensor? saved, Tensor? weight, Tensor? bias, Tensor mean, "
-    "Tensor var, Tensor dweight, Tensor dbias, Tensor total, float eps, int act) -> Tensor",
+    "batch_norm_act_dx(Tensor dy, Tensor x, Tensor? saved, Tensor? weight, Tensor? bias, "
+    "Tensor mean, Tensor var, Tensor dweight, Tensor dbias, Tensor total, float eps, int act) -> Tensor",
     _dx_fake,
 )
 
