@@ -166,9 +166,11 @@ struct Walk {
   int64_t channel;  // of the first element; of a flat walk its column
   bool active;      // false: this thread's column is beyond the last channel, or its lane the last
 
-  __device__ Walk(const ImageShape& s, const ColumnPlan& plan) {
+  // tile: which of the plan's; the launches of one image batch may have theirs side by side in the
+  // grid.
+  __device__ Walk(const ImageShape& s, const ColumnPlan& plan,
+                  int64_t tile = kBackward ? gridDim.x - 1 - blockIdx.x : blockIdx.x) {
     const int column = threadIdx.x % plan.columns, lane = threadIdx.x / plan.columns;
-    const int64_t tile = kBackward ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     const int64_t step = static_cast<int64_t>(plan.lanes) * plan.splits;
     int64_t at = static_cast<int64_t>(blockIdx.y) * plan.lanes + lane;
     left_ = plan.length > at ? (plan.length - at + step - 1) / step : 0;
@@ -207,29 +209,29 @@ struct Walk {
     return offset;
   }
 
-  // body(offsets) for kUnroll vectors at a time, then body for what is left, one at a time.
+  // many(offsets) for kUnroll vectors at a time, then one(offset) for each that is left.
   template <class Many, class One>
   __device__ void run(Many many, One one) {
-    while (left_ >= kUnroll) {
-      int64_t offsets[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) offsets[u] = next();
-      many(offsets);
-    }
+    while (left_ >= kUnroll) take<kUnroll>(many);
     while (left_ > 0) one(next());
   }
 
-  // The same with one body for both: its argument is int64_t[kUnroll] or int64_t[1].
-  template <class Body>
+  // The same with one body, for kGroup vectors and for one: it gets int64_t[kGroup] or int64_t[1].
+  template <int kGroup, class Body>
   __device__ void run_groups(Body body) {
-    run([&](const int64_t(&offsets)[kUnroll]) { body(offsets); },
-        [&](int64_t offset) {
-          const int64_t offsets[] = {offset};
-          body(offsets);
-        });
+    while (left_ >= kGroup) take<kGroup>(body);
+    while (left_ > 0) take<1>(body);
   }
 
  private:
+  template <int kCount, class Body>
+  __device__ void take(Body& body) {
+    int64_t offsets[kCount];
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) offsets[u] = next();
+    body(offsets);
+  }
+
   int64_t left_, offset_, advance_;
   int64_t within_ = 0, within_step_ = 0, per_plane_ = 0, wrap_ = 0;
 };

@@ -70,8 +70,8 @@ constexpr int kFinishColumns = 8, kFinishLanes = 32;
 
 // `repeat`: neighbouring columns of partial [splits, c * repeat] that are one channel.
 template <class Value, class Join>
-__device__ Value join_splits(const Value* partial, int splits, int64_t repeat, int64_t c,
-                             int64_t channel, Join join) {
+__device__ Value join_splits(const Value* partial, int splits, int64_t c, int64_t channel,
+                             Join join, int64_t repeat = 1) {
   Value total[1] = {};
   const int64_t count = channel < c ? splits * repeat : 0;
   const auto at = [&](int64_t i) {

@@ -14,22 +14,28 @@ __device__ inline float rstd_of(float var, double eps) {
 template <int kVector, bool kChannelsLast>
 constexpr int kSlots = kChannelsLast ? kVector : 1;
 
-// The channel of each slot, from the column of the first.
-template <int kCount>
-struct SlotChannels {
-  int64_t of[kCount];
-
-  __device__ SlotChannels(int64_t column, int64_t repeat) {
-    int64_t channel = repeat == 1 ? column : column / repeat, rest = column - channel * repeat;
+// The channel of each slot, from the column of the first: 4 bits each for how much further it is,
+// since registers are short.
+class SlotChannels {
+ public:
+  __device__ SlotChannels(int64_t column, int64_t repeat)
+      : first_(repeat == 1 ? column : column / repeat) {
+    int64_t rest = column - first_ * repeat;
+    unsigned further = 0;
 #pragma unroll
-    for (int s = 0; s < kCount; ++s) {
-      of[s] = channel;
+    for (int s = 0; s < 8; ++s) {
+      further_ |= further << (4 * s);
       if (++rest == repeat) {
         rest = 0;
-        ++channel;
+        ++further;
       }
     }
   }
+  __device__ int64_t operator[](int s) const { return first_ + (further_ >> (4 * s) & 15u); }
+
+ private:
+  int64_t first_;
+  unsigned further_ = 0;
 };
 
 // z = (x - mean) * scale + bias
@@ -47,10 +53,10 @@ struct Coefficients {
 
   // From the statistics in memory.
   template <class Params>
-  __device__ Coefficients(const Params& p, const SlotChannels<kCount>& channels) {
+  __device__ Coefficients(const Params& p, const SlotChannels& channels) {
 #pragma unroll
     for (int s = 0; s < kCount; ++s) {
-      const int64_t channel = channels.of[s];
+      const int64_t channel = channels[s];
       set(p, s, channel, static_cast<const float*>(p.mean)[channel],
           static_cast<const float*>(p.var)[channel]);
     }
@@ -76,6 +82,9 @@ __device__ Word<T, kVector> normalized(const BatchNormActFwdParams& p,
 }
 
 // ---- backward ----------------------------------------------------------------------------------
+
+// Vectors in flight: each brings one of dy and one of x.
+constexpr int kBwdUnroll = kUnroll / 2;
 
 struct Sums {
   float dz = 0, dzx = 0;  // sum(dz), sum(dz * (x - mean))
@@ -108,43 +117,74 @@ struct BwdGroup {
     if (p.saved != nullptr) read(p.saved, saved);
   }
 
-  // dz of vector u, and x - mean. z is rebuilt as the forward made it; where a residual was added,
-  // with the saved residual, or y is read in place of z.
-  template <int kCount>
-  __device__ void grad_z(const BatchNormActBwdParams& p, const Coefficients<kCount>& k, int u,
-                         float (&dz)[kVector], float (&centered)[kVector]) const {
-    float z[kVector];
+  // body(v, s, dz, x - mean) for each element v of vector u, whose slot is s. z is rebuilt as the
+  // forward made it; where a residual was added, with the saved residual, or y is read in place of
+  // z. Four elements share a branch on the activation; eight would take too many registers.
+  template <int kCount, class Body>
+  __device__ void for_each_dz(const BatchNormActBwdParams& p, const Coefficients<kCount>& k, int u,
+                              Body body) const {
+    constexpr int kPart = kVector < 4 ? kVector : 4;
     const bool from_y = slope_is_in_y(p.act);
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) {
-      const int s = kCount == 1 ? 0 : v;
-      dz[v] = element<T, kVector>(dy[u], v);
-      centered[v] = element<T, kVector>(x[u], v) - k.mean[s];
-      z[v] = centered[v] * k.scale[s] + k.bias[s];
-      if (p.saved != nullptr) {
-        const float saved_value = element<T, kVector>(saved[u], v);
-        z[v] = from_y ? saved_value : z[v] + saved_value;
+    for (int part = 0; part < kVector; part += kPart) {
+      float dz[kPart], z[kPart], centered[kPart];
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) {
+        const int v = part + i, s = kCount == 1 ? 0 : v;
+        dz[i] = element<T, kVector>(dy[u], v);
+        centered[i] = element<T, kVector>(x[u], v) - k.mean[s];
+        z[i] = centered[i] * k.scale[s] + k.bias[s];
+        if (p.saved != nullptr) {
+          const float saved_value = element<T, kVector>(saved[u], v);
+          z[i] = from_y ? saved_value : z[i] + saved_value;
+        }
+      }
+      act_bwd(p.act, dz, z);
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) {
+        body(part + i, kCount == 1 ? 0 : part + i, dz[i], centered[i]);
       }
     }
-    act_bwd(p.act, dz, z);
   }
 };
 
-// dx = scale * (dz - mean(dz) - (x - mean) * rstd * mean(dz * xhat)); with fixed statistics
-// dx = scale * dz. shift and slope: those two means, the latter times rstd.
-template <class T, int kVector, int kCount>
-__device__ Word<T, kVector> grad_x(const BatchNormActBwdParams& p, const Coefficients<kCount>& k,
-                                   const float (&shift)[kCount], const float (&slope)[kCount],
-                                   const float (&dz)[kVector], const float (&centered)[kVector]) {
-  float out[kVector];
-#pragma unroll
-  for (int v = 0; v < kVector; ++v) {
-    const int s = kCount == 1 ? 0 : v;
-    out[v] = dz[v];
-    if (p.training) out[v] -= shift[s] + centered[v] * slope[s];
-    out[v] *= k.scale[s];
+// What dx is made with: dx = scale * (dz - mean(dz) - (x - mean) * rstd * mean(dz * xhat)); with
+// fixed statistics dx = scale * dz.
+template <int kCount>
+struct GradX {
+  float shift[kCount], slope[kCount];  // those two means, the latter times rstd
+
+  __device__ void set(int s, float dbias, float dweight, float rstd, float count) {
+    shift[s] = dbias / count;
+    slope[s] = dweight / count * rstd;
   }
-  return to_word<T>(out);
+
+  // dx of vector u.
+  template <class T, int kVector, int kN>
+  __device__ Word<T, kVector> of(const BatchNormActBwdParams& p, const Coefficients<kCount>& k,
+                                 const BwdGroup<T, kVector, kN>& group, int u) const {
+    float dx[kVector];
+    group.for_each_dz(p, k, u, [&](int v, int s, float dz, float centered) {
+      dx[v] = dz;
+      if (p.training) dx[v] -= shift[s] + centered * slope[s];
+      dx[v] *= k.scale[s];
+    });
+    return to_word<T>(dx);
+  }
+};
+
+// Adds a vector's dz to the sums of its slots, and returns it as it is stored.
+template <class T, int kVector, int kN, int kCount>
+__device__ Word<T, kVector> add_up(const BatchNormActBwdParams& p, const Coefficients<kCount>& k,
+                                   const BwdGroup<T, kVector, kN>& group, int u,
+                                   Sums (&sums)[kCount]) {
+  float rounded[kVector];
+  group.for_each_dz(p, k, u, [&](int v, int s, float dz, float centered) {
+    rounded[v] = dz;
+    sums[s].dz += dz;
+    sums[s].dzx += dz * centered;
+  });
+  return to_word<T>(rounded);
 }
 
 }  // namespace fastcnn

@@ -26,18 +26,43 @@ size_t slab_bytes(const ColumnPlan& plan, int tensors) {
 }
 
 template <class T, int kVector>
-struct Slab {
-  Word<T, kVector>* words;  // this thread's first
-  int64_t next;             // of the next block of words, beyond this one
-
+class Slab {
+ public:
   __device__ Slab(const ColumnPlan& plan, int tensor) {
     const int64_t steps = (plan.length + plan.lanes - 1) / plan.lanes;
-    words = shared_memory<Word<T, kVector>>() + tensor * steps * kThreads + threadIdx.x;
-    next = steps * kThreads;
+    words_ = shared_memory<Word<T, kVector>>() + tensor * steps * kThreads + threadIdx.x;
+    end_ = words_ - threadIdx.x + steps * kThreads;
   }
-  __device__ Word<T, kVector>& operator[](int64_t i) const { return words[i * kThreads]; }
-  __device__ void* end() const { return words - threadIdx.x + next; }
+  __device__ Word<T, kVector>& operator[](int i) const { return words_[i * kThreads]; }
+  __device__ void* end() const { return end_; }
+
+ private:
+  Word<T, kVector>*words_, *end_;
 };
+
+// Reads this thread's part of the tensors into their slabs, kUnroll vectors of each in flight.
+template <class T, int kVector, bool kChannelsLast, int kTensors>
+__device__ void fill(const Slab<T, kVector> (&slabs)[kTensors], const void* const (&from)[kTensors],
+                     const ImageShape& shape, const ColumnPlan& plan) {
+  Walk<kVector, kChannelsLast> walk(shape, plan);
+  int i = 0;
+  walk.template run_groups<kUnroll>([&]<int kN>(const int64_t(&offsets)[kN]) {
+    Word<T, kVector> words[kTensors][kN];
+#pragma unroll
+    for (int t = 0; t < kTensors; ++t) {
+#pragma unroll
+      for (int u = 0; u < kN; ++u) {
+        words[t][u] = load_word<kVector>(static_cast<const T*>(from[t]) + offsets[u]);
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTensors; ++t) {
+#pragma unroll
+      for (int u = 0; u < kN; ++u) slabs[t][i + u] = words[t][u];
+    }
+    i += kN;
+  });
+}
 
 // Joins what all threads of a block hold for a channel, in a fixed order: first the lanes of each
 // column, then the columns of each channel. Every thread gets the totals of its slots.
@@ -80,7 +105,7 @@ struct JoinFloats {
 // Whether this thread writes what its block knows of slot s's channel: the first column's does.
 template <bool kChannelsLast>
 __device__ bool writes_channel(const ColumnPlan& plan, int64_t column, int s) {
-  if (threadIdx.x >= plan.columns) return false;
+  if (threadIdx.x >= static_cast<unsigned>(plan.columns)) return false;
   return !kChannelsLast || plan.repeat == 1 || (column + s) % plan.repeat == 0;
 }
 
@@ -88,32 +113,24 @@ template <class T, int kVector, bool kChannelsLast>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     batch_norm_act_slab_fwd_kernel(BatchNormActFwdParams p, ColumnPlan plan) {
   constexpr int kCount = kSlots<kVector, kChannelsLast>;
-  const T *x = static_cast<const T*>(p.x), *residual = static_cast<const T*>(p.residual);
-  const Slab<T, kVector> slab(plan, 0);
+  const Slab<T, kVector> slabs[] = {{plan, 0}};
+  fill<T, kVector, kChannelsLast>(slabs, {p.x}, p.shape, plan);
   Walk<kVector, kChannelsLast> walk(p.shape, plan);
-  const int64_t steps = walk.left();
+  const int steps = static_cast<int>(walk.left());
   float sum[kCount] = {};
-  int64_t i = 0;
-  walk.run_groups([&]<int kN>(const int64_t(&offsets)[kN]) {
-    Word<T, kVector> words[kN];
+  for (int i = 0; i < steps; ++i) {
+    const Word<T, kVector> word = slabs[0][i];
 #pragma unroll
-    for (int u = 0; u < kN; ++u) words[u] = load_word<kVector>(x + offsets[u]);
-#pragma unroll
-    for (int u = 0; u < kN; ++u) {
-      slab[i++] = words[u];
-#pragma unroll
-      for (int v = 0; v < kVector; ++v)
-        sum[kChannelsLast ? v : 0] += element<T, kVector>(words[u], v);
-    }
-  });
-  join_block(sum, slab.end(), plan, JoinFloats{});
+    for (int v = 0; v < kVector; ++v) sum[kChannelsLast ? v : 0] += element<T, kVector>(word, v);
+  }
+  join_block(sum, slabs[0].end(), plan, JoinFloats{});
   const float count = static_cast<float>(p.shape.per_channel() * plan.repeat);
   Coefficients<kCount> k;
 #pragma unroll
   for (int s = 0; s < kCount; ++s) k.mean[s] = sum[s] / count;
   Sums around[kCount];  // of the deviations and of their squares
-  for (i = 0; i < steps; ++i) {
-    const Word<T, kVector> word = slab[i];
+  for (int i = 0; i < steps; ++i) {
+    const Word<T, kVector> word = slabs[0][i];
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       const int s = kChannelsLast ? v : 0;
@@ -122,25 +139,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       around[s].dzx += centered * centered;
     }
   }
-  join_block(around, slab.end(), plan, JoinSums{});
+  join_block(around, slabs[0].end(), plan, JoinSums{});
   if (!walk.active) return;
-  const SlotChannels<kCount> channels(walk.channel, plan.repeat);
+  const SlotChannels channels(walk.channel, plan.repeat);
 #pragma unroll
   for (int s = 0; s < kCount; ++s) {
     const float drift = around[s].dz / count;
     const float mean = drift == drift ? k.mean[s] + drift : k.mean[s];
     const float var = (around[s].dzx - around[s].dz * drift) / count;
-    k.set(p, s, channels.of[s], mean, var);
+    k.set(p, s, channels[s], mean, var);
     if (writes_channel<kChannelsLast>(plan, walk.channel, s)) {
-      static_cast<float*>(p.mean)[channels.of[s]] = mean;
-      static_cast<float*>(p.var)[channels.of[s]] = var;
+      static_cast<float*>(p.mean)[channels[s]] = mean;
+      static_cast<float*>(p.var)[channels[s]] = var;
     }
   }
   if (p.y == nullptr) return;
+  const T* residual = static_cast<const T*>(p.residual);
   T* y = static_cast<T*>(p.y);
-  Walk<kVector, kChannelsLast> again(p.shape, plan);
-  i = 0;
-  again.run_groups([&]<int kN>(const int64_t(&offsets)[kN]) {
+  int i = 0;
+  walk.template run_groups<kUnroll>([&]<int kN>(const int64_t(&offsets)[kN]) {
     Word<T, kVector> added[kN];
     if (residual != nullptr) {
 #pragma unroll
@@ -148,8 +165,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
 #pragma unroll
     for (int u = 0; u < kN; ++u) {
-      store_word<kVector>(y + offsets[u], normalized<T, kVector>(p, k, slab[i++], added[u]));
+      store_word<kVector>(y + offsets[u], normalized<T, kVector>(p, k, slabs[0][i + u], added[u]));
     }
+    i += kN;
   });
 }
 
@@ -158,66 +176,56 @@ template <class T, int kVector, bool kChannelsLast>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     batch_norm_act_slab_bwd_kernel(BatchNormActBwdParams p, ColumnPlan plan) {
   constexpr int kCount = kSlots<kVector, kChannelsLast>;
-  const Slab<T, kVector> slab_x(plan, 0), slab_dy(plan, 1);
-  Walk<kVector, kChannelsLast> walk(p.shape, plan);
-  const SlotChannels<kCount> channels(walk.active ? walk.channel : 0, plan.repeat);
-  const Coefficients<kCount> k(p, channels);
+  const Slab<T, kVector> slabs[] = {{plan, 0}, {plan, 1}};  // dy, x
+  fill<T, kVector, kChannelsLast>(slabs, {p.dy, p.x}, p.shape, plan);
+  const T* saved = static_cast<const T*>(p.saved);
   T* dresidual = static_cast<T*>(p.dresidual);
   Sums sums[kCount];
-  int64_t i = 0;
-  walk.run_groups([&]<int kN>(const int64_t(&offsets)[kN]) {
-    BwdGroup<T, kVector, kN> group;
-    group.template load<false>(p, offsets);
+  Walk<kVector, kChannelsLast> walk(p.shape, plan);
+  const bool active = walk.active;
+  const SlotChannels channels(active ? walk.channel : 0, plan.repeat);
+  const Coefficients<kCount> k(p, channels);
+  int i = 0;
+  walk.template run_groups<kBwdUnroll>([&]<int kN>(const int64_t(&offsets)[kN]) {
+    Word<T, kVector> words[kN];
+    if (saved != nullptr) {
+#pragma unroll
+      for (int u = 0; u < kN; ++u) words[u] = load_last<kVector>(saved + offsets[u]);
+    }
 #pragma unroll
     for (int u = 0; u < kN; ++u) {
-      float dz[kVector], centered[kVector];
-      group.grad_z(p, k, u, dz, centered);
-      const Word<T, kVector> rounded = to_word<T>(dz);
-      if (dresidual != nullptr) store_word<kVector>(dresidual + offsets[u], rounded);
-      slab_x[i] = group.x[u];
-      slab_dy[i++] = p.saved != nullptr ? rounded : group.dy[u];
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        const int s = kChannelsLast ? v : 0;
-        sums[s].dz += dz[v];
-        sums[s].dzx += dz[v] * centered[v];
-      }
+      const BwdGroup<T, kVector, 1> one{{slabs[0][i + u]}, {slabs[1][i + u]}, {words[u]}};
+      const Word<T, kVector> dz = add_up(p, k, one, 0, sums);
+      if (dresidual != nullptr) store_word<kVector>(dresidual + offsets[u], dz);
+      if (saved != nullptr) slabs[0][i + u] = dz;
     }
+    i += kN;
   });
-  join_block(sums, slab_dy.end(), plan, JoinSums{});
-  if (!walk.active) return;
+  join_block(sums, slabs[1].end(), plan, JoinSums{});
+  if (!active) return;
   const float count = static_cast<float>(p.shape.per_channel() * plan.repeat);
-  float shift[kCount], slope[kCount];
+  GradX<kCount> grad_x;
 #pragma unroll
   for (int s = 0; s < kCount; ++s) {
-    const float rstd = rstd_of(static_cast<const float*>(p.var)[channels.of[s]], p.eps);
+    const float rstd = rstd_of(static_cast<const float*>(p.var)[channels[s]], p.eps);
     const float dweight = sums[s].dzx * rstd;
-    shift[s] = sums[s].dz / count;
-    slope[s] = dweight / count * rstd;
+    grad_x.set(s, sums[s].dz, dweight, rstd, count);
     if (writes_channel<kChannelsLast>(plan, walk.channel, s)) {
-      static_cast<float*>(p.dbias)[channels.of[s]] = sums[s].dz;
-      static_cast<float*>(p.dweight)[channels.of[s]] = dweight;
+      static_cast<float*>(p.dbias)[channels[s]] = sums[s].dz;
+      static_cast<float*>(p.dweight)[channels[s]] = dweight;
     }
   }
   if (p.dx == nullptr) return;
-  if (p.saved != nullptr) {
+  if (saved != nullptr) {
     p.act = Act::kNone;
     p.saved = nullptr;
   }
   T* dx = static_cast<T*>(p.dx);
   Walk<kVector, kChannelsLast> again(p.shape, plan);
-  i = 0;
-  again.run_groups([&]<int kN>(const int64_t(&offsets)[kN]) {
-#pragma unroll
-    for (int u = 0; u < kN; ++u) {
-      BwdGroup<T, kVector, 1> one;
-      one.x[0] = slab_x[i];
-      one.dy[0] = slab_dy[i++];
-      float dz[kVector], centered[kVector];
-      one.grad_z(p, k, 0, dz, centered);
-      store_word<kVector>(dx + offsets[u], grad_x<T>(p, k, shift, slope, dz, centered));
-    }
-  });
+  for (i = 0; again.left() > 0; ++i) {
+    const BwdGroup<T, kVector, 1> one{{slabs[0][i]}, {slabs[1][i]}, {}};
+    store_word<kVector>(dx + again.next(), grad_x.of(p, k, one, 0));
+  }
 }
 
 }  // namespace fastcnn

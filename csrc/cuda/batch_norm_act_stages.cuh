@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const T* x = static_cast<const T*>(p.x);
   Walk<kVector, kChannelsLast> walk(p.shape, plan);
   float count = 0, mean[kVector] = {}, m2[kVector] = {};
-  walk.run_groups([&]<int kN>(const int64_t(&offsets)[kN]) {
+  walk.template run_groups<kUnroll>([&]<int kN>(const int64_t(&offsets)[kN]) {
     Word<T, kVector> words[kN];
 #pragma unroll
     for (int u = 0; u < kN; ++u) words[u] = load_word<kVector>(x + offsets[u]);
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads)
     batch_norm_act_finish_stats_kernel(BatchNormActFwdParams p, ColumnPlan plan,
                                        const Moments* partial) {
   const int64_t channel = finish_channel(), c = p.shape.c / plan.repeat;
-  const Moments total = join_splits(partial, plan.splits, plan.repeat, c, channel, JoinMoments{});
+  const Moments total = join_splits(partial, plan.splits, c, channel, JoinMoments{}, plan.repeat);
   if (threadIdx.x < kFinishColumns && channel < c) {
     static_cast<float*>(p.mean)[channel] = total.mean;
     static_cast<float*>(p.var)[channel] = total.m2 / total.count;
@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const T *x = static_cast<const T*>(p.x), *residual = static_cast<const T*>(p.residual);
   T* y = static_cast<T*>(p.y);
   constexpr int kCount = kSlots<kVector, kChannelsLast>;
-  const Coefficients<kCount> k(p, SlotChannels<kCount>(walk.channel, plan.repeat));
-  walk.run_groups([&]<int kN>(const int64_t(&offsets)[kN]) {
+  const Coefficients<kCount> k(p, SlotChannels(walk.channel, plan.repeat));
+  walk.template run_groups<kUnroll>([&]<int kN>(const int64_t(&offsets)[kN]) {
     Word<T, kVector> words[kN], added[kN];
 #pragma unroll
     for (int u = 0; u < kN; ++u) words[u] = load_last<kVector>(x + offsets[u]);
@@ -99,22 +99,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   Walk<kVector, kChannelsLast> walk(p.shape, plan);
   Sums sums[kCount];
   if (walk.active) {
-    const Coefficients<kCount> k(p, SlotChannels<kCount>(walk.channel, plan.repeat));
+    const Coefficients<kCount> k(p, SlotChannels(walk.channel, plan.repeat));
     T* dresidual = static_cast<T*>(p.dresidual);
-    walk.run_groups([&]<int kN>(const int64_t(&offsets)[kN]) {
+    walk.template run_groups<kBwdUnroll>([&]<int kN>(const int64_t(&offsets)[kN]) {
       BwdGroup<T, kVector, kN> group;
       group.template load<false>(p, offsets);
 #pragma unroll
       for (int u = 0; u < kN; ++u) {
-        float dz[kVector], centered[kVector];
-        group.grad_z(p, k, u, dz, centered);
-        if (dresidual != nullptr) store_word<kVector>(dresidual + offsets[u], to_word<T>(dz));
-#pragma unroll
-        for (int v = 0; v < kVector; ++v) {
-          const int s = kChannelsLast ? v : 0;
-          sums[s].dz += dz[v];
-          sums[s].dzx += dz[v] * centered[v];
-        }
+        const Word<T, kVector> dz = add_up(p, k, group, u, sums);
+        if (dresidual != nullptr) store_word<kVector>(dresidual + offsets[u], dz);
       }
     });
   }
@@ -125,7 +118,7 @@ __global__ void __launch_bounds__(kThreads)
     batch_norm_act_finish_reduce_kernel(BatchNormActBwdParams p, ColumnPlan plan,
                                         const Sums* partial) {
   const int64_t channel = finish_channel(), c = p.shape.c / plan.repeat;
-  const Sums total = join_splits(partial, plan.splits, plan.repeat, c, channel, JoinSums{});
+  const Sums total = join_splits(partial, plan.splits, c, channel, JoinSums{}, plan.repeat);
   if (threadIdx.x < kFinishColumns && channel < c) {
     static_cast<float*>(p.dbias)[channel] = total.dz;
     static_cast<float*>(p.dweight)[channel] =
@@ -139,27 +132,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   constexpr int kCount = kSlots<kVector, kChannelsLast>;
   Walk<kVector, kChannelsLast, true> walk(p.shape, plan);
   if (!walk.active) return;
-  const SlotChannels<kCount> channels(walk.channel, plan.repeat);
+  const SlotChannels channels(walk.channel, plan.repeat);
   const Coefficients<kCount> k(p, channels);
   const float count = p.total == nullptr ? static_cast<float>(p.shape.per_channel() * plan.repeat)
                                          : *static_cast<const float*>(p.total);
-  float shift[kCount], slope[kCount];
+  GradX<kCount> grad_x;
 #pragma unroll
   for (int s = 0; s < kCount; ++s) {
-    const int64_t channel = channels.of[s];
-    shift[s] = static_cast<const float*>(p.dbias)[channel] / count;
-    slope[s] = static_cast<const float*>(p.dweight)[channel] / count *
-               rstd_of(static_cast<const float*>(p.var)[channel], p.eps);
+    const int64_t channel = channels[s];
+    grad_x.set(s, static_cast<const float*>(p.dbias)[channel],
+               static_cast<const float*>(p.dweight)[channel],
+               rstd_of(static_cast<const float*>(p.var)[channel], p.eps), count);
   }
   T* dx = static_cast<T*>(p.dx);
-  walk.run_groups([&]<int kN>(const int64_t(&offsets)[kN]) {
+  walk.template run_groups<kBwdUnroll>([&]<int kN>(const int64_t(&offsets)[kN]) {
     BwdGroup<T, kVector, kN> group;
     group.template load<true>(p, offsets);
 #pragma unroll
     for (int u = 0; u < kN; ++u) {
-      float dz[kVector], centered[kVector];
-      group.grad_z(p, k, u, dz, centered);
-      store_last<kVector>(dx + offsets[u], grad_x<T>(p, k, shift, slope, dz, centered));
+      store_last<kVector>(dx + offsets[u], grad_x.of(p, k, group, u));
     }
   });
 }
