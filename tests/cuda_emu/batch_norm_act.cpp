@@ -2,6 +2,7 @@
 // Numbers and tensors have the names of the params structs; sm_count is the device's.
 #include "batch_norm_act.h"
 
+#include "../../csrc/cuda/batch_norm_act_plan.h"
 #include "common/columns.cuh"
 #include "common/launch.cuh"
 #include "driver.h"
@@ -113,6 +114,23 @@ void run_walk(Case& c, const CudaDevice& device) {
   });
 }
 
+// What batch_norm_act_plan.h chooses: slab, tiles, splits, vector, columns, repeat.
+void run_plan(Case& c, const CudaDevice& device) {
+  const ImageShape shape{c.integer("n"), c.integer("c"), c.integer("hw"),
+                         c.integer("channels_last") != 0};
+  const SlabNeeds needs{static_cast<int>(c.integer("tensors")), 8};
+  const BatchNormPlan plan =
+      plan_batch_norm(shape, static_cast<int>(c.integer("bytes")), true, needs, device);
+  const ColumnPlan& columns = plan.columns;
+  const int64_t numbers[] = {plan.slab,      columns.tiles,   columns.splits,
+                             columns.vector, columns.columns, columns.repeat};
+  auto* chosen = static_cast<int64_t*>(c.tensor("chosen"));
+  c.run([&] {
+    std::copy(std::begin(numbers), std::end(numbers), chosen);
+    return cudaSuccess;
+  });
+}
+
 void run_op(Case& c) {
   const CudaDevice device{static_cast<int>(c.integer("sm_count")), nullptr,
                           static_cast<int>(c.integer("shared_bytes"))};
@@ -123,6 +141,8 @@ void run_op(Case& c) {
     c.run([&] { return launch_batch_norm_act_apply(p, device); });
   } else if (c.op() == "bwd") {
     run_with_workspace(c, bwd_params(c), device, launch_batch_norm_act_bwd);
+  } else if (c.op() == "plan") {
+    run_plan(c, device);
   } else if (c.op() == "walk") {
     run_walk(c, device);
   } else if (c.op() == "join") {
