@@ -42,8 +42,8 @@ def shapes(dtype: torch.dtype, channels_last: bool) -> list[Shape]:
             *both,
             *[(1, 32 * wide, 1, pixels) for pixels in (31, 32, 33)],  # 8 lanes of 4 pixels
             (2, 40 * wide, 7, 5),  # the second block has 24 columns without a channel
-            (3, wide, 10, 70),  # 256 lanes, 3 splits; as a slab, 64 lanes of 33 vectors: too long
-            (1, 2 * wide, 43, 48),  # 2064 pixels are 33 vectors a lane: the slab of 32 bytes fits
+            (3, wide, 10, 70),  # 256 lanes, 3 splits
+            (1, 2 * wide, 64, 65),  # 33 vectors for each of 128 lanes: too long for a slab
             (2, 32 * wide, 12, 12),
             (1, 32, 12, 25),
         ]

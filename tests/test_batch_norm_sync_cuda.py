@@ -1,4 +1,4 @@
-"""The stages of batch_norm_act on CUDA as synchronised statistics run them, and which path is taken.
+"""The stages of batch_norm_act on CUDA as synchronised statistics run them, and the choice of path.
 
 Data, oracle and tolerances are those of cuda_emu/batch_norm_act.py.
 """
@@ -124,7 +124,9 @@ def test_an_infinity_makes_the_mean_infinite(dtype: torch.dtype) -> None:
     [
         # n, c, hw; elements of 2 bytes; 1 tensor is the forward, 2 the backward.
         # slab, tiles, splits, vector, columns, repeat
-        ((32, 512, 49), True, 2, 1, (1, 16, 1, 8, 4, 1)),  # 64 bytes of a pixel a block
+        ((32, 512, 49), True, 2, 1, (1, 32, 1, 8, 2, 1)),  # 32 bytes of a pixel a block
+        ((32, 512, 196), True, 2, 1, (0, 2, 132, 8, 32, 1)),  # 49 steps: stages
+        ((2, 8192, 49), True, 2, 1, (1, 256, 1, 8, 4, 1)),  # 64 bytes: no SM is without a block
         ((32, 512, 49), False, 2, 1, (1, 64, 1, 8, 49, 49)),  # flat, 8 planes a block
         ((32, 512, 196), False, 2, 1, (1, 256, 1, 8, 49, 196)),  # flat, 2 planes
         ((32, 512, 784), False, 2, 1, (1, 512, 1, 8, 1, 1)),  # a plane of whole vectors

@@ -78,6 +78,7 @@ inline BatchNormPlan plan_slab(const ImageShape& shape, int element_bytes, bool 
 // many blocks as there are channels to share out.
 inline BatchNormPlan plan_batch_norm(const ImageShape& shape, int element_bytes, bool aligned,
                                      const SlabNeeds& needs, const CudaDevice& device) {
+  enum class Then { kNext, kSlab };
   // Rows of 64 bytes are what memory gives at a time, 32 the least that it moves.
   for (const int row_bytes : {64, 32}) {
     const BatchNormPlan plan = plan_slab(shape, element_bytes, aligned, row_bytes);
@@ -87,21 +88,24 @@ inline BatchNormPlan plan_batch_norm(const ImageShape& shape, int element_bytes,
     const int64_t bytes = kThreads * (steps * needs.tensors * columns.vector * element_bytes +
                                       slots * needs.value_bytes);
     const int64_t shared = device.shared_bytes;
+    const bool idle = columns.tiles < device.sm_count;  // there are SMs without a block
     const struct {
       bool holds;
-      bool slab;
+      Then then;
     } table[] = {
+        // Narrower rows are shared out to more SMs.
+        {row_bytes == 64 && shape.channels_last && idle, Then::kNext},
         // A long walk of one block: the whole card is faster.
-        {steps > kSlabSteps || bytes > shared, false},
+        {steps > kSlabSteps || bytes > shared, Then::kNext},
         // Two blocks are resident, and one loads while the other calculates. (1 KiB of an SM's
         // shared memory belongs to the driver, for each block.)
-        {bytes <= (shared + 1024) / kBlocksPerSm - 1024, true},
+        {bytes <= (shared + 1024) / kBlocksPerSm - 1024, Then::kSlab},
         // No SM gets a second block anyway.
-        {columns.tiles <= device.sm_count, true},
+        {columns.tiles <= device.sm_count, Then::kSlab},
     };
     for (const auto& row : table) {
       if (!row.holds) continue;
-      if (row.slab) return plan;
+      if (row.then == Then::kSlab) return plan;
       break;
     }
   }

@@ -63,7 +63,8 @@ declare(
 )
 declare(
     "batch_norm_act_dx(Tensor dy, Tensor x, Tensor? saved, Tensor? weight, Tensor? bias, "
-    "Tensor mean, Tensor var, Tensor dweight, Tensor dbias, Tensor total, float eps, int act) -> Tensor",
+    "Tensor mean, Tensor var, Tensor dweight, Tensor dbias, Tensor total, float eps, int act) "
+    "-> Tensor",
     _dx_fake,
 )
 
