@@ -12,7 +12,7 @@ constexpr int kSharedBytes = 48 << 10;  // of a block, on every card without ask
 
 struct CudaDevice {
   int sm_count;
-  CUstream_st* stream;             // cudaStream_t
+  CUstream_st* stream;              // cudaStream_t
   int shared_bytes = kSharedBytes;  // the most that a block may ask for
 };
 
