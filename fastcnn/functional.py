@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastcnn.ops import batch_norm_act as _batch_norm_act
 from fastcnn.ops import conv_bn_act as _conv_bn_act
@@ -31,6 +32,8 @@ def batch_norm_act(
     *,
     residual: Tensor | None = None,
     act: Activation = "relu",
+    sync: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Batch normalisation, an optional residual and an activation as one fused operation.
 
@@ -54,21 +57,29 @@ def batch_norm_act(
         residual: added before the activation; sizes, dtype and layout of the input.
         act: "none", "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu" (by erf), "sigmoid"
             or "hardswish". A NaN comes through; at -inf each has its limit.
+        sync: whether the batch is spread over processes, each with an input of its own, also of
+            another n or an empty one. In training the statistics are then those of all inputs, and
+            each process must make the same calls, forward and backward. Without an initialised
+            torch.distributed, or alone in its group, a process is the whole batch.
+        process_group: with sync=True, whose processes; None for all, as in torch.nn.SyncBatchNorm.
 
     Returns:
         y in the input's sizes, dtype and memory layout. Results are bitwise the same from run to
         run and on any number of threads.
 
     Raises:
-        TypeError: an argument that is no Tensor, or of another dtype than named above.
+        TypeError: an argument that is no Tensor, or of another dtype than named above; a
+            process_group that is none, or that this process is not in.
         ValueError: another rank, size, device or memory layout; an unknown activation; one value
-            per channel in training.
+            per channel in training; a process_group beside sync=False.
 
-    Source: Ioffe and Szegedy 2015, arXiv:1502.03167; torch.nn.functional.batch_norm.
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167; torch.nn.functional.batch_norm;
+    torch.nn.SyncBatchNorm.
     """
     return _batch_norm_act.batch_norm_act(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, act
-    )
+        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, act,
+        sync, process_group,
+    )  # fmt: skip
 
 
 def conv_bn_act(

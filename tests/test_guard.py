@@ -46,7 +46,11 @@ def run_all() -> None:
                 ops.batch_norm_act_fwd(x, residual, w, b, 1e-5, 5)
                 for saved, act in ((None, 1), (guarded(y), 1), (None, 5), (residual, 5)):
                     ops.batch_norm_act_bwd(dy, x, saved, w, b, mean, var, 1e-5, act, True, True)
-                ops.batch_norm_update_running(mean, var, w, b, 0.1, 7)
+                ops.batch_norm_act_stats(x)
+                ops.batch_norm_act_reduce(dy, x, residual, w, b, mean, var, 1e-5, 1, True)
+                ops.batch_norm_act_dx(dy, x, None, w, b, mean, var, w, b, w[-1:], 1e-5, 1)
+                ops.batch_norm_update_running(mean, var, w, b, None, 0.1, 7)
+                ops.batch_norm_update_running(mean, var, w, b, w[-1:], 0.1, 0)
     print("done")
 
 

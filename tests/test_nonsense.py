@@ -66,11 +66,17 @@ IMAGE: dict[str, Callable[[Tensor], Any]] = {
 CHANNELS: dict[str, Callable[[Tensor], Any]] = {"strided": lambda t: t.repeat_interleave(2)[::2]}
 NUMBERS: dict[str, list[Any]] = {
     "act": [-1, 8, 2**31, -(2**63), 2**63 - 1, None, "relu"],
-    "count": [1, 0, -5, -(2**63), None, "x"],
+    "count": [1, 0, -5, -(2**63), None, "x"],  # without a total
     "eps": [None, "x"],
     "momentum": [None, "x"],
+    "total": [torch.ones(2), torch.ones(()), torch.ones(1, dtype=torch.int64), "x"],
 }
-OPTIONAL = ("residual", "saved", "weight", "bias")
+# Other sizes and types make sense where no second tensor says otherwise.
+ALONE = ("batch_norm_act_stats", "batch_norm_join_stats")
+SENSIBLE_ALONE = ("other float", "another half", "meta", "empty", "shorter", "longer")
+SENSIBLE_ALONE += ("channel less", "column less", "the other layout")
+SAME_NUMBER = ("expanded", "huge strides", "shorter", "strided")  # of a vector of one
+OPTIONAL = ("residual", "saved", "weight", "bias")  # total is None already where it may be
 IMAGES = ("x", "residual", "saved", "dy")
 
 
@@ -78,20 +84,32 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
     def image() -> Tensor:  # square, so that a transposed one has the same sizes
         return torch.randn(2, 6, 4, 4).to(dtype).contiguous(memory_format=LAYOUTS[layout])
 
-    c = [torch.ones(6, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(4)]
+    acc = torch.promote_types(dtype, torch.float32)
+    c = [torch.ones(6, dtype=acc) for _ in range(4)]
     norm: dict[str, Any] = {"weight": c[0], "bias": c[1]}
     stats, rest = {"mean": c[2], "var": c[3]}, {"eps": 1e-5, "act": 1}
     if op == "batch_norm_act_fwd":
         return {"x": image(), "residual": image(), **norm, **rest}
     if op == "batch_norm_act_apply":
         return {"x": image(), "residual": image(), **norm, **stats, **rest}
+    if op == "batch_norm_act_stats":
+        return {"x": image()}
+    if op == "batch_norm_join_stats":
+        return {"gathered": torch.ones(3, 13, dtype=acc)}
+    images = {"dy": image(), "x": image(), "saved": image()}
     if op == "batch_norm_act_bwd":
-        images = {"dy": image(), "x": image(), "saved": image()}
         return {**images, **norm, **stats, **rest, "training": True, "want_dresidual": True}
-    return {"running_mean": c[0], "running_var": c[1], **stats, "momentum": 0.1, "count": 9}
+    if op == "batch_norm_act_reduce":
+        return {**images, **norm, **stats, **rest, "want_dresidual": True}
+    if op == "batch_norm_act_dx":
+        sums = {"dweight": c[0].clone(), "dbias": c[1].clone(), "total": c[0][:1].clone()}
+        return {**images, **norm, **stats, **sums, **rest}
+    running = {"running_mean": c[0], "running_var": c[1], **stats}
+    return {**running, "total": None, "momentum": 0.1, "count": 9}
 
 
-OPS = ["batch_norm_act_fwd", "batch_norm_act_apply", "batch_norm_act_bwd"]
+OPS = ["batch_norm_act_fwd", "batch_norm_act_apply", "batch_norm_act_bwd", "batch_norm_act_stats"]
+OPS += ["batch_norm_act_reduce", "batch_norm_act_dx", "batch_norm_join_stats"]
 OPS += ["batch_norm_update_running"]
 
 
@@ -124,6 +142,7 @@ def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
                     (name, kind)
                     for name, good in good_arguments(op, dtype, layout).items()
                     for kind in kinds(name, good)
+                    if not (op in ALONE and kind in SENSIBLE_ALONE)
                 ]
                 for choice in choices:
                     attempt(op, dtype, layout, [choice])
@@ -139,7 +158,8 @@ def kinds(name: str, good: Any) -> list[str]:
     if not isinstance(good, Tensor):
         return [str(i) for i in range(len(NUMBERS.get(name, [])))]
     own = ANY | (IMAGE if name in IMAGES else CHANNELS)
-    return [kind for kind in own if not (kind == "None" and name in OPTIONAL)]
+    sensible = ("None",) * (name in OPTIONAL) + SAME_NUMBER * (good.numel() == 1)
+    return [kind for kind in own if kind not in sensible]
 
 
 def test_nonsense_raises(tmp_path: Path) -> None:
