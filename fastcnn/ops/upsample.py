@@ -145,7 +145,7 @@ def output_size(
         got = "neither" if size is None else "both"
         raise ValueError(f"{OP}: size, scale_factor: expected exactly one of the two, got {got}")
     if scale_factor is None:
-        h, w = _pair("size", size, int)
+        h, w = _pair("size", size, "an integer", (int, torch.SymInt))
         if recompute_scale_factor:
             raise ValueError(
                 f"{OP}: recompute_scale_factor: expected a scale_factor to compute the size with, "
@@ -153,7 +153,7 @@ def output_size(
             )
         scales: Scales = (None, None)
     else:
-        factors = _pair("scale_factor", scale_factor, (int, float))
+        factors = _pair("scale_factor", scale_factor, "a number", (int, float))
         h, w = (
             int(pixels * factor) if factor > 0 and math.isfinite(factor) else 0
             for pixels, factor in zip(input.shape[2:], factors, strict=True)
@@ -165,13 +165,13 @@ def output_size(
     return (h, w), scales
 
 
-def _pair(name: str, value: Any, kinds: Any) -> tuple[Any, Any]:
+def _pair(name: str, value: Any, kind: str, types: tuple[Any, ...]) -> tuple[Any, Any]:
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    numbers = "an integer" if kinds is int else "a number"
-    if not all(isinstance(v, (kinds, torch.SymInt)) and not isinstance(v, bool) for v in pair):
-        raise TypeError(f"{OP}: {name}: expected {numbers} or a pair of them, got {value!r}")
+    good = [isinstance(v, types) and not isinstance(v, bool) for v in pair]
+    if not all(good):
+        raise TypeError(f"{OP}: {name}: expected {kind} or a pair of them, got {value!r}")
     if len(pair) != 2:
-        raise ValueError(f"{OP}: {name}: expected {numbers} or a pair of them, got {value!r}")
+        raise ValueError(f"{OP}: {name}: expected {kind} or a pair of them, got {value!r}")
     return pair
 
 
