@@ -9,9 +9,11 @@ import torch
 import fastcnn
 from fastcnn import _C, functional, info
 from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.ops.upsample_arguments import SAMPLING_NUMBER
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = [name for name in functional.__all__ if name.islower()]
+NAMES = {"interpolate": "upsample"}  # of functions that have torch's name, and not their op's
+OPS = [NAMES.get(name, name) for name in functional.__all__ if name.islower()]
 COMPOSED = {"conv_bn_act"}  # made of other ops: no kernels of their own
 KERNEL_OPS = [op for op in OPS if op not in COMPOSED]
 OPERATORS = [
@@ -49,6 +51,16 @@ def test_sources_are_built(op: str) -> None:
 
 def test_info_names_every_op() -> None:
     assert set(info.BACKENDS) == set(OPS)
+
+
+def test_sampling_tables_agree() -> None:
+    header = (ROOT / "csrc/common/source_index.h").read_text()
+    names = {
+        ("nearest", False): "Nearest", ("nearest-exact", False): "NearestExact",
+        ("bilinear", False): "Bilinear", ("bilinear", True): "BilinearCorners",
+    }  # fmt: skip
+    in_cpp = {name: int(n) for name, n in re.findall(r"k((?:Near|Bilin)\w*) = (\d+)", header)}
+    assert in_cpp == {names[how]: n for how, n in SAMPLING_NUMBER.items()}
 
 
 def test_activation_tables_agree() -> None:

@@ -69,9 +69,23 @@ NUMBERS: dict[str, list[Any]] = {
     "count": [1, 0, -5, -(2**63), None, "x"],
     "eps": [None, "x"],
     "momentum": [None, "x"],
+    "h": [0, -1, 3, 2**31, 2**62, None, "x"],
+    "w": [0, -1, 3, 2**31, 2**62, None, "x"],
+    "scale_h": [0.0, -1.0, 0.3, float("nan"), float("inf"), "x"],
+    "scale_w": [0.0, -2.0, 2.6, float("nan"), float("inf"), "x"],
+    "sampling": [-1, 4, 2**40, None, "x"],
+    "channels_last": [None, "x"],
 }
-OPTIONAL = ("residual", "saved", "weight", "bias")
-IMAGES = ("x", "residual", "saved", "dy")
+OPTIONAL = ("residual", "saved", "weight", "bias", "skip")
+IMAGES = ("x", "residual", "saved", "dy", "skip")
+# Where nothing else says how many channels or images there are, or which dtype.
+NO_NONSENSE = {
+    ("upsample_fwd", "x"): {"channel less"},
+    ("upsample_fwd", "skip"): {"channel less"},
+    ("upsample_bwd", "dy"): {
+        "channel less", "empty", "shorter", "longer", "other float", "another half", "meta",
+    },
+}  # fmt: skip
 
 
 def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
@@ -88,11 +102,18 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
     if op == "batch_norm_act_bwd":
         images = {"dy": image(), "x": image(), "saved": image()}
         return {**images, **norm, **stats, **rest, "training": True, "want_dresidual": True}
+    if op.startswith("upsample"):
+        how = {"scale_h": 1.0, "scale_w": 2.0, "sampling": 2}
+        how["channels_last"] = layout == "channels_last"
+        if op == "upsample_bwd":
+            return {"dy": image(), "h": 4, "w": 2, **how}
+        tall = image()[..., :2].contiguous(memory_format=LAYOUTS[layout])
+        return {"x": tall, "skip": image(), "h": 4, "w": 4, **how}
     return {"running_mean": c[0], "running_var": c[1], **stats, "momentum": 0.1, "count": 9}
 
 
 OPS = ["batch_norm_act_fwd", "batch_norm_act_apply", "batch_norm_act_bwd"]
-OPS += ["batch_norm_update_running"]
+OPS += ["batch_norm_update_running", "upsample_fwd", "upsample_bwd"]
 
 
 def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
@@ -123,7 +144,7 @@ def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
                 choices = [
                     (name, kind)
                     for name, good in good_arguments(op, dtype, layout).items()
-                    for kind in kinds(name, good)
+                    for kind in kinds(op, name, good)
                 ]
                 for choice in choices:
                     attempt(op, dtype, layout, [choice])
@@ -135,11 +156,12 @@ def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
     return calls, accepted
 
 
-def kinds(name: str, good: Any) -> list[str]:
+def kinds(op: str, name: str, good: Any) -> list[str]:
     if not isinstance(good, Tensor):
         return [str(i) for i in range(len(NUMBERS.get(name, [])))]
     own = ANY | (IMAGE if name in IMAGES else CHANNELS)
-    return [kind for kind in own if not (kind == "None" and name in OPTIONAL)]
+    legal = NO_NONSENSE.get((op, name), set()) | ({"None"} if name in OPTIONAL else set())
+    return [kind for kind in own if kind not in legal]
 
 
 def test_nonsense_raises(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from cuda_emu.run import DTYPE_NUMBER, Case, Result, run_cases
 from torch import Tensor
 
 from fastcnn import reference
-from fastcnn.ops.upsample import SAMPLING_NUMBER
+from fastcnn.ops.upsample_arguments import SAMPLING_NUMBER
 
 U = 2.0**-24
 INVALID_VALUE = 1  # cudaErrorInvalidValue

@@ -7,6 +7,7 @@
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 
+constexpr int kGroup = 4;                // rows at a time
 constexpr int64_t kTileElements = 1024;  // of a row: a group's rows stay in the L1 or L2 cache
 constexpr int64_t kMinBand = 8;          // rows of a task; each task stretches up to two once more
 
