@@ -74,7 +74,7 @@ NUMBERS: dict[str, list[Any]] = {
     "scale_h": [0.0, -1.0, 0.3, float("nan"), float("inf"), "x"],
     "scale_w": [0.0, -2.0, 2.6, float("nan"), float("inf"), "x"],
     "sampling": [-1, 4, 2**40, None, "x"],
-    "channels_last": [None, "x"],
+    "channels_last": ["x"],  # None is False to the dispatcher
 }
 OPTIONAL = ("residual", "saved", "weight", "bias", "skip")
 IMAGES = ("x", "residual", "saved", "dy", "skip")

@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, int kVector>
 __global__ void __launch_bounds__(kThreads)
     upsample_skip_kernel(const T* skip, T* y, Divisor run, int64_t step, int64_t count) {
-  using Vector = Pack<T, kVector>;
+  using Vector = std::conditional_t<kVector == 1, T, uint4>;
   const int64_t first = blockIdx.x * static_cast<int64_t>(kThreads * kUnroll) + threadIdx.x;
   Vector vectors[kUnroll];
 #pragma unroll
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t at = (first + u * kThreads) * kVector;
     int64_t within = at;
     const int64_t offset = run.divide(within) * step + within;
-    if (at < count) *reinterpret_cast<Vector*>(y + offset) = vectors[u];
+    if (at < count) __stcg(reinterpret_cast<Vector*>(y + offset), vectors[u]);
   }
 }
 
