@@ -70,14 +70,26 @@ NUMBERS: dict[str, list[Any]] = {
     "eps": [None, "x"],
     "momentum": [None, "x"],
     "total": [torch.ones(2), torch.ones(()), torch.ones(1, dtype=torch.int64), "x"],
+    "h": [0, -1, 3, 2**31, 2**62, None, "x"],
+    "w": [0, -1, 3, 2**31, 2**62, None, "x"],
+    "scale_h": [0.0, -1.0, 0.3, float("nan"), float("inf"), "x"],
+    "scale_w": [0.0, -2.0, 2.6, float("nan"), float("inf"), "x"],
+    "sampling": [-1, 4, 2**40, None, "x"],
+    "channels_last": ["x"],  # None is False to the dispatcher
 }
-# Other sizes and types make sense where no second tensor says otherwise.
-ALONE = ("batch_norm_act_stats", "batch_norm_join_stats")
-SENSIBLE_ALONE = ("other float", "another half", "meta", "empty", "shorter", "longer")
-SENSIBLE_ALONE += ("channel less", "column less", "the other layout")
 SAME_NUMBER = ("expanded", "huge strides", "shorter", "strided")  # of a vector of one
-OPTIONAL = ("residual", "saved", "weight", "bias")  # total is None already where it may be
-IMAGES = ("x", "residual", "saved", "dy")
+OPTIONAL = ("residual", "saved", "weight", "bias", "skip")  # total is None already where it may be
+IMAGES = ("x", "residual", "saved", "dy", "skip")
+ALONE = {"other float", "another half", "meta", "empty", "shorter", "longer"}
+ALONE |= {"channel less", "column less", "the other layout"}
+# Where no second tensor says how many channels or images there are, or which dtype.
+NO_NONSENSE = {
+    ("batch_norm_act_stats", "x"): ALONE,
+    ("batch_norm_join_stats", "gathered"): ALONE,
+    ("upsample_fwd", "x"): {"channel less"},
+    ("upsample_fwd", "skip"): {"channel less"},
+    ("upsample_bwd", "dy"): ALONE - {"column less", "the other layout"},
+}
 
 
 def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
@@ -104,6 +116,13 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
     if op == "batch_norm_act_dx":
         sums = {"dweight": c[0].clone(), "dbias": c[1].clone(), "total": c[0][:1].clone()}
         return {**images, **norm, **stats, **sums, **rest}
+    if op.startswith("upsample"):
+        how = {"scale_h": 1.0, "scale_w": 2.0, "sampling": 2}
+        how["channels_last"] = layout == "channels_last"
+        if op == "upsample_bwd":
+            return {"dy": image(), "h": 4, "w": 2, **how}
+        tall = image()[..., :2].contiguous(memory_format=LAYOUTS[layout])
+        return {"x": tall, "skip": image(), "h": 4, "w": 4, **how}
     running = {"running_mean": c[0], "running_var": c[1], **stats}
     return {**running, "total": None, "momentum": 0.1, "count": 9}
 
@@ -111,6 +130,7 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
 OPS = ["batch_norm_act_fwd", "batch_norm_act_apply", "batch_norm_act_bwd", "batch_norm_act_stats"]
 OPS += ["batch_norm_act_reduce", "batch_norm_act_dx", "batch_norm_join_stats"]
 OPS += ["batch_norm_update_running"]
+OPS += ["upsample_fwd", "upsample_bwd"]
 
 
 def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
@@ -141,8 +161,7 @@ def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
                 choices = [
                     (name, kind)
                     for name, good in good_arguments(op, dtype, layout).items()
-                    for kind in kinds(name, good)
-                    if not (op in ALONE and kind in SENSIBLE_ALONE)
+                    for kind in kinds(op, name, good)
                 ]
                 for choice in choices:
                     attempt(op, dtype, layout, [choice])
@@ -154,12 +173,14 @@ def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
     return calls, accepted
 
 
-def kinds(name: str, good: Any) -> list[str]:
+def kinds(op: str, name: str, good: Any) -> list[str]:
     if not isinstance(good, Tensor):
         return [str(i) for i in range(len(NUMBERS.get(name, [])))]
     own = ANY | (IMAGE if name in IMAGES else CHANNELS)
-    sensible = ("None",) * (name in OPTIONAL) + SAME_NUMBER * (good.numel() == 1)
-    return [kind for kind in own if kind not in sensible]
+    legal = NO_NONSENSE.get((op, name), set()) | ({"None"} if name in OPTIONAL else set())
+    if good.numel() == 1:
+        legal = legal | set(SAME_NUMBER)
+    return [kind for kind in own if kind not in legal]
 
 
 def test_nonsense_raises(tmp_path: Path) -> None:

@@ -122,7 +122,15 @@ __device__ inline void store(T* p, const float (&in)[kVector]) {
   Pack<T, kVector> pack;
 #pragma unroll
   for (int v = 0; v < kVector; ++v) pack.values[v] = from_float<T>(in[v]);
-  *reinterpret_cast<Pack<T, kVector>*>(p) = pack;
+  if constexpr (sizeof(pack) == sizeof(uint4)) {
+    // An ordinary store of a struct may be taken apart: nvcc 13.0 made eight of one in a loop over
+    // rows. Past L1 is where stores go anyway.
+    uint4 bits;
+    memcpy(&bits, &pack, sizeof bits);
+    __stcg(reinterpret_cast<uint4*>(p), bits);
+  } else {
+    *reinterpret_cast<Pack<T, kVector>*>(p) = pack;
+  }
 }
 
 // The cut of one call over the card, the same for all kernels of an op.
