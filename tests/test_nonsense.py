@@ -17,7 +17,7 @@ import torch
 from shapes import LAYOUTS
 from torch import Tensor
 
-import fastcnn  # noqa: F401  (declares the operators)
+from fastcnn import _C
 
 
 def without_storage(t: Tensor, kept: float, offset: int = 0) -> Tensor:
@@ -75,6 +75,11 @@ NUMBERS: dict[str, list[Any]] = {
     "scale_h": [0.0, -1.0, 0.3, float("nan"), float("inf"), "x"],
     "scale_w": [0.0, -2.0, 2.6, float("nan"), float("inf"), "x"],
     "sampling": [-1, 4, 2**40, None, "x"],
+    **dict.fromkeys(
+        ("kernel_h", "kernel_w", "stride_h", "stride_w", "dilation_h", "dilation_w"),
+        [0, -1, 2, 2**21, 2**62, None, "x"],
+    ),
+    **dict.fromkeys(("padding_h", "padding_w"), [-1, 2, 2**21, 2**62, None, "x"]),
     "channels_last": ["x"],  # None is False to the dispatcher
 }
 SAME_NUMBER = ("expanded", "huge strides", "shorter", "strided")  # of a vector of one
@@ -86,6 +91,8 @@ ALONE |= {"channel less", "column less", "the other layout"}
 NO_NONSENSE = {
     ("batch_norm_act_stats", "x"): ALONE,
     ("batch_norm_join_stats", "gathered"): ALONE,
+    ("conv2d_bwd_weight", "dy"): {"channel less"},
+    ("conv2d_bwd_weight", "x"): {"channel less"},
     ("upsample_fwd", "x"): {"channel less"},
     ("upsample_fwd", "skip"): {"channel less"},
     ("upsample_bwd", "dy"): ALONE - {"column less", "the other layout"},
@@ -123,6 +130,11 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
             return {"dy": image(), "h": 4, "w": 2, **how}
         tall = image()[..., :2].contiguous(memory_format=LAYOUTS[layout])
         return {"x": tall, "skip": image(), "h": 4, "w": 4, **how}
+    if op == "conv2d_bwd_weight":
+        dtype, layout = torch.bfloat16, "channels_last"
+        how = {"kernel_h": 3, "kernel_w": 3, "stride_h": 1, "stride_w": 1}
+        how |= {"padding_h": 1, "padding_w": 1, "dilation_h": 1, "dilation_w": 1}
+        return {"dy": image(), "x": image(), **how}
     running = {"running_mean": c[0], "running_var": c[1], **stats}
     return {**running, "total": None, "momentum": 0.1, "count": 9}
 
@@ -130,6 +142,7 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
 OPS = ["batch_norm_act_fwd", "batch_norm_act_apply", "batch_norm_act_bwd", "batch_norm_act_stats"]
 OPS += ["batch_norm_act_reduce", "batch_norm_act_dx", "batch_norm_join_stats"]
 OPS += ["batch_norm_update_running"]
+OPS += ["conv2d_bwd_weight"] * _C.has_bf16_dot()  # elsewhere it raises in any case
 OPS += ["upsample_fwd", "upsample_bwd"]
 
 
