@@ -67,6 +67,15 @@ inline S horizontal_sum(Vec<S> v) {
   return sum;
 }
 
+// As many doubles as a vector of S has lanes, where many vectors are added up.
+template <class S>
+using Wide = typename VecOf<double, kLanes<S> * 8>::type;
+
+template <class S>
+inline Wide<S> widen(Vec<S> v) {
+  return __builtin_convertvector(v, Wide<S>);
+}
+
 // 16-bit lanes beside one vector of floats.
 using Bits16 = typename VecOf<uint16_t, kVectorBytes / 2>::type;
 using Bits32 = Vec<uint32_t>;

@@ -55,7 +55,8 @@ void apply_channels_last(const BatchNormActFwdParams& p, const WideRows& w) {
   using S = Acc<T>;
   const NormalizeFn<T> normalize_span = pick_normalize<T, true>(p.act);
   Coefficients<S> k(w.c, w.repeat, p.act);
-  for (int64_t j = 0; j < w.c; ++j) k.set(p, j);
+  const auto set = [&](int64_t j) { k.set(p, j); };
+  parallel_for(w.c, kSetGrain, set);
   const auto span = [&](int64_t row, int64_t rows, int64_t length) {
     const int64_t o = row * w.wide;
     normalize_span(static_cast<const T*>(p.x) + o, at(static_cast<const T*>(p.residual), o),
@@ -64,8 +65,8 @@ void apply_channels_last(const BatchNormActFwdParams& p, const WideRows& w) {
   const auto rows = [&](int64_t task) {
     span(w.first(task), w.last(task) - w.first(task), w.wide);
   };
-  parallel_for(w.tasks, w.grain, rows);
   span(w.rows, 1, w.rest);
+  parallel_for_backwards(w.tasks, w.grain, rows);
 }
 
 template <class T>

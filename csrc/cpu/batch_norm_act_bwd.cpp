@@ -174,27 +174,32 @@ void bwd_channels_last(const BatchNormActBwdParams& p) {
   const BwdLoops<T, true> loops(p);
   const WideRows w(p.shape, sizeof(T), kLanes<S>);
   Coefficients<S> k(w.c, w.repeat, p.act);
-  for (int64_t j = 0; j < w.c; ++j) k.set(p, j);
+  const auto set = [&](int64_t j) { k.set(p, j); };
+  parallel_for(w.c, kSetGrain, set);
   const int64_t slots = w.tasks + 1;  // the last one for the rest
-  Scratch<S> sum_dz(slots * w.wide), sum_dzx(slots * w.wide);
+  Scratch<S> sum_dz(slots * w.wide, Fill::kNothing), sum_dzx(slots * w.wide, Fill::kNothing);
   const auto reduce = [&](int64_t slot, int64_t row, int64_t rows, int64_t length) {
+    S *dz = sum_dz.get() + slot * w.wide, *dzx = sum_dzx.get() + slot * w.wide;
+    for_each_vector<S>(w.wide, [&](int64_t i, int64_t) {
+      store(dz + i, Vec<S>{});
+      store(dzx + i, Vec<S>{});
+    });
     if (p.total != nullptr) return;
-    loops.reduce(BwdSpan<T>(p, row * w.wide), rows, length, k, 0, sum_dz.get() + slot * w.wide,
-                 sum_dzx.get() + slot * w.wide);
+    loops.reduce(BwdSpan<T>(p, row * w.wide), rows, length, k, 0, dz, dzx);
   };
   const auto reduce_rows = [&](int64_t task) {
     reduce(task, w.first(task), w.last(task) - w.first(task), w.wide);
   };
   parallel_for(w.tasks, w.grain, reduce_rows);
   reduce(w.tasks, w.rows, 1, w.rest);
-  Scratch<double> total_dz(w.c), total_dzx(w.c);
-  for (int64_t i = 0; i < slots * w.wide; i += w.c) {
-    for (int64_t j = 0; j < w.c; ++j) {
-      total_dz[j] += static_cast<double>(sum_dz[i + j]);
-      total_dzx[j] += static_cast<double>(sum_dzx[i + j]);
+  for_each_channels<S>(w.c, slots * w.wide, [&](int64_t j, int64_t count) {
+    Wide<S> dz{}, dzx{};
+    for (int64_t i = j; i < slots * w.wide; i += w.c) {
+      dz += widen<S>(load(sum_dz.get() + i, count));
+      dzx += widen<S>(load(sum_dzx.get() + i, count));
     }
-  }
-  for (int64_t j = 0; j < w.c; ++j) finish_channel<S>(p, k, j, total_dz[j], total_dzx[j]);
+    for (int64_t l = 0; l < count; ++l) finish_channel<S>(p, k, j + l, dz[l], dzx[l]);
+  });
   const auto dx = [&](int64_t row, int64_t rows, int64_t length) {
     if (p.dx == nullptr) return;
     loops.run_dx(BwdSpan<T>(p, row * w.wide), rows, length, k, 0);
@@ -202,8 +207,8 @@ void bwd_channels_last(const BatchNormActBwdParams& p) {
   const auto dx_rows = [&](int64_t task) {
     dx(w.first(task), w.last(task) - w.first(task), w.wide);
   };
-  parallel_for(w.tasks, w.grain, dx_rows);
   dx(w.rows, 1, w.rest);
+  parallel_for_backwards(w.tasks, w.grain, dx_rows);
 }
 
 template <class T>

@@ -11,6 +11,8 @@ inline S rstd_of(S var, double eps) {
   return S(1) / static_cast<S>(__builtin_sqrt(static_cast<double>(var) + eps));
 }
 
+constexpr int64_t kSetGrain = 512;  // channels whose numbers are worth waking a thread
+
 // The per-channel numbers of one call, repeated `repeat` times: value[r * c + j] belongs to channel
 // j.
 template <class S>
@@ -21,11 +23,11 @@ struct Coefficients {
   Act act;
 
   Coefficients(int64_t c, int64_t repeat, Act act)
-      : mean(c * repeat),
-        scale(c * repeat),
-        bias(c * repeat),
-        shift(c * repeat),
-        slope(c * repeat),
+      : mean(c * repeat, Fill::kNothing),
+        scale(c * repeat, Fill::kNothing),
+        bias(c * repeat, Fill::kNothing),
+        shift(c * repeat, Fill::kNothing),
+        slope(c * repeat, Fill::kNothing),
         c(c),
         repeat(repeat),
         act(act) {}
