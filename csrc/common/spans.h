@@ -153,6 +153,7 @@ struct Planes {
   int64_t channel(int64_t task) const { return task / parts; }
   int64_t first(int64_t task) const { return task % parts * images_per_part; }
   int64_t last(int64_t task) const { return min(n, first(task) + images_per_part); }
+  int64_t stride() const { return c * hw; }  // from image to image
   int64_t offset(int64_t image, int64_t channel) const { return (image * c + channel) * hw; }
 };
 

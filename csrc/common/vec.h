@@ -185,6 +185,46 @@ inline void store(T* p, Vec<Acc<T>> v, int64_t count = kLanes<Acc<T>>) {
   }
 }
 
+// Whether rows of vectors from p on, `stride` elements apart, may be stored by store_past_caches.
+template <class T>
+inline bool can_store_past_caches(const T* p, int64_t stride) {
+#if defined(__AVX2__)
+  constexpr uintptr_t kBytes = kLanes<Acc<T>> * sizeof(T);
+  return reinterpret_cast<uintptr_t>(p) % kBytes == 0 &&
+         static_cast<uintptr_t>(stride) * sizeof(T) % kBytes == 0;
+#else
+  return p == nullptr && stride < 0;  // never
+#endif
+}
+
+// A whole vector to memory, without reading the cache lines that it fills and without keeping them.
+// The thread calls fence_stores() behind its last one.
+template <class T>
+inline void store_past_caches(T* p, Vec<Acc<T>> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_stream_ps(reinterpret_cast<float*>(p), reinterpret_cast<__m512>(v));
+  } else {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                        reinterpret_cast<__m256i>(from_float(v, T{})));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    _mm256_stream_ps(reinterpret_cast<float*>(p), reinterpret_cast<__m256>(v));
+  } else {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(from_float(v, T{})));
+  }
+#else
+  store(p, v);
+#endif
+}
+
+inline void fence_stores() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // v in the first `count` lanes, 0 in the others.
 template <class S>
 inline Vec<S> first_lanes(Vec<S> v, int64_t count) {

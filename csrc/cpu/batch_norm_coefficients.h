@@ -13,6 +13,12 @@ inline S rstd_of(S var, double eps) {
 
 constexpr int64_t kSetGrain = 512;  // channels whose numbers are worth waking a thread
 
+// An output that is large beside the last-level cache is stored past all caches: that saves reading
+// its lines before they are overwritten, and leaves the inputs there for the second pass. Measured
+// on 2 cores of an AMD EPYC (AVX-512, 32 MiB L3), bf16, with a reader of the output behind it:
+// 25.7 MB 5 to 20 % faster, 12.8 MB even, below that up to 10 % slower.
+constexpr int64_t kPastCachesBytes = int64_t{1} << 24;
+
 // The per-channel numbers of one call, repeated `repeat` times: value[r * c + j] belongs to channel
 // j.
 template <class S>
@@ -21,8 +27,9 @@ struct Coefficients {
   Scratch<S> shift, slope;       // dx = scale * (dz - shift - (x - mean) * slope)
   int64_t c, repeat;
   Act act;
+  bool past_caches;  // the output is stored past them
 
-  Coefficients(int64_t c, int64_t repeat, Act act)
+  Coefficients(int64_t c, int64_t repeat, Act act, int64_t output_bytes)
       : mean(c * repeat, Fill::kNothing),
         scale(c * repeat, Fill::kNothing),
         bias(c * repeat, Fill::kNothing),
@@ -30,7 +37,8 @@ struct Coefficients {
         slope(c * repeat, Fill::kNothing),
         c(c),
         repeat(repeat),
-        act(act) {}
+        act(act),
+        past_caches(output_bytes >= kPastCachesBytes) {}
 
   template <class Params>
   void set(const Params& p, int64_t j) {
