@@ -1,13 +1,15 @@
 // Mean and centred squares of each channel, for the normalisations' CPU kernels.
 //
-// A chunk of 32 KiB is read twice, sum first and then squares around the chunk's own mean, the
-// second time from the L1 cache; the sum of those deviations corrects the mean's rounding, and
-// chunks are joined by Chan's formula. So there is never a difference of large squares, and memory
-// is read once.
+// Memory is read once. Values are taken relative to a center, a mean of values before them (at the
+// start of a task, of its first few), and sums and squares are added up over a chunk; then the
+// center moves to the mean so far, and chunks are joined by Chan's formula. What cancels in a chunk
+// is d^2 for each of its n values, d its mean's distance from the center. Where d is large, the
+// values that the center stands for add d^2 each to the result: so the variance keeps its digits
+// whatever the data, and where it is the usual one nothing cancels at all.
 //
 // A channel with an infinity or a NaN has PyTorch's statistics: as mean its sum over its count, and
-// as variance NaN. inf - inf would make the mean NaN as well, so what comes out as NaN is made anew
-// without a difference: once a chunk, outside the loops over elements.
+// as variance NaN. inf - inf would make the mean NaN as well: so centers are finite, and a joined
+// mean that comes out as NaN is made anew without a difference.
 #pragma once
 
 #include "common/parallel.h"
@@ -35,58 +37,65 @@ struct Moments {
   }
 };
 
-// Rows [begin, end): of each of the `wide` columns m2[i] and the mean origin[i] + mean[i]. The
-// origin is the first chunk's mean: what is left has the size of the deviations, and rounds like
-// them. sum, dev and sq are scratch.
+constexpr int64_t kCenterRows = 8;  // that make the first center
+
+// What a task finds about each of the `wide` columns: its mean is origin[i] + mean[i]. The origin
+// is the first center: what is left has the size of the deviations, and rounds like them.
+template <class S>
+struct ColumnMoments {
+  Scratch<S> origin, mean, m2;
+
+  explicit ColumnMoments(int64_t count)
+      : origin(count, Fill::kNothing), mean(count, Fill::kNothing), m2(count, Fill::kNothing) {}
+};
+
+// Rows [begin, end), not none, to columns [at, at + wide).
 template <class T>
-void column_moments(const T* x, int64_t begin, int64_t end, const WideRows& w, Acc<T>* origin,
-                    Acc<T>* mean, Acc<T>* m2, Acc<T>* sum, Acc<T>* dev, Acc<T>* sq) {
+void column_moments(const T* x, int64_t begin, int64_t end, const WideRows& w,
+                    const ColumnMoments<Acc<T>>& moments, int64_t at) {
   using S = Acc<T>;
+  S *origin = moments.origin.get() + at, *mean = moments.mean.get() + at;
+  S* m2 = moments.m2.get() + at;
+  Scratch<S> center(w.wide, Fill::kNothing), sum(w.wide, Fill::kNothing);
+  Scratch<S> sq(w.wide, Fill::kNothing);
+  const int64_t first_rows = min(kCenterRows, end - begin);
+  for_each_vector<S>(w.wide, [&](int64_t i, int64_t) {
+    Vec<S> total{};
+    for (int64_t row = begin; row < begin + first_rows; ++row) total += load(x + row * w.wide + i);
+    const Vec<S> center = total * (S(1) / static_cast<S>(first_rows));
+    store(origin + i, center - center == Vec<S>{} ? center : Vec<S>{});
+    store(mean + i, Vec<S>{});
+    store(m2 + i, Vec<S>{});
+  });
   for (int64_t chunk = begin; chunk < end; chunk += w.chunk) {
     const int64_t rows = min(w.chunk, end - chunk);
     const T* first = x + chunk * w.wide;
     for_each_vector<S>(w.wide, [&](int64_t i, int64_t) {
-      store(sum + i, Vec<S>{});
-      store(dev + i, Vec<S>{});
-      store(sq + i, Vec<S>{});
+      const Vec<S> moved = load(origin + i) + load(mean + i);
+      store(center.get() + i, moved - moved == Vec<S>{} ? moved : load(origin + i));
+      store(sum.get() + i, Vec<S>{});
+      store(sq.get() + i, Vec<S>{});
     });
     for_each_block<S>(rows, w.wide, [&](auto block, int64_t row, int64_t i, int64_t) {
-      Vec<S> total = load(sum + i);
-#pragma GCC unroll 4
-      for (int u = 0; u < block.value; ++u) total += load(first + (row + u) * w.wide + i);
-      store(sum + i, total);
-    });
-    const Vec<S> inverse = splat(S(1) / static_cast<S>(rows));
-    for_each_vector<S>(w.wide,
-                       [&](int64_t i, int64_t) { store(sum + i, load(sum + i) * inverse); });
-    if (chunk == begin) {
-      for_each_vector<S>(w.wide, [&](int64_t i, int64_t) {
-        const Vec<S> center = load(sum + i);
-        store(origin + i, center - center == Vec<S>{} ? center : Vec<S>{});
-      });
-    }
-    for_each_block<S>(rows, w.wide, [&](auto block, int64_t row, int64_t i, int64_t) {
-      const Vec<S> center = load(sum + i);
-      Vec<S> deviations = load(dev + i), squares = load(sq + i);
+      const Vec<S> from = load(center.get() + i);
+      Vec<S> total = load(sum.get() + i), squares = load(sq.get() + i);
 #pragma GCC unroll 4
       for (int u = 0; u < block.value; ++u) {
-        const Vec<S> a = load(first + (row + u) * w.wide + i) - center;
-        deviations += a;
+        const Vec<S> a = load(first + (row + u) * w.wide + i) - from;
+        total += a;
         squares += a * a;
       }
-      store(dev + i, deviations);
-      store(sq + i, squares);
+      store(sum.get() + i, total);
+      store(sq.get() + i, squares);
     });
-    const S seen = static_cast<S>(chunk - begin), total = seen + static_cast<S>(rows);
-    const Vec<S> share = splat(static_cast<S>(rows) / total);
-    const Vec<S> spread = splat(seen * static_cast<S>(rows) / total);
+    const S seen = static_cast<S>(chunk - begin), count = static_cast<S>(rows);
+    const S inverse = S(1) / count, share = count / (seen + count), spread = seen * share;
     for_each_vector<S>(w.wide, [&](int64_t i, int64_t) {
-      const Vec<S> drift = load(dev + i) * inverse;
-      const Vec<S> center = load(sum + i), before = load(mean + i);
-      const Vec<S> delta = ((center - load(origin + i)) - before) + drift;
-      const Vec<S> joined = before + delta * share;
-      store(mean + i, joined == joined ? joined : before + center);
-      store(m2 + i, load(m2 + i) + (load(sq + i) - load(dev + i) * drift) + delta * delta * spread);
+      const Vec<S> total = load(sum.get() + i), drift = total * inverse;
+      const Vec<S> delta = ((load(center.get() + i) - load(origin + i)) - load(mean + i)) + drift;
+      const Vec<S> before = load(mean + i), joined = before + delta * share;
+      store(mean + i, joined == joined ? joined : before + drift);
+      store(m2 + i, load(m2 + i) + (load(sq.get() + i) - total * drift) + delta * delta * spread);
     });
   }
 }
@@ -96,34 +105,40 @@ template <class T>
 Moments<Acc<T>> plane_moments(const T* x, const Planes& planes, int64_t task) {
   using S = Acc<T>;
   Moments<S> moments;
+  S center = 0;
   const int64_t channel = planes.channel(task), last = planes.last(task);
   for (int64_t image = planes.first(task); image < last; image += planes.group) {
     const int64_t images = min(planes.group, last - image);
     for (int64_t begin = 0; begin < planes.hw; begin += planes.piece) {
       const int64_t length = min(planes.piece, planes.hw - begin);
-      const S count = static_cast<S>(images * length);
-      Vec<S> sum{}, dev{}, sq{};
-      for (int64_t k = 0; k < images; ++k) {
-        const T* span = x + planes.offset(image + k, channel) + begin;
-        for_each_vector<S>(
-            length, [&](int64_t i, int64_t lanes)
-                        __attribute__((always_inline)) { sum += load(span + i, lanes); });
+      const double count = static_cast<double>(images * length);
+      if (moments.count == 0) {
+        const int64_t few = min(length, 4 * kLanes<S>);
+        for_each_vector<S>(few, [&](int64_t i, int64_t lanes) {
+          center += horizontal_sum<S>(load(x + planes.offset(image, channel) + i, lanes));
+        });
+        center /= static_cast<S>(few);
+        if (center - center != 0) center = 0;
       }
-      const S mean = horizontal_sum<S>(sum) / count;
-      const Vec<S> center = splat(mean);
-      for (int64_t k = 0; k < images; ++k) {
-        const T* span = x + planes.offset(image + k, channel) + begin;
-        for_each_vector<S>(
-            length, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
-              Vec<S> a = load(span + i, lanes) - center;
+      const Vec<S> from = splat(center);
+      Vec<S> sum{}, sq{};
+      for_each_block<S>(
+          images, length,
+          [&](auto block, int64_t row, int64_t i, int64_t lanes) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+            for (int u = 0; u < block.value; ++u) {
+              const T* span = x + planes.offset(image + row + u, channel) + begin;
+              Vec<S> a = load(span + i, lanes) - from;
               if (lanes < kLanes<S>) a = first_lanes<S>(a, lanes);
-              dev += a;
+              sum += a;
               sq += a * a;
-            });
-      }
-      const double drift = static_cast<double>(horizontal_sum<S>(dev)) / count;
-      moments.join(static_cast<double>(count), drift == drift ? mean + drift : mean,
-                   horizontal_sum<S>(sq) - drift * drift * count);
+            }
+          });
+      const double drift = static_cast<double>(horizontal_sum<S>(sum)) / count;
+      moments.join(count, static_cast<double>(center) + drift,
+                   static_cast<double>(horizontal_sum<S>(sq)) - drift * drift * count);
+      center = static_cast<S>(moments.mean);
+      if (center - center != 0) center = 0;
     }
   }
   return moments;
@@ -133,51 +148,42 @@ Moments<Acc<T>> plane_moments(const T* x, const Planes& planes, int64_t task) {
 template <class T>
 void batch_moments(const T* x, const WideRows& w, Acc<T>* mean_out, Acc<T>* var_out) {
   using S = Acc<T>;
-  Scratch<S> mean(w.tasks * w.wide), m2(w.tasks * w.wide), scratch(w.tasks * w.wide * 3);
-  Scratch<S> origin(w.tasks * w.wide);
+  const ColumnMoments<S> moments(w.tasks * w.wide);
   const auto stats = [&](int64_t task) {
-    const int64_t o = task * w.wide;
-    S* sum = scratch.get() + 3 * o;
-    column_moments(x, w.first(task), w.last(task), w, origin.get() + o, mean.get() + o,
-                   m2.get() + o, sum, sum + w.wide, sum + 2 * w.wide);
+    column_moments(x, w.first(task), w.last(task), w, moments, task * w.wide);
   };
   parallel_for(w.tasks, w.grain, stats);
-  // Tasks and repeats are joined in double, channels side by side: the mean, then all squares
-  // around it.
-  Scratch<double> total(w.c), squares(w.c);
-  const auto for_each_part =
-      [&](auto body) {  // body(count, i): the columns from i on of c channels
-        for (int64_t task = 0; task < w.tasks; ++task) {
-          const double count = static_cast<double>(w.last(task) - w.first(task));
-          for (int64_t i = task * w.wide; i < (task + 1) * w.wide; i += w.c) {
-            body(count, i);
-          }
-        }
-      };
-  const double count = static_cast<double>(w.pixels);
+  // Tasks and repeats are joined in double: the mean, then all squares around it.
   const T* rest = x + w.rows * w.wide;
-  const auto mean_of = [&](int64_t column) {
-    return static_cast<double>(origin[column]) + static_cast<double>(mean[column]);
-  };
-  for_each_part([&](double part, int64_t i) {
-    for (int64_t j = 0; j < w.c; ++j) total[j] += part * mean_of(i + j);
-  });
-  for (int64_t i = 0; i < w.rest; ++i) total[i % w.c] += static_cast<double>(load(rest + i, 1)[0]);
-  for (int64_t j = 0; j < w.c; ++j) total[j] /= count;
-  for_each_part([&](double part, int64_t i) {
-    for (int64_t j = 0; j < w.c; ++j) {
-      const double delta = mean_of(i + j) - total[j];
-      squares[j] += static_cast<double>(m2[i + j]) + part * delta * delta;
+  const double inverse = 1.0 / static_cast<double>(w.pixels);
+  for_each_channels<S>(w.c, w.tasks * w.wide, [&](int64_t j, int64_t count) {
+    const auto mean_of = [&](int64_t i) {
+      return widen<S>(load(moments.origin.get() + i, count)) +
+             widen<S>(load(moments.mean.get() + i, count));
+    };
+    Wide<S> mean{}, squares{};
+    for (int64_t task = 0; task < w.tasks; ++task) {
+      const double part = static_cast<double>(w.last(task) - w.first(task));
+      for (int64_t i = task * w.wide + j; i < (task + 1) * w.wide; i += w.c) {
+        mean += mean_of(i) * part;
+      }
     }
+    for (int64_t i = j; i < w.rest; i += w.c) mean += widen<S>(load(rest + i, count));
+    mean *= inverse;
+    for (int64_t task = 0; task < w.tasks; ++task) {
+      const double part = static_cast<double>(w.last(task) - w.first(task));
+      for (int64_t i = task * w.wide + j; i < (task + 1) * w.wide; i += w.c) {
+        const Wide<S> delta = mean_of(i) - mean;
+        squares += widen<S>(load(moments.m2.get() + i, count)) + delta * delta * part;
+      }
+    }
+    for (int64_t i = j; i < w.rest; i += w.c) {
+      const Wide<S> delta = widen<S>(load(rest + i, count)) - mean;
+      squares += delta * delta;
+    }
+    store(mean_out + j, __builtin_convertvector(mean, Vec<S>), count);
+    store(var_out + j, __builtin_convertvector(squares * inverse, Vec<S>), count);
   });
-  for (int64_t i = 0; i < w.rest; ++i) {
-    const double delta = static_cast<double>(load(rest + i, 1)[0]) - total[i % w.c];
-    squares[i % w.c] += delta * delta;
-  }
-  for (int64_t j = 0; j < w.c; ++j) {
-    mean_out[j] = static_cast<S>(total[j]);
-    var_out[j] = static_cast<S>(squares[j] / count);
-  }
 }
 
 }  // namespace fastcnn::FASTCNN_CPU_LEVEL

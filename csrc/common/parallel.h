@@ -33,4 +33,18 @@ inline void parallel_for(int64_t tasks, int64_t grain, const Body& body) {
       &body);
 }
 
+// The same, each thread walking its tasks from the last to the first: a second pass over a tensor
+// then begins with what the first one has left in the caches.
+template <class Body>
+inline void parallel_for_backwards(int64_t tasks, int64_t grain, const Body& body) {
+  parallel_for_raw(
+      tasks, grain,
+      [](const void* context, int64_t begin, int64_t end) {
+        for (int64_t task = end - 1; task >= begin; --task) {
+          (*static_cast<const Body*>(context))(task);
+        }
+      },
+      &body);
+}
+
 }  // namespace fastcnn

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "common/parallel.h"
 #include "common/types.h"
 #include "common/vec.h"
 
@@ -24,18 +25,18 @@ inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-enum Contents { kZeros, kUninitialised };
+enum class Fill { kZero, kNothing };
 
-// Scratch memory of one kernel call, aligned to cache lines: a vector that straddled two of them
-// would cost twice as much.
+// Scratch memory of one kernel call, aligned to cache lines: a vector that straddled two of
+// them would cost twice as much.
 template <class S>
 class Scratch {
  public:
-  explicit Scratch(int64_t count, Contents contents = kZeros) {
+  explicit Scratch(int64_t count, Fill fill = Fill::kZero) {
     const size_t bytes = static_cast<size_t>(ceil_div(max(count, 1) * sizeof(S), 64) * 64);
     data_ = static_cast<S*>(std::aligned_alloc(64, bytes));
     if (data_ == nullptr) throw std::bad_alloc();
-    if (contents == kZeros) std::memset(static_cast<void*>(data_), 0, bytes);
+    if (fill == Fill::kZero) std::memset(static_cast<void*>(data_), 0, bytes);
   }
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;
@@ -98,6 +99,20 @@ inline int64_t task_grain(int64_t tasks, int64_t elements) {
   return max(1, (1 << 14) * tasks / max(elements, 1));
 }
 
+// Channels side by side whose partial results one task adds up.
+constexpr int64_t kJoinChannels = 64;
+
+// body(j, count) for vectors of count channels from j on, in parallel; `elements` is the work.
+template <class S, class Body>
+void for_each_channels(int64_t c, int64_t elements, const Body& body) {
+  const int64_t blocks = ceil_div(c, kJoinChannels);
+  const auto join = [&](int64_t block) {
+    const int64_t first = block * kJoinChannels, last = min(c, first + kJoinChannels);
+    for (int64_t j = first; j < last; j += kLanes<S>) body(j, min(kLanes<S>, last - j));
+  };
+  parallel_for(blocks, task_grain(blocks, elements), join);
+}
+
 // channels_last: rows of `wide` elements, cut into tasks of whole chunks; `rest` elements (fewer
 // than wide, whole pixels) follow the last row.
 struct WideRows {
@@ -138,6 +153,7 @@ struct Planes {
   int64_t channel(int64_t task) const { return task / parts; }
   int64_t first(int64_t task) const { return task % parts * images_per_part; }
   int64_t last(int64_t task) const { return min(n, first(task) + images_per_part); }
+  int64_t stride() const { return c * hw; }  // from image to image
   int64_t offset(int64_t image, int64_t channel) const { return (image * c + channel) * hw; }
 };
 

@@ -67,6 +67,15 @@ inline S horizontal_sum(Vec<S> v) {
   return sum;
 }
 
+// As many doubles as a vector of S has lanes, where many vectors are added up.
+template <class S>
+using Wide = typename VecOf<double, kLanes<S> * 8>::type;
+
+template <class S>
+inline Wide<S> widen(Vec<S> v) {
+  return __builtin_convertvector(v, Wide<S>);
+}
+
 // 16-bit lanes beside one vector of floats.
 using Bits16 = typename VecOf<uint16_t, kVectorBytes / 2>::type;
 using Bits32 = Vec<uint32_t>;
@@ -176,10 +185,23 @@ inline void store(T* p, Vec<Acc<T>> v, int64_t count = kLanes<Acc<T>>) {
   }
 }
 
-// A whole vector, to an address that is a multiple of what it fills, around the cache: memory is
-// written without being read before. stream_end() comes before other threads may read it.
+// Whether rows of vectors from p on, `stride` elements apart, may be stored by store_past_caches.
 template <class T>
-inline void stream(T* p, Vec<Acc<T>> v) {
+inline bool can_store_past_caches(const T* p, int64_t stride) {
+#if defined(__x86_64__)
+  constexpr uintptr_t kBytes = kLanes<Acc<T>> * sizeof(T);
+  return reinterpret_cast<uintptr_t>(p) % kBytes == 0 &&
+         static_cast<uintptr_t>(stride) * sizeof(T) % kBytes == 0;
+#else
+  return p == nullptr && stride < 0;  // never
+#endif
+}
+
+// A whole vector to memory, to an address that is a multiple of what it fills, without reading the
+// cache lines that it fills and without keeping them. The thread calls fence_stores() behind its
+// last one.
+template <class T>
+inline void store_past_caches(T* p, Vec<Acc<T>> v) {
 #if defined(__x86_64__)
   const auto write = [&](const auto& bits) {
     constexpr int kBytes = sizeof bits;
@@ -217,7 +239,7 @@ inline void stream(T* p, Vec<Acc<T>> v) {
 #endif
 }
 
-inline void stream_end() {
+inline void fence_stores() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif

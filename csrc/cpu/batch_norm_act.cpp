@@ -12,12 +12,13 @@
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 namespace {
 
-// `rows` spans of `length` neighbouring elements, one behind the other; j is the first channel.
+// `rows` spans of `length` neighbouring elements, `stride` apart; j is the first channel.
 template <class T, class A, bool kArray>
-void normalize(const T* x, const T* residual, T* y, int64_t rows, int64_t length,
+void normalize(const T* x, const T* residual, T* y, int64_t rows, int64_t stride, int64_t length,
                const Coefficients<Acc<T>>& k, int64_t j) {
   using S = Acc<T>;
   const A act(k.act);
+  const bool past_caches = k.past_caches && can_store_past_caches(y, stride);
   const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
       bias{k.bias.get() + j};
   const auto run = [&](auto add) __attribute__((always_inline)) {
@@ -27,19 +28,25 @@ void normalize(const T* x, const T* residual, T* y, int64_t rows, int64_t length
           const Vec<S> m = mean.at(i), s = scale.at(i), b = bias.at(i);
 #pragma GCC unroll 4
           for (int u = 0; u < block.value; ++u) {
-            const int64_t o = (row + u) * length + i;
+            const int64_t o = (row + u) * stride + i;
             Vec<S> z = (load(x + o, count) - m) * s + b;
             if constexpr (add.value) z += load(residual + o, count);
-            store(y + o, act.fwd(z), count);
+            z = act.fwd(z);
+            if (past_caches && count == kLanes<S>) {
+              store_past_caches(y + o, z);
+            } else {
+              store(y + o, z, count);
+            }
           }
         });
   };
   residual != nullptr ? run(BoolTag<true>{}) : run(BoolTag<false>{});
+  if (past_caches) fence_stores();
 }
 
 template <class T>
-using NormalizeFn = void (*)(const T* x, const T* residual, T* y, int64_t rows, int64_t length,
-                             const Coefficients<Acc<T>>& k, int64_t j);
+using NormalizeFn = void (*)(const T* x, const T* residual, T* y, int64_t rows, int64_t stride,
+                             int64_t length, const Coefficients<Acc<T>>& k, int64_t j);
 
 template <class T, bool kArray>
 NormalizeFn<T> pick_normalize(Act act) {
@@ -54,18 +61,19 @@ template <class T>
 void apply_channels_last(const BatchNormActFwdParams& p, const WideRows& w) {
   using S = Acc<T>;
   const NormalizeFn<T> normalize_span = pick_normalize<T, true>(p.act);
-  Coefficients<S> k(w.c, w.repeat, p.act);
-  for (int64_t j = 0; j < w.c; ++j) k.set(p, j);
+  Coefficients<S> k(w.c, w.repeat, p.act, p.shape.numel() * sizeof(T));
+  const auto set = [&](int64_t j) { k.set(p, j); };
+  parallel_for(w.c, kSetGrain, set);
   const auto span = [&](int64_t row, int64_t rows, int64_t length) {
     const int64_t o = row * w.wide;
     normalize_span(static_cast<const T*>(p.x) + o, at(static_cast<const T*>(p.residual), o),
-                   static_cast<T*>(p.y) + o, rows, length, k, 0);
+                   static_cast<T*>(p.y) + o, rows, length, length, k, 0);
   };
   const auto rows = [&](int64_t task) {
     span(w.first(task), w.last(task) - w.first(task), w.wide);
   };
-  parallel_for(w.tasks, w.grain, rows);
   span(w.rows, 1, w.rest);
+  parallel_for_backwards(w.tasks, w.grain, rows);
 }
 
 template <class T>
@@ -73,7 +81,7 @@ void fwd_planes(const BatchNormActFwdParams& p, const Planes& planes, bool train
   using S = Acc<T>;
   const NormalizeFn<T> normalize_span = pick_normalize<T, false>(p.act);
   const T* x = static_cast<const T*>(p.x);
-  Coefficients<S> k(planes.c, 1, p.act);
+  Coefficients<S> k(planes.c, 1, p.act, p.shape.numel() * sizeof(T));
   Scratch<Moments<S>> moments(planes.tasks);
   const auto stats = [&](int64_t task) { moments[task] = plane_moments(x, planes, task); };
   const auto join = [&](int64_t j) {
@@ -88,12 +96,9 @@ void fwd_planes(const BatchNormActFwdParams& p, const Planes& planes, bool train
   };
   const auto apply = [&](int64_t task) {
     if (p.y == nullptr) return;
-    const int64_t j = planes.channel(task);
-    for (int64_t image = planes.first(task); image < planes.last(task); ++image) {
-      const int64_t o = planes.offset(image, j);
-      normalize_span(x + o, at(static_cast<const T*>(p.residual), o), static_cast<T*>(p.y) + o, 1,
-                     planes.hw, k, j);
-    }
+    const int64_t j = planes.channel(task), o = planes.offset(planes.first(task), j);
+    normalize_span(x + o, at(static_cast<const T*>(p.residual), o), static_cast<T*>(p.y) + o,
+                   planes.last(task) - planes.first(task), planes.stride(), planes.hw, k, j);
   };
   if (planes.parts == 1) {  // the whole channel in one go: the second read finds it in the cache
     const auto all = [&](int64_t task) {
@@ -105,7 +110,7 @@ void fwd_planes(const BatchNormActFwdParams& p, const Planes& planes, bool train
   }
   if (training) parallel_for(planes.tasks, planes.grain, stats);
   parallel_for(planes.c, 1, join);
-  parallel_for(planes.tasks, planes.grain, apply);
+  parallel_for_backwards(planes.tasks, planes.grain, apply);
 }
 
 void fwd(const BatchNormActFwdParams& p, bool training) {

@@ -47,8 +47,8 @@ inline __attribute__((always_inline)) Vec<Acc<T>> grad_z(const BwdSpan<T>& s, A 
 // each, whose lanes are added up once a task and not once a plane. Writes dz where the residual's
 // gradient is wanted. The lanes beyond a span's end have dy = 0 and add nothing.
 template <class T, class A, bool kSaved, bool kArray>
-void reduce_span(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<Acc<T>>& k,
-                 int64_t j, Acc<T>* sum_dz, Acc<T>* sum_dzx) {
+void reduce_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
+                 const Coefficients<Acc<T>>& k, int64_t j, Acc<T>* sum_dz, Acc<T>* sum_dzx) {
   using S = Acc<T>;
   const A act(k.act);
   const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
@@ -64,7 +64,7 @@ void reduce_span(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<
         }
 #pragma GCC unroll 4
         for (int u = 0; u < block.value; ++u) {
-          const int64_t o = (row + u) * length + i;
+          const int64_t o = (row + u) * stride + i;
           const Vec<S> centered = load(s.x + o, count) - m;
           const Vec<S> dz = grad_z<T, A, kSaved>(s, act, o, count, centered, sc, b);
           if (s.dresidual != nullptr) store(s.dresidual + o, dz, count);
@@ -84,8 +84,10 @@ void reduce_span(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<
 
 // dx = scale * (dz - shift - (x - mean) * slope); with fixed statistics dx = scale * dz.
 template <class T, class A, bool kSaved, bool kArray, bool kTraining>
-void dx_span(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<Acc<T>>& k, int64_t j) {
+void dx_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
+             const Coefficients<Acc<T>>& k, int64_t j) {
   using S = Acc<T>;
+  const bool past_caches = k.past_caches && can_store_past_caches(s.dx, stride);
   const A act(k.act);
   const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
       bias{k.bias.get() + j}, shift{k.shift.get() + j}, slope{k.slope.get() + j};
@@ -96,21 +98,27 @@ void dx_span(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<Acc<
         const Vec<S> sh = shift.at(i), sl = slope.at(i);
 #pragma GCC unroll 4
         for (int u = 0; u < block.value; ++u) {
-          const int64_t o = (row + u) * length + i;
+          const int64_t o = (row + u) * stride + i;
           const Vec<S> centered = load(s.x + o, count) - m;
           Vec<S> dz = grad_z<T, A, kSaved>(s, act, o, count, centered, sc, b);
           if constexpr (kTraining) dz -= sh + centered * sl;
-          store(s.dx + o, dz * sc, count);
+          if (past_caches && count == kLanes<S>) {
+            store_past_caches(s.dx + o, dz * sc);
+          } else {
+            store(s.dx + o, dz * sc, count);
+          }
         }
       });
+  if (past_caches) fence_stores();
 }
 
 template <class T>
-using ReduceFn = void (*)(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<Acc<T>>& k,
-                          int64_t j, Acc<T>* sum_dz, Acc<T>* sum_dzx);
+using ReduceFn = void (*)(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
+                          const Coefficients<Acc<T>>& k, int64_t j, Acc<T>* sum_dz,
+                          Acc<T>* sum_dzx);
 template <class T>
-using DxFn = void (*)(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<Acc<T>>& k,
-                      int64_t j);
+using DxFn = void (*)(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
+                      const Coefficients<Acc<T>>& k, int64_t j);
 
 // The two loops of one call, chosen once. Where the first one has written dz into dresidual, the
 // second one reads it there instead of dy.
@@ -137,10 +145,10 @@ struct BwdLoops {
     });
   }
 
-  void run_dx(BwdSpan<T> s, int64_t rows, int64_t length, const Coefficients<Acc<T>>& k,
-              int64_t j) const {
+  void run_dx(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
+              const Coefficients<Acc<T>>& k, int64_t j) const {
     if (s.dresidual != nullptr) s.dy = s.dresidual;
-    dx(s, rows, length, k, j);
+    dx(s, rows, stride, length, k, j);
   }
 };
 
@@ -173,37 +181,42 @@ void bwd_channels_last(const BatchNormActBwdParams& p) {
   using S = Acc<T>;
   const BwdLoops<T, true> loops(p);
   const WideRows w(p.shape, sizeof(T), kLanes<S>);
-  Coefficients<S> k(w.c, w.repeat, p.act);
-  for (int64_t j = 0; j < w.c; ++j) k.set(p, j);
+  Coefficients<S> k(w.c, w.repeat, p.act, p.shape.numel() * sizeof(T));
+  const auto set = [&](int64_t j) { k.set(p, j); };
+  parallel_for(w.c, kSetGrain, set);
   const int64_t slots = w.tasks + 1;  // the last one for the rest
-  Scratch<S> sum_dz(slots * w.wide), sum_dzx(slots * w.wide);
+  Scratch<S> sum_dz(slots * w.wide, Fill::kNothing), sum_dzx(slots * w.wide, Fill::kNothing);
   const auto reduce = [&](int64_t slot, int64_t row, int64_t rows, int64_t length) {
+    S *dz = sum_dz.get() + slot * w.wide, *dzx = sum_dzx.get() + slot * w.wide;
+    for_each_vector<S>(w.wide, [&](int64_t i, int64_t) {
+      store(dz + i, Vec<S>{});
+      store(dzx + i, Vec<S>{});
+    });
     if (p.total != nullptr) return;
-    loops.reduce(BwdSpan<T>(p, row * w.wide), rows, length, k, 0, sum_dz.get() + slot * w.wide,
-                 sum_dzx.get() + slot * w.wide);
+    loops.reduce(BwdSpan<T>(p, row * w.wide), rows, length, length, k, 0, dz, dzx);
   };
   const auto reduce_rows = [&](int64_t task) {
     reduce(task, w.first(task), w.last(task) - w.first(task), w.wide);
   };
   parallel_for(w.tasks, w.grain, reduce_rows);
   reduce(w.tasks, w.rows, 1, w.rest);
-  Scratch<double> total_dz(w.c), total_dzx(w.c);
-  for (int64_t i = 0; i < slots * w.wide; i += w.c) {
-    for (int64_t j = 0; j < w.c; ++j) {
-      total_dz[j] += static_cast<double>(sum_dz[i + j]);
-      total_dzx[j] += static_cast<double>(sum_dzx[i + j]);
+  for_each_channels<S>(w.c, slots * w.wide, [&](int64_t j, int64_t count) {
+    Wide<S> dz{}, dzx{};
+    for (int64_t i = j; i < slots * w.wide; i += w.c) {
+      dz += widen<S>(load(sum_dz.get() + i, count));
+      dzx += widen<S>(load(sum_dzx.get() + i, count));
     }
-  }
-  for (int64_t j = 0; j < w.c; ++j) finish_channel<S>(p, k, j, total_dz[j], total_dzx[j]);
+    for (int64_t l = 0; l < count; ++l) finish_channel<S>(p, k, j + l, dz[l], dzx[l]);
+  });
   const auto dx = [&](int64_t row, int64_t rows, int64_t length) {
     if (p.dx == nullptr) return;
-    loops.run_dx(BwdSpan<T>(p, row * w.wide), rows, length, k, 0);
+    loops.run_dx(BwdSpan<T>(p, row * w.wide), rows, length, length, k, 0);
   };
   const auto dx_rows = [&](int64_t task) {
     dx(w.first(task), w.last(task) - w.first(task), w.wide);
   };
-  parallel_for(w.tasks, w.grain, dx_rows);
   dx(w.rows, 1, w.rest);
+  parallel_for_backwards(w.tasks, w.grain, dx_rows);
 }
 
 template <class T>
@@ -211,17 +224,16 @@ void bwd_planes(const BatchNormActBwdParams& p) {
   using S = Acc<T>;
   const BwdLoops<T, false> loops(p);
   const Planes planes(p.shape, sizeof(T));
-  Coefficients<S> k(planes.c, 1, p.act);
+  Coefficients<S> k(planes.c, 1, p.act, p.shape.numel() * sizeof(T));
   constexpr int64_t kLane = kLanes<S>;
   Scratch<S> sum_dz(planes.tasks * kLane), sum_dzx(planes.tasks * kLane);
   const auto set = [&](int64_t j) { k.set(p, j); };
   const auto reduce = [&](int64_t task) {
     if (p.total != nullptr) return;
     const int64_t j = planes.channel(task);
-    for (int64_t image = planes.first(task); image < planes.last(task); ++image) {
-      loops.reduce(BwdSpan<T>(p, planes.offset(image, j)), 1, planes.hw, k, j,
-                   sum_dz.get() + task * kLane, sum_dzx.get() + task * kLane);
-    }
+    loops.reduce(BwdSpan<T>(p, planes.offset(planes.first(task), j)),
+                 planes.last(task) - planes.first(task), planes.stride(), planes.hw, k, j,
+                 sum_dz.get() + task * kLane, sum_dzx.get() + task * kLane);
   };
   const auto finish = [&](int64_t j) {
     double total_dz = 0, total_dzx = 0;
@@ -235,9 +247,8 @@ void bwd_planes(const BatchNormActBwdParams& p) {
   const auto dx = [&](int64_t task) {
     if (p.dx == nullptr) return;
     const int64_t j = planes.channel(task);
-    for (int64_t image = planes.first(task); image < planes.last(task); ++image) {
-      loops.run_dx(BwdSpan<T>(p, planes.offset(image, j)), 1, planes.hw, k, j);
-    }
+    loops.run_dx(BwdSpan<T>(p, planes.offset(planes.first(task), j)),
+                 planes.last(task) - planes.first(task), planes.stride(), planes.hw, k, j);
   };
   if (planes.parts == 1) {
     const auto all = [&](int64_t task) {
@@ -251,7 +262,7 @@ void bwd_planes(const BatchNormActBwdParams& p) {
   parallel_for(planes.c, 1, set);
   parallel_for(planes.tasks, planes.grain, reduce);
   parallel_for(planes.c, 1, finish);
-  parallel_for(planes.tasks, planes.grain, dx);
+  parallel_for_backwards(planes.tasks, planes.grain, dx);
 }
 
 }  // namespace

@@ -11,6 +11,14 @@ inline S rstd_of(S var, double eps) {
   return S(1) / static_cast<S>(__builtin_sqrt(static_cast<double>(var) + eps));
 }
 
+constexpr int64_t kSetGrain = 512;  // channels whose numbers are worth waking a thread
+
+// An output that is large beside the last-level cache is stored past all caches: that saves reading
+// its lines before they are overwritten, and leaves the inputs there for the second pass. Measured
+// on 2 cores of an AMD EPYC (AVX-512, 32 MiB L3), bf16, with a reader of the output behind it:
+// 25.7 MB 1 to 18 % faster, 12.8 MB even, smaller ones mostly slower.
+constexpr int64_t kPastCachesBytes = int64_t{1} << 24;
+
 // The per-channel numbers of one call, repeated `repeat` times: value[r * c + j] belongs to channel
 // j.
 template <class S>
@@ -19,16 +27,18 @@ struct Coefficients {
   Scratch<S> shift, slope;       // dx = scale * (dz - shift - (x - mean) * slope)
   int64_t c, repeat;
   Act act;
+  bool past_caches;  // the output is stored past them
 
-  Coefficients(int64_t c, int64_t repeat, Act act)
-      : mean(c * repeat),
-        scale(c * repeat),
-        bias(c * repeat),
-        shift(c * repeat),
-        slope(c * repeat),
+  Coefficients(int64_t c, int64_t repeat, Act act, int64_t output_bytes)
+      : mean(c * repeat, Fill::kNothing),
+        scale(c * repeat, Fill::kNothing),
+        bias(c * repeat, Fill::kNothing),
+        shift(c * repeat, Fill::kNothing),
+        slope(c * repeat, Fill::kNothing),
         c(c),
         repeat(repeat),
-        act(act) {}
+        act(act),
+        past_caches(output_bytes >= kPastCachesBytes) {}
 
   template <class Params>
   void set(const Params& p, int64_t j) {

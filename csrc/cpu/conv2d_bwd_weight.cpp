@@ -147,11 +147,11 @@ class Task {
         last_panel_(min(plan.panels, first_panel_ + plan.panels_per_task)),
         last_strip_(min(plan.strips, first_strip_ + plan.strips_per_task)),
         tiles_(partial + split_ * plan.tile_count() * kTile),
-        panels_(plan.panels_per_task * kPairs * kLane, kUninitialised),
-        strip_(kPairs * kStrip, kUninitialised),
-        rows_(kChunk, kUninitialised),
-        next_dy_(kChunk, kUninitialised),
-        next_x_(kChunk, kUninitialised),
+        panels_(plan.panels_per_task * kPairs * kLane, Fill::kNothing),
+        strip_(kPairs * kStrip, Fill::kNothing),
+        rows_(kChunk, Fill::kNothing),
+        next_dy_(kChunk, Fill::kNothing),
+        next_x_(kChunk, Fill::kNothing),
         zeros_(p.c_in) {}
 
   void run() {
@@ -276,7 +276,7 @@ void finish(const Conv2dBwdWeightParams& p, const Plan& plan, const float* parti
 
 void conv2d_bwd_weight_cpu(const Conv2dBwdWeightParams& p) {
   const Plan plan(p);
-  const Scratch<float> partial(plan.splits * plan.tile_count() * kTile, kUninitialised);
+  const Scratch<float> partial(plan.splits * plan.tile_count() * kTile, Fill::kNothing);
   const auto task = [&](int64_t i) { Task(p, plan, partial.get(), i).run(); };
   parallel_for(plan.tasks(), 1, task);
   const auto tile = [&](int64_t i) { finish(p, plan, partial.get(), i); };

@@ -144,7 +144,7 @@ struct Fwd {
             Vec<S> v = load(low + from + i);
             if constexpr (kLinear) v = v * rest + load(high + from + i) * w;
             if constexpr (kStream) {
-              stream(out + to + i, v);
+              store_past_caches(out + to + i, v);
             } else {
               store(out + to + i, v, count);
             }
@@ -203,7 +203,7 @@ struct Fwd {
         }
       });
     }
-    if constexpr (kStream) stream_end();
+    if constexpr (kStream) fence_stores();
   }
 };
 
