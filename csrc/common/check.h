@@ -70,6 +70,19 @@ inline void check_storage(const char* op, const char* name, const Tensor& t) {
   }
 }
 
+// Dense in the order n c h w, or n h w c. Dimensions of size 1 have no order.
+inline bool is_dense(const Tensor& t, bool channels_last) {
+  if (t.numel() == 0) return true;
+  static constexpr int kOrder[2][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}};
+  int64_t expected = 1;
+  for (int d : kOrder[channels_last]) {
+    if (t.size(d) == 1) continue;
+    if (t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
 // Checks of one operator call. Every tensor must be where x is.
 class Check {
  public:
@@ -150,19 +163,6 @@ class Check {
       fail(op_, name, ": expected ", device_of(x_), " as x, got ", device_of(t));
     }
     check_storage(op_, name, t);
-  }
-
-  // Dense in the order n c h w, or n h w c. Dimensions of size 1 have no order.
-  static bool is_dense(const Tensor& t, bool channels_last) {
-    if (t.numel() == 0) return true;
-    static constexpr int kOrder[2][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}};
-    int64_t expected = 1;
-    for (int d : kOrder[channels_last]) {
-      if (t.size(d) == 1) continue;
-      if (t.stride(d) != expected) return false;
-      expected *= t.size(d);
-    }
-    return true;
   }
 
   const char* op_;
