@@ -1,4 +1,4 @@
-// Reading bytes of an image at places that differ from lane to lane.
+// Vectors of integers beside those of floats, and reading at places that differ from lane to lane.
 #pragma once
 
 #include "common/vec.h"
@@ -32,42 +32,36 @@ inline Floats root(Floats v) {
 #endif
 }
 
-// An image as a source of bytes. Four are read at once, also where the fourth lies beyond the
-// image: never beyond the batch, whose size in bytes must be at least 4.
-class Bytes {
- public:
-  // left: bytes from `image` to the end of the batch.
-  Bytes(const uint8_t* image, int64_t left)
-      : image_(image), last_(static_cast<int32_t>(left - 4 < INT32_MAX ? left - 4 : INT32_MAX)) {}
-
-  // In each lane the four bytes from its offset on, the first lowest; 0 for what lies beyond.
-  Words at(Ints offset) const {
-    const Ints last = splat(last_);
-    const Ints start = offset < last ? offset : last;
-    return words(start) >> reinterpret_cast<Words>((offset - start) << 3);
-  }
-
- private:
-  Words words(Ints offset) const {
+// In each lane words[index] and words[index + 1], by one load of 8 bytes.
+inline void gather_pairs(const uint32_t* words, Ints index, Words& first, Words& second) {
+#if defined(__AVX2__)
 #if defined(__AVX512F__)
-    return reinterpret_cast<Words>(_mm512_mask_i32gather_epi32(
-        _mm512_setzero_si512(), 0xffff, reinterpret_cast<__m512i>(offset), image_, 1));
-#elif defined(__AVX2__)
-    return reinterpret_cast<Words>(_mm256_i32gather_epi32(reinterpret_cast<const int*>(image_),
-                                                          reinterpret_cast<__m256i>(offset), 1));
+  using Half = VecOf<int32_t, kVectorBytes / 2>::type;
+  Half halves[2];
+  std::memcpy(halves, &index, sizeof halves);
+  const auto read = [&](Half half) {
+    return reinterpret_cast<Words>(_mm512_mask_i32gather_epi64(
+        _mm512_setzero_si512(), 0xff, reinterpret_cast<__m256i>(half), words, 4));
+  };
 #else
-    Words words{};
-    for (int i = 0; i < kLanes<int32_t>; ++i) {
-      uint32_t word;
-      std::memcpy(&word, image_ + offset[i], sizeof word);
-      words[i] = word;
-    }
-    return words;
+  using Half = VecOf<int32_t, kVectorBytes / 2>::type;
+  Half halves[2];
+  std::memcpy(halves, &index, sizeof halves);
+  const auto read = [&](Half half) {
+    return reinterpret_cast<Words>(_mm256_i32gather_epi64(reinterpret_cast<const long long*>(words),
+                                                          reinterpret_cast<__m128i>(half), 4));
+  };
 #endif
+  const Words low = read(halves[0]), high = read(halves[1]);
+  const Ints even = lane_numbers() * 2;
+  first = __builtin_shuffle(low, high, even);
+  second = __builtin_shuffle(low, high, even + 1);
+#else
+  for (int i = 0; i < kLanes<int32_t>; ++i) {
+    first[i] = words[index[i]];
+    second[i] = words[index[i] + 1];
   }
-
-  const uint8_t* image_;
-  int32_t last_;
-};
+#endif
+}
 
 }  // namespace fastcnn::FASTCNN_CPU_LEVEL
