@@ -18,26 +18,37 @@ struct MultiplyScalar {
   }
 };
 
+// The ten rounds' keys, which are the same for every counter.
+struct PhiloxKeys {
+  uint32_t k0, k1;
+
+  FASTCNN_HOST_DEVICE constexpr explicit PhiloxKeys(uint64_t key)
+      : k0(static_cast<uint32_t>(key)), k1(static_cast<uint32_t>(key >> 32)) {}
+  FASTCNN_HOST_DEVICE constexpr uint64_t first(uint32_t round) const {
+    return k0 + round * 0x9E3779B9u;  // the golden ratio
+  }
+  FASTCNN_HOST_DEVICE constexpr uint64_t second(uint32_t round) const {
+    return k1 + round * 0xBB67AE85u;  // sqrt(3) - 1
+  }
+};
+constexpr int kPhiloxRounds = 10;
+
 // words: the counter, replaced by the random bits. W is uint64_t or a vector of it, with a word of
 // 32 bits in the low half; the upper half holds whatever is left there, in and out. So a product is
 // one instruction, its low half needs none and its high half a shift. On a GPU the upper halves are
 // never computed.
-template <class W, class Multiply>
-FASTCNN_HOST_DEVICE constexpr void philox4x32_10(W (&words)[4], uint64_t key, Multiply multiply) {
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-#if defined(__CUDA_ARCH__)
-#pragma unroll
-#elif !defined(__CUDACC__)  // nvcc's host side knows neither
+template <class W, class Keys, class Multiply>
+FASTCNN_HOST_DEVICE constexpr void philox4x32_10(W (&words)[4], const Keys& keys,
+                                                 Multiply multiply) {
+#ifndef __CUDACC__  // nvcc unrolls it unasked
 #pragma GCC unroll 10
 #endif
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
     const W p0 = multiply(words[0], 0xD2511F53u), p1 = multiply(words[2], 0xCD9E8D57u);
-    words[0] = (p1 >> 32) ^ words[1] ^ uint64_t{k0};
+    words[0] = (p1 >> 32) ^ words[1] ^ keys.first(round);
     words[1] = p1;
-    words[2] = (p0 >> 32) ^ words[3] ^ uint64_t{k1};
+    words[2] = (p0 >> 32) ^ words[3] ^ keys.second(round);
     words[3] = p0;
-    k0 += 0x9E3779B9u;  // the golden ratio
-    k1 += 0xBB67AE85u;  // sqrt(3) - 1
   }
 }
 
@@ -45,7 +56,7 @@ FASTCNN_HOST_DEVICE constexpr void philox4x32_10(W (&words)[4], uint64_t key, Mu
 constexpr bool philox_answers(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t key,
                               uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
   uint64_t words[4] = {c0, c1, c2, c3};
-  philox4x32_10(words, key, MultiplyScalar{});
+  philox4x32_10(words, PhiloxKeys(key), MultiplyScalar{});
   return static_cast<uint32_t>(words[0]) == a0 && static_cast<uint32_t>(words[1]) == a1 &&
          static_cast<uint32_t>(words[2]) == a2 && static_cast<uint32_t>(words[3]) == a3;
 }

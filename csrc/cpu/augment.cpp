@@ -3,8 +3,9 @@
 // Data movement: reads what of the images is seen, writes y once. A task is a band of one sample's
 // rows. A row of the output passes through three short loops, whose floats between them stay in the
 // L1 cache: `Source::read` samples the image, `colour` works on grey levels, `write` normalises and
-// stores in y's dtype and layout. A sample whose contrast changes is sampled twice: contrast needs
-// the mean of the sampled image, which is summed row by row and then joined in the rows' order.
+// stores in y's dtype and layout. Contrast needs the mean of the sampled image first, summed row
+// by row and joined in the rows' order: where a task is a whole sample that the L2 cache holds, its
+// rows wait there, else they are sampled a second time.
 #include "augment.h"
 
 #include "common/color.h"
@@ -12,7 +13,7 @@
 #include "common/gather.h"
 #include "common/normal.h"
 #include "common/parallel.h"
-#include "common/philox.h"
+#include "common/philox_vec.h"
 #include "common/spans.h"
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
@@ -242,27 +243,11 @@ double sum_of_gray(const Row& row, int64_t w, float brightness) {
   return static_cast<double>(horizontal_sum<float>(sum));
 }
 
-using Wide = Vec<uint64_t>;  // lanes of two words, as Philox takes them
-
-struct MultiplyVector {
-  inline __attribute__((always_inline)) Wide operator()(Wide word, uint32_t m) const {
-    const Wide factor = splat<uint64_t>(m);
-#if defined(__AVX512F__)
-    return reinterpret_cast<Wide>(_mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(word),
-                                                         reinterpret_cast<__m512i>(factor)));
-#elif defined(__AVX2__)
-    return reinterpret_cast<Wide>(
-        _mm256_mul_epu32(reinterpret_cast<__m256i>(word), reinterpret_cast<__m256i>(factor)));
-#else
-    return (word & 0xffffffffu) * factor;
-#endif
-  }
-};
-
 // The random words of as many pixels as there are lanes, from `first` on: those of the even lanes
 // and of the odd ones are computed apart.
-inline __attribute__((always_inline)) void random_words(int64_t first, int64_t seed,
+inline __attribute__((always_inline)) void random_words(int64_t first, const PhiloxLaneKeys& keys,
                                                         Words (&words)[4]) {
+  using Wide = Vec<uint64_t>;
   Wide lane{};
   for (int i = 0; i < kLane / 2; ++i) lane[i] = static_cast<uint64_t>(2 * i);
   Wide halves[2][4];
@@ -272,7 +257,7 @@ inline __attribute__((always_inline)) void random_words(int64_t first, int64_t s
     half[0] = pixel;
     half[1] = pixel >> 32;
     half[2] = half[3] = Wide{};
-    philox4x32_10(half, static_cast<uint64_t>(seed), MultiplyVector{});
+    philox4x32_10(half, keys, MultiplyLanes{});
   }
   for (int k = 0; k < 4; ++k) {
     words[k] = reinterpret_cast<Words>((halves[0][k] & 0xffffffffu) | (halves[1][k] << 32));
@@ -281,10 +266,11 @@ inline __attribute__((always_inline)) void random_words(int64_t first, int64_t s
 
 // One or three normal numbers for each pixel: of the pixel's own counter, whatever the layout.
 template <int kChannels>
-inline __attribute__((always_inline)) void add_noise(Floats (&levels)[kChannels], int64_t seed,
-                                                     int64_t pixel, float deviation) {
+inline __attribute__((always_inline)) void add_noise(Floats (&levels)[kChannels],
+                                                     const PhiloxLaneKeys& keys, int64_t pixel,
+                                                     float deviation) {
   Words words[4];
-  random_words(pixel, seed, words);
+  random_words(pixel, keys, words);
   Floats normal[4];
   normal_pair(words[0], words[1], root, normal[0], normal[1]);
   if constexpr (kChannels > 2) normal_pair(words[2], words[3], root, normal[2], normal[3]);
@@ -292,8 +278,8 @@ inline __attribute__((always_inline)) void add_noise(Floats (&levels)[kChannels]
 }
 
 template <int kChannels>
-void colour(const AugmentSample& s, float mean, int64_t seed, int64_t y, int64_t w,
-            const Row& row) {
+void colour(const AugmentSample& s, float mean, const PhiloxLaneKeys& keys, int64_t pixel,
+            int64_t w, const Row& row) {
   const bool saturates = kChannels == 3 && s.saturation != 1.f, turns = s.hue != 0.f;
   if (s.brightness == 1.f && s.contrast == 1.f && !saturates && !turns && s.noise == 0.f) return;
   for_each_pixels<kChannels>(row, w, [&](auto& levels, int64_t i, int64_t) {
@@ -310,7 +296,7 @@ void colour(const AugmentSample& s, float mean, int64_t seed, int64_t y, int64_t
       }
       if (turns) turn_hue(levels[0], levels[1], levels[2], s.hue);
     }
-    if (s.noise != 0.f) add_noise(levels, seed, y * w + i, s.noise);
+    if (s.noise != 0.f) add_noise(levels, keys, pixel + i, s.noise);
     for (int j = 0; j < kChannels; ++j) store(row.channel(j) + i, levels[j]);
   });
 }
@@ -395,37 +381,49 @@ struct Memory {
   Reused<float> levels;
 };
 
+// A whole sample in grey levels stays in the L2 cache up to this size.
+constexpr int64_t kKeptBytes = 1 << 20;
+
 template <int kChannels, bool kPacked>
 void run(const AugmentParams& p) {
   const int64_t band = min(p.h, ceil_div(p.n * p.h, kTasks)), bands = ceil_div(p.h, band);
   const int64_t tasks = p.n * bands, grain = task_grain(tasks, p.n * p.h * p.w);
-  const int64_t stride = ceil_div(p.w, kLane) * kLane;
-  const auto for_each_row = [&](int64_t task, Memory & memory, auto body)
-      __attribute__((always_inline)) {
-    const int64_t first = task % bands * band, last = min(p.h, first + band);
-    const Source<kChannels, kPacked> source(p, task / bands, first, last, memory.pixels);
-    const Row row{memory.levels.reserve(kChannels * stride), stride};
+  const int64_t stride = ceil_div(p.w, kLane) * kLane, size = kChannels * stride;
+  const bool fits = bands == 1 && p.h * size * int64_t{sizeof(float)} <= kKeptBytes;
+  const Scratch<double> sums(p.n * p.h);
+  const WriteFn write_row = pick_write<kChannels>(p);
+  const auto contrasts = [&](int64_t i) { return p.samples[i].contrast != 1.f; };
+  // body(y, row) for the rows of a task, sampled or, where `kept`, as the call before left them.
+  const auto for_each_row = [&](int64_t task, Memory& memory, bool kept, auto body) {
+    const int64_t i = task / bands, first = task % bands * band, last = min(p.h, first + band);
+    const bool keep = fits && contrasts(i);
+    float* levels = memory.levels.reserve(keep ? p.h * size : size);
+    const auto row = [&](int64_t y) { return Row{levels + (keep ? y * size : 0), stride}; };
+    if (kept) {
+      for (int64_t y = first; y < last; ++y) body(y, row(y));
+      return;
+    }
+    const Source<kChannels, kPacked> source(p, i, first, last, memory.pixels);
     for (int64_t y = first; y < last; ++y) {
-      source.read(y, row);
-      body(y, row);
+      source.read(y, row(y));
+      body(y, row(y));
     }
   };
-  const Scratch<double> sums(p.n * p.h);
   const auto reduce = [&](int64_t task, Memory& memory) {
     const int64_t i = task / bands;
-    if (p.samples[i].contrast == 1.f) return;
-    for_each_row(task, memory, [&](int64_t y, const Row& row) {
+    if (!contrasts(i)) return;
+    for_each_row(task, memory, false, [&](int64_t y, const Row& row) {
       sums[i * p.h + y] = sum_of_gray<kChannels>(row, p.w, p.samples[i].brightness);
     });
   };
-  const WriteFn write_row = pick_write<kChannels>(p);
   const auto finish = [&](int64_t task, Memory& memory) {
     const int64_t i = task / bands;
     double sum = 0;
     for (int64_t y = 0; y < p.h; ++y) sum += sums[i * p.h + y];
     const float mean = static_cast<float>(sum / static_cast<double>(p.h * p.w));
-    for_each_row(task, memory, [&](int64_t y, const Row& row) {
-      colour<kChannels>(p.samples[i], mean, p.integers[i].seed, y, p.w, row);
+    const PhiloxLaneKeys keys(static_cast<uint64_t>(p.integers[i].seed));
+    for_each_row(task, memory, fits && contrasts(i), [&](int64_t y, const Row& row) {
+      colour<kChannels>(p.samples[i], mean, keys, y * p.w, p.w, row);
       write_row(p, i, y, row);
     });
   };
@@ -435,7 +433,7 @@ void run(const AugmentParams& p) {
       for (int64_t task = begin; task < end; ++task) body(task, memory);
     });
   };
-  if (bands == 1) {  // the second read then comes from the cache
+  if (bands == 1) {
     for_each_task([&](int64_t task, Memory& memory) {
       reduce(task, memory);
       finish(task, memory);

@@ -117,7 +117,7 @@ __device__ void colour(const AugmentSample& s, float mean, int64_t seed, int64_t
   }
   if (s.noise != 0.f) {
     uint64_t words[4] = {static_cast<uint64_t>(pixel), static_cast<uint64_t>(pixel) >> 32, 0, 0};
-    philox4x32_10(words, static_cast<uint64_t>(seed), MultiplyScalar{});
+    philox4x32_10(words, PhiloxKeys(static_cast<uint64_t>(seed)), MultiplyScalar{});
     float normal[4];
     normal_pair(static_cast<uint32_t>(words[0]), static_cast<uint32_t>(words[1]), Root{}, normal[0],
                 normal[1]);

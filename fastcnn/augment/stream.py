@@ -14,23 +14,16 @@ def words(seed: int, keys: Tensor, count: int) -> Tensor:
 
     The seed is Philox's key; a counter holds the sample's key and the number of the block.
     """
-    blocks = -(-count // 4)
-    n = keys.shape[0]
-    block = torch.arange(blocks).expand(n, blocks)
-    a, b = keys[:, None] & _LOW, (keys[:, None] >> 32) & _LOW
-    counter = [a.expand(n, blocks), b.expand(n, blocks), block, torch.zeros_like(block)]
-    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    for _ in range(10):
-        # The products wrap around 64 bits, which leaves both halves right.
-        p0, p1 = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
-        counter = [
-            ((p1 >> 32) & _LOW) ^ counter[1] ^ k0, p1 & _LOW,
-            ((p0 >> 32) & _LOW) ^ counter[3] ^ k1, p0 & _LOW,
-        ]  # fmt: skip
-        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
-    return torch.stack(counter, 2).reshape(n, 4 * blocks)[:, :count]
-
-
-def uniforms(seed: int, keys: Tensor, count: int) -> Tensor:
-    """Return float64 [n, count] in [0, 1) for n keys."""
-    return words(seed, keys, count) * 2.0**-32
+    blocks, n = -(-count // 4), keys.shape[0]
+    # Both halves of a round at once: even holds words 0 and 2 of the counters, odd words 1 and 3.
+    even, odd = torch.zeros(2, 2, n, blocks, dtype=torch.int64)
+    even[0], odd[0] = (keys & _LOW)[:, None], (keys >> 32 & _LOW)[:, None]
+    even[1] = torch.arange(blocks)
+    factors = torch.tensor([0xD2511F53, 0xCD9E8D57])[:, None, None]
+    key = torch.tensor([seed & _LOW, seed >> 32 & _LOW])[:, None, None]
+    step = torch.tensor([0x9E3779B9, 0xBB67AE85])[:, None, None]
+    for round_key in [(key + i * step) & _LOW for i in range(10)]:
+        product = even * factors  # wraps around 64 bits, which leaves both halves right
+        even = (product >> 32 & _LOW).flip(0) ^ odd ^ round_key
+        odd = (product & _LOW).flip(0)
+    return torch.stack([even[0], odd[0], even[1], odd[1]], 2).reshape(n, 4 * blocks)[:, :count]

@@ -165,9 +165,7 @@ def check_masks(masks: Tensor, images: Tensor, fill: int) -> None:
         raise TypeError(f"{OP}: mask_fill: expected an int, got {type(fill).__name__}")
     limits = torch.iinfo(masks.dtype)
     if not limits.min <= fill <= limits.max:
-        raise ValueError(
-            f"{OP}: mask_fill: expected a number that {masks.dtype} holds, got {fill}"
-        )
+        raise ValueError(f"{OP}: mask_fill: expected a number that {masks.dtype} holds, got {fill}")
 
 
 def augment(
@@ -191,9 +189,7 @@ def augment(
         )
     n, c, h, w = images.shape
     if len(parameters) != n:
-        raise ValueError(
-            f"{OP}: parameters: expected those of {n} samples, got {len(parameters)}"
-        )
+        raise ValueError(f"{OP}: parameters: expected those of {n} samples, got {len(parameters)}")
     if masks is not None:
         check_masks(masks, images, mask_fill)
     if dtype not in DTYPES:
