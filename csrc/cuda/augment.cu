@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) augment_gray_kernel(AugmentParams p,
       sum += gray_of(levels);
     }
     sums[threadIdx.x] = sum;
-    for (int half = kThreads / 2; half > 0; half /= 2) {
+    for (unsigned half = kThreads / 2; half > 0; half /= 2) {
       __syncthreads();
       if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
     }

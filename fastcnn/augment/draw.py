@@ -12,8 +12,8 @@ from fastcnn.ops.augment_parameters import AugmentParameters
 Size = tuple[int, int]
 _ATTEMPTS = 10  # as torchvision's RandomResizedCrop and RandomErasing
 
-# A sample's words, in this order. Each transform has words of its own, used or not: switching one on
-# or off changes nothing in the others.
+# A sample's words, in this order. Each transform has words of its own, used or not: switching one
+# on or off changes nothing in the others.
 _SLOTS = {
     "angle": 1, "translate": 2, "scale": 1, "shear": 2, "flips": 2, "brightness": 1, "contrast": 1,
     "saturation": 1, "hue": 1, "noise": 1, "noise_seed": 2, "erasing": 1, "crop_place": 2,
@@ -90,16 +90,19 @@ def _crops(draws: _Draws, ranges: Ranges, n: int, size_in: Size, size: Size) -> 
         wide, high = _boxes(u, h_in * w_in, ranges.crop_scale, ranges.crop_ratio)
         fits = (wide > 0) & (wide <= w_in) & (high > 0) & (high <= h_in)
         heights, widths = _first(fits, high, wide)
-        # Where no attempt fits, torchvision takes the centre, in the nearest ratio of the range.
-        ratio = min(max(w_in / h_in, ranges.crop_ratio[0]), ranges.crop_ratio[1])
-        last_h = h_in if ratio >= w_in / h_in and ratio * h_in <= w_in else round(w_in / ratio)
-        last_h = max(1, min(h_in, last_h))
-        last_w = max(1, min(w_in, round(h_in * ratio)))
-        heights = torch.where(heights == 0, last_h, heights)
-        widths = torch.where(widths == 0, last_w, widths)
     tops = _place(place[:, 0], h_in - heights)
     lefts = _place(place[:, 1], w_in - widths)
-    return torch.stack([tops, lefts, heights, widths], 1)
+    crops = torch.stack([tops, lefts, heights, widths], 1)
+    return torch.where(heights[:, None] > 0, crops, _last_resort(ranges.crop_ratio, size_in))
+
+
+def _last_resort(ratio: Range, size_in: Size) -> Tensor:
+    """Where no attempt fits: in the centre the largest box, of the range's nearest ratio."""
+    h_in, w_in = size_in
+    h = round(w_in / ratio[0]) if w_in / h_in < ratio[0] else h_in
+    w = round(h_in * ratio[1]) if w_in / h_in > ratio[1] else w_in
+    h, w = max(1, min(h, h_in)), max(1, min(w, w_in))
+    return torch.tensor([(h_in - h) // 2, (w_in - w) // 2, h, w])
 
 
 def _erased(draws: _Draws, ranges: Ranges, size: Size) -> Tensor:

@@ -1,4 +1,4 @@
-"""What may happen to a sample: the ranges that parameters are drawn from, with torchvision's names."""
+"""What may happen to a sample: the ranges that parameters are drawn from, as torchvision's."""
 
 import math
 from collections.abc import Sequence

@@ -10,7 +10,7 @@ _LOW = 0xFFFFFFFF
 
 
 def words(seed: int, keys: Tensor, count: int) -> Tensor:
-    """Return int64 [n, count] of values below 2^32 for n keys (int64), each with a stream of its own.
+    """Return int64 [n, count] of values below 2^32 for n keys (int64), each with its own stream.
 
     The seed is Philox's key; a counter holds the sample's key and the number of the block.
     """

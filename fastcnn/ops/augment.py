@@ -7,8 +7,8 @@ w_in], uint8; y: [n, c, h, w]; masks: [n, h_in, w_in], which follow the geometry
 
 The kernels get one row a sample: `reals` [n, 17] (struct AugmentSample of csrc/augment.h: the
 geometry as two maps, from the output to the crop and from the crop to the source, then colour and
-noise), `integers` [n, 5] (the erased rectangle's edges and the noise's seed), and one row a channel:
-`channels` [c, 4] (scale, shift, fill, erased).
+noise), `integers` [n, 5] (the erased rectangle's edges and the noise's seed), and one row a
+channel: `channels` [c, 4] (scale, shift, fill, erased).
 
 Data movement: what of the images is seen is read once, and once more where contrast changes; y is
 written once. Not differentiable: the images are uint8. Nothing is kept for backward.

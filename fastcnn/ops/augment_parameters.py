@@ -41,7 +41,7 @@ _CHECKS: dict[str, _Check] = {
 
 @dataclass(frozen=True, eq=False)
 class AugmentParameters:
-    """What :func:`fastcnn.functional.augment` does to each of n samples, in the order of the fields.
+    """What :func:`fastcnn.functional.augment` does to each of n samples, in the fields' order.
 
     Tensors of one device; ``parameters[i]`` and ``parameters[tensor or slice]`` pick samples,
     ``dataclasses.asdict`` and the constructor save and restore them.
@@ -118,7 +118,8 @@ class AugmentParameters:
             angle=zeros, translate=torch.zeros(n, 2), scale=ones, shear=torch.zeros(n, 2),
             crop=crop.repeat(n, 1), horizontal_flip=off, vertical_flip=off, brightness=ones,
             contrast=ones, saturation=ones, hue=zeros, noise=zeros,
-            noise_seed=torch.zeros(n, dtype=torch.int64), erase=torch.zeros(n, 4, dtype=torch.int64),
+            noise_seed=torch.zeros(n, dtype=torch.int64),
+            erase=torch.zeros(n, 4, dtype=torch.int64),
         )  # fmt: skip
 
     def __len__(self) -> int:

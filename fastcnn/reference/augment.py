@@ -14,7 +14,8 @@ Numbers = float | Sequence[float]
 
 def _affine(p: AugmentParameters, h: int, w: int) -> Tensor:
     """From output to input, [n, 3, 3] on pixel centres around the image's: the inverse of
-    translate @ rotate @ scale @ shear_y @ shear_x."""
+    translate @ rotate @ scale @ shear_y @ shear_x.
+    """
 
     def matrix(*entries: Tensor | float) -> Tensor:
         rows = [torch.as_tensor(e, dtype=torch.float64).expand(len(p)) for e in entries]
@@ -53,7 +54,7 @@ def coordinates(
 
 
 def _look_up(images: Tensor, x: Tensor, y: Tensor, fill: Tensor) -> Tensor:
-    """images [n, c, h, w] at whole x and y [n, h', w'], fill [c] outside."""
+    """Images [n, c, h, w] at whole x and y [n, h', w'], fill [c] outside."""
     h, w = images.shape[2:]
     inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
     flat = (y.clamp(0, h - 1) * w + x.clamp(0, w - 1)).long().flatten(1)
@@ -130,9 +131,7 @@ def augment(
             level += weight[:, None] * _look_up(images.double(), near_x, near_y, channels(fill))
     level = blend(level / 255, 0.0, column(p.brightness))
     towards = gray(level).mean((1, 2, 3), keepdim=True)
-    level = torch.where(
-        column(p.contrast) == 1, level, blend(level, towards, column(p.contrast))
-    )
+    level = torch.where(column(p.contrast) == 1, level, blend(level, towards, column(p.contrast)))
     if c == 3:
         level = blend(level, gray(level), column(p.saturation))
         level = _hue(level, p.hue.double())
