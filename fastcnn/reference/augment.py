@@ -13,9 +13,7 @@ Numbers = float | Sequence[float]
 
 
 def _affine(p: AugmentParameters, h: int, w: int) -> Tensor:
-    """From output to input, [n, 3, 3] on pixel centres around the image's: the inverse of
-    translate @ rotate @ scale @ shear_y @ shear_x.
-    """
+    """From output to input, [n, 3, 3]: translate @ rotate @ scale @ shear, inverted."""
 
     def matrix(*entries: Tensor | float) -> Tensor:
         rows = [torch.as_tensor(e, dtype=torch.float64).expand(len(p)) for e in entries]
