@@ -71,6 +71,8 @@ NUMBERS: dict[str, list[Any]] = {
     "momentum": [None, "x"],
     "total": [torch.ones(2), torch.ones(()), torch.ones(1, dtype=torch.int64), "x"],
 }
+NUMBERS |= {"h": [0, -1, 2**62, None, "x"], "dtype": [-1, 3, 2**31, None, "x"], "fill": [None]}
+NUMBERS["w"] = NUMBERS["h"]
 # Other sizes and types make sense where no second tensor says otherwise.
 ALONE = ("batch_norm_act_stats", "batch_norm_join_stats")
 SENSIBLE_ALONE = ("other float", "another half", "meta", "empty", "shorter", "longer")
@@ -84,6 +86,14 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
     def image() -> Tensor:  # square, so that a transposed one has the same sizes
         return torch.randn(2, 6, 4, 4).to(dtype).contiguous(memory_format=LAYOUTS[layout])
 
+    if op.startswith("augment"):
+        table, size = torch.ones(2, 17), {"h": 5, "w": 3}
+        if op == "augment_mask":
+            return {"masks": torch.ones(2, 4, 4).long(), "reals": table, **size, "fill": 255}
+        images = torch.ones(2, 3, 4, 4).byte().contiguous(memory_format=LAYOUTS[layout])
+        tables = {"integers": torch.ones(2, 5).long(), "channels": torch.ones(3, 4)}
+        rest = {"dtype": 1, "channels_last": True}
+        return {"images": images, "reals": table, **tables, **size, **rest}
     acc = torch.promote_types(dtype, torch.float32)
     c = [torch.ones(6, dtype=acc) for _ in range(4)]
     norm: dict[str, Any] = {"weight": c[0], "bias": c[1]}
@@ -110,7 +120,7 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
 
 OPS = ["batch_norm_act_fwd", "batch_norm_act_apply", "batch_norm_act_bwd", "batch_norm_act_stats"]
 OPS += ["batch_norm_act_reduce", "batch_norm_act_dx", "batch_norm_join_stats"]
-OPS += ["batch_norm_update_running"]
+OPS += ["batch_norm_update_running", "augment", "augment_mask"]
 
 
 def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
@@ -159,6 +169,7 @@ def kinds(name: str, good: Any) -> list[str]:
         return [str(i) for i in range(len(NUMBERS.get(name, [])))]
     own = ANY | (IMAGE if name in IMAGES else CHANNELS)
     sensible = ("None",) * (name in OPTIONAL) + SAME_NUMBER * (good.numel() == 1)
+    sensible += ("int64",) * (good.dtype is torch.int64)
     return [kind for kind in own if kind not in sensible]
 
 

@@ -67,7 +67,8 @@ class AugmentParameters:
 
     Raises:
         TypeError: a field that is no Tensor, or of another dtype.
-        ValueError: a field of another size or device, or with values outside of its range.
+        ValueError: a field of another size or device, with values outside of its range, or that
+            requires a gradient.
     """
 
     angle: Tensor
@@ -104,6 +105,11 @@ class AugmentParameters:
             if t.device != first.device:
                 raise ValueError(
                     f"AugmentParameters: {name}: expected device {first.device}, got {t.device}"
+                )
+            if t.requires_grad:
+                raise ValueError(
+                    f"AugmentParameters: {name}: expected a Tensor that requires no gradient, since "
+                    f"augment is not differentiable, got one that does; call .detach() first"
                 )
             # Elsewhere than on the CPU the question would stop the device's queue.
             if test is not None and t.device.type == "cpu" and not bool(test(t).all()):
