@@ -108,8 +108,8 @@ class AugmentParameters:
                 )
             if t.requires_grad:
                 raise ValueError(
-                    f"AugmentParameters: {name}: expected a Tensor that requires no gradient, since "
-                    f"augment is not differentiable, got one that does; call .detach() first"
+                    f"AugmentParameters: {name}: expected a Tensor without gradient, since augment "
+                    f"is not differentiable, got one that requires it; call .detach() first"
                 )
             # Elsewhere than on the CPU the question would stop the device's queue.
             if test is not None and t.device.type == "cpu" and not bool(test(t).all()):
