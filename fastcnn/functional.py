@@ -1,26 +1,97 @@
 """The public functions, with the signatures of torch.nn.functional where it has one."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from fastcnn.ops import augment as _augment
 from fastcnn.ops import batch_norm_act as _batch_norm_act
 from fastcnn.ops import conv_bn_act as _conv_bn_act
 from fastcnn.ops import upsample as _upsample
 from fastcnn.ops.activation import Activation
+from fastcnn.ops.augment_parameters import AugmentParameters
 from fastcnn.ops.conv_bn_act_step import ConvBnActBlock, ConvBnActStep, MaxPool, Memory
 
 __all__ = [
+    "AugmentParameters",
     "ConvBnActBlock",
     "ConvBnActStep",
     "MaxPool",
+    "augment",
     "batch_norm_act",
     "conv_bn_act",
     "conv_bn_act_blocks",
     "interpolate",
 ]
+
+
+def augment(
+    images: Tensor,
+    parameters: AugmentParameters,
+    *,
+    masks: Tensor | None = None,
+    size: Sequence[int] | None = None,
+    mean: float | Sequence[float] = 0.0,
+    std: float | Sequence[float] = 1.0,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    fill: float | Sequence[float] = 0.0,
+    mask_fill: int = 255,
+    erase_value: float | Sequence[float] = 0.0,
+) -> Any:
+    r"""Augment and normalise a batch of uint8 images, each sample in its own way, in one pass.
+
+    .. math::
+        y_o = \frac{1}{\sigma} \left(\frac{1}{255}\,
+              \mathrm{noise}(\mathrm{colour}(x_{A(\mathrm{crop}(\mathrm{flip}(o)))})) - \mu\right)
+
+    The same as this torchvision.transforms.v2.Compose on each sample, with the parameters that its
+    transforms draw: RandomAffine (bilinear), RandomCrop or RandomResizedCrop (bilinear,
+    antialias=False), RandomHorizontalFlip, RandomVerticalFlip, ToDtype(float32, scale=True),
+    ColorJitter in the order brightness, contrast, saturation, hue, GaussianNoise, Normalize,
+    RandomErasing. The image is interpolated once, at the composed coordinates, and grey levels are
+    not rounded between the steps. Contrast blends with the mean grey of the image as it enters that
+    step, after geometry and brightness, and costs one more read of the image. On grey images
+    saturation and hue change nothing. At the border of the source the levels blend with fill.
+
+    Not differentiable: there is no gradient with respect to images or parameters.
+
+    Args:
+        images: [n, c, h_in, w_in], uint8, c = 1 or 3, dense in NCHW or channels_last. A batch may
+            be empty.
+        parameters: of n samples, on the CPU or the images' device.
+        masks: [n, h_in, w_in] or [n, 1, h_in, w_in], uint8 or int64, dense. They follow the
+            geometry with nearest sampling, halves rounding up as in "nearest-exact", and are not
+            erased.
+        size: height and width of the output; None for the images' own.
+        mean: of levels from 0 to 1, for all channels or one each.
+        std: likewise.
+        dtype: of y: float32, bfloat16 or float16.
+        memory_format: of y: torch.contiguous_format or torch.channels_last.
+        fill: grey levels, 0 to 255, outside of the image.
+        mask_fill: masks there; 255 is what many data sets ignore.
+        erase_value: y within the erased rectangle, after normalisation.
+
+    Returns:
+        y [n, c, h, w]; with masks (y, masks), in the masks' dtype and rank. Bitwise the same from
+        run to run, on any number of threads, for images in either layout, and for a sample in any
+        batch. Noise is drawn by Philox4x32-10 from the sample's seed and the pixel's place, the
+        same draws on every device.
+
+    Raises:
+        TypeError: images or masks of another dtype, an argument of another type.
+        ValueError: another rank, size, device or memory layout; parameters of another number of
+            samples; std 0; a fill that the masks' dtype does not hold.
+
+    Source: torchvision.transforms.v2; Salmon et al. 2011 (Philox).
+    """
+    return _augment.augment(
+        images, parameters, masks, size, mean, std, dtype, memory_format, fill, mask_fill,
+        erase_value,
+    )  # fmt: skip
 
 
 def batch_norm_act(

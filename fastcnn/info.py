@@ -8,6 +8,7 @@ from fastcnn import _C
 
 # By op: the kernels on the CPU and on CUDA.
 BACKENDS = {
+    "augment": ("C++", "CUDA C++"),
     "batch_norm_act": ("C++", "CUDA C++"),
     "conv_bn_act": ("oneDNN through PyTorch + C++", "cuDNN through PyTorch + CUDA C++"),
     "upsample": ("C++", "CUDA C++"),

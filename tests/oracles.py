@@ -14,6 +14,8 @@ except RuntimeError as error:
         schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import torchvision
 
+from torchvision.transforms import v2 as torchvision_transforms
+
 torchvision_resnet = torchvision.models.resnet
 
-__all__ = ["torchvision_resnet"]
+__all__ = ["torchvision_resnet", "torchvision_transforms"]

@@ -36,7 +36,9 @@ class Conv(NamedTuple):
 
 ONE, ZERO = (1, 1), (0, 0)
 CONVS = [
-    Conv(1, 1, 1, 1, 1, ONE, ONE, ZERO, ONE, "one value of everything: an odd pixel has no partner"),
+    Conv(
+        1, 1, 1, 1, 1, ONE, ONE, ZERO, ONE, "one value of everything: an odd pixel has no partner"
+    ),
     Conv(2, 32, 5, 5, 32, ONE, ONE, ZERO, ONE, "whole tiles"),
     Conv(2, 33, 5, 5, 31, (3, 3), ONE, ONE, ONE, "one channel more and one less than a tile"),
     Conv(1, 7, 9, 4, 50, (3, 3), ONE, ONE, ONE, "the last panel of output channels is half empty"),
@@ -44,7 +46,9 @@ CONVS = [
     Conv(3, 40, 9, 8, 48, ONE, (2, 2), ZERO, ONE, "a projection: every other pixel"),
     Conv(2, 32, 9, 8, 32, (1, 3), (1, 2), (0, 1), ONE, "unequal sides"),
     Conv(2, 32, 9, 8, 32, (3, 3), ONE, (2, 2), (2, 2), "dilation"),
-    Conv(2, 32, 4, 3, 32, (3, 3), ONE, (4, 4), ONE, "more padding than kernel: rows of zeros alone"),
+    Conv(
+        2, 32, 4, 3, 32, (3, 3), ONE, (4, 4), ONE, "more padding than kernel: rows of zeros alone"
+    ),
     Conv(2, 32, 7, 7, 32, (7, 7), ONE, (3, 3), ONE, "49 taps, at most of which a border cuts"),
     Conv(3, 32, 21, 19, 32, (3, 3), ONE, ONE, ONE, "1197 pixels: several chunks, a short last one"),
     Conv(8, 64, 29, 28, 64, ONE, ONE, ZERO, ONE, "6496 pixels: splits, summed at the end"),
@@ -114,7 +118,7 @@ class Calls(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(func.name())
         return func(*args, **(kwargs or {}))
 

@@ -135,6 +135,15 @@ def test_blended_rows_move_as_16_bytes(kernels: list[Kernel]) -> None:
             assert not re.search(r"(ld|st)\.global[.\w]*\.[bu]16", kernel.ptx), str(kernel)
 
 
+def test_augmented_images_are_stored_as_16_bytes(kernels: list[Kernel]) -> None:
+    # Its loads are single bytes, at places that no one can align.
+    wide = [k for k in kernels if re.match(r"augment_kernel<\w+, [48], [13]>", k.name)]
+    assert len(wide) == 6 * len(ARCHS)
+    for kernel in wide:
+        assert re.search(r"st\.global(?:\.\w+)*?\.v4\.[a-z]32", kernel.ptx), str(kernel)
+        assert not re.search(r"st\.global[.\w]*\.[bu]16", kernel.ptx), str(kernel)
+
+
 def test_unrolled_loads_are_in_flight_together(kernels: list[Kernel]) -> None:
     # The x of kUnroll vectors are asked for before the first is stored or the block branches:
     # else a thread waits for memory once a vector.

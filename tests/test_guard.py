@@ -53,6 +53,9 @@ def run_all() -> None:
                 ops.batch_norm_update_running(mean, var, w, b, None, 0.1, 7)
                 ops.batch_norm_update_running(mean, var, w, b, w[-1:], 0.1, 0)
                 resize_all(image)
+    for shape in [(1, 1, 1, 1), (3, 1, 5, 7), (1, 3, 1, 1), (2, 3, 5, 7), (1, 3, 40, 33)]:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            augment_wildly(shape, layout)
     print("done")
 
 
@@ -70,6 +73,25 @@ def resize_all(image: Tensor) -> None:
             y = guarded(ops.upsample_fwd(x, skip, *size, None, None, sampling, last))
             ops.upsample_bwd(y, h, w, None, None, sampling, last)
             ops.upsample_bwd(y[:, 3:], h, w, None, None, sampling, last)
+
+
+def augment_wildly(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    """Geometry that no parameters make: whatever the numbers, nothing else is read."""
+    ops, (n, c, h, w) = torch.ops.fastcnn, shape
+    image = torch.randint(256, shape, dtype=torch.uint8).contiguous(memory_format=layout)
+    images, masks = guarded(image), guarded(torch.zeros(n, h, w, dtype=torch.int64))
+    channels, integers = guarded(torch.ones(c, 4)), guarded(torch.full((n, 5), 3))
+    identity = [1.0, 0, w - 1, 1, 0, h - 1, 1, 0, 0, 0, 1, 0, 1, 1, 1, 0, 0]
+    everything = [0.5] * 17
+    rows = [identity, everything]
+    for wild in (float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 2.0**31, -3.0):
+        rows += [[wild] * 17, identity[:6] + [wild] * 11]
+        rows += [[*identity[:i], wild, *identity[i + 1 :]] for i in range(17)]
+    for row in rows:
+        reals = guarded(torch.tensor([row] * n, dtype=torch.float32))
+        for dtype, last in ((0, False), (1, True)):
+            ops.augment(images, reals, integers, channels, h, w, dtype, last)
+        ops.augment_mask(masks, reals, h + 2, w + 1, 255)
 
 
 def in_a_process(statement: str, level: str) -> subprocess.CompletedProcess[str]:

@@ -164,9 +164,10 @@ def test_every_instruction_set(level: str) -> None:
     # The kernels are compiled once for each; this processor can run its own and all lower ones.
     # The shapes' and the combinations' tests run again in a process that is told which to use.
     check = f"from fastcnn import _C; assert _C.cpu_capability() == {level!r}"
-    tests = str(Path(__file__).with_name("test_batch_norm_act.py"))
+    tests = [str(Path(__file__).with_name(f"test_{op}.py")) for op in ("batch_norm_act", "augment")]
     select = "combination or (shape and not 56x56 and not 112x112 and not 28x28) or slices"
-    arguments = [tests, "-q", "-k", select, "-p", "no:cacheprovider"]
+    select += " or against_the_reference or masks_follow or one_sample"
+    arguments = [*tests, "-q", "-k", select, "-p", "no:cacheprovider"]
     code = f"{check}; import pytest; raise SystemExit(pytest.main({arguments}))"
     env = {**os.environ, "FASTCNN_CPU_CAPABILITY": level}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

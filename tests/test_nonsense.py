@@ -75,12 +75,20 @@ NUMBERS: dict[str, list[Any]] = {
     "scale_h": [0.0, -1.0, 0.3, float("nan"), float("inf"), "x"],
     "scale_w": [0.0, -2.0, 2.6, float("nan"), float("inf"), "x"],
     "sampling": [-1, 4, 2**40, None, "x"],
-    **dict.fromkeys(
-        ("kernel_h", "kernel_w", "stride_h", "stride_w", "dilation_h", "dilation_w"),
-        [0, -1, 2, 2**21, 2**62, None, "x"],
-    ),
-    **dict.fromkeys(("padding_h", "padding_w"), [-1, 2, 2**21, 2**62, None, "x"]),
+    **{
+        key: [0, -1, 2, 2**21, 2**62, None, "x"]
+        for key in ("kernel_h", "kernel_w", "stride_h", "stride_w", "dilation_h", "dilation_w")
+    },
+    **{key: [-1, 2, 2**21, 2**62, None, "x"] for key in ("padding_h", "padding_w")},
     "channels_last": ["x"],  # None is False to the dispatcher
+}
+# Of one operator's, where others see sense in these.
+NUMBERS_OF: dict[tuple[str, str], list[Any]] = {
+    **{
+        (op, size): [0, -1, 2**62, None, "x"] for op in ("augment", "augment_mask") for size in "hw"
+    },
+    ("augment", "dtype"): [-1, 3, 2**31, None, "x"],
+    ("augment_mask", "fill"): [None],
 }
 SAME_NUMBER = ("expanded", "huge strides", "shorter", "strided")  # of a vector of one
 OPTIONAL = ("residual", "saved", "weight", "bias", "skip")  # total is None already where it may be
@@ -103,6 +111,14 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
     def image() -> Tensor:  # square, so that a transposed one has the same sizes
         return torch.randn(2, 6, 4, 4).to(dtype).contiguous(memory_format=LAYOUTS[layout])
 
+    if op.startswith("augment"):
+        table, size = torch.ones(2, 17), {"h": 5, "w": 3}
+        if op == "augment_mask":
+            return {"masks": torch.ones(2, 4, 4).long(), "reals": table, **size, "fill": 255}
+        images = torch.ones(2, 3, 4, 4).byte().contiguous(memory_format=LAYOUTS[layout])
+        tables = {"integers": torch.ones(2, 5).long(), "channels": torch.ones(3, 4)}
+        rest = {"dtype": 1, "channels_last": True}
+        return {"images": images, "reals": table, **tables, **size, **rest}
     acc = torch.promote_types(dtype, torch.float32)
     c = [torch.ones(6, dtype=acc) for _ in range(4)]
     norm: dict[str, Any] = {"weight": c[0], "bias": c[1]}
@@ -144,6 +160,7 @@ OPS += ["batch_norm_act_reduce", "batch_norm_act_dx", "batch_norm_join_stats"]
 OPS += ["batch_norm_update_running"]
 OPS += ["conv2d_bwd_weight"] * _C.has_bf16_dot()  # elsewhere it raises in any case
 OPS += ["upsample_fwd", "upsample_bwd"]
+OPS += ["augment", "augment_mask"]
 
 
 def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
@@ -157,7 +174,7 @@ def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
         for name, kind in bad:
             spoil = (ANY | IMAGE | CHANNELS).get(kind)
             good = arguments[name]
-            arguments[name] = NUMBERS[name][int(kind)] if spoil is None else spoil(good)
+            arguments[name] = numbers(op, name)[int(kind)] if spoil is None else spoil(good)
         case = f"{op} {dtype} {layout} {bad}"
         log.write_text(case)
         calls += 1
@@ -186,13 +203,19 @@ def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
     return calls, accepted
 
 
+def numbers(op: str, name: str) -> list[Any]:
+    return NUMBERS_OF.get((op, name), NUMBERS.get(name, []))
+
+
 def kinds(op: str, name: str, good: Any) -> list[str]:
     if not isinstance(good, Tensor):
-        return [str(i) for i in range(len(NUMBERS.get(name, [])))]
+        return [str(i) for i in range(len(numbers(op, name)))]
     own = ANY | (IMAGE if name in IMAGES else CHANNELS)
     legal = NO_NONSENSE.get((op, name), set()) | ({"None"} if name in OPTIONAL else set())
     if good.numel() == 1:
         legal = legal | set(SAME_NUMBER)
+    if good.dtype is torch.int64:
+        legal = legal | {"int64"}
     return [kind for kind in own if kind not in legal]
 
 

@@ -30,29 +30,38 @@ CpuLevel cpu_level();
 // unit (AMX), for which oneDNN has kernels of its own.
 bool has_bf16_dot();
 
+// The level of a call: float64 runs at the baseline, see below.
+template <class Params>
+inline CpuLevel cpu_level_for(const Params& p) {
+  if constexpr (requires { p.dtype; }) {
+    if (p.dtype == DType::kFloat64) return CpuLevel::kBaseline;
+  }
+  return cpu_level();
+}
+
 // Declares a CPU kernel once per level, and the function that calls the level in use. float64 is
 // there for gradient checks and always runs at the baseline: one type of four less to compile for
 // each higher level.
 #if defined(__x86_64__)
-#define FASTCNN_CPU_KERNEL(function, Params)                                  \
-  namespace baseline {                                                        \
-  void function(const Params&);                                               \
-  }                                                                           \
-  namespace avx2 {                                                            \
-  void function(const Params&);                                               \
-  }                                                                           \
-  namespace avx512 {                                                          \
-  void function(const Params&);                                               \
-  }                                                                           \
-  inline void function(const Params& p) {                                     \
-    switch (p.dtype == DType::kFloat64 ? CpuLevel::kBaseline : cpu_level()) { \
-      case CpuLevel::kAvx512:                                                 \
-        return avx512::function(p);                                           \
-      case CpuLevel::kAvx2:                                                   \
-        return avx2::function(p);                                             \
-      default:                                                                \
-        return baseline::function(p);                                         \
-    }                                                                         \
+#define FASTCNN_CPU_KERNEL(function, Params) \
+  namespace baseline {                       \
+  void function(const Params&);              \
+  }                                          \
+  namespace avx2 {                           \
+  void function(const Params&);              \
+  }                                          \
+  namespace avx512 {                         \
+  void function(const Params&);              \
+  }                                          \
+  inline void function(const Params& p) {    \
+    switch (cpu_level_for(p)) {              \
+      case CpuLevel::kAvx512:                \
+        return avx512::function(p);          \
+      case CpuLevel::kAvx2:                  \
+        return avx2::function(p);            \
+      default:                               \
+        return baseline::function(p);        \
+    }                                        \
   }
 #else
 #define FASTCNN_CPU_KERNEL(function, Params) \

@@ -67,6 +67,19 @@ struct BoolTag {
   static constexpr bool value = flag;
 };
 
+// body(T{}) for the types that images are read and written in by ops without float64.
+template <class Body>
+inline void dispatch_half_or_float(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat16:
+      return body(Float16{});
+    default:
+      return body(float{});
+  }
+}
+
 // body(T{}) with T the storage type. csrc/<op>.cpp has refused every other dtype before, and
 // FASTCNN_CPU_KERNEL sends float64 to the baseline level.
 template <class Body>

@@ -10,7 +10,8 @@ namespace fastcnn {
 void parallel_for_raw(int64_t tasks, int64_t grain, void (*body)(const void*, int64_t, int64_t),
                       const void* context);
 
-// Runs body(begin, end) on disjoint ranges of tasks, for what needs memory of its own.
+// Runs body(begin, end) for ranges of tasks, one a thread at a time: what a thread allocates for
+// its tasks it allocates once. See parallel_for.
 template <class Body>
 inline void parallel_ranges(int64_t tasks, int64_t grain, const Body& body) {
   parallel_for_raw(

@@ -1,0 +1,7 @@
+"""Augmentation of uint8 images in one pass, with parameters that are each sample's own."""
+
+from fastcnn.augment.collate import Collate
+from fastcnn.augment.module import Augment
+from fastcnn.ops.augment_parameters import AugmentParameters
+
+__all__ = ["Augment", "AugmentParameters", "Collate"]

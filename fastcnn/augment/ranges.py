@@ -1,0 +1,155 @@
+"""What may happen to a sample: the ranges that parameters are drawn from, as torchvision's."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Range = tuple[float, float]
+_OP = "Augment"
+
+
+def _numbers(name: str, value: object, *counts: int) -> tuple[float, ...]:
+    if not isinstance(value, Sequence) or not all(isinstance(v, (int, float)) for v in value):
+        raise TypeError(f"{_OP}: {name}: expected a sequence of numbers, got {value!r}")
+    if len(value) not in counts:
+        expected = " or ".join(map(str, counts))
+        raise ValueError(f"{_OP}: {name}: expected {expected} numbers, got {value!r}")
+    return tuple(float(v) for v in value)
+
+
+def _ordered(name: str, value: Range, low: float, high: float) -> Range:
+    if not low <= value[0] <= value[1] <= high or not all(map(math.isfinite, value)):
+        raise ValueError(
+            f"{_OP}: {name}: expected a range within [{low:g}, {high:g}], the lower end first, "
+            f"got {value}"
+        )
+    return value
+
+
+def _pair(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> Range:
+    a, b = _numbers(name, value, 2)
+    return _ordered(name, (a, b), low, high)
+
+
+def symmetric(name: str, value: float | Sequence[float], high: float = math.inf) -> Range:
+    """Return (-d, d) for a number d, or the range itself: degrees, shear."""
+    if isinstance(value, (int, float)):
+        if not 0 <= value <= high:
+            raise ValueError(f"{_OP}: {name}: expected a number of at least 0, got {value}")
+        return -float(value), float(value)
+    return _pair(name, value, -high, high)
+
+
+def shears(value: float | Sequence[float] | None) -> tuple[Range, Range]:
+    """Return the ranges along x and y; a number or two numbers shear along x alone."""
+    if value is None:
+        return (0.0, 0.0), (0.0, 0.0)
+    steepest = math.nextafter(90.0, 0.0)
+    if isinstance(value, (int, float)):
+        return symmetric("shear", value, steepest), (0.0, 0.0)
+    numbers = _numbers("shear", value, 2, 4)
+    along_x = _ordered("shear", (numbers[0], numbers[1]), -steepest, steepest)
+    if len(numbers) == 2:
+        return along_x, (0.0, 0.0)
+    return along_x, _ordered("shear", (numbers[2], numbers[3]), -steepest, steepest)
+
+
+def factor(name: str, value: float | Sequence[float] | None) -> Range:
+    """Return (max(0, 1 - d), 1 + d) for a number d, or the range itself: brightness and kin."""
+    if value is None:
+        return 1.0, 1.0
+    if isinstance(value, (int, float)):
+        if not value >= 0:
+            raise ValueError(f"{_OP}: {name}: expected a number of at least 0, got {value}")
+        return max(0.0, 1.0 - value), 1.0 + value
+    return _pair(name, value, 0.0)
+
+
+def hues(value: float | Sequence[float] | None) -> Range:
+    """Return (-d, d) for a number d, or the range itself, within half a turn."""
+    return (0.0, 0.0) if value is None else symmetric("hue", value, 0.5)
+
+
+def deviations(value: float | Sequence[float]) -> Range:
+    """Return (d, d) for a number d, or the range itself: noise."""
+    if isinstance(value, (int, float)):
+        value = (value, value)
+    return _pair("noise", value, 0.0)
+
+
+def probability(name: str, value: float) -> float:
+    """Return a number from 0 to 1."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{_OP}: {name}: expected a number, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{_OP}: {name}: expected a probability from 0 to 1, got {value}")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The ranges as numbers; a range of one value draws that value."""
+
+    degrees: Range
+    translate: Range  # the largest shift as a share of width and height
+    scale: Range
+    shear_x: Range
+    shear_y: Range
+    crop_scale: Range | None  # None: RandomCrop; else RandomResizedCrop
+    crop_ratio: Range
+    horizontal_flip: float
+    vertical_flip: float
+    brightness: Range
+    contrast: Range
+    saturation: Range
+    hue: Range
+    noise: Range
+    erasing: float
+    erasing_scale: Range
+    erasing_ratio: Range
+
+    @classmethod
+    def of(
+        cls,
+        degrees: float | Sequence[float],
+        translate: Sequence[float] | None,
+        scale: Sequence[float] | None,
+        shear: float | Sequence[float] | None,
+        crop_scale: Sequence[float] | None,
+        crop_ratio: Sequence[float],
+        horizontal_flip: float,
+        vertical_flip: float,
+        brightness: float | Sequence[float] | None,
+        contrast: float | Sequence[float] | None,
+        saturation: float | Sequence[float] | None,
+        hue: float | Sequence[float] | None,
+        noise: float | Sequence[float],
+        erasing: float,
+        erasing_scale: Sequence[float],
+        erasing_ratio: Sequence[float],
+    ) -> "Ranges":
+        """Check what a user wrote, as torchvision's transforms take it."""
+        shift = (0.0, 0.0) if translate is None else _numbers("translate", translate, 2)
+        if not all(0 <= share <= 1 for share in shift):
+            raise ValueError(f"{_OP}: translate: expected shares from 0 to 1, got {translate}")
+        tiny = math.ulp(0.0)  # above 0
+        shear_x, shear_y = shears(shear)
+        return cls(
+            degrees=symmetric("degrees", degrees),
+            translate=(shift[0], shift[1]),
+            scale=(1.0, 1.0) if scale is None else _pair("scale", scale, tiny),
+            shear_x=shear_x,
+            shear_y=shear_y,
+            crop_scale=None if crop_scale is None else _pair("crop_scale", crop_scale, tiny, 1.0),
+            crop_ratio=_pair("crop_ratio", crop_ratio, tiny),
+            horizontal_flip=probability("horizontal_flip", horizontal_flip),
+            vertical_flip=probability("vertical_flip", vertical_flip),
+            brightness=factor("brightness", brightness),
+            contrast=factor("contrast", contrast),
+            saturation=factor("saturation", saturation),
+            hue=hues(hue),
+            noise=deviations(noise),
+            erasing=probability("erasing", erasing),
+            erasing_scale=_pair("erasing_scale", erasing_scale, 0.0, 1.0),
+            erasing_ratio=_pair("erasing_ratio", erasing_ratio, tiny),
+        )

@@ -1,0 +1,5 @@
+"""Augment, as a layer beside the others."""
+
+from fastcnn.augment import Augment
+
+__all__ = ["Augment"]

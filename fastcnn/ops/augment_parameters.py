@@ -1,0 +1,147 @@
+"""AugmentParameters: what happens to each sample of a batch, as tensors that can be looked at."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# By field: its dtype, its numbers a sample (0: one, without a dimension of its own), what each must
+# be, and the test for that.
+_Check = tuple[torch.dtype, int, str, Callable[[Tensor], Tensor] | None]
+_FINITE = "finite numbers"
+_FACTOR = "finite numbers of at least 0"
+
+
+def _at_least_zero(t: Tensor) -> Tensor:
+    return t.isfinite() & (t >= 0)
+
+
+_CHECKS: dict[str, _Check] = {
+    "angle": (torch.float32, 0, _FINITE, torch.isfinite),
+    "translate": (torch.float32, 2, _FINITE, torch.isfinite),
+    "scale": (torch.float32, 0, "finite numbers above 0", lambda t: t.isfinite() & (t > 0)),
+    "shear": (torch.float32, 2, "angles between -90 and 90", lambda t: t.abs() < 90),
+    "crop": (
+        torch.int64, 4, "top, left and a height and width of at least 1",
+        lambda t: t[:, 2:] > 0,
+    ),
+    "horizontal_flip": (torch.bool, 0, "True or False", None),
+    "vertical_flip": (torch.bool, 0, "True or False", None),
+    "brightness": (torch.float32, 0, _FACTOR, _at_least_zero),
+    "contrast": (torch.float32, 0, _FACTOR, _at_least_zero),
+    "saturation": (torch.float32, 0, _FACTOR, _at_least_zero),
+    "hue": (torch.float32, 0, "numbers from -0.5 to 0.5", lambda t: t.abs() <= 0.5),
+    "noise": (torch.float32, 0, _FACTOR, _at_least_zero),
+    "noise_seed": (torch.int64, 0, "any number", None),
+    "erase": (torch.int64, 4, "numbers of at least 0", lambda t: t >= 0),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class AugmentParameters:
+    """What :func:`fastcnn.functional.augment` does to each of n samples, in the fields' order.
+
+    Tensors of one device; ``parameters[i]`` and ``parameters[tensor or slice]`` pick samples,
+    ``dataclasses.asdict`` and the constructor save and restore them.
+
+    Attributes:
+        angle: [n] float32, degrees, clockwise as in torchvision's affine (its rotate turns the
+            other way).
+        translate: [n, 2] float32, pixels of the image, to the right and down.
+        scale: [n] float32, above 0.
+        shear: [n, 2] float32, degrees, along x and y.
+        crop: [n, 4] int64, top, left, height and width in pixels of the image, as torchvision's
+            crop; it is resized to the output's size where it has another.
+        horizontal_flip: [n] bool.
+        vertical_flip: [n] bool.
+        brightness: [n] float32, factor, 1 for none; likewise contrast and saturation.
+        contrast: see brightness.
+        saturation: see brightness.
+        hue: [n] float32, turns from -0.5 to 0.5.
+        noise: [n] float32, standard deviation of Gaussian noise, 1 for the whole range of levels.
+        noise_seed: [n] int64, the noise's own: equal seeds give equal noise.
+        erase: [n, 4] int64, top, left, height and width of a rectangle of the output; empty with a
+            height or width of 0.
+
+    Raises:
+        TypeError: a field that is no Tensor, or of another dtype.
+        ValueError: a field of another size or device, with values outside of its range, or that
+            requires a gradient.
+    """
+
+    angle: Tensor
+    translate: Tensor
+    scale: Tensor
+    shear: Tensor
+    crop: Tensor
+    horizontal_flip: Tensor
+    vertical_flip: Tensor
+    brightness: Tensor
+    contrast: Tensor
+    saturation: Tensor
+    hue: Tensor
+    noise: Tensor
+    noise_seed: Tensor
+    erase: Tensor
+
+    def __post_init__(self) -> None:
+        first = self.angle
+        for name, (dtype, width, expected, test) in _CHECKS.items():
+            t = getattr(self, name)
+            if not isinstance(t, Tensor):
+                raise TypeError(
+                    f"AugmentParameters: {name}: expected a Tensor, got {type(t).__name__}"
+                )
+            if t.dtype is not dtype:
+                raise TypeError(f"AugmentParameters: {name}: expected {dtype}, got {t.dtype}")
+            n = first.shape[0] if first.dim() > 0 else 0
+            sizes = (n, width) if width else (n,)
+            if t.shape != sizes:
+                raise ValueError(
+                    f"AugmentParameters: {name}: expected sizes {list(sizes)}, got {list(t.shape)}"
+                )
+            if t.device != first.device:
+                raise ValueError(
+                    f"AugmentParameters: {name}: expected device {first.device}, got {t.device}"
+                )
+            if t.requires_grad:
+                raise ValueError(
+                    f"AugmentParameters: {name}: expected a Tensor without gradient, since augment "
+                    f"is not differentiable, got one that requires it; call .detach() first"
+                )
+            # Elsewhere than on the CPU the question would stop the device's queue.
+            if test is not None and t.device.type == "cpu" and not bool(test(t).all()):
+                raise ValueError(f"AugmentParameters: {name}: expected {expected}, got {t}")
+
+    @classmethod
+    def identity(cls, n: int, size: tuple[int, int]) -> "AugmentParameters":
+        """Return parameters that leave n images of this height and width as they are."""
+        ones, zeros = torch.ones(n), torch.zeros(n)
+        off, crop = torch.zeros(n, dtype=torch.bool), torch.tensor([0, 0, *size])
+        return cls(
+            angle=zeros, translate=torch.zeros(n, 2), scale=ones, shear=torch.zeros(n, 2),
+            crop=crop.repeat(n, 1), horizontal_flip=off, vertical_flip=off, brightness=ones,
+            contrast=ones, saturation=ones, hue=zeros, noise=zeros,
+            noise_seed=torch.zeros(n, dtype=torch.int64),
+            erase=torch.zeros(n, 4, dtype=torch.int64),
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return self.angle.shape[0]
+
+    def __getitem__(self, index: int | slice | Tensor) -> "AugmentParameters":
+        """Return the parameters of some samples, of one for a number."""
+        if isinstance(index, int):
+            index = range(len(self))[index]
+            index = slice(index, index + 1)
+        return self._map(lambda t: t[index])
+
+    def to(self, device: torch.device | str) -> "AugmentParameters":
+        """Return the parameters on a device."""
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "AugmentParameters":
+        fields = dataclasses.fields(self)
+        return AugmentParameters(**{f.name: change(getattr(self, f.name)) for f in fields})
