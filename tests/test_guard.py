@@ -51,6 +51,10 @@ def run_all() -> None:
                 ops.batch_norm_act_dx(dy, x, None, w, b, mean, var, w, b, w[-1:], 1e-5, 1)
                 ops.batch_norm_update_running(mean, var, w, b, None, 0.1, 7)
                 ops.batch_norm_update_running(mean, var, w, b, w[-1:], 0.1, 0)
+                seed = guarded(torch.tensor([5]))
+                for per_channel in (False, True):
+                    ops.dropout_apply(x, residual, seed, 0.3, per_channel)
+                    ops.dropout_apply_(guarded(image), None, seed, 0.3, per_channel)
     print("done")
 
 

@@ -70,12 +70,17 @@ NUMBERS: dict[str, list[Any]] = {
     "eps": [None, "x"],
     "momentum": [None, "x"],
     "total": [torch.ones(2), torch.ones(()), torch.ones(1, dtype=torch.int64), "x"],
+    "p": [-0.1, 1.1, float("nan"), float("inf"), None, "x"],
 }
 # Other sizes and types make sense where no second tensor says otherwise.
 ALONE = ("batch_norm_act_stats", "batch_norm_join_stats")
 SENSIBLE_ALONE = ("other float", "another half", "meta", "empty", "shorter", "longer")
 SENSIBLE_ALONE += ("channel less", "column less", "the other layout")
 SAME_NUMBER = ("expanded", "huge strides", "shorter", "strided")  # of a vector of one
+# One int64 in any shape and with any strides is a seed.
+SEED = ["None", "no tensor", "a number", "bool", "complex", "other float", "another half", "meta"]
+SEED += ["sparse", "empty", "longer", "storage freed", "storage freed behind an offset"]
+SEED += ["storage halved"]
 OPTIONAL = ("residual", "saved", "weight", "bias")  # total is None already where it may be
 IMAGES = ("x", "residual", "saved", "dy")
 
@@ -88,6 +93,9 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
     c = [torch.ones(6, dtype=acc) for _ in range(4)]
     norm: dict[str, Any] = {"weight": c[0], "bias": c[1]}
     stats, rest = {"mean": c[2], "var": c[3]}, {"eps": 1e-5, "act": 1}
+    if op.startswith("dropout"):
+        seed = {"seed": torch.tensor([5]), "p": 0.3, "per_channel": True}
+        return {"x": image(), "residual": image(), **seed}
     if op == "batch_norm_act_fwd":
         return {"x": image(), "residual": image(), **norm, **rest}
     if op == "batch_norm_act_apply":
@@ -111,6 +119,7 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
 OPS = ["batch_norm_act_fwd", "batch_norm_act_apply", "batch_norm_act_bwd", "batch_norm_act_stats"]
 OPS += ["batch_norm_act_reduce", "batch_norm_act_dx", "batch_norm_join_stats"]
 OPS += ["batch_norm_update_running"]
+OPS += ["dropout_apply", "dropout_apply_"]
 
 
 def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
@@ -157,6 +166,8 @@ def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
 def kinds(name: str, good: Any) -> list[str]:
     if not isinstance(good, Tensor):
         return [str(i) for i in range(len(NUMBERS.get(name, [])))]
+    if name == "seed":
+        return SEED
     own = ANY | (IMAGE if name in IMAGES else CHANNELS)
     sensible = ("None",) * (name in OPTIONAL) + SAME_NUMBER * (good.numel() == 1)
     return [kind for kind in own if kind not in sensible]

@@ -117,12 +117,32 @@ __device__ inline void load(const T* p, float (&out)[kVector]) {
   for (int v = 0; v < kVector; ++v) out[v] = to_float(pack.values[v]);
 }
 
+// Two rounded neighbours as one word, in one instruction.
+template <class T>
+__device__ inline uint32_t from_floats(float low, float high) {
+  uint32_t word;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    __builtin_memcpy(&word, &pair, sizeof word);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    __builtin_memcpy(&word, &pair, sizeof word);
+  }
+  return word;
+}
+
 template <int kVector, class T>
 __device__ inline void store(T* p, const float (&in)[kVector]) {
-  Pack<T, kVector> pack;
+  if constexpr (kVector == 8) {
+    // As words: nvcc 13 split some stores of single halves into their elements.
+    *reinterpret_cast<uint4*>(p) = {from_floats<T>(in[0], in[1]), from_floats<T>(in[2], in[3]),
+                                    from_floats<T>(in[4], in[5]), from_floats<T>(in[6], in[7])};
+  } else {
+    Pack<T, kVector> pack;
 #pragma unroll
-  for (int v = 0; v < kVector; ++v) pack.values[v] = from_float<T>(in[v]);
-  *reinterpret_cast<Pack<T, kVector>*>(p) = pack;
+    for (int v = 0; v < kVector; ++v) pack.values[v] = from_float<T>(in[v]);
+    *reinterpret_cast<Pack<T, kVector>*>(p) = pack;
+  }
 }
 
 // The cut of one call over the card, the same for all kernels of an op.
