@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from fastcnn.ops import augment as _augment
 from fastcnn.ops import batch_norm_act as _batch_norm_act
 from fastcnn.ops import conv_bn_act as _conv_bn_act
+from fastcnn.ops import dropout as _dropout
 from fastcnn.ops import upsample as _upsample
 from fastcnn.ops.activation import Activation
 from fastcnn.ops.augment_parameters import AugmentParameters
@@ -24,6 +25,7 @@ __all__ = [
     "batch_norm_act",
     "conv_bn_act",
     "conv_bn_act_blocks",
+    "dropout",
     "interpolate",
 ]
 
@@ -271,3 +273,54 @@ def interpolate(
     return _upsample.interpolate(
         input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias, concat
     )
+
+
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    residual: Tensor | None = None,
+    per_channel: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Set elements or channels to zero at random, scale the others, and add a residual.
+
+    .. math::
+        y = x \cdot \frac{k}{1 - p} + r, \quad k \in \{0, 1\}, \quad P(k = 0) = p
+
+    The draw k is Philox4x32-10's for a seed and the element's logical index (n, c, h, w order), so
+    one seed gives the same mask on CPU and CUDA, in NCHW and channels_last, on any number of
+    threads, eager and compiled. The seed is an int64 from the generator of the input's device:
+    torch.manual_seed makes it reproducible, and a captured CUDA graph draws a new one at every
+    replay. Backward keeps it and no mask. p is rounded to a multiple of 2^-32 (but never to 0 or
+    1), and the scale is that of the rounded one. Zeros are made by multiplication, so a dropped NaN
+    or infinity shows as NaN, as in PyTorch.
+
+    Args:
+        input: any number of dimensions, contiguous; with four, [n, c, h, w], also channels_last;
+            float32, bfloat16, float16, and on the CPU float64.
+        p: probability that an element is zeroed.
+        training: False returns the input itself, or input + residual.
+        inplace: whether to write y into the input's memory and return the input.
+        residual: added after the scaling; sizes, dtype and layout of the input.
+        per_channel: one draw for each of the first two dimensions, [n, c, ...], as in
+            torch.nn.functional.dropout1d, 2d (which takes [n, c, l] too) and 3d.
+        generator: draws the seed in place of the default one; of the input's kind of device.
+
+    Returns:
+        y in the input's sizes, dtype and memory layout; the input itself where there is nothing to
+        do (p = 0 or training=False, without a residual).
+
+    Raises:
+        TypeError: an argument that is no Tensor, or of another dtype than named above.
+        ValueError: p outside 0 ... 1; another rank, size, device or memory layout; a generator of
+            another device.
+        RuntimeError: inplace on a leaf that requires grad, as PyTorch has it, or on a view that
+            autograd cannot follow; called under torch.vmap(randomness="error").
+
+    Source: Srivastava et al. 2014; Tompson et al. 2015, arXiv:1411.4280 (per channel); Salmon et
+    al. 2011 (Philox); torch.nn.functional.dropout, dropout2d.
+    """
+    return _dropout.dropout(input, p, training, inplace, residual, per_channel, generator)

@@ -11,6 +11,7 @@ BACKENDS = {
     "augment": ("C++", "CUDA C++"),
     "batch_norm_act": ("C++", "CUDA C++"),
     "conv_bn_act": ("oneDNN through PyTorch + C++", "cuDNN through PyTorch + CUDA C++"),
+    "dropout": ("C++", "CUDA C++"),
     "upsample": ("C++", "CUDA C++"),
 }
 

@@ -53,6 +53,10 @@ def run_all() -> None:
                 ops.batch_norm_update_running(mean, var, w, b, None, 0.1, 7)
                 ops.batch_norm_update_running(mean, var, w, b, w[-1:], 0.1, 0)
                 resize_all(image)
+                seed = guarded(torch.tensor([5]))
+                for per_channel in (False, True):
+                    ops.dropout_apply(x, residual, seed, 0.3, per_channel)
+                    ops.dropout_apply_(guarded(image), None, seed, 0.3, per_channel)
     for shape in [(1, 1, 1, 1), (3, 1, 5, 7), (1, 3, 1, 1), (2, 3, 5, 7), (1, 3, 40, 33)]:
         for layout in (torch.contiguous_format, torch.channels_last):
             augment_wildly(shape, layout)

@@ -70,6 +70,7 @@ NUMBERS: dict[str, list[Any]] = {
     "eps": [None, "x"],
     "momentum": [None, "x"],
     "total": [torch.ones(2), torch.ones(()), torch.ones(1, dtype=torch.int64), "x"],
+    "p": [-0.1, 1.1, float("nan"), float("inf"), None, "x"],
     "h": [0, -1, 3, 2**31, 2**62, None, "x"],
     "w": [0, -1, 3, 2**31, 2**62, None, "x"],
     "scale_h": [0.0, -1.0, 0.3, float("nan"), float("inf"), "x"],
@@ -91,6 +92,10 @@ NUMBERS_OF: dict[tuple[str, str], list[Any]] = {
     ("augment_mask", "fill"): [None],
 }
 SAME_NUMBER = ("expanded", "huge strides", "shorter", "strided")  # of a vector of one
+# One int64 in any shape and with any strides is a seed.
+SEED = ["None", "no tensor", "a number", "bool", "complex", "other float", "another half", "meta"]
+SEED += ["sparse", "empty", "longer", "storage freed", "storage freed behind an offset"]
+SEED += ["storage halved"]
 OPTIONAL = ("residual", "saved", "weight", "bias", "skip")  # total is None already where it may be
 IMAGES = ("x", "residual", "saved", "dy", "skip")
 ALONE = {"other float", "another half", "meta", "empty", "shorter", "longer"}
@@ -123,6 +128,9 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
     c = [torch.ones(6, dtype=acc) for _ in range(4)]
     norm: dict[str, Any] = {"weight": c[0], "bias": c[1]}
     stats, rest = {"mean": c[2], "var": c[3]}, {"eps": 1e-5, "act": 1}
+    if op.startswith("dropout"):
+        seed = {"seed": torch.tensor([5]), "p": 0.3, "per_channel": True}
+        return {"x": image(), "residual": image(), **seed}
     if op == "batch_norm_act_fwd":
         return {"x": image(), "residual": image(), **norm, **rest}
     if op == "batch_norm_act_apply":
@@ -161,6 +169,7 @@ OPS += ["batch_norm_update_running"]
 OPS += ["conv2d_bwd_weight"] * _C.has_bf16_dot()  # elsewhere it raises in any case
 OPS += ["upsample_fwd", "upsample_bwd"]
 OPS += ["augment", "augment_mask"]
+OPS += ["dropout_apply", "dropout_apply_"]
 
 
 def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
@@ -210,6 +219,8 @@ def numbers(op: str, name: str) -> list[Any]:
 def kinds(op: str, name: str, good: Any) -> list[str]:
     if not isinstance(good, Tensor):
         return [str(i) for i in range(len(numbers(op, name)))]
+    if name == "seed":
+        return SEED
     own = ANY | (IMAGE if name in IMAGES else CHANNELS)
     legal = NO_NONSENSE.get((op, name), set()) | ({"None"} if name in OPTIONAL else set())
     if good.numel() == 1:

@@ -55,6 +55,16 @@ using Vec = typename VecOf<S>::type;
 template <class S>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(S));
 
+// The integer of S's size.
+template <class S>
+struct IntOf {
+  using type = uint32_t;
+};
+template <>
+struct IntOf<double> {
+  using type = uint64_t;
+};
+
 template <class S>
 inline Vec<S> splat(S value) {
   return Vec<S>{} + value;

@@ -3,12 +3,15 @@
 from fastcnn.nn.augment import Augment
 from fastcnn.nn.batch_norm_act import BatchNormAct2d, convert_sync_batchnorm
 from fastcnn.nn.conv_bn_act import Block, conv_bn_act, conv_bn_act_blocks
+from fastcnn.nn.dropout import Dropout, Dropout2d
 from fastcnn.nn.upsample import Upsample
 
 __all__ = [
     "Augment",
     "BatchNormAct2d",
     "Block",
+    "Dropout",
+    "Dropout2d",
     "Upsample",
     "conv_bn_act",
     "conv_bn_act_blocks",

@@ -26,25 +26,36 @@ def memory_format_of(x: Tensor) -> torch.memory_format | None:
     return None
 
 
-def check_image(op: str, name: str, x: Tensor) -> None:
-    """Check a dense batch of images [n, c, h, w] of a floating type on a device with kernels."""
+def check_dense(op: str, name: str, x: Tensor) -> None:
+    """Check a dense tensor of a floating type and any rank on a device with kernels."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name}: expected a Tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise TypeError(
             f"{op}: {name}: expected float32, bfloat16, float16 or float64, got {x.dtype}"
         )
-    if x.dim() != 4:
+    if x.dim() == 4:
+        if memory_format_of(x) is None:
+            raise ValueError(
+                f"{op}: {name}: expected a dense NCHW or channels_last tensor, got sizes "
+                f"{list(x.shape)} with strides {list(x.stride())}; call {name}.contiguous() or "
+                f"{name}.contiguous(memory_format=torch.channels_last) first"
+            )
+    elif not x.is_contiguous():
+        raise ValueError(
+            f"{op}: {name}: expected a contiguous tensor, got sizes {list(x.shape)} with strides "
+            f"{list(x.stride())}; call {name}.contiguous() first"
+        )
+    check_device(op, name, x)
+
+
+def check_image(op: str, name: str, x: Tensor) -> None:
+    """Check a dense batch of images [n, c, h, w] of a floating type on a device with kernels."""
+    if isinstance(x, Tensor) and x.dtype in FLOATS and x.dim() != 4:
         raise ValueError(
             f"{op}: {name}: expected 4 dimensions [n, c, h, w], got {x.dim()}: {list(x.shape)}"
         )
-    if memory_format_of(x) is None:
-        raise ValueError(
-            f"{op}: {name}: expected a dense NCHW or channels_last tensor, got sizes "
-            f"{list(x.shape)} with strides {list(x.stride())}; call {name}.contiguous() or "
-            f"{name}.contiguous(memory_format=torch.channels_last) first"
-        )
-    check_device(op, name, x)
+    check_dense(op, name, x)
 
 
 def check_device(op: str, name: str, x: Tensor) -> None:
@@ -68,8 +79,8 @@ def check_device(op: str, name: str, x: Tensor) -> None:
 
 
 def check_image_of(op: str, name: str, t: Tensor, sizes: Sequence[int], x: Tensor) -> None:
-    """Check an image batch of these sizes, of x's dtype and device."""
-    check_image(op, name, t)
+    """Check a dense tensor of these sizes, of x's dtype and device, x being checked."""
+    (check_image if x.dim() == 4 else check_dense)(op, name, t)
     if list(t.shape) != list(sizes):
         raise ValueError(f"{op}: {name}: expected sizes {list(sizes)}, got {list(t.shape)}")
     if t.dtype != x.dtype:

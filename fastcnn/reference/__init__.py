@@ -2,6 +2,7 @@
 
 from fastcnn.reference.augment import augment
 from fastcnn.reference.batch_norm_act import batch_norm_act
+from fastcnn.reference.dropout import dropout
 from fastcnn.reference.upsample import upsample
 
-__all__ = ["augment", "batch_norm_act", "upsample"]
+__all__ = ["augment", "batch_norm_act", "dropout", "upsample"]

@@ -1,0 +1,81 @@
+// Which elements a random mask keeps: a function of the seed, the probability and the element's
+// logical index i (in the order n, c, h, w, whatever the memory layout), and of nothing else.
+//
+// Element i is kept where a draw of 32 bits is below the threshold T, the probability to be kept in
+// units of 2^-32:
+//   u(i) = 65536 * h(i, 0) + h(i, 1) < T
+//   h(i, stream): 16 bits, number i % 8 (low half first) of
+//                 Philox4x32-10(counter = {i / 8 low, i / 8 high, stream, 0}, key = seed)
+// So one Philox serves eight elements, and is exact to 32 bits all the same: h(i, 1) decides only
+// where h(i, 0) equals the upper half of T, which is one element of 65536, and it is drawn only
+// there.
+#pragma once
+
+#include <cstdint>
+
+#include "common/philox.h"
+
+namespace fastcnn {
+
+constexpr int kKeepBlock = 8;  // elements of one draw, a power of two
+
+// The multiple of 2^-32 nearest to 1 - p, but neither 0 nor 1 unless p is 1 or 0.
+struct Keep {
+  uint64_t seed;
+  uint32_t high, low;  // the threshold's halves
+
+  Keep() = default;
+  FASTCNN_HOST_DEVICE Keep(uint64_t seed, uint32_t threshold)
+      : seed(seed), high(threshold >> 16), low(threshold & 0xffff) {}
+};
+
+constexpr double kDraws = 4294967296.;  // 2^32, of which `threshold` are kept
+
+inline uint32_t keep_threshold(double p) {
+  if (p >= 1) return 0;
+  const double nearest = (1 - p) * kDraws + 0.5;
+  return nearest < 1 ? 1 : nearest >= kDraws - 1 ? 0xffffffffu : static_cast<uint32_t>(nearest);
+}
+
+// What kept elements are multiplied by, so that the mean stays: 1 / (threshold / 2^32).
+inline double keep_scale(uint32_t threshold) { return threshold == 0 ? 0 : kDraws / threshold; }
+
+// Bit j: h(8 * block + j, stream) is below `below`, and in `equal` whether it is equal.
+FASTCNN_HOST_DEVICE uint32_t draw_below(uint64_t block, uint32_t stream, uint64_t seed,
+                                        uint32_t below, uint32_t* equal) {
+  uint64_t words[4] = {block, block >> 32, stream, 0};
+  philox4x32_10(words, PhiloxKeys(seed), MultiplyScalar{});
+  uint32_t bits = 0, same = 0;
+  for (int j = 0; j < kKeepBlock; ++j) {
+    const uint32_t word = static_cast<uint32_t>(words[j / 2]);
+    const uint32_t half = j % 2 == 0 ? word & 0xffff : word >> 16;
+    bits |= static_cast<uint32_t>(half < below) << j;
+    same |= static_cast<uint32_t>(half == below) << j;
+  }
+  *equal = same;
+  return bits;
+}
+
+// For the elements that `equal` names in a block: which of them the further draw keeps.
+FASTCNN_HOST_DEVICE uint32_t keep_equal(const Keep& keep, uint64_t block, uint32_t equal) {
+  uint32_t unused;
+  return equal & draw_below(block, 1, keep.seed, keep.low, &unused);
+}
+
+// Bit j: element 8 * block + j is kept.
+FASTCNN_HOST_DEVICE uint32_t keep_block(const Keep& keep, uint64_t block) {
+  uint32_t equal;
+  uint32_t bits = draw_below(block, 0, keep.seed, keep.high, &equal);
+  if (equal != 0 && keep.low != 0) bits |= keep_equal(keep, block, equal);
+  return bits;
+}
+
+// The bits of 8 elements from logical index `first` on, which may straddle two blocks.
+FASTCNN_HOST_DEVICE uint32_t keep_from(const Keep& keep, uint64_t first) {
+  const uint32_t phase = static_cast<uint32_t>(first % kKeepBlock);
+  uint32_t bits = keep_block(keep, first / kKeepBlock);
+  if (phase != 0) bits |= keep_block(keep, first / kKeepBlock + 1) << kKeepBlock;
+  return bits >> phase & 0xff;
+}
+
+}  // namespace fastcnn

@@ -1,0 +1,95 @@
+// dropout between torch and the kernels: what fastcnn/ops/dropout.py declares, here checked,
+// allocated and launched.
+#include "dropout.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "common/check.h"
+#ifdef FASTCNN_WITH_CUDA
+#include "common/cuda_call.h"
+#endif
+
+namespace fastcnn {
+namespace {
+
+// A view with the same logical indices, [n, c, h, w]. It fails where t is not dense.
+Tensor as_images(const char* op, const Tensor& t, bool per_channel) {
+  if (t.dim() == 4) return t;
+  if (!per_channel) return torch::stable::view(t, {1, 1, 1, t.numel()});
+  if (t.dim() < 3) fail(op, "x: expected [n, c, ...] with per_channel, got sizes ", sizes_of(t));
+  const int64_t planes = t.size(0) * t.size(1);
+  return torch::stable::view(t, {t.size(0), t.size(1), 1, planes == 0 ? 0 : t.numel() / planes});
+}
+
+template <class Launch>
+void run(const char* op, const Tensor& x, const OptionalTensor& residual, const Tensor& seed,
+         double p, bool per_channel, const Tensor& y, Launch launch) {
+  const Tensor images = as_images(op, x, per_channel);
+  OptionalTensor added = residual;
+  if (residual) added = as_images(op, *residual, per_channel);
+  const Check check(op, images);
+  if (!(p >= 0 && p <= 1)) fail(op, "p: expected a probability from 0 to 1, got ", p);
+  check_storage(op, "seed", seed);
+  if (seed.scalar_type() != ScalarType::Long || seed.numel() != 1 || seed.device() != x.device()) {
+    fail(op, "seed: expected one int64 where x is, got sizes ", sizes_of(seed), " of ",
+         torch::headeronly::toString(seed.scalar_type()), ", ", device_of(seed));
+  }
+  DropoutParams call{};
+  call.shape = check.shape();
+  call.dtype = check.dtype();
+  call.per_channel = per_channel;
+  call.threshold = keep_threshold(p);
+  call.scale = keep_scale(call.threshold);
+  call.seed = static_cast<const int64_t*>(seed.const_data_ptr());
+  call.x = images.const_data_ptr();
+  call.residual = check.image("residual", added);
+  call.y = y.mutable_data_ptr();
+  if (call.shape.numel() == 0) return;
+  // Elements are read where they are written, or not at all.
+  const auto address = [](const void* pointer) { return reinterpret_cast<intptr_t>(pointer); };
+  const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());
+  const int64_t apart = address(call.residual) - address(call.y);
+  if (call.residual != nullptr && apart != 0 && -bytes < apart && apart < bytes) {
+    fail(op, "residual: expected x itself or memory of its own, got some that overlaps x's");
+  }
+  launch(op, call, x);
+}
+
+template <auto launch>
+Tensor apply(const Tensor& x, const OptionalTensor& residual, const Tensor& seed, double p,
+             bool per_channel) {
+  Tensor y = torch::stable::empty_like(x);
+  run("dropout_apply", x, residual, seed, p, per_channel, y, launch);
+  return y;
+}
+
+template <auto launch>
+void apply_inplace(const Tensor& x, const OptionalTensor& residual, const Tensor& seed, double p,
+                   bool per_channel) {
+  run("dropout_apply_", x, residual, seed, p, per_channel, x, launch);
+}
+
+void on_cpu(const char*, const DropoutParams& p, const Tensor&) { dropout_apply_cpu(p); }
+
+#ifdef FASTCNN_WITH_CUDA
+void on_cuda(const char* op, const DropoutParams& p, const Tensor& x) {
+  const CudaCall call(op, x);
+  call.check(launch_dropout_apply(p, call.device()));
+}
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastcnn, CPU, m) {
+  m.impl("dropout_apply", TORCH_BOX((&apply<on_cpu>)));
+  m.impl("dropout_apply_", TORCH_BOX((&apply_inplace<on_cpu>)));
+}
+
+#ifdef FASTCNN_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastcnn, CUDA, m) {
+  m.impl("dropout_apply", TORCH_BOX((&apply<on_cuda>)));
+  m.impl("dropout_apply_", TORCH_BOX((&apply_inplace<on_cuda>)));
+}
+#endif
+
+}  // namespace fastcnn
