@@ -54,3 +54,12 @@ RESNET50 = [
     Image(2, 512, 7, 7, "stage 4, inside: an odd plane of 49"),
     Image(2, 2048, 7, 7, "stage 4, after: the most channels"),
 ]
+
+# Inputs of group norms, with the number of groups.
+GROUP_NORM = [
+    (Image(16, 256, 56, 56, "a ResNet-50 with group norm: a sample of 3.2 MB"), 32),
+    (Image(8, 320, 64, 64, "the U-Net of a latent diffusion: c / g = 10"), 32),
+    (Image(4, 64, 256, 256, "few large samples"), 8),
+    (Image(32, 128, 28, 28, "a whole sample normalised"), 1),
+    (Image(32, 128, 28, 28, "each channel normalised"), 128),
+]
