@@ -63,9 +63,10 @@ void write_sums(const Scratch<Sum>& sums, int64_t tasks, int64_t stride, int64_t
 // ---- channels_last
 // -------------------------------------------------------------------------------
 
-template <class T, Act act>
+template <class T, class A>
 void fwd_rows(const GroupNormActFwdParams& p) {
   using S = Acc<T>;
+  const A act(p.act);
   const int64_t c = p.shape.c;
   const Parameter<S> weight(p.weight, c, S(1)), bias(p.bias, c, S(0));
   Blocks(p.shape.per_channel(), p.shape.numel()).run([&](int64_t, int64_t first, int64_t last) {
@@ -79,15 +80,16 @@ void fwd_rows(const GroupNormActFwdParams& p) {
           c, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
             const Vec<S> scale = rstd * load(weight.get() + i);
             const Vec<S> z = (load(x + i, count) - center) * scale + load(bias.get() + i);
-            store(y + i, act_fwd<act>(z), count);
+            store(y + i, act.fwd(z), count);
           });
     }
   });
 }
 
-template <class T, Act act>
+template <class T, class A>
 void bwd_rows(const GroupNormActBwdParams& p) {
   using S = Acc<T>;
+  const A act(p.act);
   const int64_t c = p.shape.c, stride = ceil_div(c, kLanes<S>) * kLanes<S>;
   const Parameter<S> weight(p.weight, c, S(1)), bias(p.bias, c, S(0));
   const Blocks blocks(p.shape.per_channel(), p.shape.numel());
@@ -106,7 +108,7 @@ void bwd_rows(const GroupNormActBwdParams& p) {
             c, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
               const Vec<S> centered = load(x + i, count) - center, w = load(weight.get() + i);
               const Vec<S> z = centered * (rstd * w) + load(bias.get() + i);
-              body(i, count, centered * rstd, act_bwd<act>(load(dy + i, count), z), w);
+              body(i, count, centered * rstd, act.bwd(load(dy + i, count), z), w);
             });
       };
       Vec<S> sum{}, sum_x{};  // of weight * dz, and of that times xhat
@@ -150,9 +152,10 @@ struct Tiles {
   int64_t statistic(int64_t unit) const { return sample(unit) * hw + pixel(unit); }
 };
 
-template <class T, Act act>
+template <class T, class A>
 void fwd_tiles(const GroupNormActFwdParams& p) {
   using S = Acc<T>;
+  const A act(p.act);
   const int64_t c = p.shape.c, hw = p.shape.hw;
   const Parameter<S> weight(p.weight, c, S(1)), bias(p.bias, c, S(0));
   const Tiles tiles(p.shape, kLanes<S>, sizeof(S));
@@ -203,16 +206,17 @@ void fwd_tiles(const GroupNormActFwdParams& p) {
         for_each_vector<S>(
             pixels, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
               const Vec<S> centered = load(tile.get() + j * width + i) - load(mean + i);
-              store(y + j * hw + i, act_fwd<act>(centered * (load(rstd + i) * w) + b), count);
+              store(y + j * hw + i, act.fwd(centered * (load(rstd + i) * w) + b), count);
             });
       }
     }
   });
 }
 
-template <class T, Act act>
+template <class T, class A>
 void bwd_tiles(const GroupNormActBwdParams& p) {
   using S = Acc<T>;
+  const A act(p.act);
   const int64_t c = p.shape.c, hw = p.shape.hw;
   const Parameter<S> weight(p.weight, c, S(1)), bias(p.bias, c, S(0));
   const Tiles tiles(p.shape, kLanes<S>, sizeof(S));
@@ -242,7 +246,7 @@ void bwd_tiles(const GroupNormActBwdParams& p) {
             pixels, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
               const Vec<S> centered = load(x + j * hw + i, count) - load(mean + i);
               const Vec<S> r = load(rstd + i), xhat = centered * r;
-              const Vec<S> dz = act_bwd<act>(load(dy + j * hw + i, count), centered * (r * w) + b);
+              const Vec<S> dz = act.bwd(load(dy + j * hw + i, count), centered * (r * w) + b);
               total += dz;
               total_x += dz * xhat;
               store(tile_dz.get() + j * width + i, w * dz);
@@ -276,8 +280,8 @@ void pixel_norm_act_fwd_cpu(const GroupNormActFwdParams& p) {
   dispatch_dtype(p.dtype, [&](auto element) {
     dispatch_act(p.act, [&](auto act) {
       using T = decltype(element);
-      constexpr Act kAct = decltype(act)::value;
-      p.shape.channels_last ? fwd_rows<T, kAct>(p) : fwd_tiles<T, kAct>(p);
+      using A = typename decltype(act)::type;
+      p.shape.channels_last ? fwd_rows<T, A>(p) : fwd_tiles<T, A>(p);
     });
   });
 }
@@ -286,8 +290,8 @@ void pixel_norm_act_bwd_cpu(const GroupNormActBwdParams& p) {
   dispatch_dtype(p.dtype, [&](auto element) {
     dispatch_act(p.act, [&](auto act) {
       using T = decltype(element);
-      constexpr Act kAct = decltype(act)::value;
-      p.shape.channels_last ? bwd_rows<T, kAct>(p) : bwd_tiles<T, kAct>(p);
+      using A = typename decltype(act)::type;
+      p.shape.channels_last ? bwd_rows<T, A>(p) : bwd_tiles<T, A>(p);
     });
   });
 }

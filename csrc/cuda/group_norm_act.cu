@@ -185,13 +185,14 @@ __global__ void __launch_bounds__(kThreads)
   T* y = static_cast<T*>(p.y) + plan.offset();
   const Coefficients<kSlots<kVector, kChannelsLast>> k(p, plan, walk.channel);
   const auto finish = [&](int64_t offset, const float(&value)[kVector]) {
-    float out[kVector];
+    float z[kVector];
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       const int s = kChannelsLast ? v : 0;
-      out[v] = act_fwd(p.act, (value[v] - k.mean[s]) * k.scale[s] + k.bias[s]);
+      z[v] = (value[v] - k.mean[s]) * k.scale[s] + k.bias[s];
     }
-    store(y + offset, out);
+    act_fwd(p.act, z);
+    store(y + offset, z);
   };
   walk.run(
       [&](const int64_t(&offsets)[kUnroll]) {
@@ -218,12 +219,14 @@ __device__ void for_each_dz(const GroupNormActBwdParams& p, const SamplePlan& pl
   const T* dy = static_cast<const T*>(p.dy) + plan.offset();
   const T* x = static_cast<const T*>(p.x) + plan.offset();
   const auto finish = [&](int64_t offset, float(&value)[kVector], float(&grad)[kVector]) {
+    float z[kVector];
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       const int s = kChannelsLast ? v : 0;
       value[v] -= k.mean[s];
-      grad[v] = act_bwd(p.act, grad[v], value[v] * k.scale[s] + k.bias[s]);
+      z[v] = value[v] * k.scale[s] + k.bias[s];
     }
+    act_bwd(p.act, grad, z);
     body(offset, value, grad);
   };
   walk.run(
@@ -444,9 +447,9 @@ int launch_group_norm_act_bwd(const GroupNormActBwdParams& p, float* workspace,
         launch(device, grid_of(plan), threads, threads * kSlots<kVector, cl.value> * sizeof(Sums),
                group_norm_act_reduce_kernel<T, kVector, cl.value>, p, plan, partial);
     if (error != cudaSuccess) return error;
-    error =
-        launch(device, finish_grid(plan.samples * plan.groups), kThreads, kThreads * sizeof(Sums),
-               group_norm_act_finish_reduce_kernel, p, plan, sums, slopes);
+    const FinishPlan by_group(plan.columns.splits * plan.per_group);
+    error = launch(device, by_group.grid(plan.slabs()), kThreads, kThreads * sizeof(Sums),
+                   group_norm_act_finish_reduce_kernel, p, plan, by_group, sums, slopes);
     if (error != cudaSuccess) return error;
     const FinishPlan by_channel(plan.columns.splits * plan.samples);
     error = launch(device, by_channel.grid(p.shape.c), kThreads, kThreads * sizeof(Sums),

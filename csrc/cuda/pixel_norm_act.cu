@@ -126,8 +126,9 @@ __global__ void __launch_bounds__(kThreads)
     float out[kVector];
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      out[v] = act_fwd(p.act, (values[v] - mean[v]) * (rstd[v] * weight) + bias);
+      out[v] = (values[v] - mean[v]) * (rstd[v] * weight) + bias;
     }
+    act_fwd(p.act, out);
     store(y + j * hw, out);
   });
 }
@@ -163,13 +164,16 @@ __global__ void __launch_bounds__(kThreads)
       for (int u = 0; u < count.value; ++u) {
         const int64_t channel = j + u * plan.lanes;
         const float weight = number(p.weight, channel, 1.f), bias = number(p.bias, channel, 0.f);
+        float z[kVector];
 #pragma unroll
         for (int v = 0; v < kVector; ++v) {
           const float centered = values[u][v] - mean[v];
-          const float z = centered * (rstd[v] * weight) + bias;
-          grads[u][v] = weight * act_bwd(p.act, grads[u][v], z);
+          z[v] = centered * (rstd[v] * weight) + bias;
           values[u][v] = centered * rstd[v];
         }
+        act_bwd(p.act, grads[u], z);
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) grads[u][v] *= weight;
         body(channel, values[u], grads[u]);
       }
     });
@@ -199,7 +203,7 @@ __global__ void __launch_bounds__(kThreads)
 // --------------------------------------------------------------
 
 template <class T, int kVector>
-__global__ void __launch_bounds__(kSlabThreads)
+__global__ void __launch_bounds__(kSlabThreads, 1)
     pixel_norm_act_dx_rows_kernel(GroupNormActBwdParams p, SlabPlan plan) {
   const int lanes = plan.lanes, lane = threadIdx.x % lanes;
   const int64_t row = blockIdx.x * static_cast<int64_t>(plan.per_block) + threadIdx.x / plan.lanes;
@@ -222,14 +226,17 @@ __global__ void __launch_bounds__(kSlabThreads)
 #pragma unroll
       for (int u = 0; u < count.value; ++u) {
         const int64_t channel = (i + u * lanes) * kVector;
+        float weight[kVector], z[kVector];
 #pragma unroll
         for (int v = 0; v < kVector; ++v) {
-          const float weight = number(p.weight, channel + v, 1.f);
+          weight[v] = number(p.weight, channel + v, 1.f);
           const float centered = values[u][v] - mean;
-          const float z = centered * (rstd * weight) + number(p.bias, channel + v, 0.f);
-          grads[u][v] = weight * act_bwd(p.act, grads[u][v], z);
+          z[v] = centered * (rstd * weight[v]) + number(p.bias, channel + v, 0.f);
           values[u][v] = centered * rstd;
         }
+        act_bwd(p.act, grads[u], z);
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) grads[u][v] *= weight[v];
         body(channel, values[u], grads[u]);
       }
     };
@@ -286,21 +293,27 @@ __global__ void __launch_bounds__(kThreads)
     weight[s] = walk.active ? number(p.weight, walk.channel + s, 1.f) : 0.f;
     bias[s] = walk.active ? number(p.bias, walk.channel + s, 0.f) : 0.f;
   }
-  const auto add = [&](int64_t offset, const float(&values)[kVector],
-                       const float(&grads)[kVector]) {
+  const auto add = [&](int64_t offset, const float(&values)[kVector], float(&dz)[kVector]) {
     // Of the vector's first element. The division costs less than the wait for memory.
     const int64_t pixel = kChannelsLast
                               ? offset / p.shape.c
                               : offset / (p.shape.c * p.shape.hw) * p.shape.hw +
                                     (offset - walk.channel * p.shape.hw) % (p.shape.c * p.shape.hw);
+    float xhat[kVector], z[kVector];
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       const int s = kChannelsLast ? v : 0;
       const int64_t at = pixel + (kChannelsLast ? 0 : v);
       const float rstd = rstd_of(var[at], p.eps), centered = values[v] - mean[at];
-      const float dz = act_bwd(p.act, grads[v], centered * (rstd * weight[s]) + bias[s]);
-      sums[s].dbias += dz;
-      sums[s].dweight += dz * (centered * rstd);
+      xhat[v] = centered * rstd;
+      z[v] = centered * (rstd * weight[s]) + bias[s];
+    }
+    act_bwd(p.act, dz, z);
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) {
+      const int s = kChannelsLast ? v : 0;
+      sums[s].dbias += dz[v];
+      sums[s].dweight += dz[v] * xhat[v];
     }
   };
   walk.run(

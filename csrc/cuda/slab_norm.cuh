@@ -65,7 +65,7 @@ __device__ inline float sum_of_slab(float value, int lanes, float* shared) {
 }
 
 template <class T, int kVector, bool kChannelsLast>
-__global__ void __launch_bounds__(kSlabThreads)
+__global__ void __launch_bounds__(kSlabThreads, 1)
     slab_norm_act_fwd_kernel(GroupNormActFwdParams p, SlabPlan plan) {
   using Vector = Pack<T, kVector>;
   const int lanes = plan.lanes, lane = threadIdx.x % lanes, own = threadIdx.x / lanes;
@@ -142,8 +142,9 @@ __global__ void __launch_bounds__(kSlabThreads)
       const int64_t c = channel + (kChannelsLast ? v : 0);
       const float scale = weight == nullptr ? rstd : rstd * weight[c];
       const float added = bias == nullptr ? 0.f : bias[c];
-      out[v] = act_fwd(p.act, (to_float(values.values[v]) - mean) * scale + added);
+      out[v] = (to_float(values.values[v]) - mean) * scale + added;
     }
+    act_fwd(p.act, out);
     store(y + offset(i), out);
   }
 }
