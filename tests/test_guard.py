@@ -51,6 +51,11 @@ def run_all() -> None:
                 ops.batch_norm_act_dx(dy, x, None, w, b, mean, var, w, b, w[-1:], 1e-5, 1)
                 ops.batch_norm_update_running(mean, var, w, b, None, 0.1, 7)
                 ops.batch_norm_update_running(mean, var, w, b, w[-1:], 0.1, 0)
+                for groups in {1, shape[1]}:
+                    _, mean, var = ops.group_norm_act_fwd(x, w, b, groups, 1e-5, 4)
+                    ops.group_norm_act_bwd(dy, x, w, b, guarded(mean), guarded(var), 1e-5, 4)
+                _, mean, var = ops.pixel_norm_act_fwd(x, w, b, 1e-5, 1)
+                ops.pixel_norm_act_bwd(dy, x, w, b, guarded(mean), guarded(var), 1e-5, 1)
     print("done")
 
 

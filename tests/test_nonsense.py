@@ -68,6 +68,7 @@ NUMBERS: dict[str, list[Any]] = {
     "act": [-1, 8, 2**31, -(2**63), 2**63 - 1, None, "relu"],
     "count": [1, 0, -5, -(2**63), None, "x"],  # without a total
     "eps": [None, "x"],
+    "groups": [0, -1, 4, 7, 2**62, -(2**63), None, "x"],
     "momentum": [None, "x"],
     "total": [torch.ones(2), torch.ones(()), torch.ones(1, dtype=torch.int64), "x"],
 }
@@ -77,6 +78,8 @@ SENSIBLE_ALONE = ("other float", "another half", "meta", "empty", "shorter", "lo
 SENSIBLE_ALONE += ("channel less", "column less", "the other layout")
 SAME_NUMBER = ("expanded", "huge strides", "shorter", "strided")  # of a vector of one
 OPTIONAL = ("residual", "saved", "weight", "bias")  # total is None already where it may be
+# Of an image beside which there is no other, these are good ones.
+GOOD_ALONE = ("another half", "empty", "shorter", "longer", "column less", "the other layout")
 IMAGES = ("x", "residual", "saved", "dy")
 
 
@@ -88,6 +91,13 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
     c = [torch.ones(6, dtype=acc) for _ in range(4)]
     norm: dict[str, Any] = {"weight": c[0], "bias": c[1]}
     stats, rest = {"mean": c[2], "var": c[3]}, {"eps": 1e-5, "act": 1}
+    if op.startswith(("group_norm_act", "pixel_norm_act")):
+        per_pixel = op.startswith("pixel")
+        groups = {} if per_pixel or op.endswith("bwd") else {"groups": 3}
+        if op.endswith("fwd"):
+            return {"x": image(), **norm, **groups, **rest}
+        matrices = {name: torch.ones(2, 16 if per_pixel else 3, dtype=c[0].dtype) for name in stats}
+        return {"dy": image(), "x": image(), **norm, **matrices, **rest}
     if op == "batch_norm_act_fwd":
         return {"x": image(), "residual": image(), **norm, **rest}
     if op == "batch_norm_act_apply":
@@ -111,6 +121,7 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
 OPS = ["batch_norm_act_fwd", "batch_norm_act_apply", "batch_norm_act_bwd", "batch_norm_act_stats"]
 OPS += ["batch_norm_act_reduce", "batch_norm_act_dx", "batch_norm_join_stats"]
 OPS += ["batch_norm_update_running"]
+OPS += ["group_norm_act_fwd", "group_norm_act_bwd", "pixel_norm_act_fwd", "pixel_norm_act_bwd"]
 
 
 def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
@@ -141,7 +152,7 @@ def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
                 choices = [
                     (name, kind)
                     for name, good in good_arguments(op, dtype, layout).items()
-                    for kind in kinds(name, good)
+                    for kind in kinds(op, name, good)
                     if not (op in ALONE and kind in SENSIBLE_ALONE)
                 ]
                 for choice in choices:
@@ -154,11 +165,13 @@ def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
     return calls, accepted
 
 
-def kinds(name: str, good: Any) -> list[str]:
+def kinds(op: str, name: str, good: Any) -> list[str]:
     if not isinstance(good, Tensor):
         return [str(i) for i in range(len(NUMBERS.get(name, [])))]
     own = ANY | (IMAGE if name in IMAGES else CHANNELS)
     sensible = ("None",) * (name in OPTIONAL) + SAME_NUMBER * (good.numel() == 1)
+    if name == "x" and op in ("group_norm_act_fwd", "pixel_norm_act_fwd"):
+        sensible += GOOD_ALONE
     return [kind for kind in own if kind not in sensible]
 
 

@@ -122,9 +122,17 @@ class GroupNormActFunction(torch.autograd.Function):
 
 
 def _check(
-    op: str, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: str
+    op: str,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+    channels: int | None = None,
 ) -> int:
     check_image(op, "input", input)
+    if channels is not None and input.shape[1] != channels:
+        raise ValueError(f"{op}: input: expected {channels} channels, got {input.shape[1]}")
     number = act_number(op, act)
     if not isinstance(eps, (int, float)):
         raise TypeError(f"{op}: eps: expected a number, got {type(eps).__name__}")
@@ -169,9 +177,7 @@ def pixel_norm_act(
     act: str,
 ) -> Tensor:
     """Normalise each pixel over its channels: the computation of fastcnn.nn.LayerNorm2d, `op`."""
-    number = _check(op, input, weight, bias, eps, act)
-    if input.shape[1] != channels:
-        raise ValueError(f"{op}: input: expected {channels} channels, got {input.shape[1]}")
+    number = _check(op, input, weight, bias, eps, act, channels)
     tensors = distinct(input, weight, bias)
     y, _, _ = GroupNormActFunction.apply(*tensors, None, float(eps), number)
     return y
