@@ -69,12 +69,19 @@ void fwd_rows(const GroupNormActFwdParams& p) {
   const A act(p.act);
   const int64_t c = p.shape.c;
   const Parameter<S> weight(p.weight, c, S(1)), bias(p.bias, c, S(0));
+  const S inverse = S(1) / static_cast<S>(c);
   Blocks(p.shape.per_channel(), p.shape.numel()).run([&](int64_t, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const T* x = static_cast<const T*>(p.x) + row * c;
       T* y = static_cast<T*>(p.y) + row * c;
       S *mean = static_cast<S*>(p.mean) + row, *var = static_cast<S*>(p.var) + row;
-      range_moments(x, c).write(mean, var);
+      if (c <= kChunkElements<T>) {  // no double and no division: a row is soon done
+        const ChunkMoments<S> moments = chunk_moments(x, c);
+        *mean = moments.center + moments.drift;
+        *var = moments.m2 * inverse;
+      } else {
+        range_moments(x, c).write(mean, var);
+      }
       const Vec<S> center = splat(*mean), rstd = splat(rstd_of(*var, p.eps));
       for_each_vector<S>(
           c, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
