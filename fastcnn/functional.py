@@ -134,7 +134,8 @@ def group_norm_act(
         weight: gamma, [c] in the input's dtype, or float32 beside a half input; None stands for 1.
         bias: beta, likewise; None stands for 0.
         eps: added to the variance.
-        act: "none", "relu" or "relu6".
+        act: "none", "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu" (by erf), "sigmoid"
+            or "hardswish". A NaN comes through; at -inf each has its limit.
 
     Returns:
         y in the input's sizes, dtype and memory layout. Results are bitwise the same from run to

@@ -21,7 +21,8 @@ class GroupNormAct(torch.nn.GroupNorm):
         num_channels: channels of the input.
         eps: added to the variance.
         affine: whether there are weight and bias.
-        act: "none", "relu" or "relu6".
+        act: "none", "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu" (by erf), "sigmoid"
+            or "hardswish".
         device: of the parameters.
         dtype: of the parameters.
     """
@@ -68,7 +69,7 @@ class LayerNorm2d(torch.nn.LayerNorm):
         eps: added to the variance. The default is torch.nn.LayerNorm's; ConvNeXt passes 1e-6.
         elementwise_affine: whether there are weight and bias.
         bias: whether there is a bias where there is a weight.
-        act: "none", "relu" or "relu6". "none", since the name has no activation.
+        act: as GroupNormAct's; here "none" unless asked for, since the name has no activation.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -132,7 +133,8 @@ class InstanceNormAct2d(torch.nn.InstanceNorm2d):
         momentum: weight of the new running statistics.
         affine: whether there are weight and bias.
         track_running_stats: whether there are running statistics.
-        act: "none", "relu" or "relu6".
+        act: "none", "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu" (by erf), "sigmoid"
+            or "hardswish".
         device: of parameters and buffers.
         dtype: of parameters and buffers.
     """
