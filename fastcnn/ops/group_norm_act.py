@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from fastcnn.ops._library import declare, distinct, positional
 from fastcnn.ops.activation import act_number
 from fastcnn.ops.batch_norm_act import acc_type, as_acc
-from fastcnn.ops.checks import check_channels, check_image, check_parameters, memory_format_of
+from fastcnn.ops.checks import check_channels, check_image, memory_format_of
 
 OP = "group_norm_act"
 
@@ -70,7 +70,6 @@ _group_fwd = torch.ops.fastcnn.group_norm_act_fwd.default
 _group_bwd = torch.ops.fastcnn.group_norm_act_bwd.default
 _pixel_fwd = torch.ops.fastcnn.pixel_norm_act_fwd.default
 _pixel_bwd = torch.ops.fastcnn.pixel_norm_act_bwd.default
-_update_running = torch.ops.fastcnn.batch_norm_update_running.default
 
 
 class GroupNormActFunction(torch.autograd.Function):
@@ -121,7 +120,7 @@ class GroupNormActFunction(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _check(
+def check_norm(
     op: str,
     input: Tensor,
     weight: Tensor | None,
@@ -130,6 +129,7 @@ def _check(
     act: str,
     channels: int | None = None,
 ) -> int:
+    """Check what all forms have in common, and return the activation's number."""
     check_image(op, "input", input)
     if channels is not None and input.shape[1] != channels:
         raise ValueError(f"{op}: input: expected {channels} channels, got {input.shape[1]}")
@@ -151,7 +151,7 @@ def group_norm_act(
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Check, apply, and return y with mean and var: see fastcnn.functional.group_norm_act."""
-    number = _check(OP, input, weight, bias, eps, act)
+    number = check_norm(OP, input, weight, bias, eps, act)
     n, c, h, w = input.shape
     if not isinstance(num_groups, int):
         raise TypeError(f"{OP}: num_groups: expected an int, got {type(num_groups).__name__}")
@@ -177,39 +177,7 @@ def pixel_norm_act(
     act: str,
 ) -> Tensor:
     """Normalise each pixel over its channels: the computation of fastcnn.nn.LayerNorm2d, `op`."""
-    number = _check(op, input, weight, bias, eps, act, channels)
+    number = check_norm(op, input, weight, bias, eps, act, channels)
     tensors = distinct(input, weight, bias)
     y, _, _ = GroupNormActFunction.apply(*tensors, None, float(eps), number)
-    return y
-
-
-def instance_norm_act(
-    op: str,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
-    act: str,
-) -> Tensor:
-    """Normalise each channel of each sample and update the running statistics, if any.
-
-    They move towards the mean over the batch of the samples' statistics, each variance made
-    unbiased, as in torch.nn.functional.instance_norm: the computation of `op`.
-    """
-    number = _check(op, input, weight, bias, eps, act)
-    n, c, h, w = input.shape
-    if h * w == 1:
-        raise ValueError(
-            f"{op}: input: expected more than 1 pixel in an image, got sizes {[n, c, h, w]}"
-        )
-    check_parameters(
-        op, input.shape, input, weight, bias, running_mean, running_var, True, momentum, eps
-    )
-    tensors = distinct(input, weight, bias)
-    y, mean, var = GroupNormActFunction.apply(*tensors, c, float(eps), number)
-    if running_mean is not None and running_var is not None and input.numel() > 0:
-        _update_running(running_mean, running_var, mean.mean(0), var.mean(0), momentum, h * w)
     return y

@@ -1,5 +1,5 @@
-// The parameters of group_norm_act's and pixel_norm_act's launchers from a case: numbers and tensors
-// have the names of the params structs; sm_count is the device's.
+// The parameters of group_norm_act's and pixel_norm_act's launchers from a case: numbers and
+// tensors have the names of the params structs; sm_count is the device's.
 #pragma once
 
 #include "driver.h"
