@@ -20,8 +20,7 @@
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 namespace {
 
-// ---- NCHW: a unit is the slab of a group
-// ---------------------------------------------------------
+// ---- NCHW: a unit is the slab of a group --------------------------------------------------------
 
 struct Slabs {
   int64_t per_group, hw, size, units, elements, parts, per_part;
@@ -140,8 +139,7 @@ void bwd_nchw(const GroupNormActBwdParams& p) {
   sums.write(norm, p);
 }
 
-// ---- channels_last: a unit is a sample
-// -----------------------------------------------------------
+// ---- channels_last: a unit is a sample ----------------------------------------------------------
 
 // The rows of a sample; `rest` elements, fewer than a row, follow the last one as a part of its
 // own.

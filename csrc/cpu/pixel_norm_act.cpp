@@ -60,8 +60,7 @@ void write_sums(const Scratch<Sum>& sums, int64_t tasks, int64_t stride, int64_t
   }
 }
 
-// ---- channels_last
-// -------------------------------------------------------------------------------
+// ---- channels_last ------------------------------------------------------------------------------
 
 template <class T, class A>
 void fwd_rows(const GroupNormActFwdParams& p) {
@@ -136,8 +135,7 @@ void bwd_rows(const GroupNormActBwdParams& p) {
   write_sums<S>(dbias, blocks.tasks, stride, c, p.dbias);
 }
 
-// ---- NCHW
-// ----------------------------------------------------------------------------------------
+// ---- NCHW ---------------------------------------------------------------------------------------
 
 // A tile: `width` neighbouring pixels of a sample, all channels.
 struct Tiles {

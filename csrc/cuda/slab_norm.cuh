@@ -21,14 +21,16 @@ constexpr int kSlabThreads = 512;
 constexpr int64_t kSlabBytes = 80 << 10;
 
 struct SlabPlan {
-  int vector;         // elements of a vector: 16 bytes of them, or 1
-  int lanes;          // threads of a slab, a power of two
-  int per_block;      // slabs of a block
-  bool held;          // in shared memory; else read from global memory three times
-  int64_t slabs;      // n * groups
-  int64_t vectors;    // of a slab
-  int64_t per_pixel;  // of a pixel's channels of the slab (channels_last)
-  int64_t per_plane;  // of a channel's pixels (NCHW)
+  int vector;     // elements of a vector: 16 bytes of them, or 1
+  int lanes;      // threads of a slab, a power of two
+  int per_block;  // slabs of a block
+  bool fits;      // the numbers below do
+  bool held;      // in shared memory; else read from global memory three times
+  int64_t slabs;  // n * groups
+  // Vectors; 32 bits, whose division has no branch that would part the loads:
+  int vectors;    // of a slab
+  int per_pixel;  // of a pixel's channels of the slab (channels_last)
+  int per_plane;  // of a channel's pixels (NCHW)
 };
 
 inline SlabPlan plan_slabs(const ImageShape& shape, int64_t groups, int element_bytes,
@@ -39,9 +41,11 @@ inline SlabPlan plan_slabs(const ImageShape& shape, int64_t groups, int element_
   const int64_t row = shape.channels_last ? per_group : shape.hw;  // must be whole vectors
   plan.vector = aligned && row % wide == 0 ? wide : 1;
   plan.slabs = shape.n * groups;
-  plan.vectors = size / plan.vector;
-  plan.per_pixel = per_group / (shape.channels_last ? plan.vector : 1);
-  plan.per_plane = shape.hw / (shape.channels_last ? 1 : plan.vector);
+  plan.fits = size <= INT32_MAX / 2;
+  if (!plan.fits) return plan;
+  plan.vectors = static_cast<int>(size / plan.vector);
+  plan.per_pixel = static_cast<int>(per_group / (shape.channels_last ? plan.vector : 1));
+  plan.per_plane = static_cast<int>(shape.hw / (shape.channels_last ? 1 : plan.vector));
   plan.held = size * element_bytes <= kSlabBytes;
   plan.lanes = 1;
   while (plan.lanes < kSlabThreads && plan.lanes * 2 * kUnroll <= plan.vectors) plan.lanes *= 2;
@@ -71,33 +75,34 @@ __global__ void __launch_bounds__(kSlabThreads, 1)
   const int lanes = plan.lanes, lane = threadIdx.x % lanes, own = threadIdx.x / lanes;
   const int64_t slab = blockIdx.x * static_cast<int64_t>(plan.per_block) + own;
   const bool active = slab < plan.slabs;
-  const int64_t vectors = active ? plan.vectors : 0;
+  const int vectors = active ? plan.vectors : 0;
   const int64_t per_group = p.shape.c / p.groups, group = slab % p.groups;
   const int64_t begin = kChannelsLast ? slab / p.groups * p.shape.hw * p.shape.c + group * per_group
                                       : slab * per_group * p.shape.hw;
   float* sums = shared_memory<float>();
-  Vector* held = reinterpret_cast<Vector*>(sums + blockDim.x) + own * plan.vectors;
+  Vector* held =
+      reinterpret_cast<Vector*>(sums + blockDim.x) + static_cast<int64_t>(own) * plan.vectors;
   const T* x = static_cast<const T*>(p.x) + begin;
   T* y = static_cast<T*>(p.y) + begin;
 
-  const auto offset = [&](int64_t i) {  // of the slab's vector i
+  const auto offset = [&](int i) {  // of the slab's vector i
     if constexpr (kChannelsLast) {
-      const int64_t pixel = i / plan.per_pixel;
+      const int pixel = i / plan.per_pixel;
       return pixel * p.shape.c + (i - pixel * plan.per_pixel) * kVector;
     } else {
-      return i * kVector;
+      return static_cast<int64_t>(i) * kVector;
     }
   };
-  const auto fetch = [&](int64_t i) { return *reinterpret_cast<const Vector*>(x + offset(i)); };
-  const auto again = [&](int64_t i) { return plan.held ? held[i] : fetch(i); };
+  const auto fetch = [&](int i) { return *reinterpret_cast<const Vector*>(x + offset(i)); };
+  const auto again = [&](int i) { return plan.held ? held[i] : fetch(i); };
 
   float sum = 0;
-  const auto take = [&](int64_t i, const Vector& values) {
+  const auto take = [&](int i, const Vector& values) {
     if (plan.held) held[i] = values;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) sum += to_float(values.values[v]);
   };
-  int64_t i = lane;
+  int i = lane;
   for (; i + (kUnroll - 1) * lanes < vectors; i += kUnroll * lanes) {
     Vector values[kUnroll];
 #pragma unroll
@@ -151,13 +156,15 @@ __global__ void __launch_bounds__(kSlabThreads, 1)
 
 inline cudaError_t launch_slab_norm_act_fwd(const GroupNormActFwdParams& p, const SlabPlan& plan,
                                             const CudaDevice& device) {
+  if (!plan.fits) return cudaErrorInvalidValue;
   const int64_t blocks = (plan.slabs + plan.per_block - 1) / plan.per_block;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
   return dispatch(p.dtype, plan.vector, p.shape.channels_last, [&](auto t, auto vector, auto cl) {
     constexpr int kVector = decltype(vector)::value;
     const auto kernel = slab_norm_act_fwd_kernel<decltype(t), kVector, cl.value>;
     const int threads = plan.lanes * plan.per_block;
-    const int64_t held = plan.held ? plan.per_block * plan.vectors * kVector * sizeof(t) : 0;
+    const int64_t held =
+        plan.held ? int64_t{plan.per_block} * plan.vectors * kVector * sizeof(t) : 0;
     const int bytes = static_cast<int>(threads * sizeof(float) + held);
     if (bytes > (48 << 10)) {  // what needs no asking for
       const cudaError_t error =
