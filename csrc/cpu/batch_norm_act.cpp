@@ -48,7 +48,7 @@ NormalizeFn<T> pick_normalize(Act act) {
   });
 }
 
-// ---- the two layouts ----------------------------------------------------------------------------
+// ---- the two layouts ---------------------------------------------------------------------------
 
 template <class T>
 void apply_channels_last(const BatchNormActFwdParams& p, const WideRows& w) {

@@ -166,7 +166,7 @@ void finish_channel(const BatchNormActBwdParams& p, Coefficients<S>& k, int64_t 
   }
 }
 
-// ---- the two layouts ----------------------------------------------------------------------------
+// ---- the two layouts ---------------------------------------------------------------------------
 
 template <class T>
 void bwd_channels_last(const BatchNormActBwdParams& p) {

@@ -63,7 +63,7 @@ struct Coefficients {
 
 // partial: Moments [samples, splits, c]
 template <class T, int kVector, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     group_norm_act_stats_kernel(GroupNormActFwdParams p, SamplePlan plan, Moments* partial) {
   constexpr int kCount = kSlots<kVector, kChannelsLast>;
   const T* x = static_cast<const T*>(p.x) + plan.offset();
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, int kVector, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     group_norm_act_apply_kernel(GroupNormActFwdParams p, SamplePlan plan) {
   Walk<kVector, kChannelsLast> walk(plan.sample, plan.columns, plan.tile());
   if (!walk.active) return;
