@@ -62,7 +62,7 @@ int threads_of(const SamplePlan& plan) { return plan.columns.columns * plan.colu
 struct FinishPlan {
   int lanes;
 
-  explicit FinishPlan(int64_t partials) : lanes(kFinishLanes) {
+  explicit FinishPlan(int64_t partials) : lanes(8) {
     while (lanes < kThreads && lanes * kUnroll < partials) lanes *= 2;
   }
   FASTCNN_HOST_DEVICE int columns() const { return kThreads / lanes; }

@@ -166,11 +166,6 @@ inline cudaError_t launch_slab_norm_act_fwd(const GroupNormActFwdParams& p, cons
     const int64_t held =
         plan.held ? int64_t{plan.per_block} * plan.vectors * kVector * sizeof(t) : 0;
     const int bytes = static_cast<int>(threads * sizeof(float) + held);
-    if (bytes > (48 << 10)) {  // what needs no asking for
-      const cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-      if (error != cudaSuccess) return error;
-    }
     return launch(device, dim3(static_cast<unsigned>(blocks)), threads, bytes, kernel, p, plan);
   });
 }

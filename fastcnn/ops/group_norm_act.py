@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastcnn.ops._library import declare, distinct, positional
+from fastcnn.ops.accumulate import acc_type, as_acc
 from fastcnn.ops.activation import act_number
-from fastcnn.ops.batch_norm_act import acc_type, as_acc
 from fastcnn.ops.checks import check_channels, check_image, memory_format_of
 
 OP = "group_norm_act"

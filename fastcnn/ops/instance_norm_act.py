@@ -38,5 +38,5 @@ def instance_norm_act(
     tensors = distinct(input, weight, bias)
     y, mean, var = GroupNormActFunction.apply(*tensors, c, float(eps), number)
     if running_mean is not None and running_var is not None and input.numel() > 0:
-        _update_running(running_mean, running_var, mean.mean(0), var.mean(0), momentum, h * w)
+        _update_running(running_mean, running_var, mean.mean(0), var.mean(0), None, momentum, h * w)
     return y
