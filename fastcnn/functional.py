@@ -11,6 +11,7 @@ from fastcnn.ops import augment as _augment
 from fastcnn.ops import batch_norm_act as _batch_norm_act
 from fastcnn.ops import conv_bn_act as _conv_bn_act
 from fastcnn.ops import dropout as _dropout
+from fastcnn.ops import group_norm_act as _group_norm_act
 from fastcnn.ops import upsample as _upsample
 from fastcnn.ops.activation import Activation
 from fastcnn.ops.augment_parameters import AugmentParameters
@@ -26,6 +27,7 @@ __all__ = [
     "conv_bn_act",
     "conv_bn_act_blocks",
     "dropout",
+    "group_norm_act",
     "interpolate",
 ]
 
@@ -221,6 +223,49 @@ def conv_bn_act_blocks(
         TypeError, ValueError: as conv_bn_act, naming the block.
     """
     return _conv_bn_act.conv_bn_act_blocks(input, blocks, memory)
+
+
+def group_norm_act(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    act: Activation = "relu",
+) -> Tensor:
+    r"""Group normalisation and an activation as one fused operation.
+
+    .. math::
+        y = \mathrm{act}\left(\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta\right)
+
+    The mean and the biased variance are those of c / num_groups neighbouring channels of a sample,
+    over h and w too. num_groups = 1 normalises a whole sample, num_groups = c each channel of it
+    (instance normalisation).
+
+    Args:
+        input: [n, c, h, w], dense in NCHW or channels_last; float32, bfloat16, float16, and on the
+            CPU float64. An empty batch gives an empty output.
+        num_groups: a divisor of c.
+        weight: gamma, [c] in the input's dtype, or float32 beside a half input; None stands for 1.
+        bias: beta, likewise; None stands for 0.
+        eps: added to the variance.
+        act: "none", "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu" (by erf), "sigmoid"
+            or "hardswish". A NaN comes through; at -inf each has its limit.
+
+    Returns:
+        y in the input's sizes, dtype and memory layout. Results are bitwise the same from run to
+        run and on any number of threads.
+
+    Raises:
+        TypeError: an argument that is no Tensor, or of another dtype than named above.
+        ValueError: another rank, size, device or memory layout; num_groups that does not divide c;
+            an unknown activation; one sample with one value per group.
+
+    Source: Wu and He 2018, arXiv:1803.08494; torch.nn.functional.group_norm.
+    """
+    y, _, _ = _group_norm_act.group_norm_act(input, num_groups, weight, bias, eps, act)
+    return y
 
 
 def interpolate(

@@ -12,6 +12,7 @@ BACKENDS = {
     "batch_norm_act": ("C++", "CUDA C++"),
     "conv_bn_act": ("oneDNN through PyTorch + C++", "cuDNN through PyTorch + CUDA C++"),
     "dropout": ("C++", "CUDA C++"),
+    "group_norm_act": ("C++", "CUDA C++"),
     "upsample": ("C++", "CUDA C++"),
 }
 

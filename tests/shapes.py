@@ -54,3 +54,30 @@ RESNET50 = [
     Image(2, 512, 7, 7, "stage 4, inside: an odd plane of 49"),
     Image(2, 2048, 7, 7, "stage 4, after: the most channels"),
 ]
+
+# For group norms, with the number of groups: each at an edge of some kernel.
+GROUPED = [
+    (Image(37, 5, 1, 1, "1x1 images, one group"), 1),
+    (Image(3, 20, 1, 1, "1x1 images, c / g = 5"), 4),
+    (Image(2, 3, 5, 7, "c / g = 1, and a plane that is no whole number of vectors"), 3),
+    (Image(3, 9, 17, 19, "c / g = 3: channels_last vectors straddle groups, then a rest"), 3),
+    (Image(2, 20, 9, 5, "c / g = 5"), 4),
+    (Image(1, 640, 3, 4, "c / g = 320: a row longer than any vector"), 2),
+    (Image(1, 3, 7, 5, "layer norm of a sample"), 1),
+    (Image(3, 257, 3, 3, "instance norm, c one more than a power of two"), 257),
+    (Image(40, 8, 6, 6, "many samples: several a task"), 2),
+    (Image(130, 2, 3, 3, "more slabs than tasks"), 2),
+    (Image(1, 2, 130, 211, "few large slabs: parts, with the border of a channel inside one"), 1),
+    (Image(2, 8, 120, 128, "few samples, cut into parts of whole rows with a shorter last one"), 4),
+    (Image(1, 1, 512, 512, "the largest image: 32 parts of a slab"), 1),
+    (Image(1, 8, 4, 100, "NCHW by pixels: two tiles of columns"), 4),
+]
+
+# Inputs of group norms, with the number of groups.
+GROUP_NORM = [
+    (Image(16, 256, 56, 56, "a ResNet-50 with group norm: a sample of 3.2 MB"), 32),
+    (Image(8, 320, 64, 64, "the U-Net of a latent diffusion: c / g = 10"), 32),
+    (Image(4, 64, 256, 256, "few large samples"), 8),
+    (Image(32, 128, 28, 28, "a whole sample normalised"), 1),
+    (Image(32, 128, 28, 28, "each channel normalised"), 128),
+]

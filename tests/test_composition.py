@@ -1,4 +1,4 @@
-"""batch_norm_act and conv_bn_act inside what PyTorch offers: compile, export, func, checkpoint."""
+"""The ops inside what PyTorch offers: compile, export, func, checkpoint."""
 
 import copy
 import itertools
@@ -18,7 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from fastcnn import functional
 from fastcnn.functional import ConvBnActStep
 from fastcnn.models import resnet20
-from fastcnn.nn import BatchNormAct2d, conv_bn_act
+from fastcnn.nn import (
+    BatchNormAct2d,
+    GroupNormAct,
+    InstanceNormAct2d,
+    LayerNorm2d,
+    conv_bn_act,
+)
 
 # Dynamo makes an instance of the autograd.Function, against PyTorch's own advice; inductor imports
 # parts of torch.jit.
@@ -26,7 +32,7 @@ pytorchs_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 class Network(nn.Module):
-    """Both functions, trained and frozen statistics, and tensors that come in twice: the input that
+    """All functions, trained and frozen statistics, and tensors that come in twice: the input that
     is the residual too, a step that runs twice."""
 
     def __init__(self) -> None:
@@ -34,11 +40,17 @@ class Network(nn.Module):
         self.first = nn.Conv2d(3, 6, 3, padding=1)
         self.bn = BatchNormAct2d(6, act="relu6")
         self.conv, self.conv_bn = nn.Conv2d(6, 6, 3, padding=1, bias=False), BatchNormAct2d(6)
+        self.norms = nn.Sequential(
+            GroupNormAct(2, 6, act="silu"),
+            LayerNorm2d(6),
+            InstanceNormAct2d(6, affine=True, track_running_stats=True, act="gelu"),
+        )
         self.last = BatchNormAct2d(6, act="none").eval()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn(self.first(x))
         x = conv_bn_act(x, [(self.conv, self.conv_bn)] * 2, residual=x)
+        x = self.norms(x)
         return self.last(x, x)
 
 
@@ -138,6 +150,7 @@ def test_double_backward_is_refused() -> None:
     for y in (
         functional.batch_norm_act(x, None, None, training=True),
         functional.conv_bn_act(x, [step]),
+        functional.group_norm_act(x, 3),
     ):
         (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -219,6 +232,13 @@ def test_opcheck(dtype: torch.dtype, layout: str) -> None:
     for total in (None, torch.tensor([60.0])):
         running = a.to(dtype), b.to(dtype)
         opcheck(ops.batch_norm_update_running, (*running, mean, var, total, 0.1, 9))
+    for weight, bias in ((None, None), (a, b)):
+        opcheck(ops.group_norm_act_fwd, (x, weight, bias, 3, 1e-5, 1))
+        opcheck(ops.pixel_norm_act_fwd, (x, weight, bias, 1e-5, 1))
+        for name, count in (("group", 3), ("pixel", 4 * 5)):
+            bwd = getattr(ops, f"{name}_norm_act_bwd")
+            stats = torch.rand(2, 2, count).add(0.5).unbind()
+            opcheck(bwd, (dy, x, weight, bias, *stats, 1e-5, 1))
 
 
 def test_models_are_pickled_and_copied() -> None:

@@ -57,6 +57,11 @@ def run_all() -> None:
                 for per_channel in (False, True):
                     ops.dropout_apply(x, residual, seed, 0.3, per_channel)
                     ops.dropout_apply_(guarded(image), None, seed, 0.3, per_channel)
+                for groups in {1, shape[1]}:
+                    _, mean, var = ops.group_norm_act_fwd(x, w, b, groups, 1e-5, 4)
+                    ops.group_norm_act_bwd(dy, x, w, b, guarded(mean), guarded(var), 1e-5, 4)
+                _, mean, var = ops.pixel_norm_act_fwd(x, w, b, 1e-5, 1)
+                ops.pixel_norm_act_bwd(dy, x, w, b, guarded(mean), guarded(var), 1e-5, 1)
     for shape in [(1, 1, 1, 1), (3, 1, 5, 7), (1, 3, 1, 1), (2, 3, 5, 7), (1, 3, 40, 33)]:
         for layout in (torch.contiguous_format, torch.channels_last):
             augment_wildly(shape, layout)

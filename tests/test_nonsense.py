@@ -68,6 +68,7 @@ NUMBERS: dict[str, list[Any]] = {
     "act": [-1, 8, 2**31, -(2**63), 2**63 - 1, None, "relu"],
     "count": [1, 0, -5, -(2**63), None, "x"],  # without a total
     "eps": [None, "x"],
+    "groups": [0, -1, 4, 7, 2**62, -(2**63), None, "x"],
     "momentum": [None, "x"],
     "total": [torch.ones(2), torch.ones(()), torch.ones(1, dtype=torch.int64), "x"],
     "p": [-0.1, 1.1, float("nan"), float("inf"), None, "x"],
@@ -102,6 +103,8 @@ ALONE = {"other float", "another half", "meta", "empty", "shorter", "longer"}
 ALONE |= {"channel less", "column less", "the other layout"}
 # Where no second tensor says how many channels or images there are, or which dtype.
 NO_NONSENSE = {
+    ("group_norm_act_fwd", "x"): ALONE - {"other float", "meta", "channel less"},
+    ("pixel_norm_act_fwd", "x"): ALONE - {"other float", "meta", "channel less"},
     ("batch_norm_act_stats", "x"): ALONE,
     ("batch_norm_join_stats", "gathered"): ALONE,
     ("conv2d_bwd_weight", "dy"): {"channel less"},
@@ -131,6 +134,13 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
     if op.startswith("dropout"):
         seed = {"seed": torch.tensor([5]), "p": 0.3, "per_channel": True}
         return {"x": image(), "residual": image(), **seed}
+    if op.startswith(("group_norm_act", "pixel_norm_act")):
+        per_pixel = op.startswith("pixel")
+        groups = {} if per_pixel or op.endswith("bwd") else {"groups": 3}
+        if op.endswith("fwd"):
+            return {"x": image(), **norm, **groups, **rest}
+        matrices = {name: torch.ones(2, 16 if per_pixel else 3, dtype=c[0].dtype) for name in stats}
+        return {"dy": image(), "x": image(), **norm, **matrices, **rest}
     if op == "batch_norm_act_fwd":
         return {"x": image(), "residual": image(), **norm, **rest}
     if op == "batch_norm_act_apply":
@@ -170,6 +180,7 @@ OPS += ["conv2d_bwd_weight"] * _C.has_bf16_dot()  # elsewhere it raises in any c
 OPS += ["upsample_fwd", "upsample_bwd"]
 OPS += ["augment", "augment_mask"]
 OPS += ["dropout_apply", "dropout_apply_"]
+OPS += ["group_norm_act_fwd", "group_norm_act_bwd", "pixel_norm_act_fwd", "pixel_norm_act_bwd"]
 
 
 def accepted_nonsense(log: Path) -> tuple[int, list[str]]:

@@ -148,6 +148,18 @@ class Check {
     return t.const_data_ptr();
   }
 
+  // A dense matrix [rows, columns] of numbers in the accumulate type.
+  const void* matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns) const {
+    data(name, t);
+    if (t.dim() != 2 || t.size(0) != rows || t.size(1) != columns || t.scalar_type() != acc() ||
+        (columns > 1 && t.stride(1) != 1) || (rows > 1 && t.stride(0) != columns)) {
+      fail(op_, name, ": expected a dense matrix [", rows, ", ", columns, "] of ",
+           torch::headeronly::toString(acc()), ", got sizes ", sizes_of(t), " of ",
+           torch::headeronly::toString(t.scalar_type()));
+    }
+    return t.const_data_ptr();
+  }
+
   Act act(int64_t act) const {
     if (act < 0 || act >= kActCount) {
       fail(op_, "act: expected 0 to ", kActCount - 1, ", got ", act);
@@ -156,6 +168,9 @@ class Check {
   }
 
   Tensor new_channels() const { return torch::stable::new_empty(x_, {shape_.c}, acc()); }
+  Tensor new_matrix(int64_t rows, int64_t columns) const {
+    return torch::stable::new_empty(x_, {rows, columns}, acc());
+  }
 
  private:
   void data(const char* name, const Tensor& t) const {

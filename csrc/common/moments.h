@@ -144,6 +144,68 @@ Moments<Acc<T>> plane_moments(const T* x, const Planes& planes, int64_t task) {
   return moments;
 }
 
+// Of a chunk, read twice: its mean is center + drift, its squares around that are m2.
+template <class S>
+struct ChunkMoments {
+  S center, drift, m2;
+};
+
+template <class T>
+constexpr int64_t kChunkElements = kChunkBytes / static_cast<int64_t>(sizeof(T));
+
+// Elements side by side, at most kChunkElements.
+template <class T>
+inline __attribute__((always_inline)) ChunkMoments<Acc<T>> chunk_moments(const T* x,
+                                                                         int64_t count) {
+  using S = Acc<T>;
+  constexpr int64_t kLane = kLanes<S>;
+  const int64_t whole = count / (4 * kLane) * 4 * kLane;
+  // Four accumulators: one alone would wait for its own additions.
+  Vec<S> sum[4] = {}, dev[4] = {}, sq[4] = {};
+  for (int64_t i = 0; i < whole; i += 4 * kLane) {
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) sum[u] += load(x + i + u * kLane);
+  }
+  for_each_vector<S>(
+      count - whole, [&](int64_t i, int64_t lanes)
+                         __attribute__((always_inline)) { sum[0] += load(x + whole + i, lanes); });
+  const S inverse = S(1) / static_cast<S>(count);
+  const S center = horizontal_sum<S>((sum[0] + sum[1]) + (sum[2] + sum[3])) * inverse;
+  const Vec<S> centers = splat(center);
+  for (int64_t i = 0; i < whole; i += 4 * kLane) {
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) {
+      const Vec<S> a = load(x + i + u * kLane) - centers;
+      dev[u] += a;
+      sq[u] += a * a;
+    }
+  }
+  for_each_vector<S>(
+      count - whole, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+        Vec<S> a = load(x + whole + i, lanes) - centers;
+        if (lanes < kLane) a = first_lanes<S>(a, lanes);
+        dev[0] += a;
+        sq[0] += a * a;
+      });
+  const S deviations = horizontal_sum<S>((dev[0] + dev[1]) + (dev[2] + dev[3]));
+  const S squares = horizontal_sum<S>((sq[0] + sq[1]) + (sq[2] + sq[3]));
+  const S drift = deviations * inverse;
+  return {center, drift, squares - deviations * drift};
+}
+
+// Any number of elements side by side.
+template <class T>
+Moments<Acc<T>> range_moments(const T* x, int64_t length) {
+  Moments<Acc<T>> moments;
+  for (int64_t begin = 0; begin < length; begin += kChunkElements<T>) {
+    const int64_t count = min(kChunkElements<T>, length - begin);
+    const ChunkMoments<Acc<T>> chunk = chunk_moments(x + begin, count);
+    moments.join(static_cast<double>(count), static_cast<double>(chunk.center) + chunk.drift,
+                 static_cast<double>(chunk.m2));
+  }
+  return moments;
+}
+
 // mean[c] and the biased var[c] of a channels_last batch.
 template <class T>
 void batch_moments(const T* x, const WideRows& w, Acc<T>* mean_out, Acc<T>* var_out) {

@@ -118,7 +118,8 @@ void for_each_channels(int64_t c, int64_t elements, const Body& body) {
 struct WideRows {
   int64_t c, pixels, repeat, wide, rows, rest, chunk, rows_per_task, tasks, grain;
 
-  WideRows(const ImageShape& shape, int64_t element_bytes, int64_t lanes)
+  WideRows(const ImageShape& shape, int64_t element_bytes, int64_t lanes,
+           int64_t most_tasks = kTasks)
       : c(shape.c), pixels(shape.per_channel()) {
     int64_t step = lanes;  // pixels until the vectors come out even: lanes / gcd(lanes, c)
     while (step > 1 && (c * (step / 2)) % lanes == 0) step /= 2;
@@ -128,7 +129,7 @@ struct WideRows {
     rows = pixels / repeat;
     rest = pixels % repeat * c;
     chunk = max(kChunkBytes / (wide * element_bytes), 32);
-    rows_per_task = ceil_div(ceil_div(max(rows, 1), kTasks), chunk) * chunk;
+    rows_per_task = ceil_div(ceil_div(max(rows, 1), most_tasks), chunk) * chunk;
     tasks = ceil_div(rows, rows_per_task);
     grain = task_grain(tasks, rows * wide);
   }

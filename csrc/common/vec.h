@@ -70,11 +70,16 @@ inline Vec<S> splat(S value) {
   return Vec<S>{} + value;
 }
 
-template <class S>
-inline S horizontal_sum(Vec<S> v) {
-  S sum = 0;
-  for (int i = 0; i < kLanes<S>; ++i) sum += v[i];
-  return sum;
+// In halves: four dependent additions for sixteen lanes, not sixteen.
+template <class S, int kBytes = kVectorBytes>
+inline S horizontal_sum(typename VecOf<S, kBytes>::type v) {
+  if constexpr (kBytes == sizeof(S)) {
+    return v[0];
+  } else {
+    typename VecOf<S, kBytes / 2>::type halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    return horizontal_sum<S, kBytes / 2>(halves[0] + halves[1]);
+  }
 }
 
 // As many doubles as a vector of S has lanes, where many vectors are added up.

@@ -4,6 +4,7 @@ from fastcnn.nn.augment import Augment
 from fastcnn.nn.batch_norm_act import BatchNormAct2d, convert_sync_batchnorm
 from fastcnn.nn.conv_bn_act import Block, conv_bn_act, conv_bn_act_blocks
 from fastcnn.nn.dropout import Dropout, Dropout2d
+from fastcnn.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNorm2d
 from fastcnn.nn.upsample import Upsample
 
 __all__ = [
@@ -12,6 +13,9 @@ __all__ = [
     "Block",
     "Dropout",
     "Dropout2d",
+    "GroupNormAct",
+    "InstanceNormAct2d",
+    "LayerNorm2d",
     "Upsample",
     "conv_bn_act",
     "conv_bn_act_blocks",

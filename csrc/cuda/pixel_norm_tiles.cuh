@@ -1,0 +1,206 @@
+// pixel_norm_act in NCHW: pixels are columns of the [c, hw] matrix of a sample. A block has the
+// vectors of 32 neighbouring pixels, or as many as there are, and its lanes share their channels;
+// the second reading is close behind the first, and its tile (512 bytes a channel) small beside the
+// L2 cache.
+#pragma once
+
+#include "common/columns.cuh"
+#include "common/launch.cuh"
+#include "common/reduce.cuh"
+#include "group_norm_act.h"
+
+namespace fastcnn {
+namespace {
+
+__device__ float rstd_of(float var, double eps) { return rsqrtf(var + static_cast<float>(eps)); }
+
+__device__ float number(const void* values, int64_t i, float otherwise) {
+  return values == nullptr ? otherwise : static_cast<const float*>(values)[i];
+}
+
+struct Sum {
+  float value = 0;
+};
+
+struct JoinSum {
+  __device__ void operator()(Sum& a, const Sum& b) const { a.value += b.value; }
+};
+
+// ---- NCHW: pixels are columns of the [c, hw] matrix of a sample ---------------------------------
+
+// A block: `columns` vectors of neighbouring pixels, `lanes` threads for each.
+struct TilePlan {
+  int vector, columns, lanes;
+  int64_t tiles;  // of a sample
+
+  __device__ int lane() const { return threadIdx.x / columns; }
+  __device__ int64_t sample() const { return blockIdx.x / tiles; }
+  // Of the thread's first pixel.
+  __device__ int64_t pixel() const {
+    return (blockIdx.x % tiles * columns + threadIdx.x % columns) * static_cast<int64_t>(vector);
+  }
+};
+
+// body(channels, count) for this lane's channels, kUnroll at a time and then one by one.
+template <class Body>
+__device__ void for_each_channel(int64_t c, const TilePlan& plan, bool active, Body body) {
+  int64_t j = active ? plan.lane() : c;
+  for (; j + (kUnroll - 1) * plan.lanes < c; j += kUnroll * plan.lanes)
+    body(j, Constant<kUnroll>{});
+  for (; j < c; j += plan.lanes) body(j, Constant<1>{});
+}
+
+// The sum over the lanes of each column, for all of them.
+template <int kVector>
+__device__ void sum_of_lanes(float (&values)[kVector], const TilePlan& plan) {
+  Sum sums[kVector];
+#pragma unroll
+  for (int v = 0; v < kVector; ++v) sums[v].value = values[v];
+  join_lanes(sums, plan.columns, plan.lanes, JoinSum{});
+  const Sum* shared = shared_memory<Sum>() + threadIdx.x % plan.columns * kVector;
+  __syncthreads();
+#pragma unroll
+  for (int v = 0; v < kVector; ++v) values[v] = shared[v].value;
+  __syncthreads();  // the next call writes there
+}
+
+template <class T, int kVector>
+__global__ void __launch_bounds__(kThreads)
+    pixel_norm_act_fwd_kernel(GroupNormActFwdParams p, TilePlan plan) {
+  const int64_t c = p.shape.c, hw = p.shape.hw, pixel = plan.pixel();
+  const bool active = pixel < hw;
+  const int64_t begin = plan.sample() * c * hw + pixel, statistic = plan.sample() * hw + pixel;
+  const T* x = static_cast<const T*>(p.x) + begin;
+  T* y = static_cast<T*>(p.y) + begin;
+  // body(channel, x) for each of the lane's channels
+  const auto for_each = [&](auto body) {
+    for_each_channel(c, plan, active, [&](int64_t j, auto count) {
+      float values[count.value][kVector];
+#pragma unroll
+      for (int u = 0; u < count.value; ++u) load(x + (j + u * plan.lanes) * hw, values[u]);
+#pragma unroll
+      for (int u = 0; u < count.value; ++u) body(j + u * plan.lanes, values[u]);
+    });
+  };
+  const float inverse = 1.f / static_cast<float>(c);
+  float mean[kVector] = {}, deviations[kVector] = {}, var[kVector] = {}, rstd[kVector];
+  for_each([&](int64_t, const float(&values)[kVector]) {
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) mean[v] += values[v];
+  });
+  sum_of_lanes(mean, plan);
+#pragma unroll
+  for (int v = 0; v < kVector; ++v) mean[v] *= inverse;
+  for_each([&](int64_t, const float(&values)[kVector]) {
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) {
+      const float a = values[v] - mean[v];
+      deviations[v] += a;
+      var[v] += a * a;
+    }
+  });
+  sum_of_lanes(deviations, plan);
+  sum_of_lanes(var, plan);
+#pragma unroll
+  for (int v = 0; v < kVector; ++v) {
+    const float drift = deviations[v] * inverse;
+    mean[v] += drift;
+    var[v] = (var[v] - deviations[v] * drift) * inverse;
+    rstd[v] = rstd_of(var[v], p.eps);
+    if (active && plan.lane() == 0) {
+      static_cast<float*>(p.mean)[statistic + v] = mean[v];
+      static_cast<float*>(p.var)[statistic + v] = var[v];
+    }
+  }
+  for_each([&](int64_t j, const float(&values)[kVector]) {
+    const float weight = number(p.weight, j, 1.f), bias = number(p.bias, j, 0.f);
+    float out[kVector];
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) {
+      out[v] = (values[v] - mean[v]) * (rstd[v] * weight) + bias;
+    }
+    act_fwd(p.act, out);
+    store(y + j * hw, out);
+  });
+}
+
+// dx = rstd * (weight * dz - mean(weight * dz) - xhat * mean(weight * dz * xhat))
+template <class T, int kVector>
+__global__ void __launch_bounds__(kThreads)
+    pixel_norm_act_dx_kernel(GroupNormActBwdParams p, TilePlan plan) {
+  const int64_t c = p.shape.c, hw = p.shape.hw, pixel = plan.pixel();
+  const bool active = pixel < hw;
+  const int64_t begin = plan.sample() * c * hw + pixel, statistic = plan.sample() * hw + pixel;
+  const T* x = static_cast<const T*>(p.x) + begin;
+  const T* dy = static_cast<const T*>(p.dy) + begin;
+  T* dx = static_cast<T*>(p.dx) + begin;
+  float mean[kVector] = {}, rstd[kVector] = {};
+  if (active) {
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) {
+      mean[v] = static_cast<const float*>(p.mean)[statistic + v];
+      rstd[v] = rstd_of(static_cast<const float*>(p.var)[statistic + v], p.eps);
+    }
+  }
+  // body(channel, xhat, weight * dz) for each of the lane's channels
+  const auto for_each = [&](auto body) {
+    for_each_channel(c, plan, active, [&](int64_t j, auto count) {
+      float values[count.value][kVector], grads[count.value][kVector];
+#pragma unroll
+      for (int u = 0; u < count.value; ++u) {
+        load(x + (j + u * plan.lanes) * hw, values[u]);
+        load(dy + (j + u * plan.lanes) * hw, grads[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < count.value; ++u) {
+        const int64_t channel = j + u * plan.lanes;
+        const float weight = number(p.weight, channel, 1.f), bias = number(p.bias, channel, 0.f);
+        float z[kVector];
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+          const float centered = values[u][v] - mean[v];
+          z[v] = centered * (rstd[v] * weight) + bias;
+          values[u][v] = centered * rstd[v];
+        }
+        act_bwd(p.act, grads[u], z);
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) grads[u][v] *= weight;
+        body(channel, values[u], grads[u]);
+      }
+    });
+  };
+  float shift[kVector] = {}, slope[kVector] = {};
+  for_each([&](int64_t, const float(&xhat)[kVector], const float(&grad)[kVector]) {
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) {
+      shift[v] += grad[v];
+      slope[v] += grad[v] * xhat[v];
+    }
+  });
+  sum_of_lanes(shift, plan);
+  sum_of_lanes(slope, plan);
+  const float inverse = 1.f / static_cast<float>(c);
+  for_each([&](int64_t j, const float(&xhat)[kVector], const float(&grad)[kVector]) {
+    float out[kVector];
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) {
+      out[v] = rstd[v] * (grad[v] - shift[v] * inverse - xhat[v] * (slope[v] * inverse));
+    }
+    store(dx + j * hw, out);
+  });
+}
+
+TilePlan plan_tiles(const ImageShape& shape, int element_bytes, bool aligned) {
+  TilePlan plan{};
+  const int wide = 16 / element_bytes;
+  plan.vector = aligned && shape.hw % wide == 0 ? wide : 1;
+  const int64_t vectors = shape.hw / plan.vector;
+  plan.columns = 1;
+  while (plan.columns < 32 && plan.columns < vectors) plan.columns *= 2;
+  plan.lanes = kThreads / plan.columns;
+  plan.tiles = (vectors + plan.columns - 1) / plan.columns;
+  return plan;
+}
+
+}  // namespace
+}  // namespace fastcnn

@@ -1,0 +1,183 @@
+"""group_norm_act and pixel_norm_act: the operators, what they return, and their autograd.
+
+    z = (x - mean) * rstd * weight + bias                   rstd = 1 / sqrt(var + eps)
+    y = act(z)
+
+x, y: [n, c, h, w]; weight, bias: [c]. mean and var (biased) have the accumulate type: float32, and
+float64 for a float64 x.
+
+group_norm_act  mean, var: [n, groups], over a sample's c / groups neighbouring channels, h and w
+pixel_norm_act  mean, var: [n, h * w], over a pixel's channels: LayerNorm2d
+
+Data movement in passes over the tensor: group_norm_act forward 3 and backward 5, or 2 and 3 where
+what is normalised together stays in a cache from one pass to the next; pixel_norm_act 2 and 3. Kept
+for backward: x, mean, var and the parameters. y is not kept: z is rebuilt from x.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastcnn.ops._library import declare, distinct, positional
+from fastcnn.ops.accumulate import acc_type, as_acc
+from fastcnn.ops.activation import act_number
+from fastcnn.ops.checks import check_channels, check_image, memory_format_of
+
+OP = "group_norm_act"
+
+
+def _statistics(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    mean, var = (x.new_empty((x.shape[0], count), dtype=acc_type(x)) for _ in range(2))
+    return mean, var
+
+
+def _group_fwd_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), *_statistics(x, groups)
+
+
+def _pixel_fwd_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), *_statistics(x, x.shape[2] * x.shape[3])
+
+
+def _bwd_fake(dy: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dweight, dbias = (x.new_empty(x.shape[1], dtype=acc_type(x)) for _ in range(2))
+    return torch.empty_like(x), dweight, dbias
+
+
+_BWD = (
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
+    "int act) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+)
+declare(
+    "group_norm_act_fwd(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, int act) "
+    "-> (Tensor y, Tensor mean, Tensor var)",
+    _group_fwd_fake,
+)
+declare("group_norm_act_bwd" + _BWD, _bwd_fake)
+declare(
+    "pixel_norm_act_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, int act) "
+    "-> (Tensor y, Tensor mean, Tensor var)",
+    _pixel_fwd_fake,
+)
+declare("pixel_norm_act_bwd" + _BWD, _bwd_fake)
+
+
+_group_fwd = torch.ops.fastcnn.group_norm_act_fwd.default
+_group_bwd = torch.ops.fastcnn.group_norm_act_bwd.default
+_pixel_fwd = torch.ops.fastcnn.pixel_norm_act_fwd.default
+_pixel_bwd = torch.ops.fastcnn.pixel_norm_act_bwd.default
+
+
+class GroupNormActFunction(torch.autograd.Function):
+    """y, mean, var; statistics by groups, or with groups None by pixels. Backward of y."""
+
+    @staticmethod
+    @positional
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int | None,
+        eps: float,
+        act: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parameters = as_acc(x, weight), as_acc(x, bias)
+        if groups is None:
+            y, mean, var = _pixel_fwd(x, *parameters, eps, act)
+        else:
+            y, mean, var = _group_fwd(x, *parameters, groups, eps, act)
+        return y, mean, var
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, weight, bias, groups, ctx.eps, ctx.act = inputs
+        _, mean, var = output
+        ctx.per_pixel = groups is None
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, mean, var)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 6
+        x, weight, bias, mean, var = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=memory_format_of(x) or torch.contiguous_format)
+        bwd = _pixel_bwd if ctx.per_pixel else _group_bwd
+        dx, dweight, dbias = bwd(
+            dy, x, as_acc(x, weight), as_acc(x, bias), mean, var, ctx.eps, ctx.act
+        )
+        return (
+            dx,
+            None if weight is None else dweight.to(weight.dtype),
+            None if bias is None else dbias.to(bias.dtype),
+            None, None, None,
+        )  # fmt: skip
+
+
+def check_norm(
+    op: str,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+    channels: int | None = None,
+) -> int:
+    """Check what all forms have in common, and return the activation's number."""
+    check_image(op, "input", input)
+    if channels is not None and input.shape[1] != channels:
+        raise ValueError(f"{op}: input: expected {channels} channels, got {input.shape[1]}")
+    number = act_number(op, act)
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps: expected a number, got {type(eps).__name__}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            check_channels(op, name, t, input.shape[1], input)
+    return number
+
+
+def group_norm_act(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check, apply, and return y with mean and var: see fastcnn.functional.group_norm_act."""
+    number = check_norm(OP, input, weight, bias, eps, act)
+    n, c, h, w = input.shape
+    if not isinstance(num_groups, int):
+        raise TypeError(f"{OP}: num_groups: expected an int, got {type(num_groups).__name__}")
+    if num_groups < 1 or c % num_groups != 0:
+        raise ValueError(f"{OP}: num_groups: expected a divisor of {c} channels, got {num_groups}")
+    if n * (c // num_groups) * h * w == 1:
+        raise ValueError(
+            f"{OP}: input: expected more than 1 value per group, or more than one sample, got "
+            f"sizes {[n, c, h, w]} with {num_groups} groups"
+        )
+    tensors = distinct(input, weight, bias)
+    y, mean, var = GroupNormActFunction.apply(*tensors, num_groups, float(eps), number)
+    return y, mean, var
+
+
+def pixel_norm_act(
+    op: str,
+    input: Tensor,
+    channels: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+) -> Tensor:
+    """Normalise each pixel over its channels: the computation of fastcnn.nn.LayerNorm2d, `op`."""
+    number = check_norm(op, input, weight, bias, eps, act, channels)
+    tensors = distinct(input, weight, bias)
+    y, _, _ = GroupNormActFunction.apply(*tensors, None, float(eps), number)
+    return y

@@ -1,0 +1,14 @@
+// Runs the launchers of csrc/cuda/pixel_norm_act.cu on cases from test_group_norm_act_cuda.py.
+#include "group_norm_params.h"
+
+namespace fastcnn {
+namespace {
+
+void run_op(Case& c) {
+  run_norm(c, pixel_norm_act_workspace, launch_pixel_norm_act_fwd, launch_pixel_norm_act_bwd);
+}
+
+}  // namespace
+}  // namespace fastcnn
+
+int main(int argc, char** argv) { return cuda_emu::run_cases(argc, argv, fastcnn::run_op); }

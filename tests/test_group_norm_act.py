@@ -1,0 +1,285 @@
+"""group_norm_act against torch.nn.functional.group_norm, and its form by pixels against layer_norm.
+
+With PyTorch's activations, in float64; the expected gradients are autograd's. How exact a result
+must be, and why: tests/tolerance.py.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from activations import ACTS, near_a_kink
+from shapes import GROUPED, LAYOUTS, Image
+from tolerance import assert_as_exact_as_torch, assert_same_in_float64, margin
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from fastcnn import functional, reference
+from fastcnn.ops.group_norm_act import pixel_norm_act
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+TENSORS = ("x", "weight", "bias", "dy")
+PIXELS = None  # in place of a number of groups: each pixel over its channels
+
+
+@dataclass
+class Case:
+    """Arguments of one call; the gradient of y is dy."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    dy: Tensor
+    groups: int | None
+    act: str
+    eps: float = 1e-5
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        tensors = {k: t.to(dtype) for k in TENSORS if (t := getattr(self, k)) is not None}
+        return replace(self, **tensors)
+
+
+def make_case(
+    sizes: tuple[int, ...],
+    groups: int | None,
+    dtype: torch.dtype,
+    layout: str = "nchw",
+    act: str = "relu",
+    param_dtype: torch.dtype | None = None,
+) -> Case:
+    """Values with dy = 0 near kinks; gamma of both signs and, in the second channel, zero."""
+    g = torch.Generator().manual_seed(sum(sizes))
+    c = sizes[1]
+
+    def image() -> Tensor:
+        t = torch.randn(sizes, generator=g).to(dtype)
+        return t.contiguous(memory_format=LAYOUTS[layout])
+
+    def uniform(low: float, high: float) -> Tensor:
+        t = torch.rand(c, generator=g) * (high - low) + low
+        return t.to(param_dtype or dtype)
+
+    weight = uniform(0.5, 1.5) * (4 if act in ("relu6", "hardswish") else 1)  # beyond 6, and 3
+    weight[::3] *= -1
+    bias = uniform(-0.25, 0.25)
+    if c > 1:
+        weight[1], bias[1] = 0, 0.25
+    case = Case(image(), weight, bias, image(), groups, act)
+    z = torch_norm_act(replace(case, act="none").to(torch.float64))
+    # Either gradient is right there. Half parameters beside a large z: a margin of its size.
+    near = near_a_kink(z, act, margin(dtype) * (1 + z.abs().max().item() / 8))
+    case.dy.masked_fill_(near, 0)
+    return case
+
+
+def torch_norm_act(case: Case) -> Tensor:
+    x, affine = case.x, (case.weight, case.bias)
+    if case.groups is PIXELS:
+        z = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], *affine, case.eps)
+        return ACTS[case.act](z.permute(0, 3, 1, 2))
+    return ACTS[case.act](F.group_norm(x, case.groups, *affine, case.eps))
+
+
+def fastcnn_norm_act(case: Case) -> Tensor:
+    args = case.weight, case.bias, case.eps
+    if case.groups is PIXELS:
+        return pixel_norm_act("test", case.x, case.x.shape[1], *args, case.act)
+    return functional.group_norm_act(case.x, case.groups, *args, act=case.act)
+
+
+def run(fn: Callable[[Case], Tensor], case: Case) -> dict[str, Tensor]:
+    """y and the gradients of all that is there."""
+    given = {k: t for k in TENSORS[:3] if (t := getattr(case, k)) is not None}
+    leaves = {k: t.detach().requires_grad_() for k, t in given.items()}
+    y = fn(replace(case, **leaves))
+    y.backward(case.dy)
+    return {"y": y.detach()} | {f"d{k}": t.grad for k, t in leaves.items()}
+
+
+def magnitudes(case: Case) -> dict[str, float]:
+    """Of what cancels: x and its mean in y; gain * dy in dx; sums of dy, also times (x - mean)."""
+    _, _, var = reference.group_norm_act(case.x, case.groups)
+    std = (var + case.eps).sqrt().min().item()
+    gain = (1.0 if case.weight is None else case.weight.abs().max().item()) / std
+    spread, total = case.x.abs().max().item(), case.dy.abs().sum((0, 2, 3)).max().item()
+    dx = gain * case.dy.abs().max().item()
+    return {"y": gain * spread, "dx": dx, "dweight": total * spread / std, "dbias": total}
+
+
+def check(case: Case) -> dict[str, Tensor]:
+    """Compare everything with float64, by PyTorch's own error in the dtype."""
+    actual, eager = run(fastcnn_norm_act, case), run(torch_norm_act, case)
+    exact = run(torch_norm_act, case.to(torch.float64))
+    assert actual.keys() == exact.keys()
+    scales = magnitudes(case.to(torch.float64))
+    for k, t in actual.items():
+        like = case.x if k == "y" else getattr(case, k.removeprefix("d"))
+        assert t.dtype == like.dtype, f"{k}: expected {like.dtype}, got {t.dtype}"
+        assert t.stride() == like.stride(), f"{k}: expected {like.stride()}, got {t.stride()}"
+        if t.dtype is torch.float64:
+            assert_same_in_float64(k, t, exact[k], case.x.numel(), scales[k])
+        else:
+            assert_as_exact_as_torch(k, t, eager[k], exact[k], scales[k])
+    return actual
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("image", "groups"), GROUPED, ids=str)
+def test_every_shape(image: Image, groups: int, layout: str) -> None:
+    check(make_case(image.sizes, groups, torch.float32, layout, "relu"))
+    check(make_case(image.sizes, groups, torch.bfloat16, layout, "silu"))
+    check(make_case(image.sizes, PIXELS, torch.float32, layout, "none"))
+    check(make_case(image.sizes, PIXELS, torch.bfloat16, layout, "gelu"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_combination(dtype: torch.dtype, layout: str) -> None:
+    # One odd shape with rests in both layouts, and all there is beside it.
+    for act, groups in itertools.product(ACTS, (1, 2, 6, PIXELS)):
+        check(make_case((5, 6, 9, 11), groups, dtype, layout, act))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_parameters_beside_half_images(dtype: torch.dtype) -> None:
+    # The usual state of mixed precision: gradients of parameters must then be float32 too. PyTorch
+    # refuses the mixture where it is not all on one side: the oracle's parameters are rounded.
+    for layout, groups in itertools.product(LAYOUTS, (2, PIXELS)):
+        case = make_case((4, 6, 5, 5), groups, dtype, layout, "relu", torch.float32)
+        for name in ("weight", "bias"):
+            getattr(case, name).copy_(getattr(case, name).to(dtype))
+        actual, expected = run(fastcnn_norm_act, case), run(fastcnn_norm_act, case.to(dtype))
+        for k, t in actual.items():
+            assert t.dtype is (torch.float32 if k in ("dweight", "dbias") else dtype)
+            assert torch.equal(t.to(dtype), expected[k]), k
+
+
+def test_the_reference_against_torch() -> None:
+    # It is the oracle of the CUDA kernels' tests.
+    def reference_norm_act(case: Case) -> Tensor:
+        args = case.x, case.groups, case.weight, case.bias, case.eps, case.act
+        return reference.group_norm_act(*args)[0]
+
+    for act, groups in itertools.product(ACTS, (1, 2, 4, PIXELS)):
+        case = make_case((3, 4, 5, 6), groups, torch.float64, "nchw", act)
+        actual, expected = run(reference_norm_act, case), run(torch_norm_act, case)
+        for k in actual:
+            torch.testing.assert_close(actual[k], expected[k], rtol=1e-12, atol=1e-12, msg=k)
+
+
+@pytest.mark.parametrize("groups", [2, PIXELS])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_in_any_layout(layout: str, groups: int | None) -> None:
+    # Each is brought to x's layout: the same bits as from a dense dy of the same values.
+    case = make_case((4, 6, 5, 7), groups, torch.float32, layout)
+    other = LAYOUTS["nchw" if layout == "channels_last" else "channels_last"]
+    for dy in (
+        torch.ones(()).expand(case.x.shape),  # what y.sum().backward() sends: strides 0
+        torch.randn(case.x.shape).contiguous(memory_format=other),
+        torch.randn(4, 6, 5, 14)[..., ::2],  # strided
+    ):
+        dense = dy.contiguous(memory_format=LAYOUTS[layout])
+        actual = run(fastcnn_norm_act, replace(case, dy=dy))
+        for k, expected in run(fastcnn_norm_act, replace(case, dy=dense)).items():
+            assert torch.equal(actual[k], expected), k
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_slices_of_a_batch(layout: str, dtype: torch.dtype) -> None:
+    # 3 * 5 * 7 elements an image: a slice starts at an address that is no multiple of a vector.
+    for groups in (1, 3, PIXELS):
+        case = make_case((4, 3, 5, 7), groups, dtype, layout)
+        views = {}
+        for k in ("x", "dy"):
+            base = torch.empty((5, 3, 5, 7), dtype=dtype, memory_format=LAYOUTS[layout])
+            base[1:] = getattr(case, k)
+            views[k] = base[1:]
+        actual, expected = run(fastcnn_norm_act, replace(case, **views)), check(case)
+        assert views["x"].data_ptr() % 16 != 0
+        assert all(torch.equal(actual[k], expected[k]) for k in actual)
+
+
+def test_without_affine_parameters() -> None:
+    # None stands for 1 and 0; each may be missing alone.
+    for layout, groups, missing in itertools.product(
+        LAYOUTS, (2, PIXELS), (["weight"], ["bias"], ["weight", "bias"])
+    ):
+        case = make_case((3, 4, 5, 6), groups, torch.float32, layout, "none")
+        actual = run(fastcnn_norm_act, replace(case, **dict.fromkeys(missing)))
+        neutral = {"weight": torch.ones(4), "bias": torch.zeros(4)}
+        given = check(replace(case, **{name: neutral[name] for name in missing}))
+        assert all(torch.equal(t, given[k]) for k, t in actual.items())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_large_mean_keeps_its_variance(layout: str) -> None:
+    # Mean 1e4, deviation 1: of E[x^2] - E[x]^2 no digit is left in float32. The bound: a relative
+    # error of the sum of squares of 8 ulps, beside the rounding of the mean itself, (1e4 * eps)^2.
+    eps = torch.finfo(torch.float32).eps
+    for image, groups in GROUPED:
+        x = make_case(image.sizes, groups, torch.float32, layout, "none").x + 1e4
+        _, mean, var = torch.ops.fastcnn.group_norm_act_fwd(x, None, None, groups, 1e-5, 0)
+        _, mean_exact, var_exact = reference.group_norm_act(x.double(), groups)
+        assert ((mean - mean_exact).abs() <= 2 * eps * 1e4).all(), image
+        assert ((var - var_exact).abs() <= 8 * eps * var_exact + (1e4 * eps) ** 2).all(), image
+        _, _, var = torch.ops.fastcnn.pixel_norm_act_fwd(x, None, None, 1e-5, 0)
+        var_exact = reference.group_norm_act(x.double(), PIXELS)[2]
+        assert ((var - var_exact).abs() <= 8 * eps * var_exact + (1e4 * eps) ** 2).all(), image
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nan_stays_in_its_group(layout: str) -> None:
+    # A diverged network must show it, and where: one NaN spoils what is normalised with it.
+    for groups, dtype, act in itertools.product((2, 4, PIXELS), DTYPES[:2], ACTS):
+        case = make_case((3, 4, 5, 7), groups, dtype, layout, act)
+        case.x[1, 2, 3, 4] = float("nan")
+        actual, expected = run(fastcnn_norm_act, case), run(torch_norm_act, case)
+        for k in ("y", "dx"):
+            assert torch.equal(actual[k].isnan(), expected[k].isnan()), (k, groups, dtype, act)
+
+
+def test_an_empty_batch_is_torchs() -> None:
+    # The last batch of a sharded loader: nothing to normalise, gradients of parameters are 0.
+    for layout, groups in itertools.product(LAYOUTS, (1, 3, PIXELS)):
+        x = torch.empty((0, 3, 4, 5), memory_format=LAYOUTS[layout])
+        case = Case(x, torch.ones(3), torch.ones(3), x.clone(), groups, "relu")
+        expected = run(torch_norm_act, case)
+        for k, t in run(fastcnn_norm_act, case).items():
+            assert torch.equal(t, expected[k]), k
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradcheck(layout: str) -> None:
+    # Against differences of the forward itself, by all inputs at once, away from kinks.
+    torch.manual_seed(0)
+    weight, bias = torch.tensor([[3.0, -2.5, 1, 2], [0.5, 1, -1, 0]], dtype=torch.float64)
+    for act, groups in itertools.product(ACTS, (1, 2, 4, PIXELS)):
+        near = torch.tensor(True)
+        while near.any():  # gradcheck's steps of 1e-6 must not cross a kink
+            x = torch.randn(2, 4, 2, 3).double().contiguous(memory_format=LAYOUTS[layout])
+            case = Case(x, weight, bias, x, groups, act)
+            near = near_a_kink(fastcnn_norm_act(replace(case, act="none")), act, 1e-3)
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        assert gradcheck(
+            lambda x, w, b, c=case: fastcnn_norm_act(replace(c, x=x, weight=w, bias=b)), leaves
+        )
+
+
+def test_the_same_bits_on_any_number_of_threads_and_in_every_run() -> None:
+    # Sums are cut by shape alone. Many samples, and few large ones that are cut into parts.
+    threads = torch.get_num_threads()
+    sizes = [(20, 32, 29, 31), (2, 4, 160, 160)]
+    try:
+        for layout, size, groups in itertools.product(LAYOUTS, sizes, (1, 4, PIXELS)):
+            case = make_case(size, groups, torch.float32, layout)
+            first = run(fastcnn_norm_act, case)
+            for count in (1, 2, 2):
+                torch.set_num_threads(count)
+                for k, t in run(fastcnn_norm_act, case).items():
+                    assert torch.equal(t, first[k]), (k, layout, count)
+    finally:
+        torch.set_num_threads(threads)
