@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastcnn import _C
 from fastcnn.ops._library import declare
+from fastcnn.ops.checks import check_like
 from fastcnn.ops.conv_bn_act_step import ConvBnActStep, Geometry
 
 _convolution = torch.ops.aten.convolution.default
@@ -20,6 +21,17 @@ _convolution_backward = torch.ops.aten.convolution_backward.default
 _max_pool = torch.ops.aten.max_pool2d_with_indices.default
 _convolution_pointwise = torch.ops.mkldnn._convolution_pointwise
 _max_pool_backward = torch.ops.aten.max_pool2d_with_indices_backward.default
+
+
+def _onednn_types() -> tuple[torch.dtype, ...]:
+    if not torch.backends.mkldnn.is_available():
+        return ()
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if bf16 else (torch.float32,)
+
+
+# Asked once: torch.compile cannot trace the questions.
+_ONEDNN_TYPES = _onednn_types()
 
 # oneDNN's names of the activations, with their parameters: what the convolution's epilogue applies.
 _EPILOGUES: dict[str, tuple[str, list[float], str]] = {
@@ -34,6 +46,8 @@ _EPILOGUES: dict[str, tuple[str, list[float], str]] = {
 }
 # After a residual its epilogue has none or ReLU; the others are a pass of their own.
 _AFTER_SUM: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "relu": F.relu_,
     "relu6": lambda z: F.relu6(z, inplace=True),
     "leaky_relu": F.leaky_relu_,
     "silu": lambda z: F.silu(z, inplace=True),
@@ -125,11 +139,7 @@ def folds(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None) ->
         tensors = [x, residual, *(t for step in steps for t in step if isinstance(t, Tensor))]
         if any(t is not None and t.requires_grad for t in tensors):
             return False
-    if torch.compiler.is_exporting() or not torch.backends.mkldnn.is_available():
-        return False
-    if x.dtype is torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return x.dtype is torch.float32
+    return x.dtype in _ONEDNN_TYPES and not torch.compiler.is_exporting()
 
 
 def convolve_folded(x: Tensor, step: ConvBnActStep, g: Geometry, residual: Tensor | None) -> Tensor:
@@ -150,11 +160,19 @@ def convolve_folded(x: Tensor, step: ConvBnActStep, g: Geometry, residual: Tenso
         bias = bias + step.bn_bias
     weight = (step.weight * scale[:, None, None, None]).to(x.dtype)
     arguments = (weight, bias.to(x.dtype), g.padding, g.stride, g.dilation, g.groups)
-    if residual is None:
+    if torch.compiler.is_compiling():
+        # It fuses plain operations by itself, and knows only half of what oneDNN's returns.
+        y = convolve(x, weight, bias.to(x.dtype), g)
+        if residual is not None:
+            check_like("conv_bn_act", "residual", residual, y)
+            y += residual
+        y = _AFTER_SUM[step.act](y)
+    elif residual is None:
         y = _convolution_pointwise.default(x, *arguments, *_EPILOGUES[step.act])
     else:
         relu = "relu" if step.act == "relu" else None
         y = _convolution_pointwise.binary(x, residual, *arguments, "add", 1.0, relu, [], "")
-        if step.act in _AFTER_SUM:
+        check_like("conv_bn_act", "residual", residual, y)  # oneDNN has copied another layout
+        if relu is None:
             y = _AFTER_SUM[step.act](y)
     return max_pool(y, g)
