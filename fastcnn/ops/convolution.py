@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from fastcnn import _C
 from fastcnn.ops._library import declare
-from fastcnn.ops.checks import check_like
+from fastcnn.ops.checks import check_like, memory_format_of
 from fastcnn.ops.conv_bn_act_step import ConvBnActStep, Geometry
 
 _convolution = torch.ops.aten.convolution.default
@@ -135,9 +136,11 @@ def folds(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None) ->
     """
     if x.device.type != "cpu" or any(step.training for step in steps):
         return False
-    if torch.is_grad_enabled():
-        tensors = [x, residual, *(t for step in steps for t in step if isinstance(t, Tensor))]
-        if any(t is not None and t.requires_grad for t in tensors):
+    grads = torch.is_grad_enabled()
+    tensors = [x, residual, *(t for step in steps for t in step if isinstance(t, Tensor))]
+    for t in tensors:
+        # oneDNN's operators would drop the tangents of forward-mode differentiation in silence.
+        if t is not None and ((grads and t.requires_grad) or unpack_dual(t).tangent is not None):
             return False
     return x.dtype in _ONEDNN_TYPES and not torch.compiler.is_exporting()
 
@@ -170,7 +173,10 @@ def convolve_folded(x: Tensor, step: ConvBnActStep, g: Geometry, residual: Tenso
     elif residual is None:
         y = _convolution_pointwise.default(x, *arguments, *_EPILOGUES[step.act])
     else:
-        relu = "relu" if step.act == "relu" else None
+        # In NCHW and with groups it adds in a pass of its own, whose ReLU does not know bfloat16.
+        one_pass = memory_format_of(x) is torch.channels_last and g.groups == 1
+        fuses = step.act == "relu" and (one_pass or x.dtype is torch.float32)
+        relu = "relu" if fuses else None
         y = _convolution_pointwise.binary(x, residual, *arguments, "add", 1.0, relu, [], "")
         check_like("conv_bn_act", "residual", residual, y)  # oneDNN has copied another layout
         if relu is None:
