@@ -65,7 +65,7 @@ def test_a_tensor_as_residual_in_lowest(act: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_levels_agree_bit_for_bit(layout: str, dtype: torch.dtype) -> None:
-    for act, training in itertools.product(ACTS, [True, False]):
+    for act, training in [*((act, True) for act in ACTS), ("relu", False), ("silu", False)]:
         model = stage("projection", "identity", "none", "two steps", act=act).train(training)
         model = model.to(dtype=dtype, memory_format=LAYOUTS[layout])
         x = torch.randn(2, 4, 9, 8).to(dtype).contiguous(memory_format=LAYOUTS[layout])

@@ -26,7 +26,6 @@ asks for a gradient, each step is one convolution of oneDNN on the CPU (ops/conv
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,11 +42,9 @@ from fastcnn.ops.conv_bn_act_step import (
     check_memory,
     check_step,
 )
-from fastcnn.ops.convolution import convolve_folded, folds
+from fastcnn.ops.convolution import autocast_dtype, cast, convolve_folded, folds
 
 OP = "conv_bn_act"
-
-_AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def conv_bn_act(
@@ -86,8 +83,8 @@ def _run(
 ) -> Tensor:
     """Run blocks as one Function; their keys are what errors call them."""
     check_memory(OP, memory)
-    dtype = _autocast_dtype(x)
-    x, residual = _cast(x, dtype), _cast(residual, dtype)
+    dtype = autocast_dtype(x)
+    x, residual = cast(x, dtype), cast(residual, dtype)
     check_image(OP, "input", x)
     check = _Check(x, dtype, memory)
     sizes = list(x.shape)
@@ -155,8 +152,8 @@ class _Check:
                 )
             if self.dtype is not None:
                 step = step._replace(
-                    weight=_cast(step.weight, self.dtype),
-                    conv_bias=_cast(step.conv_bias, self.dtype),
+                    weight=cast(step.weight, self.dtype),
+                    conv_bias=cast(step.conv_bias, self.dtype),
                 )
             g, raw, sizes = check_step(f"{op}: step {i}", step, self.x, sizes, self.memory)
             found.append(g)
@@ -194,18 +191,3 @@ def _evaluate(
         added = residual if block.shortcut is None else run(x, block.shortcut, None)
         x = run(x, block.steps, added)
     return x
-
-
-def _autocast_dtype(x: Any) -> torch.dtype | None:
-    # Autocast does not know the meta device.
-    if not isinstance(x, Tensor) or x.device.type == "meta":
-        return None
-    on = torch.is_autocast_enabled(x.device.type)
-    return torch.get_autocast_dtype(x.device.type) if on else None
-
-
-def _cast(t: Any, dtype: torch.dtype | None) -> Any:
-    """Cast as autocast does for a convolution: every floating type but float64."""
-    if dtype is None or not isinstance(t, Tensor) or t.dtype not in _AUTOCAST_FROM:
-        return t
-    return t.to(dtype)

@@ -6,6 +6,7 @@ arithmetic peak where its forward and input gradient reach 90 %.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,8 @@ def _onednn_types() -> tuple[torch.dtype, ...]:
     bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return (torch.float32, torch.bfloat16) if bf16 else (torch.float32,)
 
+
+_AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
 
 # Asked once: torch.compile cannot trace the questions.
 _ONEDNN_TYPES = _onednn_types()
@@ -85,6 +88,22 @@ def _has_own_bwd_weight(dy: Tensor, x: Tensor, g: Geometry) -> bool:
     return x.is_contiguous(memory_format=channels_last) and dy.is_contiguous(
         memory_format=channels_last
     )
+
+
+def autocast_dtype(x: Any) -> torch.dtype | None:
+    """Return what autocast casts x to, or None where it is off."""
+    # Autocast does not know the meta device.
+    if not isinstance(x, Tensor) or x.device.type == "meta":
+        return None
+    on = torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if on else None
+
+
+def cast(t: Any, dtype: torch.dtype | None) -> Any:
+    """Cast as autocast does for a convolution: every floating type but float64."""
+    if dtype is None or not isinstance(t, Tensor) or t.dtype not in _AUTOCAST_FROM:
+        return t
+    return t.to(dtype)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
