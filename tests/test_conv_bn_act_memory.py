@@ -91,18 +91,19 @@ def test_a_tensor_as_residual(memory: str) -> None:
 
 @pytest.mark.parametrize("memory", LEVELS)
 def test_half_images_take_half_the_bytes(memory: str) -> None:
-    # Under autocast the weights' casts are kept too, as eager keeps them.
     x = images(2, 4, 9, 8).bfloat16()
     model = stage("projection", "identity", memory=memory)
-    weights = sum(
-        conv.weight.numel() + (0 if conv.bias is None else conv.bias.numel())
-        for conv in model.convs
-    )
     with torch.autocast("cpu", torch.bfloat16):
         kept = kept_for_backward(lambda: model(x), exclude=state(model))
+    assert kept == expected_bytes_in_autocast(model, x)
+
+
+def expected_bytes_in_autocast(model: Stage, x: Tensor) -> int:
+    """With the weights' casts, which eager keeps as well."""
     statistics = sum(2 * 4 * bn.num_features for bn in model.bns)
     float_images = expected_bytes(model, x.float()) - statistics
-    assert kept == float_images // 2 + statistics + 2 * weights
+    casts = sum(2 * p.numel() for conv in model.convs for p in conv.parameters())
+    return float_images // 2 + statistics + casts
 
 
 @pytest.mark.parametrize("memory", LEVELS)
@@ -153,6 +154,22 @@ def test_compiled(memory: str) -> None:
         assert torch.equal(a, b)
     kept = kept_for_backward(lambda: compiled(x), exclude=state(model))
     assert kept == expected_bytes(model, x)
+
+
+@pytorchs_own_warnings
+def test_compiled_in_bfloat16() -> None:
+    # Under autocast, with channels enough for the weight gradient's own kernel.
+    steps = [conv_bn(32, 64), conv_bn(64, 64, 3), conv_bn(64, 128)]
+    model = Stage(Block(steps, [conv_bn(32, 128, act="none")]), memory="lowest")
+    model = model.to(memory_format=torch.channels_last)
+    x = images(2, 32, 9, 8).bfloat16().requires_grad_()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        pairs = zip(gradients(model, x, compiled), gradients(model, x, model), strict=True)
+        kept = kept_for_backward(lambda: compiled(x), exclude=state(model))
+    for a, b in pairs:
+        assert torch.equal(a, b)
+    assert kept == expected_bytes_in_autocast(model, x)
 
 
 @pytorchs_own_warnings

@@ -76,11 +76,16 @@ declare(
 _bwd_weight = torch.ops.fastcnn.conv2d_bwd_weight.default
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_bf16_dot() -> bool:
+    return _C.has_bf16_dot()
+
+
 def _has_own_bwd_weight(dy: Tensor, x: Tensor, g: Geometry) -> bool:
     """Whether conv2d_bwd_weight takes these, and its tiles are well filled."""
     if x.dtype is not torch.bfloat16 or x.device.type != "cpu" or g.groups != 1:
         return False
-    if not _C.has_bf16_dot():
+    if not _has_bf16_dot():
         return False
     if any(-c % _TILE > c // 4 for c in (dy.shape[1], x.shape[1])):
         return False
