@@ -23,7 +23,7 @@ struct BatchNormActFwdParams {
   const void* bias;      // [c] acc; null: 0
   void* mean;            // [c] acc: written by fwd, read by apply
   void* var;             // [c] acc: biased variance; likewise
-  void* y;               // [n, c, h, w] dtype, in x's layout
+  void* y;               // [n, c, h, w] dtype, in x's layout; null: the statistics alone
 };
 
 struct BatchNormActBwdParams {
@@ -41,10 +41,22 @@ struct BatchNormActBwdParams {
   const void* var;     // [c] acc
   const void* weight;  // [c] acc; null: 1
   const void* bias;    // [c] acc; null: 0
-  void* dx;            // [n, c, h, w] dtype
+  const void* total;   // [1] acc: values a channel on all ranks, whose sums dweight and dbias then
+                       // hold for dx to read; null: x is all there is
+  void* dx;            // [n, c, h, w] dtype; null: the sums alone
   void* dresidual;     // [n, c, h, w] dtype; null: not wanted
-  void* dweight;       // [c] acc
-  void* dbias;         // [c] acc
+  void* dweight;       // [c] acc: sum(dz * (x - mean)) * rstd
+  void* dbias;         // [c] acc: sum(dz)
+};
+
+// The statistics of several ranks' parts of a batch, joined in the order of the ranks.
+struct BatchNormJoinParams {
+  int64_t c, ranks;
+  DType dtype;           // acc of them all
+  const void* gathered;  // [ranks, 2 * c + 1]: mean, biased variance, count
+  void* mean;            // [c]
+  void* var;             // [c], biased
+  void* total;           // [1]: the count of all
 };
 
 // running = (1 - momentum) * running + momentum * new, the variance made unbiased.
@@ -54,6 +66,7 @@ struct BatchNormRunningParams {
   DType stats_dtype;  // of mean and var: kFloat32 or kFloat64
   double momentum;
   double unbias;       // count / (count - 1)
+  const void* total;   // [1] stats_dtype: the count on all ranks; null: unbias says it
   const void* mean;    // [c]
   const void* var;     // [c], biased
   void* running_mean;  // [c]
@@ -63,6 +76,7 @@ struct BatchNormRunningParams {
 FASTCNN_CPU_KERNEL(batch_norm_act_fwd_cpu, BatchNormActFwdParams)
 FASTCNN_CPU_KERNEL(batch_norm_act_apply_cpu, BatchNormActFwdParams)
 FASTCNN_CPU_KERNEL(batch_norm_act_bwd_cpu, BatchNormActBwdParams)
+FASTCNN_CPU_KERNEL(batch_norm_join_cpu, BatchNormJoinParams)
 FASTCNN_CPU_KERNEL(batch_norm_running_cpu, BatchNormRunningParams)
 
 // The CUDA launchers return a cudaError_t. float64 is the CPU's: they refuse it.
@@ -73,6 +87,7 @@ int launch_batch_norm_act_fwd(const BatchNormActFwdParams& p, float* workspace,
 int launch_batch_norm_act_apply(const BatchNormActFwdParams& p, const CudaDevice& device);
 int launch_batch_norm_act_bwd(const BatchNormActBwdParams& p, float* workspace,
                               const CudaDevice& device);
+int launch_batch_norm_join(const BatchNormJoinParams& p, const CudaDevice& device);
 int launch_batch_norm_running(const BatchNormRunningParams& p, const CudaDevice& device);
 
 }  // namespace fastcnn

@@ -23,6 +23,7 @@ GetStream find_get_stream() {
 
 struct DeviceFacts {
   int sm_count;
+  int shared_bytes;
   int capability;  // 90 for sm_90
 };
 
@@ -35,17 +36,18 @@ const DeviceFacts& facts_of(const char* op, int device) {
     fail(op, "x: expected a device below cuda:", kMaxDevices, ", got cuda:", device);
   }
   std::call_once(known[device], [&] {
-    int sm_count = 0, major = 0, minor = 0;
+    int sm_count = 0, shared_bytes = 0, major = 0, minor = 0;
     const auto ask = [&](int* value, cudaDeviceAttr attribute) {
       const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device);
       if (error != cudaSuccess) fail(op, "cuda:", device, ": ", cudaGetErrorString(error));
     };
     ask(&sm_count, cudaDevAttrMultiProcessorCount);
+    ask(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
     ask(&major, cudaDevAttrComputeCapabilityMajor);
     ask(&minor, cudaDevAttrComputeCapabilityMinor);
     const std::string missing = missing_cuda_code(FASTCNN_CUDA_ARCHS, 10 * major + minor);
     if (!missing.empty()) fail(op, "x: ", missing);
-    facts[device] = {sm_count, 10 * major + minor};
+    facts[device] = {sm_count, shared_bytes, 10 * major + minor};
   });
   return facts[device];
 }
@@ -61,7 +63,8 @@ CudaCall::CudaCall(const char* op, const Tensor& x)
   }
   void* stream = nullptr;
   if (get_stream(x.get_device_index(), &stream) != 0) fail(op, "torch gave no current CUDA stream");
-  device_ = {facts_of(op, x.get_device_index()).sm_count, static_cast<CUstream_st*>(stream)};
+  const DeviceFacts& facts = facts_of(op, x.get_device_index());
+  device_ = {facts.sm_count, static_cast<CUstream_st*>(stream), facts.shared_bytes};
 }
 
 void CudaCall::check(int error) const {

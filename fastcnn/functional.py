@@ -1,11 +1,14 @@
 """The public functions, with the signatures of torch.nn.functional where it has one."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastcnn.ops import batch_norm_act as _batch_norm_act
 from fastcnn.ops import conv_bn_act as _conv_bn_act
+from fastcnn.ops import upsample as _upsample
 from fastcnn.ops.activation import Activation
 from fastcnn.ops.conv_bn_act_step import ConvBnActBlock, ConvBnActStep, MaxPool, Memory
 
@@ -16,6 +19,7 @@ __all__ = [
     "batch_norm_act",
     "conv_bn_act",
     "conv_bn_act_blocks",
+    "interpolate",
 ]
 
 
@@ -31,6 +35,8 @@ def batch_norm_act(
     *,
     residual: Tensor | None = None,
     act: Activation = "relu",
+    sync: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Batch normalisation, an optional residual and an activation as one fused operation.
 
@@ -54,21 +60,29 @@ def batch_norm_act(
         residual: added before the activation; sizes, dtype and layout of the input.
         act: "none", "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu" (by erf), "sigmoid"
             or "hardswish". A NaN comes through; at -inf each has its limit.
+        sync: whether the batch is spread over processes, each with an input of its own, also of
+            another n or an empty one. In training the statistics are then those of all inputs, and
+            each process must make the same calls, forward and backward. Without an initialised
+            torch.distributed, or alone in its group, a process is the whole batch.
+        process_group: with sync=True, whose processes; None for all, as in torch.nn.SyncBatchNorm.
 
     Returns:
         y in the input's sizes, dtype and memory layout. Results are bitwise the same from run to
         run and on any number of threads.
 
     Raises:
-        TypeError: an argument that is no Tensor, or of another dtype than named above.
+        TypeError: an argument that is no Tensor, or of another dtype than named above; a
+            process_group that is none, or that this process is not in.
         ValueError: another rank, size, device or memory layout; an unknown activation; one value
-            per channel in training.
+            per channel in training; a process_group beside sync=False.
 
-    Source: Ioffe and Szegedy 2015, arXiv:1502.03167; torch.nn.functional.batch_norm.
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167; torch.nn.functional.batch_norm;
+    torch.nn.SyncBatchNorm.
     """
     return _batch_norm_act.batch_norm_act(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, act
-    )
+        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, act,
+        sync, process_group,
+    )  # fmt: skip
 
 
 def conv_bn_act(
@@ -135,3 +149,55 @@ def conv_bn_act_blocks(
         TypeError, ValueError: as conv_bn_act, naming the block.
     """
     return _conv_bn_act.conv_bn_act_blocks(input, blocks, memory)
+
+
+def interpolate(
+    input: Tensor,
+    size: int | Sequence[int] | None = None,
+    scale_factor: float | Sequence[float] | None = None,
+    mode: Literal["nearest", "nearest-exact", "bilinear"] = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+    *,
+    concat: Tensor | None = None,
+) -> Tensor:
+    r"""Resize images up or down, optionally straight into the buffer that also receives a skip.
+
+    .. math::
+        y_{op} = \sum_{ij} R_{oi} C_{pj} x_{ij}, \quad
+        z = \mathrm{cat}([\mathrm{concat}, y], \mathrm{dim}=1)
+
+    R and C are the matrices of torch.nn.functional.interpolate: one share of 1 a line in the
+    nearest modes, two shares in bilinear. With ``scale_factor`` the output has
+    ``floor(size * scale_factor)`` pixels, and coordinates are computed with the factor itself;
+    with ``recompute_scale_factor=True`` with the ratio of the sizes. An axis that keeps its size
+    is copied, whatever the factor, as PyTorch does on the CPU.
+
+    Args:
+        input: [n, c, h, w], dense in NCHW or channels_last; float32, bfloat16, float16, and on the
+            CPU float64. An empty batch gives an empty output.
+        size: the output's h and w, or one number for both.
+        scale_factor: the factors of h and w, or one for both; exactly one of size and scale_factor.
+        mode: "nearest", "nearest-exact" or "bilinear".
+        align_corners: bilinear alone: whether corner pixels' centres, and not images' edges, meet.
+        recompute_scale_factor: see above; with scale_factor alone.
+        antialias: False; PyTorch has it, this function does not.
+        concat: [n, c_skip, h_out, w_out], as a U-Net's skip connection: its channels come first in
+            the output, then the resized ones. dtype and layout of the input.
+
+    Returns:
+        [n, c, h_out, w_out] or, with concat, [n, c_skip + c, h_out, w_out], in the input's dtype
+        and memory layout. Nothing but sizes is kept for backward, whose result is bitwise the same
+        from run to run; concat's gradient is a view of the output's.
+
+    Raises:
+        TypeError: an argument that is no Tensor or no number, or of another dtype.
+        ValueError: another rank, memory layout, mode or device; both or none of size and
+            scale_factor; align_corners beside a nearest mode; an output without pixels.
+
+    Source: torch.nn.functional.interpolate.
+    """
+    return _upsample.interpolate(
+        input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias, concat
+    )

@@ -10,6 +10,7 @@ from fastcnn import _C
 BACKENDS = {
     "batch_norm_act": ("C++", "CUDA C++"),
     "conv_bn_act": ("oneDNN through PyTorch + C++", "cuDNN through PyTorch + CUDA C++"),
+    "upsample": ("C++", "CUDA C++"),
 }
 
 

@@ -11,14 +11,18 @@ from functools import partial
 import pytest
 import torch
 from activations import ACTS
-from cuda_emu.batch_norm_act import Call, Options, Shape, U, near
+from cuda_emu.batch_norm_act import SLABS, STAGES, Call, Options, Shape, U, near
 from cuda_emu.run import DTYPE_NUMBER, Case, run_cases
+from torch import Tensor
 
 from fastcnn.ops.activation import ACT_NUMBER
 
 INVALID_VALUE = 1  # cudaErrorInvalidValue
+SMALL_DEVICE = {"sm_count": 3, "shared_bytes": STAGES}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [pytest.param(False, id="nchw"), pytest.param(True, id="channels_last")]
+# A device of 12 SMs has 24 blocks resident. With shared memory, small layers take one launch.
+PATHS = [pytest.param(STAGES, id="stages"), pytest.param(SLABS, id="slabs")]
 
 
 def shapes(dtype: torch.dtype, channels_last: bool) -> list[Shape]:
@@ -39,7 +43,8 @@ def shapes(dtype: torch.dtype, channels_last: bool) -> list[Shape]:
             *[(1, 32 * wide, 1, pixels) for pixels in (31, 32, 33)],  # 8 lanes of 4 pixels
             (2, 40 * wide, 7, 5),  # the second block has 24 columns without a channel
             (3, wide, 10, 70),  # 256 lanes, 3 splits
-            (2, 32 * wide, 12, 12),  # 9 splits for 8 finishing lanes
+            (1, 2 * wide, 64, 65),  # 33 vectors for each of 128 lanes: too long for a slab
+            (2, 32 * wide, 12, 12),
             (1, 32, 12, 25),
         ]
     return [
@@ -47,8 +52,15 @@ def shapes(dtype: torch.dtype, channels_last: bool) -> list[Shape]:
         *[(1, 1, 1, vectors * wide) for vectors in (1023, 1024, 1025)],  # 256 lanes of 4 vectors
         (40, 2, 1, 37 * wide),  # 2 splits, whose steps end within other images
         (5, 3, 1, 256 * wide),  # steps of whole images
-        (1, 1, 2, 4100 * wide),  # 9 splits for 8 finishing lanes
-        (7, 2, 15, 41),  # 5 splits of single elements
+        (1, 1, 2, 4100 * wide),  # 9 splits; too long for a slab
+        (7, 2, 15, 41),  # 5 splits of single elements; as a slab 17 of them for each lane
+        # Flat walks: planes that are no whole vectors, of half types or of all.
+        (3, 16, 7, 7),  # as slabs alone, 8 (or 4) planes a block: too few rows for stages
+        (16, 4, 14, 14),
+        (70, 8, 7, 7),  # 3 splits; the second block has columns beyond the last
+        (40, 8, 1, 3),  # the 8 elements of a vector belong to 3 or 4 channels
+        (2, 8, 15, 15),  # 225 columns, so a single lane
+        (2, 8, 17, 17),  # more columns than a block has threads: elements one by one
     ]
 
 
@@ -74,43 +86,51 @@ def run_both(calls: Sequence[Call], channels_last: bool) -> None:
         call.check_backward(backward, channels_last)
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("channels_last", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_shapes(dtype: torch.dtype, channels_last: bool) -> None:
-    calls = [Call(dtype, shape, FULL) for shape in shapes(dtype, channels_last)]
+def test_shapes(dtype: torch.dtype, channels_last: bool, path: int) -> None:
+    calls = [Call(dtype, shape, FULL, shared_bytes=path) for shape in shapes(dtype, channels_last)]
     # One SM and 8 tiles give one split: a thread's loop turns twice, and has a rest.
     wide = 16 // dtype.itemsize
     long_walk = (1, 8 * 32 * wide, 7, 10) if channels_last else (2, 8, 1, 1100 * wide)
-    calls.append(Call(dtype, long_walk, FULL, sm_count=1))
+    calls.append(Call(dtype, long_walk, FULL, sm_count=1, shared_bytes=path))
     run_both(calls, channels_last)
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("channels_last", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_options(dtype: torch.dtype, channels_last: bool) -> None:
+def test_options(dtype: torch.dtype, channels_last: bool, path: int) -> None:
     wide = 16 // dtype.itemsize
     shape = (2, wide if channels_last else 3, 3, wide)  # whole vectors
-    run_both([Call(dtype, shape, options) for options in OPTIONS], channels_last)
+    run_both([Call(dtype, shape, options, shared_bytes=path) for options in OPTIONS], channels_last)
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("channels_last", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_large_mean(dtype: torch.dtype, channels_last: bool) -> None:
+def test_large_mean(dtype: torch.dtype, channels_last: bool, path: int) -> None:
     # E[x^2] - E[x]^2 would have an error of 1e8 * U = 6 in a variance of 1. The variance of bf16 is
     # that of its rounding, and 0 in some channels.
-    calls = [Call(dtype, (5, 8, 24, 24), options, center=1e4) for options in (FULL, PLAIN)]
+    calls = [
+        Call(dtype, (5, 8, 24, 24), options, center=1e4, shared_bytes=path)
+        for options in (FULL, PLAIN)
+    ]
     if dtype is torch.float32:
         assert (calls[0].var_error < 0.2 * calls[0].var).all()  # the bound says something
     run_both(calls, channels_last)
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("channels_last", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_misaligned(dtype: torch.dtype, channels_last: bool) -> None:
+def test_misaligned(dtype: torch.dtype, channels_last: bool, path: int) -> None:
     # One tensor off a 16-byte address is enough: UBSan ends the run at a misaligned vector.
     wide = 16 // dtype.itemsize
     # More splits than when aligned: the workspace must be large enough for either.
-    call = Call(dtype, (1, wide, 1, 300) if channels_last else (1, 2, 1, 512 * wide), FULL)
+    shape = (1, wide, 1, 300) if channels_last else (1, 2, 1, 512 * wide)
+    call = Call(dtype, shape, FULL, shared_bytes=path)
     forward = [[name] for name in ("x", "residual", "y")]
     backward = [[name] for name in ("dy", "x", "saved", "dx", "dresidual")]
     # Parameters are floats at any address: they may be views into a larger tensor.
@@ -131,19 +151,26 @@ def test_offsets_beyond_32_bits(channels_last: bool) -> None:
         (1, 2**26, 2**16, 32, 64) if channels_last else (999, 2**24, 64, 1, 2)
     )
     lanes = 256 // columns
-    numbers = {"n": n, "c": c, "hw": hw, "channels_last": int(channels_last), "sm_count": 3}
+    numbers = {"n": n, "c": c, "hw": hw, "channels_last": int(channels_last), **SMALL_DEVICE}
     numbers |= {"columns": columns, "splits": splits}
     offsets = torch.empty(splits, lanes, columns, 4, dtype=torch.int64)
-    case = Case("walk", numbers, outputs={"offsets": offsets})
-    result = run_cases("batch_norm_act", [case])[0].tensors["offsets"]
+    cases = [
+        Case("walk", numbers | {"backward": i}, outputs={"offsets": offsets}) for i in range(2)
+    ]
+    forward, backward = (r.tensors["offsets"] for r in run_cases("batch_norm_act", cases))
     split, lane, column, step = torch.meshgrid(*map(torch.arange, offsets.shape), indexing="ij")
-    vector = (step * splits + split) * lanes + lane  # of the channel; 8 elements each
-    if channels_last:
-        expected = vector * c + column * 8
-    else:
-        expected = vector // (hw // 8) * c * hw + vector % (hw // 8) * 8
-    assert torch.equal(result, expected)
-    assert result.max() > 2**35
+
+    def offset_of(step: Tensor) -> Tensor:
+        vector = (step * splits + split) * lanes + lane  # of the channel; 8 elements each
+        if channels_last:
+            return vector * c + column * 8
+        return vector // (hw // 8) * c * hw + vector % (hw // 8) * 8
+
+    length = n * hw if channels_last else n * hw // 8
+    last = (length - 1 - split * lanes - lane) // (splits * lanes)
+    assert torch.equal(forward, offset_of(step))
+    assert torch.equal(backward, offset_of(last - step))
+    assert forward.max() > 2**35
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -208,7 +235,7 @@ def test_running(dtype: torch.dtype) -> None:
             "running_var": normal(c).square().to(dtype),
         }
         numbers = {
-            "c": c, "dtype": DTYPE_NUMBER[dtype], "stats_dtype": 0, "sm_count": 3,
+            "c": c, "dtype": DTYPE_NUMBER[dtype], "stats_dtype": 0, **SMALL_DEVICE,
             "momentum": momentum, "unbias": count / (count - 1),
         }  # fmt: skip
         new = {"mean": normal(c), "var": normal(c).square()}
@@ -232,7 +259,7 @@ def test_float64_is_refused() -> None:
     cases = [call.forward(False), fixed.forward(False), call.backward(False)]
     double = {name: torch.ones(2).double() for name in ("running_mean", "running_var")}
     for dtype, stats_dtype in [(3, 0), (0, 3)]:
-        numbers = {"c": 2, "dtype": dtype, "stats_dtype": stats_dtype, "sm_count": 3}
+        numbers = {"c": 2, "dtype": dtype, "stats_dtype": stats_dtype, **SMALL_DEVICE}
         numbers |= {"momentum": 0.1, "unbias": 1}
         cases.append(Case("running", numbers, inputs={"mean": double["running_mean"]}))
         cases[-1].inputs["var"] = double["running_var"]

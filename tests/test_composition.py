@@ -211,7 +211,14 @@ def test_opcheck(dtype: torch.dtype, layout: str) -> None:
         for want in (False, True):
             args = (dy, x, residual, weight, bias, mean, var, 1e-5, 1, True, want)
             opcheck(ops.batch_norm_act_bwd, args)
-    opcheck(ops.batch_norm_update_running, (a.to(dtype), b.to(dtype), mean, var, 0.1, 9))
+            opcheck(ops.batch_norm_act_reduce, (*args[:-2], want))
+        sums = (mean, var, torch.tensor([60.0]))
+        opcheck(ops.batch_norm_act_dx, (*args[:7], *sums, 1e-5, 1))
+    opcheck(ops.batch_norm_act_stats, (x,))
+    opcheck(ops.batch_norm_join_stats, (torch.rand(2, 7),))
+    for total in (None, torch.tensor([60.0])):
+        running = a.to(dtype), b.to(dtype)
+        opcheck(ops.batch_norm_update_running, (*running, mean, var, total, 0.1, 9))
 
 
 def test_models_are_pickled_and_copied() -> None:

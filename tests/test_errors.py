@@ -13,9 +13,10 @@ from fastcnn import _C, functional
 from fastcnn._version_check import check_torch
 from fastcnn.functional import ConvBnActBlock, ConvBnActStep, MaxPool
 from fastcnn.models import resnet18
-from fastcnn.nn import BatchNormAct2d, conv_bn_act
+from fastcnn.nn import BatchNormAct2d, Upsample, conv_bn_act
 
 X = torch.randn(2, 3, 4, 4)
+BIG = torch.randn(2, 5, 8, 8)
 HALF = X.bfloat16()
 C3, C4 = torch.ones(3), torch.ones(4)
 
@@ -186,6 +187,53 @@ def test_memory_levels_and_poolings_of_conv_bn_act() -> None:
         step = (nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.MaxPool2d(2, **kwargs))
         with pytest.raises(ValueError, match="step 0: expected a MaxPool2d without dilation"):
             conv_bn_act(X, [step])
+
+
+# What replaces a good argument of interpolate.
+INTERPOLATE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"input": None}, TypeError, r"input: expected a Tensor, got NoneType"),
+    ({"input": X[0]}, ValueError, r"input: expected 4 dimensions .*, got 3"),
+    ({"input": X.mT}, ValueError, r"input: expected a dense NCHW or channels_last"),
+    ({"input": X[..., :0]}, ValueError, r"input: expected images of at least 1 pixel"),
+    ({"size": 8}, ValueError, r"size, scale_factor: expected exactly one of the two, got both"),
+    ({"scale_factor": None}, ValueError, r"size, scale_factor: expected exactly .*, got neither"),
+    ({"scale_factor": (2, 2, 2)}, ValueError, r"scale_factor: expected a number or a pair"),
+    ({"scale_factor": "2"}, TypeError, r"scale_factor: expected a number or a pair .* got '2'"),
+    ({"scale_factor": 0.1}, ValueError, r"scale_factor=0.1: expected an output of at least 1x1"),
+    ({"scale_factor": float("nan")}, ValueError, r"expected an output of at least 1x1"),
+    ({"scale_factor": None, "size": (8, 8, 8)}, ValueError, r"size: expected an integer or a pair"),
+    ({"scale_factor": None, "size": 8.5}, TypeError, r"size: expected an integer .* got 8.5"),
+    ({"scale_factor": None, "size": (0, 8)}, ValueError, r"size=\(0, 8\): .* got 0x8"),
+    (
+        {"scale_factor": None, "size": 8, "recompute_scale_factor": True}, ValueError,
+        r"recompute_scale_factor: expected a scale_factor .*, got size=8",
+    ),
+    ({"mode": "bicubic"}, ValueError, r"mode: expected one of nearest, nearest-exact, bilinear,"),
+    ({"mode": "nearest", "align_corners": False}, ValueError, r"align_corners: expected None"),
+    ({"antialias": True}, ValueError, r"antialias: expected False"),
+    ({"concat": 1}, TypeError, r"concat: expected a Tensor, got int"),
+    ({"concat": X}, ValueError, r"concat: expected sizes \[2, any, 8, 8\], got \[2, 3, 4, 4\]"),
+    ({"concat": BIG[:1]}, ValueError, r"concat: expected sizes \[2, any, 8, 8\]"),
+    ({"concat": BIG.half()}, TypeError, r"concat: expected torch.float32 as .*, got torch.float16"),
+    ({"concat": BIG.to("meta")}, ValueError, r"concat: expected device cpu, got meta"),
+    ({"concat": BIG.mT}, ValueError, r"concat: expected a dense NCHW or channels_last"),
+    (
+        {"concat": BIG.contiguous(memory_format=torch.channels_last)}, ValueError,
+        r"concat: expected the input's memory format torch.contiguous_format, got strides",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bad", "error", "message"), INTERPOLATE_ERRORS)
+def test_interpolate(bad: dict[str, Any], error: type[Exception], message: str) -> None:
+    good: dict[str, Any] = {"input": X, "scale_factor": 2, "mode": "bilinear"}
+    with pytest.raises(error, match=f"^interpolate: .*{message}"):
+        functional.interpolate(**{**good, **bad})
+
+
+def test_an_upsampling_mode_that_a_module_does_not_know() -> None:
+    with pytest.raises(ValueError, match=r"Upsample: mode: expected one of .*, got 'area'"):
+        Upsample(scale_factor=2, mode="area")
 
 
 @pytest.mark.parametrize("kwargs", [{"padding": "same"}, {"padding_mode": "reflect", "padding": 1}])

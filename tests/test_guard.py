@@ -4,6 +4,7 @@ Each input ends where a page without access begins: a read of one byte too many 
 """
 
 import ctypes
+import itertools
 import mmap
 import os
 import subprocess
@@ -46,8 +47,29 @@ def run_all() -> None:
                 ops.batch_norm_act_fwd(x, residual, w, b, 1e-5, 5)
                 for saved, act in ((None, 1), (guarded(y), 1), (None, 5), (residual, 5)):
                     ops.batch_norm_act_bwd(dy, x, saved, w, b, mean, var, 1e-5, act, True, True)
-                ops.batch_norm_update_running(mean, var, w, b, 0.1, 7)
+                ops.batch_norm_act_stats(x)
+                ops.batch_norm_act_reduce(dy, x, residual, w, b, mean, var, 1e-5, 1, True)
+                ops.batch_norm_act_dx(dy, x, None, w, b, mean, var, w, b, w[-1:], 1e-5, 1)
+                ops.batch_norm_update_running(mean, var, w, b, None, 0.1, 7)
+                ops.batch_norm_update_running(mean, var, w, b, w[-1:], 0.1, 0)
+                resize_all(image)
     print("done")
+
+
+def resize_all(image: Tensor) -> None:
+    """Up, far up and down, by every sampling, beside a skip and into a slice of channels."""
+    ops, x = torch.ops.fastcnn, guarded(image)
+    n, _, h, w = image.shape
+    for layout in (torch.contiguous_format, torch.channels_last):
+        if not image.is_contiguous(memory_format=layout):
+            continue
+        last = layout is torch.channels_last
+        for sampling, size in itertools.product(range(4), ((2 * h, 2 * w), (1, 1), (h + 3, 5 * w))):
+            skip = guarded(torch.ones(n, 3, *size).to(image.dtype).contiguous(memory_format=layout))
+            ops.upsample_fwd(x, None, *size, None, None, sampling, last)
+            y = guarded(ops.upsample_fwd(x, skip, *size, None, None, sampling, last))
+            ops.upsample_bwd(y, h, w, None, None, sampling, last)
+            ops.upsample_bwd(y[:, 3:], h, w, None, None, sampling, last)
 
 
 def in_a_process(statement: str, level: str) -> subprocess.CompletedProcess[str]:

@@ -9,10 +9,14 @@ import torch
 import fastcnn
 from fastcnn import _C, functional, info
 from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.ops.upsample_arguments import SAMPLING_NUMBER
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = [name for name in functional.__all__ if name.islower()]
+# Functions that have torch's name and not their op's, or are a second one of an op.
+NAMES = {"interpolate": "upsample", "conv_bn_act_blocks": "conv_bn_act"}
+OPS = sorted({NAMES.get(name, name) for name in functional.__all__ if name.islower()})
 COMPOSED = {"conv_bn_act"}  # made of other ops: no kernels of their own
+CPU_ONLY = {"conv2d_bwd_weight"}  # cuDNN's weight gradient needs no help
 KERNEL_OPS = [op for op in OPS if op not in COMPOSED]
 OPERATORS = [
     name.removeprefix("fastcnn::")
@@ -51,6 +55,16 @@ def test_info_names_every_op() -> None:
     assert set(info.BACKENDS) == set(OPS)
 
 
+def test_sampling_tables_agree() -> None:
+    header = (ROOT / "csrc/common/source_index.h").read_text()
+    names = {
+        ("nearest", False): "Nearest", ("nearest-exact", False): "NearestExact",
+        ("bilinear", False): "Bilinear", ("bilinear", True): "BilinearCorners",
+    }  # fmt: skip
+    in_cpp = {name: int(n) for name, n in re.findall(r"k((?:Near|Bilin)\w*) = (\d+)", header)}
+    assert in_cpp == {names[how]: n for how, n in SAMPLING_NUMBER.items()}
+
+
 def test_activation_tables_agree() -> None:
     # One table in Python, one in C++: the operator schemas carry the number.
     header = (ROOT / "csrc/common/activation.h").read_text()
@@ -66,7 +80,7 @@ def test_operators_have_cpu_and_cuda_kernels(name: str) -> None:
     # Declared in Python, implemented in _ops.so: a typo on one side shows here.
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcnn::{name}", "CPU")
     has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcnn::{name}", "CUDA")
-    assert has_cuda == bool(_C.cuda_version)
+    assert has_cuda == (bool(_C.cuda_version) and name not in CPU_ONLY)
 
 
 def test_version_is_the_project_s() -> None:

@@ -1,5 +1,6 @@
 """BatchNormAct2d against torch.nn.BatchNorm2d, which it replaces in a network that exists."""
 
+import copy
 import itertools
 import os
 import subprocess
@@ -14,14 +15,17 @@ from torch import Tensor, nn
 
 from fastcnn import _C
 from fastcnn.lab import kept_for_backward
-from fastcnn.nn import BatchNormAct2d
+from fastcnn.nn import BatchNormAct2d, convert_sync_batchnorm
 
 KINDS: list[dict[str, Any]] = [
     {},
     {"momentum": 0.3, "eps": 0.1},
     {"momentum": None},  # the cumulative average
+    {"momentum": 0.0},  # the running statistics stay as they are, batches are counted
+    {"momentum": 1.0},  # they are the last batch's
     {"affine": False},
     {"track_running_stats": False},  # evaluation then uses the batch's statistics
+    {"affine": False, "track_running_stats": False, "momentum": None},  # nothing in state_dict
 ]
 LEVELS = _C.cpu_levels.split(",")
 
@@ -91,6 +95,22 @@ def test_state_dict_both_ways(kwargs: dict[str, Any]) -> None:
             nn.init.normal_(p)
         target.load_state_dict(source.state_dict())
         assert_same_state(target, source, rtol=0, atol=0)
+        for module in (source, target):  # goes on from the batches counted, also with another batch
+            module(images(1))
+        assert_same_state(target, source)
+
+
+def test_a_state_dict_from_before_batches_were_counted() -> None:
+    # torch.nn.BatchNorm2d's version 1, as old checkpoints have it: the module's own count goes on.
+    expected, actual = pair(momentum=None)
+    state = copy.deepcopy(expected.state_dict())
+    del state["num_batches_tracked"]
+    state._metadata = {"": {"version": 1}}
+    for module in (expected, actual):
+        module(images(0))
+        module.load_state_dict(state)
+        module(images(1))
+    assert_same_state(actual, expected)
 
 
 def test_it_is_a_batch_norm() -> None:
@@ -100,6 +120,22 @@ def test_it_is_a_batch_norm() -> None:
     assert repr(module) == repr(nn.BatchNorm2d(3)).replace("BatchNorm2d", "BatchNormAct2d")[:-1] + (
         ", act=relu6)"
     )
+
+
+def test_conversion_of_a_model() -> None:
+    # In place, with the same keys; torch's own layers become torch's own. Without an initialised
+    # torch.distributed a process is the whole batch: the same bits.
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), BatchNormAct2d(4, act="relu6"), nn.BatchNorm2d(4))
+    twin, x = copy.deepcopy(model), torch.randn(2, 3, 4, 4)
+    assert convert_sync_batchnorm(model) is model
+    assert type(model[1]) is BatchNormAct2d
+    assert model[1].sync
+    assert "act=relu6, sync=True" in repr(model[1])
+    assert type(model[2]) is nn.SyncBatchNorm
+    assert model.state_dict().keys() == twin.state_dict().keys()
+    assert torch.equal(model[:2](x), twin[:2](x))
+    for name, b in model[:2].named_buffers():
+        assert torch.equal(b, dict(twin[:2].named_buffers())[name]), name
 
 
 def test_the_residual_comes_before_the_activation() -> None:

@@ -17,7 +17,7 @@ import torch
 from shapes import LAYOUTS
 from torch import Tensor
 
-import fastcnn  # noqa: F401  (declares the operators)
+from fastcnn import _C
 
 
 def without_storage(t: Tensor, kept: float, offset: int = 0) -> Tensor:
@@ -66,33 +66,84 @@ IMAGE: dict[str, Callable[[Tensor], Any]] = {
 CHANNELS: dict[str, Callable[[Tensor], Any]] = {"strided": lambda t: t.repeat_interleave(2)[::2]}
 NUMBERS: dict[str, list[Any]] = {
     "act": [-1, 8, 2**31, -(2**63), 2**63 - 1, None, "relu"],
-    "count": [1, 0, -5, -(2**63), None, "x"],
+    "count": [1, 0, -5, -(2**63), None, "x"],  # without a total
     "eps": [None, "x"],
     "momentum": [None, "x"],
+    "total": [torch.ones(2), torch.ones(()), torch.ones(1, dtype=torch.int64), "x"],
+    "h": [0, -1, 3, 2**31, 2**62, None, "x"],
+    "w": [0, -1, 3, 2**31, 2**62, None, "x"],
+    "scale_h": [0.0, -1.0, 0.3, float("nan"), float("inf"), "x"],
+    "scale_w": [0.0, -2.0, 2.6, float("nan"), float("inf"), "x"],
+    "sampling": [-1, 4, 2**40, None, "x"],
+    **dict.fromkeys(
+        ("kernel_h", "kernel_w", "stride_h", "stride_w", "dilation_h", "dilation_w"),
+        [0, -1, 2, 2**21, 2**62, None, "x"],
+    ),
+    **dict.fromkeys(("padding_h", "padding_w"), [-1, 2, 2**21, 2**62, None, "x"]),
+    "channels_last": ["x"],  # None is False to the dispatcher
 }
-OPTIONAL = ("residual", "saved", "weight", "bias")
-IMAGES = ("x", "residual", "saved", "dy")
+SAME_NUMBER = ("expanded", "huge strides", "shorter", "strided")  # of a vector of one
+OPTIONAL = ("residual", "saved", "weight", "bias", "skip")  # total is None already where it may be
+IMAGES = ("x", "residual", "saved", "dy", "skip")
+ALONE = {"other float", "another half", "meta", "empty", "shorter", "longer"}
+ALONE |= {"channel less", "column less", "the other layout"}
+# Where no second tensor says how many channels or images there are, or which dtype.
+NO_NONSENSE = {
+    ("batch_norm_act_stats", "x"): ALONE,
+    ("batch_norm_join_stats", "gathered"): ALONE,
+    ("conv2d_bwd_weight", "dy"): {"channel less"},
+    ("conv2d_bwd_weight", "x"): {"channel less"},
+    ("upsample_fwd", "x"): {"channel less"},
+    ("upsample_fwd", "skip"): {"channel less"},
+    ("upsample_bwd", "dy"): ALONE - {"column less", "the other layout"},
+}
 
 
 def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
     def image() -> Tensor:  # square, so that a transposed one has the same sizes
         return torch.randn(2, 6, 4, 4).to(dtype).contiguous(memory_format=LAYOUTS[layout])
 
-    c = [torch.ones(6, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(4)]
+    acc = torch.promote_types(dtype, torch.float32)
+    c = [torch.ones(6, dtype=acc) for _ in range(4)]
     norm: dict[str, Any] = {"weight": c[0], "bias": c[1]}
     stats, rest = {"mean": c[2], "var": c[3]}, {"eps": 1e-5, "act": 1}
     if op == "batch_norm_act_fwd":
         return {"x": image(), "residual": image(), **norm, **rest}
     if op == "batch_norm_act_apply":
         return {"x": image(), "residual": image(), **norm, **stats, **rest}
+    if op == "batch_norm_act_stats":
+        return {"x": image()}
+    if op == "batch_norm_join_stats":
+        return {"gathered": torch.ones(3, 13, dtype=acc)}
+    images = {"dy": image(), "x": image(), "saved": image()}
     if op == "batch_norm_act_bwd":
-        images = {"dy": image(), "x": image(), "saved": image()}
         return {**images, **norm, **stats, **rest, "training": True, "want_dresidual": True}
-    return {"running_mean": c[0], "running_var": c[1], **stats, "momentum": 0.1, "count": 9}
+    if op == "batch_norm_act_reduce":
+        return {**images, **norm, **stats, **rest, "want_dresidual": True}
+    if op == "batch_norm_act_dx":
+        sums = {"dweight": c[0].clone(), "dbias": c[1].clone(), "total": c[0][:1].clone()}
+        return {**images, **norm, **stats, **sums, **rest}
+    if op.startswith("upsample"):
+        how = {"scale_h": 1.0, "scale_w": 2.0, "sampling": 2}
+        how["channels_last"] = layout == "channels_last"
+        if op == "upsample_bwd":
+            return {"dy": image(), "h": 4, "w": 2, **how}
+        tall = image()[..., :2].contiguous(memory_format=LAYOUTS[layout])
+        return {"x": tall, "skip": image(), "h": 4, "w": 4, **how}
+    if op == "conv2d_bwd_weight":
+        dtype, layout = torch.bfloat16, "channels_last"
+        how = {"kernel_h": 3, "kernel_w": 3, "stride_h": 1, "stride_w": 1}
+        how |= {"padding_h": 1, "padding_w": 1, "dilation_h": 1, "dilation_w": 1}
+        return {"dy": image(), "x": image(), **how}
+    running = {"running_mean": c[0], "running_var": c[1], **stats}
+    return {**running, "total": None, "momentum": 0.1, "count": 9}
 
 
-OPS = ["batch_norm_act_fwd", "batch_norm_act_apply", "batch_norm_act_bwd"]
+OPS = ["batch_norm_act_fwd", "batch_norm_act_apply", "batch_norm_act_bwd", "batch_norm_act_stats"]
+OPS += ["batch_norm_act_reduce", "batch_norm_act_dx", "batch_norm_join_stats"]
 OPS += ["batch_norm_update_running"]
+OPS += ["conv2d_bwd_weight"] * _C.has_bf16_dot()  # elsewhere it raises in any case
+OPS += ["upsample_fwd", "upsample_bwd"]
 
 
 def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
@@ -123,7 +174,7 @@ def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
                 choices = [
                     (name, kind)
                     for name, good in good_arguments(op, dtype, layout).items()
-                    for kind in kinds(name, good)
+                    for kind in kinds(op, name, good)
                 ]
                 for choice in choices:
                     attempt(op, dtype, layout, [choice])
@@ -135,11 +186,14 @@ def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
     return calls, accepted
 
 
-def kinds(name: str, good: Any) -> list[str]:
+def kinds(op: str, name: str, good: Any) -> list[str]:
     if not isinstance(good, Tensor):
         return [str(i) for i in range(len(NUMBERS.get(name, [])))]
     own = ANY | (IMAGE if name in IMAGES else CHANNELS)
-    return [kind for kind in own if not (kind == "None" and name in OPTIONAL)]
+    legal = NO_NONSENSE.get((op, name), set()) | ({"None"} if name in OPTIONAL else set())
+    if good.numel() == 1:
+        legal = legal | set(SAME_NUMBER)
+    return [kind for kind in own if kind not in legal]
 
 
 def test_nonsense_raises(tmp_path: Path) -> None:

@@ -130,17 +130,22 @@ class Check {
 
   // A dense vector of one number a channel in the accumulate type.
   const void* channels(const char* name, const Tensor& t) const {
+    return numbers(name, t, shape_.c);
+  }
+  const void* channels(const char* name, const OptionalTensor& t) const {
+    return t ? channels(name, *t) : nullptr;
+  }
+
+  // A dense vector of `size` numbers in the accumulate type.
+  const void* numbers(const char* name, const Tensor& t, int64_t size) const {
     data(name, t);
-    if (t.dim() != 1 || t.size(0) != shape_.c || t.scalar_type() != acc() ||
-        (shape_.c > 1 && t.stride(0) != 1)) {
-      fail(op_, name, ": expected a dense vector of ", shape_.c, " ",
+    if (t.dim() != 1 || t.size(0) != size || t.scalar_type() != acc() ||
+        (size > 1 && t.stride(0) != 1)) {
+      fail(op_, name, ": expected a dense vector of ", size, " ",
            torch::headeronly::toString(acc()), ", got sizes ", sizes_of(t), " of ",
            torch::headeronly::toString(t.scalar_type()));
     }
     return t.const_data_ptr();
-  }
-  const void* channels(const char* name, const OptionalTensor& t) const {
-    return t ? channels(name, *t) : nullptr;
   }
 
   Act act(int64_t act) const {

@@ -5,12 +5,17 @@
 // reduction (pixels, or a channel's vectors), in steps of lanes * splits; blockIdx.y is the split.
 // Neighbouring threads read neighbouring memory in both layouts, 16 bytes each where the sizes and
 // the addresses allow it (kVector elements), else one element each.
+//
+// NCHW planes that are no whole vectors (7x7, and 14x14 of half types) can be walked flat: as the
+// columns of a matrix [n, c * hw], each of which belongs to channel column / hw. That is
+// channels_last of images with one pixel, where `repeat` = hw neighbouring columns share a channel.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstring>
 #include <type_traits>
 
 #include "common/types.h"
@@ -19,6 +24,11 @@ namespace fastcnn {
 
 constexpr int kThreads = 256;
 constexpr int kUnroll = 4;  // vectors that a thread has in flight
+
+// What kernels with __launch_bounds__(kThreads, kBlocksPerSm) leave room for: 128 registers a
+// thread. Their 2 * 256 * kUnroll loads of 16 bytes are 32 KiB in flight on an SM; 4.3 TB/s over
+// 132 SMs at a latency of 0.7 us (predicted) need 23 KB.
+constexpr int kBlocksPerSm = 2;
 
 // Loads and stores of kVector neighbouring elements, and the way from and to float.
 template <class T, int kVector>
@@ -41,6 +51,65 @@ __device__ inline T from_float(float v) {
   }
 }
 
+// kVector elements as they lie in memory: to be kept in registers until each is used, since half
+// types take twice the room once they are floats.
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+template <>
+struct WordOf<4> {
+  using type = unsigned;
+};
+template <>
+struct WordOf<2> {
+  using type = unsigned short;
+};
+template <class T, int kVector>
+using Word = typename WordOf<sizeof(T) * kVector>::type;
+
+template <int kVector, class T>
+__device__ inline Word<T, kVector> load_word(const T* p) {
+  return *reinterpret_cast<const Word<T, kVector>*>(p);
+}
+
+// The last time that this kernel, or the next of the call, wants it: first to leave the cache.
+template <int kVector, class T>
+__device__ inline Word<T, kVector> load_last(const T* p) {
+  return __ldcs(reinterpret_cast<const Word<T, kVector>*>(p));
+}
+
+// Element v of a word, v known at compile time.
+template <class T, int kVector>
+__device__ inline float element(const Word<T, kVector>& word, int v) {
+  Pack<T, kVector> pack;
+  memcpy(&pack, &word, sizeof pack);
+  return to_float(pack.values[v]);
+}
+
+template <class T, int kVector>
+__device__ inline Word<T, kVector> to_word(const float (&in)[kVector]) {
+  Pack<T, kVector> pack;
+  Word<T, kVector> word;
+#pragma unroll
+  for (int v = 0; v < kVector; ++v) pack.values[v] = from_float<T>(in[v]);
+  memcpy(&word, &pack, sizeof word);
+  return word;
+}
+
+template <int kVector, class T>
+__device__ inline void store_word(T* p, Word<T, kVector> word) {
+  *reinterpret_cast<Word<T, kVector>*>(p) = word;
+}
+
+// Not wanted again soon.
+template <int kVector, class T>
+__device__ inline void store_last(T* p, Word<T, kVector> word) {
+  __stcs(reinterpret_cast<Word<T, kVector>*>(p), word);
+}
+
 template <int kVector, class T>
 __device__ inline void load(const T* p, float (&out)[kVector]) {
   const Pack<T, kVector> pack = *reinterpret_cast<const Pack<T, kVector>*>(p);
@@ -53,7 +122,15 @@ __device__ inline void store(T* p, const float (&in)[kVector]) {
   Pack<T, kVector> pack;
 #pragma unroll
   for (int v = 0; v < kVector; ++v) pack.values[v] = from_float<T>(in[v]);
-  *reinterpret_cast<Pack<T, kVector>*>(p) = pack;
+  if constexpr (sizeof(pack) == sizeof(uint4)) {
+    // An ordinary store of a struct may be taken apart: nvcc 13.0 made eight of one in a loop over
+    // rows. Past L1 is where stores go anyway.
+    uint4 bits;
+    memcpy(&bits, &pack, sizeof bits);
+    __stcg(reinterpret_cast<uint4*>(p), bits);
+  } else {
+    *reinterpret_cast<Pack<T, kVector>*>(p) = pack;
+  }
 }
 
 // The cut of one call over the card, the same for all kernels of an op.
@@ -64,6 +141,7 @@ struct ColumnPlan {
   int64_t tiles;   // blocks side by side: they cover the channels
   int splits;      // blocks along the reduction
   int64_t length;  // vectors along the reduction
+  int64_t repeat;  // neighbouring columns of one channel: 1, or of a flat walk hw
 };
 
 // `aligned`: every tensor of the call lies on a 16-byte address.
@@ -79,40 +157,47 @@ inline ColumnPlan plan_columns(const ImageShape& shape, int element_bytes, bool 
   plan.lanes = kThreads / plan.columns;
   plan.tiles = shape.channels_last ? (vectors + plan.columns - 1) / plan.columns : shape.c;
   plan.length = shape.channels_last ? shape.per_channel() : shape.per_channel() / plan.vector;
-  // Eight blocks of 256 threads fill an SM; no more blocks than there is unrolled work for.
-  const int64_t fill = (int64_t{8} * sm_count + plan.tiles - 1) / plan.tiles;
+  plan.repeat = 1;
+  // As many blocks as are resident: more would be joined for nothing, and a last, partly filled
+  // round of them leaves SMs idle. No more than there is unrolled work for.
+  const int64_t fill = int64_t{kBlocksPerSm} * sm_count / plan.tiles;
   const int64_t useful = (plan.length + plan.lanes * kUnroll - 1) / (plan.lanes * kUnroll);
   const int64_t splits = fill < useful ? fill : useful;
   plan.splits = static_cast<int>(splits < 1 ? 1 : (splits > 1024 ? 1024 : splits));
   return plan;
 }
 
-// One thread's walk: element offsets of its vectors, step by step, without a division.
-template <int kVector, bool kChannelsLast>
+// One thread's walk: element offsets of its vectors, step by step, without a division. kBackward:
+// from the end, where a pass before has left what is still in the cache.
+template <int kVector, bool kChannelsLast, bool kBackward = false>
 struct Walk {
-  int64_t channel;  // of the first element
-  bool active;      // false: this thread's column is beyond the last channel
+  int64_t channel;  // of the first element; of a flat walk its column
+  bool active;      // false: this thread's column is beyond the last channel, or its lane the last
 
-  __device__ Walk(const ImageShape& s, const ColumnPlan& plan) {
+  // tile: which of the plan's; the launches of one image batch may have theirs side by side in the
+  // grid.
+  __device__ Walk(const ImageShape& s, const ColumnPlan& plan,
+                  int64_t tile = kBackward ? gridDim.x - 1 - blockIdx.x : blockIdx.x) {
     const int column = threadIdx.x % plan.columns, lane = threadIdx.x / plan.columns;
-    const int64_t first = static_cast<int64_t>(blockIdx.y) * plan.lanes + lane;
     const int64_t step = static_cast<int64_t>(plan.lanes) * plan.splits;
-    left_ = plan.length > first ? (plan.length - first + step - 1) / step : 0;
+    int64_t at = static_cast<int64_t>(blockIdx.y) * plan.lanes + lane;
+    left_ = plan.length > at ? (plan.length - at + step - 1) / step : 0;
+    if (kBackward && left_ > 0) at += (left_ - 1) * step;
     if constexpr (kChannelsLast) {
-      channel = (blockIdx.x * static_cast<int64_t>(plan.columns) + column) * kVector;
-      offset_ = first * s.c + channel;
+      channel = (tile * plan.columns + column) * kVector;
+      offset_ = at * s.c + channel;
       advance_ = step * s.c;
     } else {
-      channel = blockIdx.x;
+      channel = tile;
       const int64_t per_plane = s.hw / kVector;
-      within_ = first % per_plane;
-      offset_ = (first / per_plane * s.c + channel) * s.hw + within_ * kVector;
+      within_ = at % per_plane;
+      offset_ = (at / per_plane * s.c + channel) * s.hw + within_ * kVector;
       within_step_ = step % per_plane;
       advance_ = step / per_plane * s.c * s.hw + within_step_ * kVector;
       per_plane_ = per_plane;
       wrap_ = (s.c - 1) * s.hw;
     }
-    active = channel < s.c;
+    active = channel < s.c && lane < plan.lanes;
     if (!active) left_ = 0;
   }
 
@@ -121,30 +206,40 @@ struct Walk {
   __device__ int64_t next() {
     const int64_t offset = offset_;
     --left_;
-    offset_ += advance_;
+    offset_ += kBackward ? -advance_ : advance_;
     if constexpr (!kChannelsLast) {
-      within_ += within_step_;
-      if (within_ >= per_plane_) {
-        within_ -= per_plane_;
-        offset_ += wrap_;
+      within_ += kBackward ? -within_step_ : within_step_;
+      if (kBackward ? within_ < 0 : within_ >= per_plane_) {
+        within_ += kBackward ? per_plane_ : -per_plane_;
+        offset_ += kBackward ? -wrap_ : wrap_;
       }
     }
     return offset;
   }
 
-  // body(offsets) for kUnroll vectors at a time, then body for what is left, one at a time.
+  // many(offsets) for kUnroll vectors at a time, then one(offset) for each that is left.
   template <class Many, class One>
   __device__ void run(Many many, One one) {
-    while (left_ >= kUnroll) {
-      int64_t offsets[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) offsets[u] = next();
-      many(offsets);
-    }
+    while (left_ >= kUnroll) take<kUnroll>(many);
     while (left_ > 0) one(next());
   }
 
+  // The same with one body, for kGroup vectors and for one: it gets int64_t[kGroup] or int64_t[1].
+  template <int kGroup, class Body>
+  __device__ void run_groups(Body body) {
+    while (left_ >= kGroup) take<kGroup>(body);
+    while (left_ > 0) take<1>(body);
+  }
+
  private:
+  template <int kCount, class Body>
+  __device__ void take(Body& body) {
+    int64_t offsets[kCount];
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) offsets[u] = next();
+    body(offsets);
+  }
+
   int64_t left_, offset_, advance_;
   int64_t within_ = 0, within_step_ = 0, per_plane_ = 0, wrap_ = 0;
 };

@@ -8,9 +8,12 @@ struct CUstream_st;
 
 namespace fastcnn {
 
+constexpr int kSharedBytes = 48 << 10;  // of a block, on every card without asking for more
+
 struct CudaDevice {
   int sm_count;
-  CUstream_st* stream;  // cudaStream_t
+  CUstream_st* stream;              // cudaStream_t
+  int shared_bytes = kSharedBytes;  // the most that a block may ask for
 };
 
 // Why a binary built for `archs` ("80-real,90": machine code for sm_80, machine code and PTX for

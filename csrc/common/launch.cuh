@@ -51,6 +51,11 @@ cudaError_t launch(const CudaDevice& device, dim3 grid, int threads, size_t shar
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = device.stream;
+  if (shared_bytes > kSharedBytes) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

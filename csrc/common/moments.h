@@ -4,6 +4,10 @@
 // second time from the L1 cache; the sum of those deviations corrects the mean's rounding, and
 // chunks are joined by Chan's formula. So there is never a difference of large squares, and memory
 // is read once.
+//
+// A channel with an infinity or a NaN has PyTorch's statistics: as mean its sum over its count, and
+// as variance NaN. inf - inf would make the mean NaN as well, so what comes out as NaN is made anew
+// without a difference: once a chunk, outside the loops over elements.
 #pragma once
 
 #include "common/parallel.h"
@@ -20,7 +24,8 @@ struct Moments {
   void join(double other_count, double other_mean, double other_m2) {
     if (other_count == 0) return;
     const double total = count + other_count, delta = other_mean - mean;
-    mean += delta * other_count / total;
+    const double joined = mean + delta * other_count / total;
+    mean = joined == joined ? joined : mean + other_mean;
     m2 += other_m2 + delta * delta * count * other_count / total;
     count = total;
   }
@@ -55,7 +60,10 @@ void column_moments(const T* x, int64_t begin, int64_t end, const WideRows& w, A
     for_each_vector<S>(w.wide,
                        [&](int64_t i, int64_t) { store(sum + i, load(sum + i) * inverse); });
     if (chunk == begin) {
-      for_each_vector<S>(w.wide, [&](int64_t i, int64_t) { store(origin + i, load(sum + i)); });
+      for_each_vector<S>(w.wide, [&](int64_t i, int64_t) {
+        const Vec<S> center = load(sum + i);
+        store(origin + i, center - center == Vec<S>{} ? center : Vec<S>{});
+      });
     }
     for_each_block<S>(rows, w.wide, [&](auto block, int64_t row, int64_t i, int64_t) {
       const Vec<S> center = load(sum + i);
@@ -74,8 +82,10 @@ void column_moments(const T* x, int64_t begin, int64_t end, const WideRows& w, A
     const Vec<S> spread = splat(seen * static_cast<S>(rows) / total);
     for_each_vector<S>(w.wide, [&](int64_t i, int64_t) {
       const Vec<S> drift = load(dev + i) * inverse;
-      const Vec<S> delta = ((load(sum + i) - load(origin + i)) - load(mean + i)) + drift;
-      store(mean + i, load(mean + i) + delta * share);
+      const Vec<S> center = load(sum + i), before = load(mean + i);
+      const Vec<S> delta = ((center - load(origin + i)) - before) + drift;
+      const Vec<S> joined = before + delta * share;
+      store(mean + i, joined == joined ? joined : before + center);
       store(m2 + i, load(m2 + i) + (load(sq + i) - load(dev + i) * drift) + delta * delta * spread);
     });
   }
@@ -112,7 +122,7 @@ Moments<Acc<T>> plane_moments(const T* x, const Planes& planes, int64_t task) {
             });
       }
       const double drift = static_cast<double>(horizontal_sum<S>(dev)) / count;
-      moments.join(static_cast<double>(count), mean + drift,
+      moments.join(static_cast<double>(count), drift == drift ? mean + drift : mean,
                    horizontal_sum<S>(sq) - drift * drift * count);
     }
   }

@@ -10,6 +10,17 @@ namespace fastcnn {
 void parallel_for_raw(int64_t tasks, int64_t grain, void (*body)(const void*, int64_t, int64_t),
                       const void* context);
 
+// Runs body(begin, end) on disjoint ranges of tasks, for what needs memory of its own.
+template <class Body>
+inline void parallel_ranges(int64_t tasks, int64_t grain, const Body& body) {
+  parallel_for_raw(
+      tasks, grain,
+      [](const void* context, int64_t begin, int64_t end) {
+        (*static_cast<const Body*>(context))(begin, end);
+      },
+      &body);
+}
+
 // Runs body(task) for each task. How tasks are spread over threads never changes a result: kernels
 // cut their work into tasks by shape alone, so sums have one order on any number of threads.
 template <class Body>

@@ -8,6 +8,13 @@
 
 namespace fastcnn {
 
+// mean + step towards `target`. A mean that is not finite has no way to go: PyTorch's is then the
+// sum over the count, which is infinite where all such values are, and inf - inf would be NaN.
+__device__ inline float moved_mean(float mean, float target, float step) {
+  const float moved = mean + step;
+  return moved == moved ? moved : mean + target;
+}
+
 // Count, mean and squares around the mean of some values; joined by Chan's formula.
 struct Moments {
   float count = 0, mean = 0, m2 = 0;
@@ -16,7 +23,7 @@ struct Moments {
     if (other_count == 0) return;
     const float total = count + other_count;
     const float delta = other_mean - mean, share = other_count / total;
-    mean += delta * share;
+    mean = moved_mean(mean, other_mean, delta * share);
     m2 += other_m2 + delta * delta * count * share;
     count = total;
   }
@@ -47,17 +54,39 @@ struct JoinMoments {
   __device__ void operator()(Moments& a, const Moments& b) const { a.join(b.count, b.mean, b.m2); }
 };
 
-// A block joins the splits of 32 channels with 8 lanes.
-constexpr int kFinishColumns = 32, kFinishLanes = 8;
+// Joins what the lanes of a block hold and writes it to partial [splits, c], c counted in columns.
+template <int kCount, class Value, class Join>
+__device__ void write_partial(Value (&values)[kCount], const ColumnPlan& plan, int64_t c,
+                              int64_t column, bool active, Value* partial, Join join) {
+  join_lanes(values, plan.columns, plan.lanes, join);
+  if (threadIdx.x / plan.columns == 0 && active) {
+    for (int s = 0; s < kCount; ++s) partial[blockIdx.y * c + column + s] = values[s];
+  }
+}
 
+// A block joins the splits of 8 channels with 32 lanes: a lane has few of them, one after another,
+// and 8 neighbouring partial values fill 3 sectors of 32 bytes.
+constexpr int kFinishColumns = 8, kFinishLanes = 32;
+
+// `repeat`: neighbouring columns of partial [splits, c * repeat] that are one channel.
 template <class Value, class Join>
 __device__ Value join_splits(const Value* partial, int splits, int64_t c, int64_t channel,
-                             Join join) {
+                             Join join, int64_t repeat = 1) {
   Value total[1] = {};
-  for (int split = threadIdx.x / kFinishColumns; channel < c && split < splits;
-       split += kFinishLanes) {
-    join(total[0], partial[split * c + channel]);
+  const int64_t count = channel < c ? splits * repeat : 0;
+  const auto at = [&](int64_t i) {
+    const int64_t split = repeat == 1 ? i : i / repeat;
+    return partial[(split * c + channel) * repeat + (i - split * repeat)];
+  };
+  int64_t i = threadIdx.x / kFinishColumns;
+  for (; i + (kUnroll - 1) * kFinishLanes < count; i += kUnroll * kFinishLanes) {
+    Value values[kUnroll];  // asked for together, then joined
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) values[u] = at(i + u * kFinishLanes);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) join(total[0], values[u]);
   }
+  for (; i < count; i += kFinishLanes) join(total[0], at(i));
   join_lanes(total, kFinishColumns, kFinishLanes, join);
   return total[0];
 }

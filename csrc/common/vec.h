@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -174,6 +174,53 @@ inline void store(T* p, Vec<Acc<T>> v, int64_t count = kLanes<Acc<T>>) {
 #endif
     std::memcpy(p, &bits, full ? sizeof bits : static_cast<size_t>(count) * sizeof(T));
   }
+}
+
+// A whole vector, to an address that is a multiple of what it fills, around the cache: memory is
+// written without being read before. stream_end() comes before other threads may read it.
+template <class T>
+inline void stream(T* p, Vec<Acc<T>> v) {
+#if defined(__x86_64__)
+  const auto write = [&](const auto& bits) {
+    constexpr int kBytes = sizeof bits;
+    const auto* from = reinterpret_cast<const char*>(&bits);
+    auto* to = reinterpret_cast<char*>(p);
+#if defined(__AVX512F__)
+    if constexpr (kBytes == 64) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+      return;
+    }
+#endif
+#if defined(__AVX__)
+    if constexpr (kBytes == 32) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+      return;
+    }
+#endif
+    if constexpr (kBytes == 16) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    } else if constexpr (kBytes == 8) {
+      long long word;
+      std::memcpy(&word, from, sizeof word);
+      _mm_stream_si64(reinterpret_cast<long long*>(to), word);
+    }
+  };
+  if constexpr (sizeof(T) == sizeof(Acc<T>)) {
+    write(v);
+  } else {
+    write(from_float(v, T{}));
+  }
+#else
+  store(p, v);
+#endif
+}
+
+inline void stream_end() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // v in the first `count` lanes, 0 in the others.

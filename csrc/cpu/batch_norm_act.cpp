@@ -87,6 +87,7 @@ void fwd_planes(const BatchNormActFwdParams& p, const Planes& planes, bool train
     k.set(p, j);
   };
   const auto apply = [&](int64_t task) {
+    if (p.y == nullptr) return;
     const int64_t j = planes.channel(task);
     for (int64_t image = planes.first(task); image < planes.last(task); ++image) {
       const int64_t o = planes.offset(image, j);
@@ -116,7 +117,7 @@ void fwd(const BatchNormActFwdParams& p, bool training) {
       batch_moments(static_cast<const T*>(p.x), w, static_cast<Acc<T>*>(p.mean),
                     static_cast<Acc<T>*>(p.var));
     }
-    apply_channels_last<T>(p, w);
+    if (p.y != nullptr) apply_channels_last<T>(p, w);
   });
 }
 

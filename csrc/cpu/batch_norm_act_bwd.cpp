@@ -21,7 +21,7 @@ struct BwdSpan {
       : dy(static_cast<const T*>(p.dy) + offset),
         x(static_cast<const T*>(p.x) + offset),
         saved(at(static_cast<const T*>(p.saved), offset)),
-        dx(static_cast<T*>(p.dx) + offset),
+        dx(at(static_cast<T*>(p.dx), offset)),
         dresidual(at(static_cast<T*>(p.dresidual), offset)) {}
 };
 
@@ -144,17 +144,25 @@ struct BwdLoops {
   }
 };
 
-// From the sums of channel j to its parameters' gradients and to dx's coefficients.
+// From the sums of channel j to its parameters' gradients and to dx's coefficients; or from the
+// gradients of all ranks to the latter.
 template <class S>
 void finish_channel(const BatchNormActBwdParams& p, Coefficients<S>& k, int64_t j, double sum_dz,
                     double sum_dzx) {
   const double rstd = rstd_of(static_cast<const S*>(p.var)[j], p.eps);
-  const double count = static_cast<double>(p.shape.per_channel());
-  static_cast<S*>(p.dbias)[j] = static_cast<S>(sum_dz);
-  static_cast<S*>(p.dweight)[j] = static_cast<S>(sum_dzx * rstd);
+  S *dweight = static_cast<S*>(p.dweight) + j, *dbias = static_cast<S*>(p.dbias) + j;
+  double count = static_cast<double>(p.shape.per_channel()), sum_dzxhat = sum_dzx * rstd;
+  if (p.total == nullptr) {
+    *dbias = static_cast<S>(sum_dz);
+    *dweight = static_cast<S>(sum_dzxhat);
+  } else {
+    count = static_cast<double>(*static_cast<const S*>(p.total));
+    sum_dz = static_cast<double>(*dbias);
+    sum_dzxhat = static_cast<double>(*dweight);
+  }
   for (int64_t i = j; i < k.c * k.repeat; i += k.c) {
     k.shift[i] = static_cast<S>(sum_dz / count);
-    k.slope[i] = static_cast<S>(sum_dzx * rstd * rstd / count);
+    k.slope[i] = static_cast<S>(sum_dzxhat * rstd / count);
   }
 }
 
@@ -170,6 +178,7 @@ void bwd_channels_last(const BatchNormActBwdParams& p) {
   const int64_t slots = w.tasks + 1;  // the last one for the rest
   Scratch<S> sum_dz(slots * w.wide), sum_dzx(slots * w.wide);
   const auto reduce = [&](int64_t slot, int64_t row, int64_t rows, int64_t length) {
+    if (p.total != nullptr) return;
     loops.reduce(BwdSpan<T>(p, row * w.wide), rows, length, k, 0, sum_dz.get() + slot * w.wide,
                  sum_dzx.get() + slot * w.wide);
   };
@@ -187,6 +196,7 @@ void bwd_channels_last(const BatchNormActBwdParams& p) {
   }
   for (int64_t j = 0; j < w.c; ++j) finish_channel<S>(p, k, j, total_dz[j], total_dzx[j]);
   const auto dx = [&](int64_t row, int64_t rows, int64_t length) {
+    if (p.dx == nullptr) return;
     loops.run_dx(BwdSpan<T>(p, row * w.wide), rows, length, k, 0);
   };
   const auto dx_rows = [&](int64_t task) {
@@ -206,6 +216,7 @@ void bwd_planes(const BatchNormActBwdParams& p) {
   Scratch<S> sum_dz(planes.tasks * kLane), sum_dzx(planes.tasks * kLane);
   const auto set = [&](int64_t j) { k.set(p, j); };
   const auto reduce = [&](int64_t task) {
+    if (p.total != nullptr) return;
     const int64_t j = planes.channel(task);
     for (int64_t image = planes.first(task); image < planes.last(task); ++image) {
       loops.reduce(BwdSpan<T>(p, planes.offset(image, j)), 1, planes.hw, k, j,
@@ -222,6 +233,7 @@ void bwd_planes(const BatchNormActBwdParams& p) {
     finish_channel<S>(p, k, j, total_dz, total_dzx);
   };
   const auto dx = [&](int64_t task) {
+    if (p.dx == nullptr) return;
     const int64_t j = planes.channel(task);
     for (int64_t image = planes.first(task); image < planes.last(task); ++image) {
       loops.run_dx(BwdSpan<T>(p, planes.offset(image, j)), 1, planes.hw, k, j);

@@ -1,6 +1,14 @@
 """Layers: torch.nn's own with fused forward and backward, same names and state_dict keys."""
 
-from fastcnn.nn.batch_norm_act import BatchNormAct2d
+from fastcnn.nn.batch_norm_act import BatchNormAct2d, convert_sync_batchnorm
 from fastcnn.nn.conv_bn_act import Block, conv_bn_act, conv_bn_act_blocks
+from fastcnn.nn.upsample import Upsample
 
-__all__ = ["BatchNormAct2d", "Block", "conv_bn_act", "conv_bn_act_blocks"]
+__all__ = [
+    "BatchNormAct2d",
+    "Block",
+    "Upsample",
+    "conv_bn_act",
+    "conv_bn_act_blocks",
+    "convert_sync_batchnorm",
+]

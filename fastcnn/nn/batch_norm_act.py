@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastcnn.functional import batch_norm_act
 from fastcnn.ops.activation import Activation, act_number
@@ -25,6 +26,10 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
             the batch's.
         act: "none", "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu" (by erf), "sigmoid"
             or "hardswish".
+        sync: whether training uses the statistics of all processes' batches, as
+            torch.nn.SyncBatchNorm does; :func:`convert_sync_batchnorm` switches it on in a whole
+            model.
+        process_group: with sync=True, whose batches; None for all processes.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
     """
@@ -38,6 +43,8 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         track_running_stats: bool = True,
         *,
         act: Activation = "relu",
+        sync: bool = False,
+        process_group: ProcessGroup | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -46,6 +53,8 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         )
         act_number("BatchNormAct2d", act)
         self.act: Activation = act
+        self.sync = sync
+        self.process_group = process_group
 
     @property
     def uses_batch_statistics(self) -> bool:
@@ -83,8 +92,33 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
             self.eps,
             residual=residual,
             act=self.act,
+            sync=self.sync,
+            process_group=self.process_group,
         )
 
     def extra_repr(self) -> str:
         """Return the arguments as torch.nn.BatchNorm2d prints them, and the activation."""
-        return f"{super().extra_repr()}, act={self.act}"
+        return f"{super().extra_repr()}, act={self.act}" + (", sync=True" if self.sync else "")
+
+
+def convert_sync_batchnorm(
+    module: torch.nn.Module, process_group: ProcessGroup | None = None
+) -> torch.nn.Module:
+    """Synchronise all batch norms of a model over processes, in place, and return it.
+
+    ``BatchNormAct2d`` layers get ``sync=True``; other batch norms are replaced as
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm does. That method itself is not for models with
+    ``BatchNormAct2d``: it would replace them too, and lose their activations and residuals.
+
+    Args:
+        module: any; where it is itself a batch norm of torch.nn, use what is returned.
+        process_group: whose batches; None for all processes.
+    """
+    if isinstance(module, BatchNormAct2d):
+        module.sync, module.process_group = True, process_group
+        return module
+    if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
+    for name, child in module.named_children():
+        setattr(module, name, convert_sync_batchnorm(child, process_group))
+    return module

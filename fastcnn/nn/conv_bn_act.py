@@ -81,6 +81,8 @@ def _step(
         bn.step_momentum(),
         bn.eps,
         bn.act,
+        bn.sync,
+        bn.process_group,
         None if pool is None else _pool(i, pool),
     )
 

@@ -11,6 +11,8 @@ residual. Kept for backward: x, mean, var, the parameters; and one image more wh
 added before an activation, since z cannot be rebuilt from x alone there. For relu and relu6 that is
 y, which tells the derivative and is the next layer's input anyway, so it costs no memory; for the
 others the residual itself, which is some layer's output. Without a residual z is rebuilt from x.
+
+Statistics over several processes: fastcnn/ops/batch_norm_sync.py.
 """
 
 from typing import Any
@@ -20,25 +22,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastcnn.ops._library import declare, distinct, positional
+from fastcnn.ops.accumulate import as_acc, new_channels
 from fastcnn.ops.activation import ACT_NUMBER, act_number, slope_is_in_y
+from fastcnn.ops.batch_norm_sync import joined_statistics, synced_bwd
 from fastcnn.ops.checks import check_image, check_like, check_parameters, memory_format_of
+from fastcnn.ops.process_group import Group, group_of
 
 OP = "batch_norm_act"
-
-
-def acc_type(x: Tensor) -> torch.dtype:
-    """Return the dtype of statistics and sums beside an input x."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
-def _new_channels(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1], dtype=acc_type(x))
 
 
 def _fwd_fake(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), _new_channels(x), _new_channels(x)
+    return torch.empty_like(x), new_channels(x), new_channels(x)
 
 
 def _apply_fake(x: Tensor, *_: Any) -> Tensor:
@@ -48,7 +44,7 @@ def _apply_fake(x: Tensor, *_: Any) -> Tensor:
 def _bwd_fake(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     want_dresidual = args[-1]
     dresidual = torch.empty_like(x) if want_dresidual else x.new_empty(0)
-    return torch.empty_like(x), dresidual, _new_channels(x), _new_channels(x)
+    return torch.empty_like(x), dresidual, new_channels(x), new_channels(x)
 
 
 declare(
@@ -69,7 +65,7 @@ declare(
 )
 declare(
     "batch_norm_update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, "
-    "Tensor var, float momentum, SymInt count) -> ()",
+    "Tensor var, Tensor? total, float momentum, SymInt count) -> ()",
     lambda *_: None,
 )
 
@@ -82,7 +78,7 @@ _update_running = torch.ops.fastcnn.batch_norm_update_running.default
 
 
 class BatchNormActFunction(torch.autograd.Function):
-    """y, mean, var with statistics of the batch; y alone with fixed ones. Backward of y."""
+    """y, mean, var with statistics of the batch, and beside a group their count; else y alone."""
 
     @staticmethod
     @positional
@@ -95,35 +91,40 @@ class BatchNormActFunction(torch.autograd.Function):
         var: Tensor | None,
         eps: float,
         act: int,
-    ) -> tuple[Tensor, Tensor, Tensor] | Tensor:
+        group: Group | None,
+    ) -> tuple[Tensor, ...] | Tensor:
         if mean is None or var is None:
-            return batch_norm_act_fwd(x, residual, weight, bias, eps, act)
+            return batch_norm_act_fwd(x, residual, weight, bias, eps, act, group)
         return batch_norm_act_apply(x, residual, weight, bias, mean, var, eps, act)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, residual, weight, bias, mean, var, ctx.eps, ctx.act = inputs
+        x, residual, weight, bias, mean, var, ctx.eps, ctx.act, ctx.group = inputs
         ctx.training = mean is None
+        total = None
         if ctx.training:
-            y, mean, var = output
-            ctx.mark_non_differentiable(mean, var)
+            y, mean, var, *rest = output
+            ctx.mark_non_differentiable(mean, var, *rest)
+            total = rest[0] if rest else None
         else:
             y = output
         ctx.set_materialize_grads(False)
         ctx.has_residual = residual is not None
-        ctx.save_for_backward(x, image_to_save(ctx.act, y, residual), weight, bias, mean, var)
+        saved = image_to_save(ctx.act, y, residual)
+        ctx.save_for_backward(x, saved, weight, bias, mean, var, total)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 8
-        x, saved, weight, bias, mean, var = ctx.saved_tensors
+            return (None,) * 9
+        x, saved, weight, bias, mean, var, total = ctx.saved_tensors
+        want_dx, want_dresidual = ctx.needs_input_grad[:2]
         dx, dresidual, dweight, dbias = batch_norm_act_bwd(
             dy, x, saved, weight, bias, mean, var, ctx.eps, ctx.act, ctx.training,
-            ctx.has_residual and ctx.needs_input_grad[1],
+            ctx.has_residual and want_dresidual, want_dx, total, ctx.group,
         )  # fmt: skip
-        return dx, dresidual, dweight, dbias, None, None, None, None
+        return dx, dresidual, dweight, dbias, None, None, None, None, None
 
 
 def image_to_save(act: int, y: Tensor, residual: Tensor | None) -> Tensor | None:
@@ -133,13 +134,6 @@ def image_to_save(act: int, y: Tensor, residual: Tensor | None) -> Tensor | None
     return y if slope_is_in_y(act) else residual
 
 
-def as_acc(x: Tensor, t: Tensor | None) -> Tensor | None:
-    """Return a per-channel vector as kernels take it beside x: dense, in the accumulate type."""
-    acc = acc_type(x)
-    # Asked first: a chain has a dozen of these calls, and nearly none has something to convert.
-    return t if t is None or (t.dtype is acc and t.is_contiguous()) else t.to(acc).contiguous()
-
-
 def batch_norm_act_fwd(
     x: Tensor,
     residual: Tensor | None,
@@ -147,9 +141,16 @@ def batch_norm_act_fwd(
     bias: Tensor | None,
     eps: float,
     act: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, mean and biased variance, with the statistics of the batch."""
+    group: Group | None = None,
+) -> tuple[Tensor, ...]:
+    """Return y, mean and biased variance, with the statistics of the batch.
+
+    group: whose parts of the batch the statistics are over; a fourth tensor is then their count.
+    """
     weight, bias = as_acc(x, weight), as_acc(x, bias)
+    if group is not None:
+        mean, var, total = joined_statistics(x, group)
+        return _apply(x, residual, weight, bias, mean, var, eps, act), mean, var, total
     y, mean, var = _fwd(x, residual, weight, bias, eps, act)
     return y, mean, var
 
@@ -181,17 +182,26 @@ def batch_norm_act_bwd(
     act: int,
     training: bool,
     want_dresidual: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    want_dx: bool = True,
+    total: Tensor | None = None,
+    group: Group | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return dx, dresidual, dweight, dbias, with None for what was not there or not wanted.
 
     saved: image_to_save(...) of the forward. dy may come in any layout, also expanded; it is
-    brought to x's.
+    brought to x's. total, group: of the forward; want_dx spares a group the collective.
     """
     dy = dy.contiguous(memory_format=memory_format_of(x) or torch.contiguous_format)
-    stats = as_acc(x, mean), as_acc(x, var)
-    dx, dresidual, dweight, dbias = _bwd(
-        dy, x, saved, as_acc(x, weight), as_acc(x, bias), *stats, eps, act, training, want_dresidual
-    )
+    if group is not None and total is not None:
+        dx, dresidual, dweight, dbias = synced_bwd(
+            dy, x, saved, weight, bias, mean, var, eps, act, want_dx, want_dresidual, total, group
+        )
+    else:
+        stats = as_acc(x, mean), as_acc(x, var)
+        parameters = as_acc(x, weight), as_acc(x, bias)
+        dx, dresidual, dweight, dbias = _bwd(
+            dy, x, saved, *parameters, *stats, eps, act, training, want_dresidual
+        )
     return (
         dx,
         dresidual if want_dresidual else None,
@@ -207,14 +217,17 @@ def update_running(
     var: Tensor,
     momentum: float,
     count: int,
+    total: Tensor | None = None,
 ) -> None:
     """Blend statistics of `count` values a channel into the running ones, as PyTorch does.
 
-    The variance is made unbiased. An empty batch leaves them as they are.
+    The variance is made unbiased. total: the count where x was a part of the batch. An empty batch
+    leaves the running statistics as they are.
     """
-    if running_mean is None or running_var is None or count == 0:
+    if running_mean is None or running_var is None or (count == 0 and total is None):
         return
-    _update_running(running_mean, running_var, mean, var, momentum, count)
+    count = 0 if total is not None else count
+    _update_running(running_mean, running_var, mean, var, total, momentum, count)
 
 
 def batch_norm_act(
@@ -228,20 +241,24 @@ def batch_norm_act(
     eps: float,
     residual: Tensor | None,
     act: str,
+    sync: bool,
+    process_group: object,
 ) -> Tensor:
     """Check, apply, update the running statistics: see fastcnn.functional.batch_norm_act."""
     check_image(OP, "input", input)
     number = act_number(OP, act)
+    group = group_of(OP, sync, process_group)
     check_parameters(
-        OP, input.shape, input, weight, bias, running_mean, running_var, training, momentum, eps
-    )
+        OP, input.shape, input, weight, bias, running_mean, running_var, training, momentum, eps,
+        is_part=group is not None,
+    )  # fmt: skip
     if residual is not None:
         check_like(OP, "residual", residual, input)
     fixed = (None, None) if training else (running_mean, running_var)
     tensors = distinct(input, residual, weight, bias, *fixed)
     if not training:
-        return BatchNormActFunction.apply(*tensors, eps, number)
-    y, mean, var = BatchNormActFunction.apply(*tensors, eps, number)
+        return BatchNormActFunction.apply(*tensors, eps, number, None)
+    y, mean, var, *total = BatchNormActFunction.apply(*tensors, eps, number, group)
     count = input.shape[0] * input.shape[2] * input.shape[3]
-    update_running(running_mean, running_var, mean, var, momentum, count)
+    update_running(running_mean, running_var, mean, var, momentum, count, *total)
     return y

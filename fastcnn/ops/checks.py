@@ -119,10 +119,12 @@ def check_parameters(
     momentum: float,
     eps: float,
     prefix: str = "",
+    is_part: bool = False,
 ) -> None:
     """Check a batch norm of an input of these sizes, with x's dtype and device.
 
     prefix: what the caller's user knows weight and bias as, "bn_" for "bn_weight".
+    is_part: other processes hold more of the batch, so that one value a channel may be enough.
     """
     for name, number in (("momentum", momentum), ("eps", eps)):
         if not isinstance(number, (int, float)):
@@ -143,7 +145,7 @@ def check_parameters(
         raise ValueError(f"{op}: {missing}: expected a Tensor as its partner is one, got None")
     if running_mean is None and not training:
         raise ValueError(f"{op}: running_mean: expected a Tensor where training=False, got None")
-    if training and sizes[0] * sizes[2] * sizes[3] == 1:
+    if training and not is_part and sizes[0] * sizes[2] * sizes[3] == 1:
         raise ValueError(
             f"{op}: input: expected more than 1 value per channel when training, "
             f"got sizes {list(sizes)}"

@@ -170,7 +170,8 @@ class _Check:
                 next(values)
             if g.training:
                 mean, var = next(values), next(values)
-                update_running(s.running_mean, s.running_var, mean, var, s.momentum, count)
+                total = None if g.group is None else next(values)
+                update_running(s.running_mean, s.running_var, mean, var, s.momentum, count, total)
 
 
 def _evaluate(

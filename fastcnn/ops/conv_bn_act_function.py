@@ -3,7 +3,8 @@
 Its arguments are flat, since autograd sees only tensors among them: x, an outside residual, the
 blocks' geometry, then six tensors for each step in the order in which the steps run (a block's
 shortcut before its steps). Its outputs are y, and for each step in that order its raw convolution
-output (unless `rerun`) and, in training, mean and var: what backward keeps must be an input or an
+output (unless `rerun`) and, in training, mean and var (and
+their count where processes share them): what backward keeps must be an input or an
 output for torch.func. These have no gradient.
 """
 
@@ -52,8 +53,8 @@ def _steps_fwd(
         if not g.rerun:
             kept.append(raw)
         if g.training:
-            x, mean, var = batch_norm_act_fwd(raw, added, bn_weight, bn_bias, g.eps, g.act)
-            kept += mean, var
+            x, *stats = batch_norm_act_fwd(raw, added, bn_weight, bn_bias, g.eps, g.act, g.group)
+            kept += stats
         else:
             assert mean is not None
             assert var is not None
@@ -146,6 +147,7 @@ class _SavedStep:
     bn_bias: Tensor | None
     mean: Tensor
     var: Tensor
+    total: Tensor | None
 
 
 class _SavedSteps:
@@ -212,22 +214,23 @@ class _SavedSteps:
                 step.raw = convolve(conv_input, weight, step.conv_bias, g)
             if g.pool is not None:
                 dy = max_pool_bwd(dy, self.activation(i, x), g)
-            dy, added, dbn_weight, dbn_bias = batch_norm_act_bwd(
+            want = (input_needs, needs[at], needs[at + 1])
+            draw, added, dbn_weight, dbn_bias = batch_norm_act_bwd(
                 dy, step.raw, image if last else None, step.bn_weight, step.bn_bias, step.mean,
                 step.var, g.eps, g.act, g.training, last and wants_dresidual,
+                any(want), step.total, g.group,
             )  # fmt: skip
             dresidual = added if last else dresidual
             grads[at + 2 : at + 4] = dbn_weight, dbn_bias
-            want = (input_needs, needs[at], needs[at + 1])
             self.saved.pop()
             step.raw = image = None
             if conv_input is None and any(want):
                 conv_input = self._conv_input(i, x, needs[at])
-            if conv_input is not None:
+            if conv_input is not None and draw is not None:
                 dx, *grads[at : at + 2] = convolve_bwd(
-                    dy, conv_input, step.weight, step.conv_bias, g, want
+                    draw, conv_input, step.weight, step.conv_bias, g, want
                 )
-            del conv_input, step
+            del conv_input, step, draw
             if dx is None:
                 return None, dresidual
             dy = dx
@@ -286,6 +289,7 @@ def _saved_blocks(blocks: tuple[BlockGeometry, ...], saved: list[Any]) -> list[_
             raw = None if g.rerun else next(kept)
             if g.training:
                 of_step[4:] = next(kept), next(kept)
+            of_step.append(None if g.group is None else next(kept))
             steps.saved.append(_SavedStep(raw, *of_step))
         first += len(geometry) * TENSORS
         return steps

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastcnn.ops.activation import act_number
 from fastcnn.ops.checks import check_parameters
+from fastcnn.ops.process_group import Group, group_of
 
 Memory = Literal["default", "low", "lowest"]
 
@@ -25,6 +27,7 @@ class ConvBnActStep(NamedTuple):
     The arguments are those of torch.nn.functional.conv2d and batch_norm: weight
     [c_out, c_in / groups, kh, kw], conv_bias [c_out] or None, and per output channel running_mean,
     running_var, bn_weight, bn_bias or None. stride, padding, dilation: an int or a pair.
+    sync, process_group: as in batch_norm_act, for each step by itself.
     """
 
     weight: Tensor
@@ -41,6 +44,8 @@ class ConvBnActStep(NamedTuple):
     momentum: float = 0.1
     eps: float = 1e-5
     act: str = "relu"
+    sync: bool = False
+    process_group: ProcessGroup | None = None
     pool: MaxPool | None = None
 
 
@@ -67,6 +72,7 @@ class Geometry(NamedTuple):
     training: bool
     eps: float
     act: int
+    group: Group | None
     pool: tuple[Pair, Pair, Pair] | None
     rerun: bool  # the raw output is not kept: backward runs the convolution again
 
@@ -103,11 +109,12 @@ def check_step(
     """
     c_in = _check_weights(op, step, x, sizes)
     c_out, kernel = step.weight.shape[0], step.weight.shape[2:]
-    pool = step.pool
+    pool, group = step.pool, group_of(op, step.sync, step.process_group)
     g = Geometry(
         pair(op, "stride", step.stride), pair(op, "padding", step.padding),
         pair(op, "dilation", step.dilation), step.groups, step.training, step.eps,
-        act_number(op, step.act), None if pool is None else _check_pool(op, pool),
+        act_number(op, step.act), group if step.training else None,
+        None if pool is None else _check_pool(op, pool),
         # Its output is larger than its input, and it is the cheapest convolution there is.
         rerun=memory == "lowest" and tuple(kernel) == (1, 1) and c_out > c_in,
     )  # fmt: skip
@@ -125,7 +132,7 @@ def check_step(
         out.append(reach // stride + 1)
     check_parameters(
         op, out, x, step.bn_weight, step.bn_bias, step.running_mean, step.running_var,
-        step.training, step.momentum, step.eps, "bn_",
+        step.training, step.momentum, step.eps, "bn_", group is not None,
     )  # fmt: skip
     if g.pool is None:
         return g, out, out

@@ -2,6 +2,7 @@
 // Numbers and tensors have the names of the params structs; sm_count is the device's.
 #include "batch_norm_act.h"
 
+#include "../../csrc/cuda/batch_norm_act_plan.h"
 #include "common/columns.cuh"
 #include "common/launch.cuh"
 #include "driver.h"
@@ -37,6 +38,7 @@ BatchNormActBwdParams bwd_params(Case& c) {
   auto p = image_params<BatchNormActBwdParams>(c);
   p.training = c.integer("training") != 0;
   p.dy = c.tensor("dy");
+  p.total = c.tensor("total");
   p.saved = c.tensor("saved");
   p.dx = c.tensor("dx");
   p.dresidual = c.tensor("dresidual");
@@ -54,8 +56,21 @@ BatchNormRunningParams running_params(Case& c) {
   p.unbias = c.number("unbias");
   p.mean = c.tensor("mean");
   p.var = c.tensor("var");
+  p.total = c.tensor("total");
   p.running_mean = c.tensor("running_mean");
   p.running_var = c.tensor("running_var");
+  return p;
+}
+
+BatchNormJoinParams join_params(Case& c) {
+  BatchNormJoinParams p{};
+  p.c = c.integer("c");
+  p.ranks = c.integer("ranks");
+  p.dtype = static_cast<DType>(c.integer("dtype"));
+  p.gathered = c.tensor("gathered");
+  p.mean = c.tensor("mean");
+  p.var = c.tensor("var");
+  p.total = c.tensor("total");
   return p;
 }
 
@@ -72,9 +87,9 @@ void run_with_workspace(Case& c, const Params& p, const CudaDevice& device, Laun
 // The first offsets of each thread's walk through a tensor that no test has memory for.
 constexpr int kSteps = 4;
 
-template <int kVector, bool kChannelsLast>
+template <int kVector, bool kChannelsLast, bool kBackward>
 __global__ void walk_kernel(ImageShape shape, ColumnPlan plan, int64_t* offsets) {
-  Walk<kVector, kChannelsLast> walk(shape, plan);
+  Walk<kVector, kChannelsLast, kBackward> walk(shape, plan);
   for (int i = 0; i < kSteps; ++i) {
     offsets[(blockIdx.y * kThreads + threadIdx.x) * kSteps + i] = walk.next();
   }
@@ -90,15 +105,35 @@ void run_walk(Case& c, const CudaDevice& device) {
   plan.splits = static_cast<int>(c.integer("splits"));
   plan.length = shape.per_channel() / (shape.channels_last ? 1 : plan.vector);
   auto* offsets = static_cast<int64_t*>(c.tensor("offsets"));
+  const bool backward = c.integer("backward") != 0;
+  const auto kernel = shape.channels_last
+                          ? (backward ? walk_kernel<8, true, true> : walk_kernel<8, true, false>)
+                          : (backward ? walk_kernel<8, false, true> : walk_kernel<8, false, false>);
   c.run([&] {
-    return launch(device, dim3(1, plan.splits), kThreads, 0,
-                  shape.channels_last ? walk_kernel<8, true> : walk_kernel<8, false>, shape, plan,
-                  offsets);
+    return launch(device, dim3(1, plan.splits), kThreads, 0, kernel, shape, plan, offsets);
+  });
+}
+
+// What batch_norm_act_plan.h chooses: slab, tiles, splits, vector, columns, repeat.
+void run_plan(Case& c, const CudaDevice& device) {
+  const ImageShape shape{c.integer("n"), c.integer("c"), c.integer("hw"),
+                         c.integer("channels_last") != 0};
+  const SlabNeeds needs{static_cast<int>(c.integer("tensors")), 8};
+  const BatchNormPlan plan =
+      plan_batch_norm(shape, static_cast<int>(c.integer("bytes")), true, needs, device);
+  const ColumnPlan& columns = plan.columns;
+  const int64_t numbers[] = {plan.slab,      columns.tiles,   columns.splits,
+                             columns.vector, columns.columns, columns.repeat};
+  auto* chosen = static_cast<int64_t*>(c.tensor("chosen"));
+  c.run([&] {
+    std::copy(std::begin(numbers), std::end(numbers), chosen);
+    return cudaSuccess;
   });
 }
 
 void run_op(Case& c) {
-  const CudaDevice device{static_cast<int>(c.integer("sm_count")), nullptr};
+  const CudaDevice device{static_cast<int>(c.integer("sm_count")), nullptr,
+                          static_cast<int>(c.integer("shared_bytes"))};
   if (c.op() == "fwd") {
     run_with_workspace(c, fwd_params(c), device, launch_batch_norm_act_fwd);
   } else if (c.op() == "apply") {
@@ -106,8 +141,13 @@ void run_op(Case& c) {
     c.run([&] { return launch_batch_norm_act_apply(p, device); });
   } else if (c.op() == "bwd") {
     run_with_workspace(c, bwd_params(c), device, launch_batch_norm_act_bwd);
+  } else if (c.op() == "plan") {
+    run_plan(c, device);
   } else if (c.op() == "walk") {
     run_walk(c, device);
+  } else if (c.op() == "join") {
+    const BatchNormJoinParams p = join_params(c);
+    c.run([&] { return launch_batch_norm_join(p, device); });
   } else if (c.op() == "running") {
     const BatchNormRunningParams p = running_params(c);
     c.run([&] { return launch_batch_norm_running(p, device); });

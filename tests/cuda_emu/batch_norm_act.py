@@ -26,6 +26,8 @@ U = 2.0**-24
 # of lanes and 6 of splits; each rounds twice, its product and its sum.
 ROUNDINGS = 2 * (72 + 8 + 6)
 EPS = 1e-5
+# Shared memory of a block: none leaves the kernels in stages, a H200's the slabs where they fit.
+STAGES, SLABS = 0, 227 << 10
 # The largest |act'| and |act''| (beside kinks) of the activations that calculate.
 STEEPNESS = {"leaky_relu": 1.0, "silu": 1.1, "gelu": 1.13, "sigmoid": 0.25, "hardswish": 1.5}
 CURVATURE = {"leaky_relu": 0.0, "silu": 0.5, "gelu": 0.8, "sigmoid": 0.1, "hardswish": 1 / 3}
@@ -51,9 +53,11 @@ class Call:
         shape: Shape,
         options: Options,
         center: float = 0.5,
-        sm_count: int = 3,
+        sm_count: int = 12,
+        shared_bytes: int = STAGES,
     ) -> None:
-        self.dtype, self.shape, self.sm_count = dtype, shape, sm_count
+        self.dtype, self.shape = dtype, shape
+        self.device = {"sm_count": sm_count, "shared_bytes": shared_bytes}
         self.act, has_residual, has_weight, has_bias, self.training = options
         normal = partial(torch.randn, generator=torch.Generator().manual_seed(1))
         c = shape[1]
@@ -144,7 +148,7 @@ class Call:
         return {
             "n": n, "c": c, "hw": h * w, "channels_last": int(channels_last), "eps": EPS,
             "dtype": DTYPE_NUMBER[self.dtype], "act": ACT_NUMBER[self.act],
-            "sm_count": self.sm_count,
+            **self.device,
         }  # fmt: skip
 
     def forward(self, channels_last: bool, skip: Sequence[str] = ()) -> Case:

@@ -45,7 +45,8 @@ def run_cases(op: str, cases: Sequence[Case], timeout: float = 120) -> list[Resu
         RuntimeError: a case failed; the message names it and holds the emulator's or the
             sanitizer's report.
     """
-    sources = [Path(__file__).with_name(f"{op}.cpp"), build.ROOT / "csrc" / "cuda" / f"{op}.cu"]
+    of_op = sorted((build.ROOT / "csrc" / "cuda").glob(f"{op.removesuffix('_act')}*.cu"))
+    sources = [Path(__file__).with_name(f"{op}.cpp"), *of_op]
     program = build.build_runner(sources, Path(op))
     parts = [cases[i::PROCESSES] for i in range(PROCESSES)]
     with ThreadPoolExecutor(PROCESSES) as pool:

@@ -1,0 +1,250 @@
+"""interpolate against torch.nn.functional.interpolate in float64; gradients are autograd's.
+
+Bilinear: tests/tolerance.py. The nearest modes move numbers as they are, so forward is compared bit
+for bit, with torch in float32: its float64 kernels compute coordinates in float64 and so pick other
+pixels where a coordinate lies just below a whole number.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from shapes import LAYOUTS
+from tolerance import assert_as_exact_as_torch, assert_same_in_float64
+from torch import Tensor
+
+from fastcnn import _C, functional, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+MODES: list[dict[str, Any]] = [
+    {"mode": "nearest"},
+    {"mode": "nearest-exact"},
+    {"mode": "bilinear", "align_corners": False},
+    {"mode": "bilinear", "align_corners": True},
+]
+
+
+class Resize(NamedTuple):
+    """Sizes of a batch, how it is resized, and why the case is there."""
+
+    sizes: tuple[int, int, int, int]
+    to: dict[str, Any]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.sizes))}-{self.to}"
+
+
+CASES = [
+    Resize((2, 3, 5, 7), {"scale_factor": 2}, "doubled, an odd plane"),
+    Resize((1, 64, 6, 6), {"scale_factor": 2}, "channels_last: whole vectors of channels"),
+    Resize((2, 21, 4, 5), {"scale_factor": 4}, "a segmentation head: channels in a short vector"),
+    Resize((1, 5, 40, 37), {"scale_factor": 2}, "rows of several vectors, with a rest"),
+    Resize((1, 2, 3, 900), {"scale_factor": (1, 2)}, "columns in several tiles"),
+    Resize((2, 4, 5, 7), {"size": (5, 7)}, "the identity"),
+    Resize((2, 4, 5, 7), {"size": (5, 14)}, "the identity in one axis"),
+    Resize((2, 3, 1, 1), {"size": (4, 6)}, "1-pixel input: pooled features, spread out again"),
+    Resize((2, 3, 1, 1), {"size": 1}, "1 pixel to 1 pixel"),
+    Resize((2, 3, 6, 5), {"size": 1}, "1-pixel output: align_corners would divide by 0"),
+    Resize((2, 3, 6, 5), {"size": (1, 9)}, "one row"),
+    Resize((1, 3, 10, 11), {"scale_factor": 2.3}, "coordinates by the factor, not the ratio"),
+    Resize(
+        (1, 3, 10, 11), {"scale_factor": 2.3, "recompute_scale_factor": True}, "by the ratio"
+    ),
+    Resize((1, 3, 7, 40), {"scale_factor": 1.1}, "a factor that leaves 7 pixels 7"),
+    Resize((2, 3, 37, 41), {"scale_factor": 1 / 3.7}, "downsampling: pixels that are in no output"),
+    Resize((1, 17, 37, 41), {"scale_factor": 1 / 3.7}, "likewise, by vectors of channels"),
+    Resize((1, 3, 30, 50), {"scale_factor": 0.7}, "fewer pixels, by vectors of the row"),
+    Resize((1, 1, 10, 30), {"scale_factor": 0.1}, "0.1 is inexact: 10 * 0.1 rounds to 1"),
+    Resize((1, 1, 29, 100), {"scale_factor": 0.29}, "100 * 0.29 rounds to just below 29"),
+    Resize((1, 2, 3, 3), {"scale_factor": (3, 1 / 3)}, "up in h, down in w"),
+    Resize((1, 2, 4, 9), {"size": (30, 5)}, "likewise, no whole ratio"),
+    Resize((1, 2, 2, 3), {"scale_factor": 13}, "long ranges in backward"),
+    Resize((1, 33, 50, 70), {"scale_factor": (2.3, 1.9)}, "several tasks in either layout"),
+]  # fmt: skip
+
+
+def image(sizes: tuple[int, ...], dtype: torch.dtype, layout: str, seed: int = 0) -> Tensor:
+    """Values that float32 holds exactly, so that it can be the oracle of a float64 case."""
+    g = torch.Generator().manual_seed(seed)
+    t = torch.randn(sizes, generator=g).to(dtype)
+    return t.contiguous(memory_format=LAYOUTS[layout])
+
+
+def run(fn: Callable[..., Tensor], x: Tensor, dy: Tensor | None, **how: Any) -> list[Tensor]:
+    """y and, if there is dy, dx."""
+    x = x.detach().requires_grad_(dy is not None)
+    y = fn(x, **how)
+    if dy is not None:
+        y.backward(dy.expand(y.shape))
+    return [y.detach(), *([] if x.grad is None else [x.grad])]
+
+
+def check(case: Resize, dtype: torch.dtype, layout: str, how: dict[str, Any]) -> None:
+    how = {**case.to, **how}
+    x = image(case.sizes, dtype, layout)
+    bilinear = how["mode"] == "bilinear"
+    shape = F.interpolate(x.float(), **how).shape
+    dy = image(shape, dtype, layout, 1)
+    y, dx = run(functional.interpolate, x, dy, **how)
+    eager_y, eager_dx = run(F.interpolate, x, dy, **how)
+    exact = torch.float64 if bilinear else torch.float32
+    exact_y, exact_dx = run(F.interpolate, x.to(exact), dy.to(exact), **how)
+    assert y.dtype == dx.dtype == dtype
+    assert y.stride() == eager_y.stride()
+    assert dx.stride() == x.stride()
+    # Every output is in at most two rows and columns of its inputs: as many terms has a dx.
+    terms = 4 * (-(-y.numel() // x.numel()) + 2)
+    if not bilinear:
+        assert torch.equal(y.to(exact), exact_y)
+        exact_dx = run(lambda t, **_: reference_of(t, how), x, dy, **how)[1]
+    if dtype is torch.float64:
+        if bilinear:
+            assert_same_in_float64("y", y, exact_y, 4, coordinate_error(case))
+        assert_same_in_float64("dx", dx, exact_dx, terms, terms * coordinate_error(case))
+    else:
+        assert_as_exact_as_torch("y", y, eager_y, exact_y)
+        assert_as_exact_as_torch("dx", dx, eager_dx, exact_dx, float(terms))
+
+
+def coordinate_error(case: Resize) -> float:
+    """A rounding of a coordinate moves as much of a weight, between values a few units apart."""
+    return 8.0 * max(case.sizes[2:])
+
+
+def reference_of(x: Tensor, how: dict[str, Any]) -> Tensor:
+    size = F.interpolate(x[:1, :1].float(), **how).shape[2:]
+    factor = None if how.get("recompute_scale_factor") else how.get("scale_factor")
+    scales = tuple(factor) if isinstance(factor, tuple) else (factor, factor)
+    return reference.upsample(
+        x, tuple(size), scales, how["mode"], how.get("align_corners") or False
+    )
+
+
+@pytest.mark.parametrize("how", MODES, ids=lambda how: "-".join(map(str, how.values())))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_case(case: Resize, layout: str, how: dict[str, Any]) -> None:
+    for dtype in DTYPES:
+        check(case, dtype, layout, how)
+
+
+@pytest.mark.parametrize("how", MODES, ids=lambda how: "-".join(map(str, how.values())))
+def test_the_reference_against_torch(how: dict[str, Any]) -> None:
+    # It is the oracle of the CUDA kernels' tests, and of nearest gradients in float64.
+    for case in CASES:
+        exact = torch.float64 if how["mode"] == "bilinear" else torch.float32
+        x = image(case.sizes, torch.float32, "nchw").to(exact)
+        expected = F.interpolate(x, **case.to, **how).double()
+        actual = reference_of(x, {**case.to, **how})
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11, msg=str(case))
+
+
+def test_the_same_source_pixels_as_torch() -> None:
+    # Nearest picks by floor(): one rounding otherwise, and it is another pixel. Many sizes and
+    # factors, among them those whose outputs are exactly doubled or that keep the size.
+    factors = [1.1, 2.0, 2.05, 2.3, 0.7, 3.7, 1 / 3, 1 / 3.7]
+    for size, mode in itertools.product(range(1, 60), ["nearest", "nearest-exact"]):
+        x = torch.arange(float(size)).expand(1, 1, 1, size).contiguous()
+        ways: list[dict[str, Any]] = [{"size": (1, s)} for s in (1, 7, size, 2 * size, 57, 161)]
+        ways += [{"scale_factor": (1.0, f)} for f in factors if int(size * f) > 0]
+        for how in ways:
+            expected = F.interpolate(x, **how, mode=mode)
+            assert torch.equal(functional.interpolate(x, **how, mode=mode), expected), (size, how)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_in_any_layout(layout: str) -> None:
+    # Slices of channels are read in place, others brought to x's layout: the same bits as dense.
+    x = image((2, 6, 5, 4), torch.float32, layout)
+    other = LAYOUTS["nchw" if layout == "channels_last" else "channels_last"]
+    wide = image((2, 20, 10, 8), torch.float32, layout)
+    for dy in (
+        torch.ones(()).expand(2, 6, 10, 8),
+        torch.randn(6, 1, 1).expand(2, 6, 10, 8),
+        torch.randn(2, 6, 10, 8).contiguous(memory_format=other),
+        torch.randn(2, 6, 10, 16)[..., ::2],
+        torch.randn(2, 6, 8, 10).mT,
+        wide[:, 3:9],
+        wide[:, ::3][:, :6],
+    ):
+        dense = dy.contiguous(memory_format=LAYOUTS[layout])
+        for how in MODES:
+            actual, expected = (
+                run(functional.interpolate, x, g, scale_factor=2, **how) for g in (dy, dense)
+            )
+            assert torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_nan_and_inf_propagate_as_in_torch(value: float) -> None:
+    # To the pixels that a bad one is in, and to no others: a weight of 0 is no excuse for a pick.
+    for layout, how, factor in itertools.product(LAYOUTS, MODES, [2, 0.4, 3.3]):
+        x = image((1, 3, 6, 20), torch.float32, layout)
+        x[0, 1, 2, 3] = value
+        shape = F.interpolate(x, scale_factor=factor, **how).shape
+        dy = image(shape, torch.float32, layout, 1)
+        dy[0, 1, 1, 3] = value
+        actual, expected = (
+            run(fn, x, dy, scale_factor=factor, **how)
+            for fn in (functional.interpolate, F.interpolate)
+        )
+        for a, e in zip(actual, expected, strict=True):
+            assert torch.equal(a.isfinite(), e.isfinite()), (layout, how, factor)
+
+
+def test_an_empty_batch() -> None:
+    # The last batch of a sharded loader.
+    for layout, c_skip in itertools.product(LAYOUTS, [None, 2]):
+        x = image((0, 3, 4, 5), torch.float32, layout).requires_grad_()
+        skip = None if c_skip is None else torch.ones(0, c_skip, 8, 10)
+        y = functional.interpolate(x, scale_factor=2, concat=skip)
+        y.sum().backward()
+        assert y.shape == (0, 3 + (c_skip or 0), 8, 10)
+        assert x.grad.shape == x.shape
+
+
+def test_the_same_bits_on_any_number_of_threads_and_in_deterministic_mode() -> None:
+    # Large enough for several tasks; a slice of one image is the whole batch's.
+    threads, x = torch.get_num_threads(), torch.randn(4, 24, 40, 50)
+    for layout, how in itertools.product(LAYOUTS, MODES):
+        x = x.contiguous(memory_format=LAYOUTS[layout])
+        dy = image((4, 24, 80, 100), torch.float32, layout)
+        first = run(functional.interpolate, x, dy, scale_factor=2, **how)
+        try:
+            torch.use_deterministic_algorithms(True)
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                again = run(functional.interpolate, x, dy, scale_factor=2, **how)
+                assert all(map(torch.equal, again, first)), (layout, how, count)
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.set_num_threads(threads)
+
+
+def test_a_large_output_is_stored_around_the_cache() -> None:
+    # 16 MiB and more take other stores: aligned ones, rows that are not, and halves.
+    for layout, dtype, w in itertools.product(LAYOUTS, DTYPES[:2], [64, 61]):
+        x = image((3, 96, 64, w), dtype, layout)
+        y = functional.interpolate(x, scale_factor=2, mode="bilinear")
+        expected = functional.interpolate(x[1:2], scale_factor=2, mode="bilinear")
+        assert torch.equal(y[1:2], expected)
+
+
+@pytest.mark.parametrize("level", _C.cpu_levels.split(","))
+def test_every_instruction_set(level: str) -> None:
+    order = _C.cpu_levels.split(",")
+    if order.index(level) >= order.index(_C.cpu_capability()):
+        pytest.skip("this processor's own is what all other tests run at, and it has none higher")
+    arguments = [__file__, "-q", "-k", "test_every_case", "-p", "no:cacheprovider"]
+    code = f"import pytest; raise SystemExit(pytest.main({arguments}))"
+    env = {**os.environ, "FASTCNN_CPU_CAPABILITY": level, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
