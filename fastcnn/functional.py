@@ -180,7 +180,8 @@ def conv_bn_act(
     and ordinary weights need no retraining. Under autocast, input, residual and convolution weights
     are cast to the autocast dtype, as torch.nn.functional.conv2d does. In evaluation on the CPU,
     where nothing requires a gradient, each batch norm is folded into its convolution's weights and
-    residual and activation run in the convolution's epilogue (float32 and bfloat16).
+    residual and activation run in the convolution's epilogue (float32 and bfloat16); a NaN does not
+    come through oneDNN's "relu" and "relu6" there.
 
     Args:
         input: [n, c, h, w], dense in NCHW or channels_last; float32, bfloat16, float16, and on the

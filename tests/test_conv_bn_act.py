@@ -13,91 +13,13 @@ from typing import Any
 import pytest
 import torch
 from activations import ACTS
+from chains import Chain, check_float64, results, twin
 from shapes import LAYOUTS
 from tolerance import assert_as_exact_as_torch
 from torch import Tensor, nn
 
 from fastcnn.lab import kept_for_backward
 from fastcnn.nn import BatchNormAct2d, conv_bn_act
-
-
-class Chain(nn.Module):
-    """Steps (conv, bn), fused or as eager PyTorch runs them."""
-
-    def __init__(self, *steps: tuple[nn.Conv2d, BatchNormAct2d], fused: bool = True) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(conv for conv, _ in steps)
-        self.bns = nn.ModuleList(bn for _, bn in steps)
-        self.fused = fused
-        generator = torch.Generator().manual_seed(0)
-        for bn in self.bns:  # fresh ones hide what is unused: gamma 1, beta 0, mean 0, variance 1
-            for t, low, high in (
-                (bn.weight, -1.5, 1.5), (bn.bias, -0.5, 0.5),
-                (bn.running_mean, -0.5, 0.5), (bn.running_var, 0.5, 2.0),
-            ):  # fmt: skip
-                if t is not None:
-                    t.data.uniform_(low, high, generator=generator)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        steps = list(zip(self.convs, self.bns, strict=True))
-        if self.fused:
-            return conv_bn_act(x, steps, residual)
-        for conv, bn in steps:
-            x = nn.BatchNorm2d.forward(bn, conv(x))
-            if residual is not None and bn is self.bns[-1]:
-                x = x + residual
-            x = ACTS[bn.act](x)
-        return x
-
-
-def twin(chain: Chain) -> Chain:
-    eager = copy.deepcopy(chain)
-    eager.fused = False
-    return eager
-
-
-def results(
-    chain: Chain, x: Tensor, residual: Tensor | None, x_needs_grad: bool = True
-) -> dict[str, Tensor | None]:
-    """The output, all gradients, None where there is none, and all buffers after the call."""
-    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x_needs_grad)
-    if residual is not None:
-        residual = residual.detach().clone().requires_grad_()
-    y = chain(x, residual)
-    found = {"y": y.detach(), "dx": None, "dresidual": None}
-    if y.requires_grad:
-        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-        y.backward(dy.to(y))
-        found["dx"] = x.grad
-        found["dresidual"] = None if residual is None else residual.grad
-        found |= {f"d{name}": p.grad for name, p in chain.named_parameters()}
-    return found | {name: b.clone() for name, b in chain.named_buffers()}
-
-
-def check_float64(
-    chain: Chain,
-    sizes: tuple[int, ...] = (3, 4, 9, 8),
-    residual: bool = False,
-    layout: str = "nchw",
-    **kwargs: Any,
-) -> dict[str, Tensor | None]:
-    """Equal to 1e-11 of the largest value. Another order of summation changes 1e-13 at most here;
-    an eps in the wrong place, or an unbiased variance for a biased one, 1e-6 and more."""
-    chain = copy.deepcopy(chain).double()  # without the gradients of earlier checks
-    x = torch.randn(sizes, dtype=torch.float64).contiguous(memory_format=LAYOUTS[layout])
-    eager = twin(chain)
-    with torch.no_grad():
-        added = torch.randn_like(copy.deepcopy(eager)(x)) if residual else None
-    actual, expected = results(chain, x, added, **kwargs), results(eager, x, added, **kwargs)
-    assert actual.keys() == expected.keys()
-    for name, want in expected.items():
-        got = actual[name]
-        assert (got is None) == (want is None), f"{name}: got {got}"
-        if want is not None:
-            largest = want.abs().max().item() if want.numel() > 0 else 0.0
-            atol = 1e-11 * max(largest, 1.0)
-            torch.testing.assert_close(got, want, rtol=0, atol=atol, msg=lambda m, n=name: n + m)
-    return actual
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@ from torch import nn
 
 from fastcnn import _C, functional
 from fastcnn._version_check import check_torch
-from fastcnn.functional import ConvBnActStep
+from fastcnn.functional import ConvBnActBlock, ConvBnActStep, MaxPool
+from fastcnn.models import resnet18
 from fastcnn.nn import BatchNormAct2d, Upsample, conv_bn_act
 
 X = torch.randn(2, 3, 4, 4)
@@ -118,6 +119,15 @@ STEP_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"running_mean": None, "running_var": None, "training": False}, ValueError, r"training=False"),
     ({"stride": 4, "training": True}, ValueError, r"more than 1 value per channel"),
     ({"act": "GELU"}, ValueError, r"act: expected one of none, relu, .*, hardswish, got 'GELU'"),
+    ({"pool": MaxPool(2, 0)}, ValueError, r"pool: expected a kernel and a stride of at least 1"),
+    ({"pool": MaxPool(2, 2, -1)}, ValueError, r"pool: .* a padding of at most half the kernel"),
+    ({"pool": MaxPool(2, 2, 2)}, ValueError, r"pool: .* half the kernel, got MaxPool\(kernel"),
+    ({"pool": MaxPool((2, 9), 2)}, ValueError, r"pool: expected a window that fits .*\(2, 9\)"),
+    ({"pool": MaxPool(2.0, 2)}, ValueError, r"pool.kernel_size: expected a whole number or a pair"),
+    ({"pool": MaxPool(2, (1, 1, 1))}, ValueError, r"pool.stride: .* or a pair .*, got \(1, 1, 1\)"),
+    ({"pool": 2}, TypeError, r"pool: expected None or a MaxPool, got int"),
+    ({"stride": None}, ValueError, r"stride: expected a whole number or a pair of them, got None"),
+    ({"padding": "same"}, ValueError, r"padding: expected a whole number or a pair .*, got 'same'"),
 ]  # fmt: skip
 
 
@@ -151,6 +161,58 @@ def test_conv_bn_act(autocast: bool) -> None:
             TypeError, match="residual: expected a Tensor or a sequence of steps, got int"
         ):
             functional.conv_bn_act(X, [STEP], residual=1)
+
+
+POOLED = STEP._replace(pool=MaxPool(2, 2))
+
+BLOCKS_ERRORS: list[tuple[Any, type[Exception], str]] = [
+    ([], ValueError, r"blocks: expected at least one, got none"),
+    ([ConvBnActBlock([])], ValueError, r"steps: expected at least one, got none"),
+    ([ConvBnActBlock([STEP]), ConvBnActBlock([])], ValueError, r"block 1: steps: expected at"),
+    ([ConvBnActBlock([STEP], ())], ValueError, r"shortcut: expected sizes .*\[2, 4.*got \[2, 3"),
+    (
+        [ConvBnActBlock([STEP], [STEP._replace(stride=2)])], ValueError,
+        r"shortcut: expected sizes \[2, 4, 4, 4\] as the steps give, got \[2, 4, 2, 2\]",
+    ),
+    (
+        [ConvBnActBlock([STEP], [SECOND])], ValueError,
+        r"shortcut: step 0: weight: expected 3 input channels, got 4",
+    ),
+    (
+        [ConvBnActBlock([STEP]), ConvBnActBlock([STEP])], ValueError,
+        r"block 1: step 0: weight: expected 4 input channels, got 3",
+    ),
+    ([ConvBnActBlock([POOLED], [POOLED])], ValueError, r"pool: expected None in the last step of"),
+    ([ConvBnActBlock([C4])], TypeError, r"step 0: expected a ConvBnActStep, got Tensor"),
+    ([[STEP]], TypeError, r"blocks: expected ConvBnActBlocks, got list"),
+    ([ConvBnActBlock([STEP], 0)], TypeError, r"shortcut: expected a tuple or list .*, got int"),
+    ([ConvBnActBlock(STEP)], TypeError, r"steps: expected a tuple or list of .*, got ConvBn"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", ["low", "lowest"])
+@pytest.mark.parametrize(("blocks", "error", "message"), BLOCKS_ERRORS)
+def test_blocks_of_conv_bn_act(
+    blocks: Any, error: type[Exception], message: str, memory: str
+) -> None:
+    # The number of a block is said whether blocks run in one call or one by one.
+    with pytest.raises(error, match=f"^conv_bn_act: .*{message}"):
+        functional.conv_bn_act_blocks(X, blocks, memory=memory)
+
+
+def test_memory_levels_and_poolings_of_conv_bn_act() -> None:
+    with pytest.raises(
+        ValueError, match=r"conv_bn_act: memory: .* default, low, lowest, got 'high'"
+    ):
+        functional.conv_bn_act(X, [STEP], memory="high")
+    with pytest.raises(ValueError, match=r"ResNet: memory: .* default, low, lowest, got None"):
+        resnet18(memory=None)
+    with pytest.raises(ValueError, match=r"pool: expected None in the last step of a block with a"):
+        functional.conv_bn_act(X, [POOLED], residual=torch.randn(2, 4, 4, 4))
+    for kwargs in ({"dilation": 2}, {"ceil_mode": True}, {"return_indices": True}):
+        step = (nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.MaxPool2d(2, **kwargs))
+        with pytest.raises(ValueError, match="step 0: expected a MaxPool2d without dilation"):
+            conv_bn_act(X, [step])
 
 
 # What replaces a good argument of interpolate.

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from chains import randomize
 from oracles import torchvision_resnet
 from torch import Tensor, nn
 
@@ -39,21 +40,6 @@ def assert_same(actual: Tensor, expected: Tensor, name: str = "") -> None:
     differs by between NCHW and channels_last (5e-13); another eps is off by 1e-6 and more."""
     tolerance = 1e-11 * max(expected.abs().max().item(), 1e-30)
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, msg=lambda m: name + m)
-
-
-def randomize(model: nn.Module) -> None:
-    """Fresh BatchNorms are too kind: gamma 1, beta 0, mean 0 and variance 1 hide what is unused."""
-    generator = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in (
-                (module.weight, -1.5, 1.5),  # negative gamma too: trained networks have it
-                (module.bias, -0.5, 0.5),
-                (module.running_mean, -0.5, 0.5),
-                (module.running_var, 0.5, 2.0),
-            ):
-                assert tensor is not None
-                tensor.data.uniform_(low, high, generator=generator)
 
 
 def outputs_and_gradients(model: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:

@@ -59,6 +59,19 @@ def distinct(*tensors: Any) -> tuple[Any, ...]:
     return tuple(seen)
 
 
+declare("afresh(Tensor t) -> Tensor", torch.empty_like)
+torch.library.impl("fastcnn::afresh", ("cpu", "cuda"))(torch.clone)
+
+
+def afresh(t: Tensor) -> Tensor:
+    """Return t, under torch.compile as a copy that the compiler cannot know to be equal to t.
+
+    What backward computes from it again then stays in backward: AOTAutograd would else find the
+    same operator on the same tensors in forward, and keep that result.
+    """
+    return torch.ops.fastcnn.afresh.default(t) if torch.compiler.is_compiling() else t
+
+
 def load_kernels() -> None:
     """Load the kernels of this build into the declared operators."""
     library = Path(_C.__file__).with_name("_ops.so")

@@ -25,8 +25,7 @@ the kernels that made it run again. The convolutions are PyTorch's own. In evalu
 asks for a gradient, each step is one convolution of oneDNN on the CPU (ops/convolution.py).
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,11 +42,9 @@ from fastcnn.ops.conv_bn_act_step import (
     check_memory,
     check_step,
 )
-from fastcnn.ops.convolution import convolve_folded, folds
+from fastcnn.ops.convolution import autocast_dtype, cast, convolve_folded, folds
 
 OP = "conv_bn_act"
-
-_AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def conv_bn_act(
@@ -58,42 +55,45 @@ def conv_bn_act(
 ) -> Tensor:
     """One block: see fastcnn.functional.conv_bn_act."""
     if isinstance(residual, Sequence):
-        return _run(x, None, [ConvBnActBlock(steps, residual)], memory)
+        return _run(x, None, {OP: ConvBnActBlock(steps, residual)}, memory)
     if residual is not None and not isinstance(residual, Tensor):
         raise TypeError(
             f"{OP}: residual: expected a Tensor or a sequence of steps, "
             f"got {type(residual).__name__}"
         )
-    return _run(x, residual, [ConvBnActBlock(steps)], memory)
+    return _run(x, residual, {OP: ConvBnActBlock(steps)}, memory)
 
 
 def conv_bn_act_blocks(x: Tensor, blocks: Sequence[ConvBnActBlock], memory: str) -> Tensor:
     """Run blocks one after the other: see fastcnn.functional.conv_bn_act_blocks."""
     if not blocks:
         raise ValueError(f"{OP}: blocks: expected at least one, got none")
+    named = {OP: blocks[0]}
+    if len(blocks) > 1:
+        named = {f"{OP}: block {i}": block for i, block in enumerate(blocks)}
     if memory == "low":
-        return _run(x, None, blocks, memory)
-    for block in blocks:
-        x = _run(x, None, [block], memory)
+        return _run(x, None, named, memory)
+    for name, block in named.items():
+        x = _run(x, None, {name: block}, memory)
     return x
 
 
 def _run(
-    x: Tensor, residual: Tensor | None, blocks: Sequence[ConvBnActBlock], memory: str
+    x: Tensor, residual: Tensor | None, blocks: dict[str, ConvBnActBlock], memory: str
 ) -> Tensor:
+    """Run blocks as one Function; their keys are what errors call them."""
     check_memory(OP, memory)
-    dtype = _autocast_dtype(x)
-    x, residual = _cast(x, dtype), _cast(residual, dtype)
+    dtype = autocast_dtype(x)
+    x, residual = cast(x, dtype), cast(residual, dtype)
     check_image(OP, "input", x)
     check = _Check(x, dtype, memory)
     sizes = list(x.shape)
-    for i, block in enumerate(blocks):
-        name = f"{OP}: block {i}" if len(blocks) > 1 else OP
+    for name, block in blocks.items():
         sizes = check.block(name, block, sizes, residual is not None)
     if residual is not None:
         check_image_of(OP, "residual", residual, sizes, x)
     if folds(x, check.steps, residual):
-        return _evaluate(x, residual, blocks, iter(check.geometry))
+        return _evaluate(x, residual, blocks.values(), iter(check.geometry))
     tensors: list[Tensor | None] = []
     for s in check.steps:
         fixed = (None, None) if s.training else (s.running_mean, s.running_var)
@@ -117,12 +117,14 @@ class _Check:
 
     def block(self, op: str, block: ConvBnActBlock, sizes: list[int], adds: bool) -> list[int]:
         """Check a block whose input has these sizes; return its output's."""
+        if not isinstance(block, ConvBnActBlock):
+            raise TypeError(f"{op}: blocks: expected ConvBnActBlocks, got {type(block).__name__}")
         shortcut, added = None, sizes
         if block.shortcut is not None:
-            shortcut, added = self._chain(f"{op}: shortcut", block.shortcut, sizes)
-        if not block.steps:
+            shortcut, added = self._chain(op, "shortcut", block.shortcut, sizes)
+        steps, out = self._chain(op, "steps", block.steps, sizes)
+        if not steps:
             raise ValueError(f"{op}: steps: expected at least one, got none")
-        steps, out = self._chain(op, block.steps, sizes)
         if shortcut is not None and added != out:
             raise ValueError(f"{op}: shortcut: expected sizes {out} as the steps give, got {added}")
         if (adds or shortcut is not None) and steps[-1].pool is not None:
@@ -134,14 +136,24 @@ class _Check:
         return out
 
     def _chain(
-        self, op: str, steps: Sequence[ConvBnActStep], sizes: list[int]
+        self, op: str, name: str, steps: Sequence[ConvBnActStep], sizes: list[int]
     ) -> tuple[tuple[Geometry, ...], list[int]]:
         found = []
+        if not isinstance(steps, (tuple, list)) or isinstance(steps, ConvBnActStep):
+            raise TypeError(
+                f"{op}: {name}: expected a tuple or list of steps, got {type(steps).__name__}"
+            )
+        if name != "steps":
+            op = f"{op}: {name}"
         for i, step in enumerate(steps):
+            if not isinstance(step, ConvBnActStep):
+                raise TypeError(
+                    f"{op}: step {i}: expected a ConvBnActStep, got {type(step).__name__}"
+                )
             if self.dtype is not None:
                 step = step._replace(
-                    weight=_cast(step.weight, self.dtype),
-                    conv_bias=_cast(step.conv_bias, self.dtype),
+                    weight=cast(step.weight, self.dtype),
+                    conv_bias=cast(step.conv_bias, self.dtype),
                 )
             g, raw, sizes = check_step(f"{op}: step {i}", step, self.x, sizes, self.memory)
             found.append(g)
@@ -165,7 +177,7 @@ class _Check:
 def _evaluate(
     x: Tensor,
     residual: Tensor | None,
-    blocks: Sequence[ConvBnActBlock],
+    blocks: Iterable[ConvBnActBlock],
     geometry: Iterator[Geometry],
 ) -> Tensor:
     """One convolution a step, from the weights as they came: cast once, after folding."""
@@ -180,18 +192,3 @@ def _evaluate(
         added = residual if block.shortcut is None else run(x, block.shortcut, None)
         x = run(x, block.steps, added)
     return x
-
-
-def _autocast_dtype(x: Any) -> torch.dtype | None:
-    # Autocast does not know the meta device.
-    if not isinstance(x, Tensor) or x.device.type == "meta":
-        return None
-    on = torch.is_autocast_enabled(x.device.type)
-    return torch.get_autocast_dtype(x.device.type) if on else None
-
-
-def _cast(t: Any, dtype: torch.dtype | None) -> Any:
-    """Cast as autocast does for a convolution: every floating type but float64."""
-    if dtype is None or not isinstance(t, Tensor) or t.dtype not in _AUTOCAST_FROM:
-        return t
-    return t.to(dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastcnn.ops._library import positional
+from fastcnn.ops._library import afresh, positional
 from fastcnn.ops.activation import ACT_NUMBER, slope_is_in_y
 from fastcnn.ops.batch_norm_act import (
     batch_norm_act_apply,
@@ -114,17 +114,18 @@ class ConvBnActFunction(torch.autograd.Function):
         del x
         while blocks:
             block, x = blocks.pop(), inputs.pop()
-            if block.shortcut is not None and not _saves_y(block.geometry):
-                image = block.residual(x)
+            if not ctx.has_residual:
+                image = block.image(x, image)
             x_needs = needs[0] or any(needs[_FIRST : block.first])
-            wants_dresidual = block.shortcut is not None or (ctx.has_residual and needs[1])
+            wants_dresidual = ctx.has_residual and needs[1]
+            if block.shortcut is not None:
+                wants_dresidual = x_needs or any(needs[block.first : block.steps.first])
             dx, dresidual = block.steps.backward(
                 dy, x, image, wants_dresidual, x_needs, needs, grads
             )
             if block.shortcut is None:
                 grads[1] = dresidual
-            else:
-                assert dresidual is not None
+            elif dresidual is not None:
                 by_shortcut = block.shortcut.backward(
                     dresidual, x, None, False, x_needs, needs, grads
                 )[0]
@@ -132,7 +133,7 @@ class ConvBnActFunction(torch.autograd.Function):
                     dx += by_shortcut
             if dx is None:
                 break
-            dy, image = dx, x
+            dy, image = dx, x  # x is what the block before has given
             grads[0] = dx if not blocks else None
         return tuple(grads)
 
@@ -161,18 +162,25 @@ class _SavedSteps:
         """Return step i's raw output, kept or from its convolution once more."""
         step = self.saved[i]
         if step.raw is None:
-            step.raw = convolve(self.input(i, x), step.weight, step.conv_bias, self.geometry[i])
+            weight = afresh(step.weight) if i == 0 else step.weight
+            step.raw = convolve(self.input(i, x), weight, step.conv_bias, self.geometry[i])
         return step.raw
 
     def input(self, i: int, x: Tensor) -> Tensor:
         """Return step i's input, rebuilt by the kernel that made it: the same bits."""
-        return x if i == 0 else max_pool(self.activation(i - 1, x), self.geometry[i - 1])
+        return x if i == 0 else self.output(i - 1, x)
+
+    def output(self, i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return step i's output: its activation, pooled where it pools."""
+        return max_pool(self.activation(i, x, residual), self.geometry[i])
 
     def activation(self, i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return act(batch_norm(raw) + residual) of step i."""
         step, g = self.saved[i], self.geometry[i]
+        # In training the forward has run another operator.
+        mean = step.mean if g.training else afresh(step.mean)
         return batch_norm_act_apply(
-            self.raw(i, x), residual, step.bn_weight, step.bn_bias, step.mean, step.var,
+            self.raw(i, x), residual, step.bn_weight, step.bn_bias, mean, step.var,
             g.eps, g.act,
         )  # fmt: skip
 
@@ -202,7 +210,8 @@ class _SavedSteps:
             conv_input, dx = None, None
             if step.raw is None:
                 conv_input = self.input(i, x)
-                step.raw = convolve(conv_input, step.weight, step.conv_bias, g)
+                weight = afresh(step.weight) if i == 0 else step.weight
+                step.raw = convolve(conv_input, weight, step.conv_bias, g)
             if g.pool is not None:
                 dy = max_pool_bwd(dy, self.activation(i, x), g)
             want = (input_needs, needs[at], needs[at + 1])
@@ -253,11 +262,17 @@ class _SavedBlock:
         if self.shortcut is None:
             return None
         last = len(self.shortcut.saved) - 1
-        return x if last < 0 else self.shortcut.activation(last, x)
+        return x if last < 0 else self.shortcut.output(last, x)
+
+    def image(self, x: Tensor, y: Tensor | None) -> Tensor | None:
+        """Return image_to_save(...) of the last step, from the block's input and output."""
+        if self.shortcut is None or self.steps.geometry[-1].act == ACT_NUMBER["none"]:
+            return None
+        return y if _saves_y(self.geometry) else self.residual(x)
 
     def output(self, x: Tensor) -> Tensor:
         """Return the block's output, rebuilt from its input by elementwise passes."""
-        return self.steps.activation(len(self.steps.saved) - 1, x, self.residual(x))
+        return self.steps.output(len(self.steps.saved) - 1, x, self.residual(x))
 
 
 def _saved_blocks(blocks: tuple[BlockGeometry, ...], saved: list[Any]) -> list[_SavedBlock]:

@@ -86,7 +86,7 @@ class BlockGeometry(NamedTuple):
 
 def pair(op: str, name: str, value: int | tuple[int, ...]) -> Pair:
     """Return one number for the height and one for the width, as torch.nn.functional takes them."""
-    numbers = (value,) if isinstance(value, int) else tuple(value)
+    numbers = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if len(numbers) not in (1, 2) or not all(isinstance(number, int) for number in numbers):
         raise ValueError(f"{op}: {name}: expected a whole number or a pair of them, got {value!r}")
     return numbers[0], numbers[-1]
@@ -183,6 +183,8 @@ def _check_weights(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int]) ->
 
 
 def _check_pool(op: str, pool: MaxPool) -> tuple[Pair, Pair, Pair]:
+    if not isinstance(pool, MaxPool):
+        raise TypeError(f"{op}: pool: expected None or a MaxPool, got {type(pool).__name__}")
     kernel, stride, padding = (
         pair(op, f"pool.{name}", getattr(pool, name)) for name in MaxPool._fields
     )

@@ -6,13 +6,16 @@ arithmetic peak where its forward and input gradient reach 90 %.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from fastcnn import _C
 from fastcnn.ops._library import declare
+from fastcnn.ops.checks import check_like, memory_format_of
 from fastcnn.ops.conv_bn_act_step import ConvBnActStep, Geometry
 
 _convolution = torch.ops.aten.convolution.default
@@ -20,6 +23,19 @@ _convolution_backward = torch.ops.aten.convolution_backward.default
 _max_pool = torch.ops.aten.max_pool2d_with_indices.default
 _convolution_pointwise = torch.ops.mkldnn._convolution_pointwise
 _max_pool_backward = torch.ops.aten.max_pool2d_with_indices_backward.default
+
+
+def _onednn_types() -> tuple[torch.dtype, ...]:
+    if not torch.backends.mkldnn.is_available():
+        return ()
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if bf16 else (torch.float32,)
+
+
+_AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
+
+# Asked once: torch.compile cannot trace the questions.
+_ONEDNN_TYPES = _onednn_types()
 
 # oneDNN's names of the activations, with their parameters: what the convolution's epilogue applies.
 _EPILOGUES: dict[str, tuple[str, list[float], str]] = {
@@ -34,6 +50,8 @@ _EPILOGUES: dict[str, tuple[str, list[float], str]] = {
 }
 # After a residual its epilogue has none or ReLU; the others are a pass of their own.
 _AFTER_SUM: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "relu": F.relu_,
     "relu6": lambda z: F.relu6(z, inplace=True),
     "leaky_relu": F.leaky_relu_,
     "silu": lambda z: F.silu(z, inplace=True),
@@ -58,11 +76,16 @@ declare(
 _bwd_weight = torch.ops.fastcnn.conv2d_bwd_weight.default
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_bf16_dot() -> bool:
+    return _C.has_bf16_dot()
+
+
 def _has_own_bwd_weight(dy: Tensor, x: Tensor, g: Geometry) -> bool:
     """Whether conv2d_bwd_weight takes these, and its tiles are well filled."""
     if x.dtype is not torch.bfloat16 or x.device.type != "cpu" or g.groups != 1:
         return False
-    if not _C.has_bf16_dot():
+    if not _has_bf16_dot():
         return False
     if any(-c % _TILE > c // 4 for c in (dy.shape[1], x.shape[1])):
         return False
@@ -70,6 +93,22 @@ def _has_own_bwd_weight(dy: Tensor, x: Tensor, g: Geometry) -> bool:
     return x.is_contiguous(memory_format=channels_last) and dy.is_contiguous(
         memory_format=channels_last
     )
+
+
+def autocast_dtype(x: Any) -> torch.dtype | None:
+    """Return what autocast casts x to, or None where it is off."""
+    # Autocast does not know the meta device.
+    if not isinstance(x, Tensor) or x.device.type == "meta":
+        return None
+    on = torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if on else None
+
+
+def cast(t: Any, dtype: torch.dtype | None) -> Any:
+    """Cast as autocast does for a convolution: every floating type but float64."""
+    if dtype is None or not isinstance(t, Tensor) or t.dtype not in _AUTOCAST_FROM:
+        return t
+    return t.to(dtype)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
@@ -121,15 +160,13 @@ def folds(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None) ->
     """
     if x.device.type != "cpu" or any(step.training for step in steps):
         return False
-    if torch.is_grad_enabled():
-        tensors = [x, residual, *(t for step in steps for t in step if isinstance(t, Tensor))]
-        if any(t is not None and t.requires_grad for t in tensors):
+    grads = torch.is_grad_enabled()
+    tensors = [x, residual, *(t for step in steps for t in step if isinstance(t, Tensor))]
+    for t in tensors:
+        # oneDNN's operators would drop the tangents of forward-mode differentiation in silence.
+        if t is not None and ((grads and t.requires_grad) or unpack_dual(t).tangent is not None):
             return False
-    if torch.compiler.is_exporting() or not torch.backends.mkldnn.is_available():
-        return False
-    if x.dtype is torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return x.dtype is torch.float32
+    return x.dtype in _ONEDNN_TYPES and not torch.compiler.is_exporting()
 
 
 def convolve_folded(x: Tensor, step: ConvBnActStep, g: Geometry, residual: Tensor | None) -> Tensor:
@@ -150,11 +187,22 @@ def convolve_folded(x: Tensor, step: ConvBnActStep, g: Geometry, residual: Tenso
         bias = bias + step.bn_bias
     weight = (step.weight * scale[:, None, None, None]).to(x.dtype)
     arguments = (weight, bias.to(x.dtype), g.padding, g.stride, g.dilation, g.groups)
-    if residual is None:
+    if torch.compiler.is_compiling():
+        # It fuses plain operations by itself, and knows only half of what oneDNN's returns.
+        y = convolve(x, weight, bias.to(x.dtype), g)
+        if residual is not None:
+            check_like("conv_bn_act", "residual", residual, y)
+            y += residual
+        y = _AFTER_SUM[step.act](y)
+    elif residual is None:
         y = _convolution_pointwise.default(x, *arguments, *_EPILOGUES[step.act])
     else:
-        relu = "relu" if step.act == "relu" else None
+        # In NCHW and with groups it adds in a pass of its own, whose ReLU does not know bfloat16.
+        one_pass = memory_format_of(x) is torch.channels_last and g.groups == 1
+        fuses = step.act == "relu" and (one_pass or x.dtype is torch.float32)
+        relu = "relu" if fuses else None
         y = _convolution_pointwise.binary(x, residual, *arguments, "add", 1.0, relu, [], "")
-        if step.act in _AFTER_SUM:
+        check_like("conv_bn_act", "residual", residual, y)  # oneDNN has copied another layout
+        if relu is None:
             y = _AFTER_SUM[step.act](y)
     return max_pool(y, g)
