@@ -39,23 +39,13 @@ struct Moments {
 
 constexpr int64_t kCenterRows = 8;  // that make the first center
 
-// What a task finds about each of the `wide` columns: its mean is origin[i] + mean[i]. The origin
-// is the first center: what is left has the size of the deviations, and rounds like them.
-template <class S>
-struct ColumnMoments {
-  Scratch<S> origin, mean, m2;
-
-  explicit ColumnMoments(int64_t count)
-      : origin(count, Fill::kNothing), mean(count, Fill::kNothing), m2(count, Fill::kNothing) {}
-};
-
-// Rows [begin, end), not none, to columns [at, at + wide).
+// Rows [begin, end), not none: of each of the `wide` columns m2[i] and the mean origin[i] +
+// mean[i]. The origin is the first center: what is left has the size of the deviations, and rounds
+// like them.
 template <class T>
-void column_moments(const T* x, int64_t begin, int64_t end, const WideRows& w,
-                    const ColumnMoments<Acc<T>>& moments, int64_t at) {
+void column_moments(const T* x, int64_t begin, int64_t end, const WideRows& w, Acc<T>* origin,
+                    Acc<T>* mean, Acc<T>* m2) {
   using S = Acc<T>;
-  S *origin = moments.origin.get() + at, *mean = moments.mean.get() + at;
-  S* m2 = moments.m2.get() + at;
   Scratch<S> center(w.wide, Fill::kNothing), sum(w.wide, Fill::kNothing);
   Scratch<S> sq(w.wide, Fill::kNothing);
   const int64_t first_rows = min(kCenterRows, end - begin);
@@ -210,9 +200,13 @@ Moments<Acc<T>> range_moments(const T* x, int64_t length) {
 template <class T>
 void batch_moments(const T* x, const WideRows& w, Acc<T>* mean_out, Acc<T>* var_out) {
   using S = Acc<T>;
-  const ColumnMoments<S> moments(w.tasks * w.wide);
+  const int64_t columns = w.tasks * w.wide;
+  const Scratch<S> origin(columns, Fill::kNothing), mean(columns, Fill::kNothing);
+  const Scratch<S> m2(columns, Fill::kNothing);
   const auto stats = [&](int64_t task) {
-    column_moments(x, w.first(task), w.last(task), w, moments, task * w.wide);
+    const int64_t at = task * w.wide;
+    column_moments(x, w.first(task), w.last(task), w, origin.get() + at, mean.get() + at,
+                   m2.get() + at);
   };
   parallel_for(w.tasks, w.grain, stats);
   // Tasks and repeats are joined in double: the mean, then all squares around it.
@@ -220,30 +214,29 @@ void batch_moments(const T* x, const WideRows& w, Acc<T>* mean_out, Acc<T>* var_
   const double inverse = 1.0 / static_cast<double>(w.pixels);
   for_each_channels<S>(w.c, w.tasks * w.wide, [&](int64_t j, int64_t count) {
     const auto mean_of = [&](int64_t i) {
-      return widen<S>(load(moments.origin.get() + i, count)) +
-             widen<S>(load(moments.mean.get() + i, count));
+      return widen<S>(load(origin.get() + i, count)) + widen<S>(load(mean.get() + i, count));
     };
-    Wide<S> mean{}, squares{};
+    Wide<S> center{}, squares{};
     for (int64_t task = 0; task < w.tasks; ++task) {
       const double part = static_cast<double>(w.last(task) - w.first(task));
       for (int64_t i = task * w.wide + j; i < (task + 1) * w.wide; i += w.c) {
-        mean += mean_of(i) * part;
+        center += mean_of(i) * part;
       }
     }
-    for (int64_t i = j; i < w.rest; i += w.c) mean += widen<S>(load(rest + i, count));
-    mean *= inverse;
+    for (int64_t i = j; i < w.rest; i += w.c) center += widen<S>(load(rest + i, count));
+    center *= inverse;
     for (int64_t task = 0; task < w.tasks; ++task) {
       const double part = static_cast<double>(w.last(task) - w.first(task));
       for (int64_t i = task * w.wide + j; i < (task + 1) * w.wide; i += w.c) {
-        const Wide<S> delta = mean_of(i) - mean;
-        squares += widen<S>(load(moments.m2.get() + i, count)) + delta * delta * part;
+        const Wide<S> delta = mean_of(i) - center;
+        squares += widen<S>(load(m2.get() + i, count)) + delta * delta * part;
       }
     }
     for (int64_t i = j; i < w.rest; i += w.c) {
-      const Wide<S> delta = widen<S>(load(rest + i, count)) - mean;
+      const Wide<S> delta = widen<S>(load(rest + i, count)) - center;
       squares += delta * delta;
     }
-    store(mean_out + j, __builtin_convertvector(mean, Vec<S>), count);
+    store(mean_out + j, __builtin_convertvector(center, Vec<S>), count);
     store(var_out + j, __builtin_convertvector(squares * inverse, Vec<S>), count);
   });
 }

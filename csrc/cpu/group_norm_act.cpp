@@ -228,15 +228,15 @@ void fwd_channels_last(const GroupNormActFwdParams& p) {
   const Norm<S> norm(p);
   const SampleRows<T> rows(p.shape);
   const T* x = static_cast<const T*>(p.x);
-  // space: six arrays of one number a column and slot, then the coefficients
-  const int64_t array = rows.slots() * rows.wide, arrays = 6 * array;
+  // space: three arrays of one number a column and slot, then the coefficients
+  const int64_t array = rows.slots() * rows.wide, arrays = 3 * array;
   const auto stats = [&](S* space, int64_t sample, int64_t part) {
     const T* from = x + sample * rows.size;
     rows.for_each_span(part, [&](int64_t slot, int64_t o, int64_t, int64_t length) {
       S* at = space + slot * rows.wide;
       if (slot < rows.parts) {
         column_moments(from, rows.first(part), rows.last(part), rows, at, at + array,
-                       at + 2 * array, at + 3 * array, at + 4 * array, at + 5 * array);
+                       at + 2 * array);
       } else {  // one value a column: its own mean
         for_each_vector<S>(length, [&](int64_t i, int64_t count) {
           store(at + i, load(from + o + i, count), count);
