@@ -87,7 +87,7 @@ def _has_own_bwd_weight(dy: Tensor, x: Tensor, g: Geometry) -> bool:
         return False
     if not _has_bf16_dot():
         return False
-    if any(-c % _TILE > c // 4 for c in (dy.shape[1], x.shape[1])):
+    if any(3 * (-c % _TILE) > c for c in (dy.shape[1], x.shape[1])):
         return False
     channels_last = torch.channels_last
     return x.is_contiguous(memory_format=channels_last) and dy.is_contiguous(
