@@ -1,5 +1,5 @@
-// conv2d_bwd_weight between torch and the kernel: what fastcnn/ops/convolution.py declares, here
-// checked, allocated and called.
+// conv2d_bwd_weight between torch and the kernel: what fastcnn/ops/conv2d_bwd_weight.py declares,
+// here checked, allocated and called.
 #include "conv2d_bwd_weight.h"
 
 #include <torch/csrc/stable/library.h>

@@ -3,9 +3,9 @@
 // Memory is read once. Values are taken relative to a center, a mean of values before them (at the
 // start of a task, of its first few), and sums and squares are added up over a chunk; then the
 // center moves to the mean so far, and chunks are joined by Chan's formula. What cancels in a chunk
-// is d^2 for each of its n values, d its mean's distance from the center. Where d is large, the
-// values that the center stands for add d^2 each to the result: so the variance keeps its digits
-// whatever the data, and where it is the usual one nothing cancels at all.
+// is d^2 for each of its n values, d its mean's distance from the center. Where that is more than
+// three quarters of the squares (an outlier made the center, or the data has moved), the chunk,
+// which is in the L1 cache still, is taken again around its own mean. So at most two bits cancel.
 //
 // A channel with an infinity or a NaN has PyTorch's statistics: as mean its sum over its count, and
 // as variance NaN. inf - inf would make the mean NaN as well: so centers are finite, and a joined
@@ -38,6 +38,7 @@ struct Moments {
 };
 
 constexpr int64_t kCenterRows = 8;  // that make the first center
+constexpr int kCancelled = 4;       // squares over m2: beyond it a chunk is taken again
 
 // Rows [begin, end), not none: of each of the `wide` columns m2[i] and the mean origin[i] +
 // mean[i]. The origin is the first center: what is left has the size of the deviations, and rounds
@@ -60,26 +61,43 @@ void column_moments(const T* x, int64_t begin, int64_t end, const WideRows& w, A
   for (int64_t chunk = begin; chunk < end; chunk += w.chunk) {
     const int64_t rows = min(w.chunk, end - chunk);
     const T* first = x + chunk * w.wide;
+    const S count = static_cast<S>(rows), inverse = S(1) / count;
     for_each_vector<S>(w.wide, [&](int64_t i, int64_t) {
       const Vec<S> moved = load(origin + i) + load(mean + i);
       store(center.get() + i, moved - moved == Vec<S>{} ? moved : load(origin + i));
-      store(sum.get() + i, Vec<S>{});
-      store(sq.get() + i, Vec<S>{});
     });
-    for_each_block<S>(rows, w.wide, [&](auto block, int64_t row, int64_t i, int64_t) {
-      const Vec<S> from = load(center.get() + i);
-      Vec<S> total = load(sum.get() + i), squares = load(sq.get() + i);
+    for (int round = 0; round < 2; ++round) {
+      for_each_vector<S>(w.wide, [&](int64_t i, int64_t) {
+        store(sum.get() + i, Vec<S>{});
+        store(sq.get() + i, Vec<S>{});
+      });
+      for_each_block<S>(rows, w.wide, [&](auto block, int64_t row, int64_t i, int64_t) {
+        const Vec<S> from = load(center.get() + i);
+        Vec<S> total = load(sum.get() + i), squares = load(sq.get() + i);
 #pragma GCC unroll 4
-      for (int u = 0; u < block.value; ++u) {
-        const Vec<S> a = load(first + (row + u) * w.wide + i) - from;
-        total += a;
-        squares += a * a;
-      }
-      store(sum.get() + i, total);
-      store(sq.get() + i, squares);
-    });
-    const S seen = static_cast<S>(chunk - begin), count = static_cast<S>(rows);
-    const S inverse = S(1) / count, share = count / (seen + count), spread = seen * share;
+        for (int u = 0; u < block.value; ++u) {
+          const Vec<S> a = load(first + (row + u) * w.wide + i) - from;
+          total += a;
+          squares += a * a;
+        }
+        store(sum.get() + i, total);
+        store(sq.get() + i, squares);
+      });
+      if (round == 1) break;
+      Vec<S> cancelled{};  // how many columns, lane by lane
+      for_each_vector<S>(w.wide, [&](int64_t i, int64_t) {
+        const Vec<S> total = load(sum.get() + i), squares = load(sq.get() + i);
+        const Vec<S> m2 = squares - total * total * inverse, one = splat(S(1));
+        cancelled += squares > m2 * S(kCancelled) ? one : Vec<S>{};
+      });
+      if (horizontal_sum<S>(cancelled) == 0) break;
+      for_each_vector<S>(w.wide, [&](int64_t i, int64_t) {
+        const Vec<S> from = load(center.get() + i), moved = from + load(sum.get() + i) * inverse;
+        store(center.get() + i, moved - moved == Vec<S>{} ? moved : from);
+      });
+    }
+    const S seen = static_cast<S>(chunk - begin);
+    const S share = count / (seen + count), spread = seen * share;
     for_each_vector<S>(w.wide, [&](int64_t i, int64_t) {
       const Vec<S> total = load(sum.get() + i), drift = total * inverse;
       const Vec<S> delta = ((load(center.get() + i) - load(origin + i)) - load(mean + i)) + drift;
@@ -110,23 +128,29 @@ Moments<Acc<T>> plane_moments(const T* x, const Planes& planes, int64_t task) {
         center /= static_cast<S>(few);
         if (center - center != 0) center = 0;
       }
-      const Vec<S> from = splat(center);
-      Vec<S> sum{}, sq{};
-      for_each_block<S>(
-          images, length,
-          [&](auto block, int64_t row, int64_t i, int64_t lanes) __attribute__((always_inline)) {
+      double drift = 0, squares = 0, m2 = 0;
+      for (int round = 0; round < 2; ++round) {
+        const Vec<S> from = splat(center);
+        Vec<S> sum{}, sq{};
+        for_each_block<S>(
+            images, length,
+            [&](auto block, int64_t row, int64_t i, int64_t lanes) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-            for (int u = 0; u < block.value; ++u) {
-              const T* span = x + planes.offset(image + row + u, channel) + begin;
-              Vec<S> a = load(span + i, lanes) - from;
-              if (lanes < kLanes<S>) a = first_lanes<S>(a, lanes);
-              sum += a;
-              sq += a * a;
-            }
-          });
-      const double drift = static_cast<double>(horizontal_sum<S>(sum)) / count;
-      moments.join(count, static_cast<double>(center) + drift,
-                   static_cast<double>(horizontal_sum<S>(sq)) - drift * drift * count);
+              for (int u = 0; u < block.value; ++u) {
+                const T* span = x + planes.offset(image + row + u, channel) + begin;
+                Vec<S> a = load(span + i, lanes) - from;
+                if (lanes < kLanes<S>) a = first_lanes<S>(a, lanes);
+                sum += a;
+                sq += a * a;
+              }
+            });
+        drift = static_cast<double>(horizontal_sum<S>(sum)) / count;
+        squares = static_cast<double>(horizontal_sum<S>(sq));
+        m2 = squares - drift * drift * count;
+        if (round == 1 || !(squares > kCancelled * m2)) break;
+        center += static_cast<S>(drift);
+      }
+      moments.join(count, static_cast<double>(center) + drift, m2);
       center = static_cast<S>(moments.mean);
       if (center - center != 0) center = 0;
     }

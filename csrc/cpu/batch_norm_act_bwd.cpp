@@ -225,22 +225,29 @@ void bwd_planes(const BatchNormActBwdParams& p) {
   const BwdLoops<T, false> loops(p);
   const Planes planes(p.shape, sizeof(T));
   Coefficients<S> k(planes.c, 1, p.act, p.shape.numel() * sizeof(T));
-  constexpr int64_t kLane = kLanes<S>;
-  Scratch<S> sum_dz(planes.tasks * kLane), sum_dzx(planes.tasks * kLane);
+  // Elements whose terms are added up in single precision, in a vector, before they go to doubles.
+  constexpr int64_t kTerms = 1 << 13;
+  const int64_t piece = min(planes.hw, kTerms), group = max(1, kTerms / planes.hw);
+  Scratch<double> sum_dz(planes.tasks), sum_dzx(planes.tasks);
   const auto set = [&](int64_t j) { k.set(p, j); };
   const auto reduce = [&](int64_t task) {
     if (p.total != nullptr) return;
-    const int64_t j = planes.channel(task);
-    loops.reduce(BwdSpan<T>(p, planes.offset(planes.first(task), j)),
-                 planes.last(task) - planes.first(task), planes.stride(), planes.hw, k, j,
-                 sum_dz.get() + task * kLane, sum_dzx.get() + task * kLane);
+    const int64_t j = planes.channel(task), last = planes.last(task);
+    for (int64_t image = planes.first(task); image < last; image += group) {
+      for (int64_t begin = 0; begin < planes.hw; begin += piece) {
+        S dz[kLanes<S>] = {}, dzx[kLanes<S>] = {};
+        loops.reduce(BwdSpan<T>(p, planes.offset(image, j) + begin), min(group, last - image),
+                     planes.stride(), min(piece, planes.hw - begin), k, j, dz, dzx);
+        sum_dz[task] += static_cast<double>(horizontal_sum<S>(load(dz)));
+        sum_dzx[task] += static_cast<double>(horizontal_sum<S>(load(dzx)));
+      }
+    }
   };
   const auto finish = [&](int64_t j) {
     double total_dz = 0, total_dzx = 0;
-    const int64_t lanes = planes.parts * kLane;  // of the channel's tasks, side by side
-    for (int64_t i = j * lanes; i < (j + 1) * lanes; ++i) {
-      total_dz += static_cast<double>(sum_dz[i]);
-      total_dzx += static_cast<double>(sum_dzx[i]);
+    for (int64_t task = j * planes.parts; task < (j + 1) * planes.parts; ++task) {
+      total_dz += sum_dz[task];
+      total_dzx += sum_dzx[task];
     }
     finish_channel<S>(p, k, j, total_dz, total_dzx);
   };

@@ -44,6 +44,20 @@ def positional(forward: Forward) -> Forward:
     return forward
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Return function.apply(*args).
+
+    While compiling, where nothing asks for a gradient, its forward alone: dynamo would inline that
+    too, but tells whether there is a ctx by counting the parameters of a signature, see positional.
+    """
+    wanted = torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in args
+    )
+    if torch.compiler.is_compiling() and not wanted:
+        return function.forward(*args)
+    return function.apply(*args)
+
+
 def distinct(*tensors: Any) -> tuple[Any, ...]:
     """Return the tensors, under torch.compile with a view in place of each that came before.
 

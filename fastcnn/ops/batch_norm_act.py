@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastcnn.ops._library import declare, distinct, positional
+from fastcnn.ops._library import apply, declare, distinct, positional
 from fastcnn.ops.accumulate import as_acc, new_channels
 from fastcnn.ops.activation import ACT_NUMBER, act_number, slope_is_in_y
 from fastcnn.ops.batch_norm_sync import frozen_bwd, joined_statistics, synced_bwd
@@ -263,8 +263,8 @@ def batch_norm_act(
     fixed = (None, None) if training else (running_mean, running_var)
     tensors = distinct(input, residual, weight, bias, *fixed)
     if not training:
-        return BatchNormActFunction.apply(*tensors, eps, number, None)
-    y, mean, var, *total = BatchNormActFunction.apply(*tensors, eps, number, group)
+        return apply(BatchNormActFunction, *tensors, eps, number, None)
+    y, mean, var, *total = apply(BatchNormActFunction, *tensors, eps, number, group)
     count = input.shape[0] * input.shape[2] * input.shape[3]
     update_running(running_mean, running_var, mean, var, momentum, count, *total)
     return y

@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastcnn.ops._library import distinct
+from fastcnn.ops._library import apply, distinct
 from fastcnn.ops.batch_norm_act import update_running
 from fastcnn.ops.checks import check_image, check_image_of
 from fastcnn.ops.conv_bn_act_function import ConvBnActFunction
@@ -99,7 +99,7 @@ def _run(
         fixed = (None, None) if s.training else (s.running_mean, s.running_var)
         tensors += s.weight, s.conv_bias, s.bn_weight, s.bn_bias, *fixed
     image, added, *tensors = distinct(x, residual, *tensors)
-    y, *kept = ConvBnActFunction.apply(image, added, tuple(check.blocks), *tensors)
+    y, *kept = apply(ConvBnActFunction, image, added, tuple(check.blocks), *tensors)
     check.update_running(kept)
     return y
 

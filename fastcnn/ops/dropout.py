@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.ops._library import declare, distinct, positional
+from fastcnn.ops._library import apply, declare, distinct, positional
 from fastcnn.ops.checks import check_dense, check_like, memory_format_of
 
 OP = "dropout"
@@ -158,4 +158,4 @@ def dropout(
             return input
         return input.add_(residual) if inplace else input + residual
     seed = draw_seed(input.device, generator)
-    return DropoutFunction.apply(*distinct(input, residual), seed, float(p), per_channel, inplace)
+    return apply(DropoutFunction, *distinct(input, residual), seed, float(p), per_channel, inplace)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastcnn.ops._library import declare, distinct, positional
+from fastcnn.ops._library import apply, declare, distinct, positional
 from fastcnn.ops.accumulate import acc_type, as_acc
 from fastcnn.ops.activation import act_number
 from fastcnn.ops.checks import check_channels, check_image, memory_format_of
@@ -163,7 +163,7 @@ def group_norm_act(
             f"sizes {[n, c, h, w]} with {num_groups} groups"
         )
     tensors = distinct(input, weight, bias)
-    y, mean, var = GroupNormActFunction.apply(*tensors, num_groups, float(eps), number)
+    y, mean, var = apply(GroupNormActFunction, *tensors, num_groups, float(eps), number)
     return y, mean, var
 
 
@@ -179,5 +179,5 @@ def pixel_norm_act(
     """Normalise each pixel over its channels: the computation of fastcnn.nn.LayerNorm2d, `op`."""
     number = check_norm(op, input, weight, bias, eps, act, channels)
     tensors = distinct(input, weight, bias)
-    y, _, _ = GroupNormActFunction.apply(*tensors, None, float(eps), number)
+    y, _, _ = apply(GroupNormActFunction, *tensors, None, float(eps), number)
     return y

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastcnn.ops._library import distinct
+from fastcnn.ops._library import apply, distinct
 from fastcnn.ops.checks import check_parameters
 from fastcnn.ops.group_norm_act import GroupNormActFunction, check_norm
 
@@ -36,7 +36,7 @@ def instance_norm_act(
         op, input.shape, input, weight, bias, running_mean, running_var, True, momentum, eps
     )
     tensors = distinct(input, weight, bias)
-    y, mean, var = GroupNormActFunction.apply(*tensors, c, float(eps), number)
+    y, mean, var = apply(GroupNormActFunction, *tensors, c, float(eps), number)
     if running_mean is not None and running_var is not None and input.numel() > 0:
         _update_running(running_mean, running_var, mean.mean(0), var.mean(0), None, momentum, h * w)
     return y

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastcnn.ops._library import declare, distinct, positional
+from fastcnn.ops._library import apply, declare, distinct, positional
 from fastcnn.ops.checks import check_image, memory_format_of
 from fastcnn.ops.upsample_arguments import OP, output_size, sampling_number
 
@@ -172,4 +172,4 @@ def interpolate(
         if len(fits) == 1:
             channels_last = fits[0] is torch.channels_last
     x, skip = distinct(input, concat)
-    return UpsampleFunction.apply(x, skip, h, w, *scales, sampling, channels_last)
+    return apply(UpsampleFunction, x, skip, h, w, *scales, sampling, channels_last)
