@@ -127,17 +127,29 @@ def make_stage(drawn: dict[str, Any]) -> tuple[Stage, bool]:
     )
 
 
+def rounded_tensor(t: Tensor) -> Tensor:
+    """A float64 tensor in which each number is an ulp of float32 off, up or down."""
+    ulp = torch.finfo(torch.float32).eps * torch.randn_like(t).sign()
+    return t * (1 + ulp)
+
+
+def rounded(model: Stage) -> Stage:
+    for p in model.parameters():
+        p.data.copy_(rounded_tensor(p.data))
+    return model
+
+
 def check_pooled(
     model: Stage, sizes: tuple[int, ...], shape: tuple[int, ...], residual: bool,
     dtype: torch.dtype, layout: str, mode: Callable[[], Any],
 ) -> None:  # fmt: skip
-    """Compare with float64 by eager's own error, the larger one of its layouts, over 8 draws.
+    """Compare with float64 by eager's own error, the larger one of its layouts, over 4 draws.
 
     And the memory levels, which rebuild what they do not keep, with each other bit by bit.
     """
     model = model.to(dtype)
     found: dict[str, list[list[Tensor]]] = {}
-    for _ in range(8):
+    for _ in range(4):
         x, added = torch.randn(sizes).to(dtype), torch.randn(shape).to(dtype) if residual else None
 
         def run(model: Stage, layout: str, x: Tensor = x, added: Tensor | None = added) -> Any:
@@ -149,7 +161,9 @@ def check_pooled(
                 )
 
         actual, exact = run(model, layout), run(twin(model).double(), "nchw")
+        # PyTorch's, and what a rounding of all inputs changes: its own may cancel by chance.
         eager = [run(twin(model), k) for k in LAYOUTS]
+        eager.append(run(rounded(twin(model).double()), "nchw", rounded_tensor(x.double())))
         for name, t in actual.items():
             if t is not None and t.is_floating_point():
                 assert t.dtype is dtype, name
@@ -160,13 +174,12 @@ def check_pooled(
         if not (name.startswith("dconvs") and name.endswith("bias")):
             worst = max(eager, key=lambda e, x=exact: distance(e, x))
             assert_as_exact_as_torch(name, got, worst, exact)
-    levels = []
-    for memory in ("default", "low", "lowest"):
+    # Evaluation folds what it can of the blocks that run in one call.
+    for memory in () if mode is torch.no_grad else ("default", "low", "lowest"):
         model.memory = memory
-        levels.append(run(model, layout))
-    for name, t in levels[0].items():
-        for other in levels[1:]:
-            assert t is None or same_bits(t, other[name]), f"{name}: other bits in a memory level"
+        for name, t in run(model, layout).items():
+            same = t is None or same_bits(t, actual[name])
+            assert same, f"{name}: other bits with memory={memory}"
 
 
 @fuzz(
@@ -185,13 +198,17 @@ def test_conv_bn_act(
     sizes = (n, drawn["c"], h, w)
     x = torch.randn(sizes).contiguous(memory_format=LAYOUTS[layout])
     model = model.to(memory_format=LAYOUTS[layout])
+    eager, counts = twin(model), []
+    for conv in eager.convs:
+        conv.register_forward_hook(lambda _, __, y: counts.append(y[:, 0].numel()))
     try:
-        shape = copy.deepcopy(twin(model))(x).shape
+        shape = eager(x).shape
     except (RuntimeError, ValueError):
         with pytest.raises(ValueError, match=r"conv_bn_act: .*expected"):
             model(x)
         return
-    if dtype is torch.float64:
+    # Of few values a channel a batch norm's dx is what is left where nearly all cancels.
+    if dtype is torch.float64 or min(counts) < 16:
         check_float64(model, sizes, residual, layout, x_needs_grad=x_needs_grad)
     elif evaluates:
         check_pooled(model.eval(), sizes, shape, residual, dtype, layout, torch.no_grad)
