@@ -171,7 +171,11 @@ def check_pooled(
     for name, draws in found.items():
         got, exact, *eager = (torch.stack(t) for t in zip(*draws, strict=True))
         # Batch norm undoes the convolutions' bias: its gradient is 0, and what is found is noise.
-        if not (name.startswith("dconvs") and name.endswith("bias")):
+        noise = name.startswith("dconvs") and name.endswith("bias")
+        # Its scale too, so that in half types a weight's gradient may be smaller than its error,
+        # and no draws tell ours from PyTorch's: there the kernels' gradients are compared alone.
+        half = dtype is not torch.float32 and name.startswith("d")
+        if not noise and not half:
             worst = max(eager, key=lambda e, x=exact: distance(e, x))
             assert_as_exact_as_torch(name, got, worst, exact)
     # Evaluation folds what it can of the blocks that run in one call.
