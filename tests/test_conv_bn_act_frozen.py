@@ -108,6 +108,21 @@ def test_frozen_steps_pass_the_gradient_on(memory: str) -> None:
 
 
 @pytest.mark.parametrize("memory", LEVELS)
+def test_a_batch_norm_frozen_in_all_sums_nothing(memory: str) -> None:
+    # Running statistics and no gradient of gamma and beta: dx alone, by an operator without sums.
+    # A residual's gradient comes with the sums, so that the last step of a block still makes them.
+    model = freeze(stage("identity", memory=memory), 0)
+    for bn in model.bns:
+        bn.eval()
+    y = model(torch.randn(2, 4, 9, 8, requires_grad=True)).sum()
+    with Operators() as operators:
+        y.backward()
+    assert operators.calls[fastcnn.batch_norm_act_bwd] == 2  # the trained one and the last one
+    assert operators.calls[fastcnn.batch_norm_act_dx] == 1
+    check_float64(model, (2, 4, 5, 6))
+
+
+@pytest.mark.parametrize("memory", LEVELS)
 def test_frozen_parts_in_float64(memory: str) -> None:
     # Single convolutions and batch norms, whose neighbours' gradients must stay right.
     for i in range(12):

@@ -174,19 +174,22 @@ __global__ void __launch_bounds__(kThreads)
     upsample_skip_kernel(const T* skip, T* y, Divisor run, int64_t step, int64_t count) {
   using Vector = std::conditional_t<kVector == 1, T, uint4>;
   const int64_t first = blockIdx.x * static_cast<int64_t>(kThreads * kUnroll) + threadIdx.x;
-  Vector vectors[kUnroll];
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const int64_t at = (first + u * kThreads) * kVector;
-    if (at < count) vectors[u] = *reinterpret_cast<const Vector*>(skip + at);
-  }
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const int64_t at = (first + u * kThreads) * kVector;
+  const auto load_at = [&](int64_t at) { return *reinterpret_cast<const Vector*>(skip + at); };
+  const auto store_at = [&](int64_t at, Vector vector) {
     int64_t within = at;
     const int64_t offset = run.divide(within) * step + within;
-    if (at < count) __stcg(reinterpret_cast<Vector*>(y + offset), vectors[u]);
+    __stcg(reinterpret_cast<Vector*>(y + offset), vector);
+  };
+  if ((first + (kUnroll - 1) * kThreads) * kVector < count) {
+    Vector vectors[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) vectors[u] = load_at((first + u * kThreads) * kVector);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) store_at((first + u * kThreads) * kVector, vectors[u]);
+    return;
   }
+  for (int64_t at = first * kVector; at < count; at += kThreads * kVector)
+    store_at(at, load_at(at));
 }
 
 // ---- backward ----------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from fastcnn.ops._library import declare, distinct, positional
 from fastcnn.ops.accumulate import as_acc, new_channels
 from fastcnn.ops.activation import ACT_NUMBER, act_number, slope_is_in_y
-from fastcnn.ops.batch_norm_sync import joined_statistics, synced_bwd
+from fastcnn.ops.batch_norm_sync import frozen_bwd, joined_statistics, synced_bwd
 from fastcnn.ops.checks import check_image, check_like, check_parameters, memory_format_of
 from fastcnn.ops.process_group import Group, group_of
 
@@ -119,10 +119,11 @@ class BatchNormActFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * 9
         x, saved, weight, bias, mean, var, total = ctx.saved_tensors
-        want_dx, want_dresidual = ctx.needs_input_grad[:2]
+        want_dx, want_dresidual, want_dweight, want_dbias = ctx.needs_input_grad[:4]
         dx, dresidual, dweight, dbias = batch_norm_act_bwd(
             dy, x, saved, weight, bias, mean, var, ctx.eps, ctx.act, ctx.training,
-            ctx.has_residual and want_dresidual, want_dx, total, ctx.group,
+            ctx.has_residual and want_dresidual, want_dx, want_dweight or want_dbias, total,
+            ctx.group,
         )  # fmt: skip
         return dx, dresidual, dweight, dbias, None, None, None, None, None
 
@@ -183,13 +184,15 @@ def batch_norm_act_bwd(
     training: bool,
     want_dresidual: bool,
     want_dx: bool = True,
+    want_parameters: bool = True,
     total: Tensor | None = None,
     group: Group | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return dx, dresidual, dweight, dbias, with None for what was not there or not wanted.
 
     saved: image_to_save(...) of the forward. dy may come in any layout, also expanded; it is
-    brought to x's. total, group: of the forward; want_dx spares a group the collective.
+    brought to x's. total, group: of the forward; want_dx spares a group the collective, and
+    want_parameters a frozen batch norm (fixed statistics) the pass that sums.
     """
     dy = dy.contiguous(memory_format=memory_format_of(x) or torch.contiguous_format)
     if group is not None and total is not None:
@@ -198,9 +201,12 @@ def batch_norm_act_bwd(
         )
     else:
         stats = as_acc(x, mean), as_acc(x, var)
-        parameters = as_acc(x, weight), as_acc(x, bias)
+        affine = as_acc(x, weight), as_acc(x, bias)
+        if not (training or want_parameters or want_dresidual):
+            dx = frozen_bwd(dy, x, saved, *affine, mean, var, eps, act)
+            return dx, None, None, None
         dx, dresidual, dweight, dbias = _bwd(
-            dy, x, saved, *parameters, *stats, eps, act, training, want_dresidual
+            dy, x, saved, *affine, *stats, eps, act, training, want_dresidual
         )
     return (
         dx,

@@ -105,3 +105,20 @@ def synced_bwd(
         dy, saved, act = dresidual, None, ACT_NUMBER["none"]
     dx = _dx(dy, x, saved, *fixed, *sums.unbind(), total, eps, act)
     return dx, dresidual, dweight, dbias
+
+
+def frozen_bwd(
+    dy: Tensor,
+    x: Tensor,
+    saved: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    act: int,
+) -> Tensor:
+    """Return dx = rstd * weight * dz, with fixed statistics: no sums, 3 passes instead of 5."""
+    zeros = new_channels(x).zero_()
+    stats = as_acc(x, mean), as_acc(x, var)
+    return _dx(dy, x, saved, weight, bias, *stats, zeros, zeros, zeros.new_ones(1), eps, act)

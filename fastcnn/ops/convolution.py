@@ -1,8 +1,6 @@
 """The convolutions of a chain: PyTorch's own, forward and backward, and folded for evaluation.
 
-One is fastcnn's: the weight gradient in bfloat16 on CPUs with AVX512-BF16, `conv2d_bwd_weight`.
-oneDNN's took 217 ms of a ResNet-50 step at batch 16 (2-core AMD EPYC), at 60 % of the processor's
-arithmetic peak where its forward and input gradient reach 90 %.
+One is fastcnn's: the weight gradient in bfloat16 on CPUs with AVX512-BF16 (conv2d_bwd_weight.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from fastcnn import _C
-from fastcnn.ops._library import declare
 from fastcnn.ops.checks import check_like, memory_format_of
+from fastcnn.ops.conv2d_bwd_weight import conv2d_bwd_weight, has_conv2d_bwd_weight
 from fastcnn.ops.conv_bn_act_step import ConvBnActStep, Geometry
 
 _convolution = torch.ops.aten.convolution.default
@@ -61,40 +58,6 @@ _AFTER_SUM: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-_TILE = 32  # channels that the kernel below works on at a time
-
-
-def _bwd_weight_fake(dy: Tensor, x: Tensor, kernel_h: int, kernel_w: int, *_: int) -> Tensor:
-    return x.new_empty(dy.shape[1], kernel_h, kernel_w, x.shape[1]).permute(0, 3, 1, 2)
-
-
-declare(
-    "conv2d_bwd_weight(Tensor dy, Tensor x, SymInt kernel_h, SymInt kernel_w, int stride_h, "
-    "int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) -> Tensor",
-    _bwd_weight_fake,
-)
-_bwd_weight = torch.ops.fastcnn.conv2d_bwd_weight.default
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_bf16_dot() -> bool:
-    return _C.has_bf16_dot()
-
-
-def _has_own_bwd_weight(dy: Tensor, x: Tensor, g: Geometry) -> bool:
-    """Whether conv2d_bwd_weight takes these, and its tiles are well filled."""
-    if x.dtype is not torch.bfloat16 or x.device.type != "cpu" or g.groups != 1:
-        return False
-    if not _has_bf16_dot():
-        return False
-    if any(-c % _TILE > c // 4 for c in (dy.shape[1], x.shape[1])):
-        return False
-    channels_last = torch.channels_last
-    return x.is_contiguous(memory_format=channels_last) and dy.is_contiguous(
-        memory_format=channels_last
-    )
-
-
 def autocast_dtype(x: Any) -> torch.dtype | None:
     """Return what autocast casts x to, or None where it is off."""
     # Autocast does not know the meta device.
@@ -126,8 +89,8 @@ def convolve_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return dx, dweight, dbias, with None for what is not wanted."""
     dweight: Tensor | None = None
-    if want[1] and _has_own_bwd_weight(dy, x, g):
-        dweight = _bwd_weight(dy, x, *weight.shape[2:], *g.stride, *g.padding, *g.dilation)
+    if want[1] and has_conv2d_bwd_weight(dy, x, g):
+        dweight = conv2d_bwd_weight(dy, x, weight, g)
         want = (want[0], False, want[2])
     if not any(want):
         return None, dweight, None
