@@ -4,11 +4,12 @@ BIN := .venv/bin
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 export FASTCNN_WERROR = ON
 
-.PHONY: help demo test lint bench wheel clean
+.PHONY: help demo test fuzz lint bench wheel clean
 
 help:
 	@echo "make demo   train ResNet-20 on real images through the fused kernels, measured and drawn"
 	@echo "make test   lint, then all tests"
+	@echo "make fuzz   N random calls of the ops, N=20000, against PyTorch in float64; SEED=... again"
 	@echo "make bench  the kernels beside PyTorch, interleaved in one process"
 	@echo "make wheel  a wheel for this Python and CUDA, in dist/"
 
@@ -18,6 +19,13 @@ demo:
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The command is printed with its seed: the same seed makes the same calls.
+fuzz: N ?= 20000
+fuzz: SEED := $(or $(SEED),$(shell date +%s))
+fuzz:
+	@$(PYTHON) tools/environment.py dev
+	FASTCNN_FUZZ=$(N) $(BIN)/python -m pytest tests/test_fuzz*.py --hypothesis-seed=$(SEED)
 
 lint:
 	@$(PYTHON) tools/environment.py dev

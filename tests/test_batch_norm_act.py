@@ -241,6 +241,17 @@ def test_a_large_mean_keeps_its_variance(layout: str) -> None:
         assert_as_exact_as_torch(f"{image}: variance", var, worst.float(), exact)
 
 
+def test_the_first_of_averaged_statistics_replaces_what_was_there() -> None:
+    # Momentum 1, as BatchNormAct2d(momentum=None) passes for its first batch: of a small variance
+    # all digits count, not those that are left beside the initial 1. (Of two roundings: 4 eps.)
+    x = 0.01 * torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1))
+    mean, var = torch.full((3,), 1e3), torch.ones(3)
+    functional.batch_norm_act(x, mean, var, training=True, momentum=1.0)
+    for actual, exact in ((mean, x.double().mean((0, 2, 3))), (var, x.double().var((0, 2, 3)))):
+        assert ((actual - exact).abs() <= 4 * torch.finfo(x.dtype).eps * x.abs().max()).all()
+    assert ((var / x.double().var((0, 2, 3)) - 1).abs() <= 16 * torch.finfo(x.dtype).eps).all()
+
+
 @TRAINING_AND_EVAL
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 def test_nan_and_inf_propagate_as_in_torch(value: float, training: bool) -> None:

@@ -44,7 +44,9 @@ void batch_norm_running_cpu(const BatchNormRunningParams& p) {
       };
       const auto blend = [&](T* value, S next) {
         const S kept = load(value, 1)[0];
-        store(value, splat(kept + static_cast<S>(p.momentum) * (next - kept)), 1);
+        // Not kept + momentum * (next - kept): that rounds a small next in kept's ulps.
+        const S momentum = static_cast<S>(p.momentum);
+        store(value, splat((1 - momentum) * kept + momentum * next), 1);
       };
       S unbias = static_cast<S>(p.unbias);
       if (p.total != nullptr) {

@@ -36,7 +36,7 @@ __device__ void blend(DType dtype, void* running, int64_t c, float next, float m
   const auto update = [&](auto* value) {
     using T = std::remove_pointer_t<decltype(value)>;
     const float kept = to_float(value[c]);
-    value[c] = from_float<T>(kept + momentum * (next - kept));
+    value[c] = from_float<T>((1 - momentum) * kept + momentum * next);
   };
   if (dtype == DType::kFloat32) update(static_cast<float*>(running));
   if (dtype == DType::kBFloat16) update(static_cast<__nv_bfloat16*>(running));

@@ -48,5 +48,5 @@ def dropout(
     if per_channel:
         shape = torch.Size([*x.shape[:2], *(1 for _ in x.shape[2:])])
     keep = draws(seed, torch.arange(shape.numel())).reshape(shape) < threshold(p)
-    y = x * (keep * (2**32 / max(threshold(p), 1))).to(x.dtype)
+    y = x * (keep.to(x.dtype) * (2**32 / max(threshold(p), 1)))
     return y if residual is None else y + residual
