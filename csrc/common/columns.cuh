@@ -30,7 +30,7 @@ constexpr int kUnroll = 4;  // vectors that a thread has in flight
 // 132 SMs at a latency of 0.7 us (predicted) need 23 KB.
 constexpr int kBlocksPerSm = 2;
 
-// Loads and stores of kVector neighbouring elements, and the way from and to float.
+// kVector neighbouring elements.
 template <class T, int kVector>
 struct alignas(sizeof(T) * kVector) Pack {
   T values[kVector];
@@ -51,8 +51,8 @@ __device__ inline T from_float(float v) {
   }
 }
 
-// kVector elements as they lie in memory: to be kept in registers until each is used, since half
-// types take twice the room once they are floats.
+// Such elements as they lie in memory: to be kept in registers until each is used, since half types
+// take twice the room once they are floats.
 template <int kBytes>
 struct WordOf;
 template <>
@@ -81,6 +81,23 @@ __device__ inline Word<T, kVector> load_last(const T* p) {
   return __ldcs(reinterpret_cast<const Word<T, kVector>*>(p));
 }
 
+// An ordinary store of 16 bytes may be taken apart, of uint4 too: nvcc 13.0 made eight of one in a
+// loop over rows. Past L1 is where stores go anyway.
+template <int kVector, class T>
+__device__ inline void store_word(T* p, Word<T, kVector> word) {
+  if constexpr (sizeof(word) == sizeof(uint4)) {
+    __stcg(reinterpret_cast<uint4*>(p), word);
+  } else {
+    *reinterpret_cast<Word<T, kVector>*>(p) = word;
+  }
+}
+
+// Not wanted again soon.
+template <int kVector, class T>
+__device__ inline void store_last(T* p, Word<T, kVector> word) {
+  __stcs(reinterpret_cast<Word<T, kVector>*>(p), word);
+}
+
 // Element v of a word, v known at compile time.
 template <class T, int kVector>
 __device__ inline float element(const Word<T, kVector>& word, int v) {
@@ -100,37 +117,15 @@ __device__ inline Word<T, kVector> to_word(const float (&in)[kVector]) {
 }
 
 template <int kVector, class T>
-__device__ inline void store_word(T* p, Word<T, kVector> word) {
-  *reinterpret_cast<Word<T, kVector>*>(p) = word;
-}
-
-// Not wanted again soon.
-template <int kVector, class T>
-__device__ inline void store_last(T* p, Word<T, kVector> word) {
-  __stcs(reinterpret_cast<Word<T, kVector>*>(p), word);
-}
-
-template <int kVector, class T>
 __device__ inline void load(const T* p, float (&out)[kVector]) {
-  const Pack<T, kVector> pack = *reinterpret_cast<const Pack<T, kVector>*>(p);
+  const Word<T, kVector> word = load_word<kVector>(p);
 #pragma unroll
-  for (int v = 0; v < kVector; ++v) out[v] = to_float(pack.values[v]);
+  for (int v = 0; v < kVector; ++v) out[v] = element<T, kVector>(word, v);
 }
 
 template <int kVector, class T>
 __device__ inline void store(T* p, const float (&in)[kVector]) {
-  Pack<T, kVector> pack;
-#pragma unroll
-  for (int v = 0; v < kVector; ++v) pack.values[v] = from_float<T>(in[v]);
-  if constexpr (sizeof(pack) == sizeof(uint4)) {
-    // An ordinary store of a struct may be taken apart: nvcc 13.0 made eight of one in a loop over
-    // rows. Past L1 is where stores go anyway.
-    uint4 bits;
-    memcpy(&bits, &pack, sizeof bits);
-    __stcg(reinterpret_cast<uint4*>(p), bits);
-  } else {
-    *reinterpret_cast<Pack<T, kVector>*>(p) = pack;
-  }
+  store_word<kVector>(p, to_word<T>(in));
 }
 
 // The cut of one call over the card, the same for all kernels of an op.

@@ -2,68 +2,23 @@
 #pragma once
 
 #include "common/keep.h"
-#include "common/vec.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "common/philox_vec.h"
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 
-using Words = Vec<uint64_t>;
 using Halves = Vec<uint16_t>;
 constexpr int kCounters = kLanes<uint64_t>;    // blocks of a register
 constexpr int kUnit = kKeepBlock * kCounters;  // their elements: 16, 32 or 64, one bit each
 static_assert(kUnit == 2 * kLanes<uint16_t>);
 
-// Two registers of blocks, the instructions on which alternate: a Philox is one long chain, and one
-// alone leaves half of the processor idle.
-struct WordPair {
-  Words a, b;
-};
-inline WordPair operator^(WordPair x, WordPair y) { return {x.a ^ y.a, x.b ^ y.b}; }
-inline WordPair operator^(WordPair x, const Words& y) { return {x.a ^ y, x.b ^ y}; }
-inline WordPair operator>>(WordPair x, int bits) { return {x.a >> bits, x.b >> bits}; }
-
-// The 64-bit products of the lanes' low 32 bits and m.
-struct MultiplyVector {
-  WordPair operator()(WordPair pair, uint32_t m) const {
-    return {(*this)(pair.a, m), (*this)(pair.b, m)};
-  }
-  Words operator()(Words word, uint32_t m) const {
-#if defined(__AVX512F__)
-    // The masked form, all lanes on: see to_float in vec.h.
-    return reinterpret_cast<Words>(_mm512_maskz_mul_epu32(
-        0xff, reinterpret_cast<__m512i>(word), reinterpret_cast<__m512i>(splat<uint64_t>(m))));
-#elif defined(__AVX2__)
-    return reinterpret_cast<Words>(_mm256_mul_epu32(reinterpret_cast<__m256i>(word),
-                                                    reinterpret_cast<__m256i>(splat<uint64_t>(m))));
-#elif defined(__SSE2__)
-    return reinterpret_cast<Words>(_mm_mul_epu32(reinterpret_cast<__m128i>(word),
-                                                 reinterpret_cast<__m128i>(splat<uint64_t>(m))));
-#else
-    return (word & splat<uint64_t>(0xffffffff)) * m;
-#endif
-  }
-};
-
-// What all draws of one call share. The keys lie in memory, from where the exclusive or takes them:
-// made anew they would cost an instruction each, a quarter of a Philox.
+// What all draws of one call share.
 struct KeepVector {
-  Words k0[kPhiloxRounds], k1[kPhiloxRounds];
+  PhiloxVectorKeys keys;
   Halves limit;
   Keep keep;
 
   explicit KeepVector(const Keep& keep)
-      : limit(splat(static_cast<uint16_t>(keep.high))), keep(keep) {
-    const PhiloxKeys keys(keep.seed);
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      k0[round] = splat(keys.first(round));
-      k1[round] = splat(keys.second(round));
-    }
-  }
-  const Words& first(int round) const { return k0[round]; }
-  const Words& second(int round) const { return k1[round]; }
+      : keys(keep.seed), limit(splat(static_cast<uint16_t>(keep.high))), keep(keep) {}
 };
 
 // The lane that holds block number b of kCounters. With 64-byte registers, whose 16-byte quarters
@@ -71,11 +26,11 @@ struct KeepVector {
 constexpr int lane_of(int b) { return kCounters == 8 ? b % 4 * 2 + b / 4 : b; }
 
 // first + b * step for block number b of the pair.
-inline WordPair block_lanes(uint64_t first, uint64_t step) {
-  Words number{};
+inline WideWordPair block_lanes(uint64_t first, uint64_t step) {
+  WideWords number{};
 #pragma GCC unroll 8
   for (int b = 0; b < kCounters; ++b) number[lane_of(b)] = static_cast<uint64_t>(b);
-  const Words v = number * step + first;
+  const WideWords v = number * step + first;
   return {v, v + kCounters * step};
 }
 
@@ -138,7 +93,8 @@ inline Vec<S> kept(uint64_t bits, Vec<S> value) {
 }
 
 // The rare part of keep_bits: elements whose first draw equals the threshold's upper half.
-[[gnu::noinline, gnu::cold]] inline uint64_t keep_equal_bits(const Keep& keep, const Words& blocks,
+[[gnu::noinline, gnu::cold]] inline uint64_t keep_equal_bits(const Keep& keep,
+                                                             const WideWords& blocks,
                                                              uint64_t equal) {
   uint64_t bits = 0;
   for (int b = 0; b < kCounters; ++b) {
@@ -150,13 +106,13 @@ inline Vec<S> kept(uint64_t bits, Vec<S> value) {
 }
 
 // From the four words of each lane to the bits of its block.
-inline __attribute__((always_inline)) uint64_t bits_of_words(const KeepVector& k, Words blocks,
-                                                             Words w0, Words w1, Words w2,
-                                                             Words w3) {
-  const Words low = splat<uint64_t>(0xffffffff);
-  const Words first = (w0 & low) | (w1 << 32), second = (w2 & low) | (w3 << 32);
+inline __attribute__((always_inline)) uint64_t bits_of_words(const KeepVector& k, WideWords blocks,
+                                                             WideWords w0, WideWords w1,
+                                                             WideWords w2, WideWords w3) {
+  const WideWords low = splat<uint64_t>(0xffffffff);
+  const WideWords first = (w0 & low) | (w1 << 32), second = (w2 & low) | (w3 << 32);
   // The halves of even lanes' blocks, and of odd ones'.
-  Words even, odd;
+  WideWords even, odd;
 #if defined(__AVX512F__)
   even = __builtin_shufflevector(first, second, 0, 8, 2, 10, 4, 12, 6, 14);
   odd = __builtin_shufflevector(first, second, 1, 9, 3, 11, 5, 13, 7, 15);
@@ -177,10 +133,10 @@ inline __attribute__((always_inline)) uint64_t bits_of_words(const KeepVector& k
 }
 
 // Of blocks.a and blocks.b each, bit 8 * b + j: element j of the block in lane_of(b) is kept.
-inline __attribute__((always_inline)) void keep_bits(const KeepVector& k, WordPair blocks,
+inline __attribute__((always_inline)) void keep_bits(const KeepVector& k, WideWordPair blocks,
                                                      uint64_t (&bits)[2]) {
-  WordPair w[4] = {blocks, blocks >> 32, {}, {}};
-  philox4x32_10(w, k, MultiplyVector{});
+  WideWordPair w[4] = {blocks, blocks >> 32, {}, {}};
+  philox4x32_10(w, k.keys, MultiplyVector{});
   bits[0] = bits_of_words(k, blocks.a, w[0].a, w[1].a, w[2].a, w[3].a);
   bits[1] = bits_of_words(k, blocks.b, w[0].b, w[1].b, w[2].b, w[3].b);
 }
@@ -220,10 +176,10 @@ inline uint64_t window_bits(const uint16_t* windows, const uint16_t* place, int 
   const Halves zero{};
   auto in_a = (a & at_a) != zero, in_b = (b & at_b) != zero;
 #if defined(__AVX2__)  // bits_of takes the halves of both in turn
-  const auto first = __builtin_shufflevector(reinterpret_cast<Words>(in_a),
-                                             reinterpret_cast<Words>(in_b), 0, 1, 4, 5);
-  const auto second = __builtin_shufflevector(reinterpret_cast<Words>(in_a),
-                                              reinterpret_cast<Words>(in_b), 2, 3, 6, 7);
+  const auto first = __builtin_shufflevector(reinterpret_cast<WideWords>(in_a),
+                                             reinterpret_cast<WideWords>(in_b), 0, 1, 4, 5);
+  const auto second = __builtin_shufflevector(reinterpret_cast<WideWords>(in_a),
+                                              reinterpret_cast<WideWords>(in_b), 2, 3, 6, 7);
   return bits_of(first, second);
 #else
   return bits_of(in_a, in_b);

@@ -1,4 +1,4 @@
-// common/philox.h for the CPU's vectors.
+// common/philox.h for the CPU's vectors: each lane has a counter of its own.
 #pragma once
 
 #include "common/philox.h"
@@ -10,21 +10,34 @@
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 
+// Words of 32 bits in lanes of 64, as philox4x32_10 takes them.
+using WideWords = Vec<uint64_t>;
+
+// Two registers of them, the instructions on which alternate: a Philox is one long chain, and one
+// alone leaves half of the processor idle.
+struct WideWordPair {
+  WideWords a, b;
+};
+inline WideWordPair operator^(WideWordPair x, WideWordPair y) { return {x.a ^ y.a, x.b ^ y.b}; }
+inline WideWordPair operator^(WideWordPair x, const WideWords& y) { return {x.a ^ y, x.b ^ y}; }
+inline WideWordPair operator>>(WideWordPair x, int bits) { return {x.a >> bits, x.b >> bits}; }
+
 // The 64-bit products of the lanes' low 32 bits and m.
-struct MultiplyLanes {
-  inline __attribute__((always_inline)) Vec<uint64_t> operator()(Vec<uint64_t> word,
-                                                                 uint32_t m) const {
-    using Wide = Vec<uint64_t>;
-    const Wide factor = splat<uint64_t>(m);
+struct MultiplyVector {
+  WideWordPair operator()(WideWordPair pair, uint32_t m) const {
+    return {(*this)(pair.a, m), (*this)(pair.b, m)};
+  }
+  WideWords operator()(WideWords word, uint32_t m) const {
+    const WideWords factor = splat<uint64_t>(m);
 #if defined(__AVX512F__)
     // The masked form, all lanes on: see to_float in vec.h.
-    return reinterpret_cast<Wide>(_mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(word),
-                                                         reinterpret_cast<__m512i>(factor)));
+    return reinterpret_cast<WideWords>(_mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(word),
+                                                              reinterpret_cast<__m512i>(factor)));
 #elif defined(__AVX2__)
-    return reinterpret_cast<Wide>(
+    return reinterpret_cast<WideWords>(
         _mm256_mul_epu32(reinterpret_cast<__m256i>(word), reinterpret_cast<__m256i>(factor)));
 #elif defined(__SSE2__)
-    return reinterpret_cast<Wide>(
+    return reinterpret_cast<WideWords>(
         _mm_mul_epu32(reinterpret_cast<__m128i>(word), reinterpret_cast<__m128i>(factor)));
 #else
     return (word & splat<uint64_t>(0xffffffff)) * factor;
@@ -32,19 +45,20 @@ struct MultiplyLanes {
   }
 };
 
-// The rounds' keys in memory, from where the exclusive or takes them.
-struct PhiloxLaneKeys {
-  Vec<uint64_t> k0[kPhiloxRounds], k1[kPhiloxRounds];
+// The rounds' keys in memory, from where the exclusive or takes them: made anew they would cost an
+// instruction each, a quarter of a Philox.
+struct PhiloxVectorKeys {
+  WideWords k0[kPhiloxRounds], k1[kPhiloxRounds];
 
-  explicit PhiloxLaneKeys(uint64_t key) {
+  explicit PhiloxVectorKeys(uint64_t key) {
     const PhiloxKeys keys(key);
     for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
-      k0[round] = splat<uint64_t>(keys.first(round));
-      k1[round] = splat<uint64_t>(keys.second(round));
+      k0[round] = splat(keys.first(round));
+      k1[round] = splat(keys.second(round));
     }
   }
-  const Vec<uint64_t>& first(int round) const { return k0[round]; }
-  const Vec<uint64_t>& second(int round) const { return k1[round]; }
+  const WideWords& first(int round) const { return k0[round]; }
+  const WideWords& second(int round) const { return k1[round]; }
 };
 
 }  // namespace fastcnn::FASTCNN_CPU_LEVEL

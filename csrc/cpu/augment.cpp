@@ -50,30 +50,24 @@ double sum_of_gray(const Row& row, int64_t w, float brightness) {
 }
 
 // The random words of as many pixels as there are lanes, from `first` on: those of the even lanes
-// and of the odd ones are computed apart.
-inline __attribute__((always_inline)) void random_words(int64_t first, const PhiloxLaneKeys& keys,
+// and of the odd ones are computed side by side.
+inline __attribute__((always_inline)) void random_words(int64_t first, const PhiloxVectorKeys& keys,
                                                         Words (&words)[4]) {
-  using Wide = Vec<uint64_t>;
-  Wide lane{};
+  WideWords lane{};
   for (int i = 0; i < kLane / 2; ++i) lane[i] = static_cast<uint64_t>(2 * i);
-  Wide halves[2][4];
-  for (int odd = 0; odd < 2; ++odd) {
-    const Wide pixel = lane + static_cast<uint64_t>(first + odd);
-    Wide(&half)[4] = halves[odd];
-    half[0] = pixel;
-    half[1] = pixel >> 32;
-    half[2] = half[3] = Wide{};
-    philox4x32_10(half, keys, MultiplyLanes{});
-  }
+  const WideWords even = lane + static_cast<uint64_t>(first);
+  const WideWordPair pixels{even, even + 1};
+  WideWordPair wide[4] = {pixels, pixels >> 32, {}, {}};
+  philox4x32_10(wide, keys, MultiplyVector{});
   for (int k = 0; k < 4; ++k) {
-    words[k] = reinterpret_cast<Words>((halves[0][k] & 0xffffffffu) | (halves[1][k] << 32));
+    words[k] = reinterpret_cast<Words>((wide[k].a & 0xffffffffu) | (wide[k].b << 32));
   }
 }
 
 // One or three normal numbers for each pixel: of the pixel's own counter, whatever the layout.
 template <int kChannels>
 inline __attribute__((always_inline)) void add_noise(Floats (&levels)[kChannels],
-                                                     const PhiloxLaneKeys& keys, int64_t pixel,
+                                                     const PhiloxVectorKeys& keys, int64_t pixel,
                                                      float deviation) {
   Words words[4];
   random_words(pixel, keys, words);
@@ -84,7 +78,7 @@ inline __attribute__((always_inline)) void add_noise(Floats (&levels)[kChannels]
 }
 
 template <int kChannels>
-void colour(const AugmentSample& s, float mean, const PhiloxLaneKeys& keys, int64_t pixel,
+void colour(const AugmentSample& s, float mean, const PhiloxVectorKeys& keys, int64_t pixel,
             int64_t w, const Row& row) {
   const bool saturates = kChannels == 3 && s.saturation != 1.f, turns = s.hue != 0.f;
   if (s.brightness == 1.f && s.contrast == 1.f && !saturates && !turns && s.noise == 0.f) return;
@@ -227,7 +221,7 @@ void run(const AugmentParams& p) {
     double sum = 0;
     for (int64_t y = 0; y < p.h; ++y) sum += sums[i * p.h + y];
     const float mean = static_cast<float>(sum / static_cast<double>(p.h * p.w));
-    const PhiloxLaneKeys keys(static_cast<uint64_t>(p.integers[i].seed));
+    const PhiloxVectorKeys keys(static_cast<uint64_t>(p.integers[i].seed));
     for_each_row(task, memory, fits && contrasts(i), [&](int64_t y, const Row& row) {
       colour<kChannels>(p.samples[i], mean, keys, y * p.w, p.w, row);
       write_row(p, i, y, row);

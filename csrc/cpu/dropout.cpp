@@ -126,7 +126,7 @@ void run_channels_last(const DropoutParams& p) {
     // Logical index of a channel's element at `pixel`.
     const auto index = [&](int64_t j, int64_t pixel) { return (image * c + j) * hw + pixel; };
     const auto draw = [&](int64_t pixel) {
-      WordPair first = block_lanes(static_cast<uint64_t>(index(0, pixel)), stride);
+      WideWordPair first = block_lanes(static_cast<uint64_t>(index(0, pixel)), stride);
       for (int64_t j = 0; j < c; j += 2 * kCounters) {
         uint64_t bits[2];
         keep_bits(keep, first >> 3, bits);

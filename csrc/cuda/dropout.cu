@@ -30,14 +30,14 @@ __device__ float scale_of(const DropoutParams& p) { return static_cast<float>(p.
 
 // y = x * (bit ? scale : 0) + residual for one vector, whose element v has bit v. A multiplication,
 // not a selection: as in PyTorch, a NaN that is dropped stays a NaN.
-template <bool kAdd, class T, int kVector>
-__device__ void apply(T* y, const Pack<T, kVector>& x, const Pack<T, kVector>& residual,
+template <bool kAdd, int kVector, class T>
+__device__ void apply(T* y, const Word<T, kVector>& x, const Word<T, kVector>& residual,
                       uint32_t bits, float scale) {
   float out[kVector];
 #pragma unroll
   for (int v = 0; v < kVector; ++v) {
-    out[v] = to_float(x.values[v]) * (bits >> v & 1 ? scale : 0.f);
-    if constexpr (kAdd) out[v] += to_float(residual.values[v]);
+    out[v] = element<T, kVector>(x, v) * (bits >> v & 1 ? scale : 0.f);
+    if constexpr (kAdd) out[v] += element<T, kVector>(residual, v);
   }
   store(y, out);
 }
@@ -46,11 +46,10 @@ __device__ void apply(T* y, const Pack<T, kVector>& x, const Pack<T, kVector>& r
 // are on their way. Until then they stay as they came: half types in half the registers.
 template <class T, int kVector, bool kAdd, int kCount, class At, class Wanted, class Bits>
 __device__ void apply_many(const DropoutParams& p, float scale, At at, Wanted wanted, Bits bits) {
-  using Vector = Pack<T, kVector>;
   const auto load = [&](const void* base, int u) {
-    return *reinterpret_cast<const Vector*>(static_cast<const T*>(base) + at(u));
+    return load_word<kVector>(static_cast<const T*>(base) + at(u));
   };
-  Vector values[kCount], added[kCount];
+  Word<T, kVector> values[kCount], added[kCount];
 #pragma unroll
   for (int u = 0; u < kCount; ++u) {
     if (wanted(u)) values[u] = load(p.x, u);
@@ -65,7 +64,8 @@ __device__ void apply_many(const DropoutParams& p, float scale, At at, Wanted wa
   bits(drawn);
 #pragma unroll
   for (int u = 0; u < kCount; ++u) {
-    if (wanted(u)) apply<kAdd>(static_cast<T*>(p.y) + at(u), values[u], added[u], drawn[u], scale);
+    if (!wanted(u)) continue;
+    apply<kAdd, kVector>(static_cast<T*>(p.y) + at(u), values[u], added[u], drawn[u], scale);
   }
 }
 

@@ -6,7 +6,7 @@ No state: a sample's numbers are the same in any batch, order, process and numbe
 import torch
 from torch import Tensor
 
-_LOW = 0xFFFFFFFF
+from fastcnn.philox import LOW, philox4x32_10
 
 
 def words(seed: int, keys: Tensor, count: int) -> Tensor:
@@ -15,15 +15,7 @@ def words(seed: int, keys: Tensor, count: int) -> Tensor:
     The seed is Philox's key; a counter holds the sample's key and the number of the block.
     """
     blocks, n = -(-count // 4), keys.shape[0]
-    # Both halves of a round at once: even holds words 0 and 2 of the counters, odd words 1 and 3.
-    even, odd = torch.zeros(2, 2, n, blocks, dtype=torch.int64)
-    even[0], odd[0] = (keys & _LOW)[:, None], (keys >> 32 & _LOW)[:, None]
-    even[1] = torch.arange(blocks)
-    factors = torch.tensor([0xD2511F53, 0xCD9E8D57])[:, None, None]
-    key = torch.tensor([seed & _LOW, seed >> 32 & _LOW])[:, None, None]
-    step = torch.tensor([0x9E3779B9, 0xBB67AE85])[:, None, None]
-    for round_key in [(key + i * step) & _LOW for i in range(10)]:
-        product = even * factors  # wraps around 64 bits, which leaves both halves right
-        even = (product >> 32 & _LOW).flip(0) ^ odd ^ round_key
-        odd = (product & _LOW).flip(0)
-    return torch.stack([even[0], odd[0], even[1], odd[1]], 2).reshape(n, 4 * blocks)[:, :count]
+    counter = torch.zeros(4, n, blocks, dtype=torch.int64)
+    counter[0], counter[1] = (keys & LOW)[:, None], (keys >> 32 & LOW)[:, None]
+    counter[2] = torch.arange(blocks)
+    return philox4x32_10(counter, seed).movedim(0, 2).reshape(n, 4 * blocks)[:, :count]
