@@ -121,6 +121,7 @@ def batch_norm_act(
     With ``training=True`` the mean and the biased variance are the batch's, over n, h and w, and
     ``running_mean`` and ``running_var`` (unless None) move towards them by ``momentum``, the
     variance made unbiased; else they are ``running_mean`` and ``running_var`` themselves.
+    Differentiable once, in reverse mode.
 
     Args:
         input: [n, c, h, w], dense in NCHW or channels_last; float32, bfloat16, float16, and on the
@@ -131,7 +132,7 @@ def batch_norm_act(
         bias: beta, [c], likewise; None stands for 0.
         training: whether to use the batch's statistics.
         momentum: the weight of the new statistics in the running ones, 0 to 1.
-        eps: added to the variance.
+        eps: added to the variance, above 0.
         residual: added before the activation; sizes, dtype and layout of the input.
         act: "none", "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu" (by erf), "sigmoid"
             or "hardswish". A NaN comes through; at -inf each has its limit.
@@ -149,7 +150,8 @@ def batch_norm_act(
         TypeError: an argument that is no Tensor, or of another dtype than named above; a
             process_group that is none, or that this process is not in.
         ValueError: another rank, size, device or memory layout; an unknown activation; one value
-            per channel in training; a process_group beside sync=False.
+            per channel in training; eps or momentum out of bounds; a process_group beside
+            sync=False.
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167; torch.nn.functional.batch_norm;
     torch.nn.SyncBatchNorm.
@@ -181,7 +183,7 @@ def conv_bn_act(
     are cast to the autocast dtype, as torch.nn.functional.conv2d does. In evaluation on the CPU,
     where nothing requires a gradient, each batch norm is folded into its convolution's weights and
     residual and activation run in the convolution's epilogue (float32 and bfloat16); a NaN does not
-    come through oneDNN's "relu" and "relu6" there.
+    come through oneDNN's "relu" and "relu6" there. Differentiable once, in reverse mode.
 
     Args:
         input: [n, c, h, w], dense in NCHW or channels_last; float32, bfloat16, float16, and on the
@@ -242,7 +244,7 @@ def group_norm_act(
 
     The mean and the biased variance are those of c / num_groups neighbouring channels of a sample,
     over h and w too. num_groups = 1 normalises a whole sample, num_groups = c each channel of it
-    (instance normalisation).
+    (instance normalisation). Differentiable once, in reverse mode.
 
     Args:
         input: [n, c, h, w], dense in NCHW or channels_last; float32, bfloat16, float16, and on the
@@ -250,7 +252,7 @@ def group_norm_act(
         num_groups: a divisor of c.
         weight: gamma, [c] in the input's dtype, or float32 beside a half input; None stands for 1.
         bias: beta, likewise; None stands for 0.
-        eps: added to the variance.
+        eps: added to the variance, above 0.
         act: "none", "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu" (by erf), "sigmoid"
             or "hardswish". A NaN comes through; at -inf each has its limit.
 
@@ -261,7 +263,7 @@ def group_norm_act(
     Raises:
         TypeError: an argument that is no Tensor, or of another dtype than named above.
         ValueError: another rank, size, device or memory layout; num_groups that does not divide c;
-            an unknown activation; one sample with one value per group.
+            an unknown activation; one sample with one value per group; eps not above 0.
 
     Source: Wu and He 2018, arXiv:1803.08494; torch.nn.functional.group_norm.
     """
@@ -290,7 +292,8 @@ def interpolate(
     nearest modes, two shares in bilinear. With ``scale_factor`` the output has
     ``floor(size * scale_factor)`` pixels, and coordinates are computed with the factor itself;
     with ``recompute_scale_factor=True`` with the ratio of the sizes. An axis that keeps its size
-    is copied, whatever the factor, as PyTorch does on the CPU.
+    is copied, whatever the factor, as PyTorch does on the CPU. Differentiable once, in
+    reverse mode.
 
     Args:
         input: [n, c, h, w], dense in NCHW or channels_last; float32, bfloat16, float16, and on the
@@ -312,7 +315,8 @@ def interpolate(
     Raises:
         TypeError: an argument that is no Tensor or no number, or of another dtype.
         ValueError: another rank, memory layout, mode or device; both or none of size and
-            scale_factor; align_corners beside a nearest mode; an output without pixels.
+            scale_factor; align_corners beside a nearest mode; an output without pixels or with
+            2^31 and more a side.
 
     Source: torch.nn.functional.interpolate.
     """
@@ -353,7 +357,8 @@ def dropout(
         residual: added after the scaling; sizes, dtype and layout of the input.
         per_channel: one draw for each of the first two dimensions, [n, c, ...], as in
             torch.nn.functional.dropout1d, 2d (which takes [n, c, l] too) and 3d.
-        generator: draws the seed in place of the default one; of the input's kind of device.
+        generator: draws the seed in place of the default one; of the input's kind of device. With
+            one, torch.compile does not trace the call with fullgraph=True.
 
     Returns:
         y in the input's sizes, dtype and memory layout; the input itself where there is nothing to

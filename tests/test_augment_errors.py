@@ -37,6 +37,8 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"mean": float("nan")}, ValueError, r"mean: expected 1 or 3 finite numbers"),
     ({"std": (1, 0, 1)}, ValueError, r"std: expected numbers other than 0"),
     ({"fill": "black"}, TypeError, r"fill: expected numbers, got 'black'"),
+    ({"fill": -1}, ValueError, r"fill: expected grey levels from 0 to 255, got -1"),
+    ({"fill": (0, 0, 256)}, ValueError, r"fill: expected grey levels .*, got \(0, 0, 256\)"),
     ({"erase_value": (1,) * 4}, ValueError, r"erase_value: expected 1 or 3 finite numbers"),
     ({"dtype": torch.float64}, TypeError, r"dtype: expected float32, .*, got torch.float64"),
     ({"memory_format": torch.preserve_format}, ValueError, r"memory_format: expected torch.cont"),

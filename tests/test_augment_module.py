@@ -201,30 +201,50 @@ def test_collate_names_what_it_does_not_take() -> None:
         collate([torch.zeros(3, 4, 4)])
     with pytest.raises(TypeError, match="Collate: image: expected a Tensor, got str"):
         collate([("x", 1)])
+    with pytest.raises(ValueError, match="Collate: samples: expected at least one, got none"):
+        collate([])
+    small, large = torch.zeros(3, 4, 4).byte(), torch.zeros(3, 5, 4).byte()
+    with pytest.raises(
+        ValueError, match=r"Collate: key: .* in none, got 1 with a key of 2 samples"
+    ):
+        collate([(small, 1, 7), (small, 1)])
+    with pytest.raises(ValueError, match=r"Collate: image: .* got \[3, 4, 4\] and \[3, 5, 4\]; bu"):
+        collate([(large, 1), (small, 1)])
+
+
+def test_collate_takes_no_seed_without_keys() -> None:
+    # Keys by position in the batch would repeat the first batch's augmentation in all the others.
+    samples = [(smooth_images(1, 3, *SIZE)[0], i) for i in range(3)]
+    with pytest.raises(ValueError, match=r"Collate: seed, key: .* got seed=5 .*; give each its"):
+        Collate(Augment(**EVERYTHING, size=(20, 30)), seed=5)(samples)
+    collate = Collate(Augment(**EVERYTHING, size=(20, 30)))
+    assert not torch.equal(collate(samples)[0], collate(samples)[0])
 
 
 # What replaces a good argument of the module, the error, and what its message names.
 ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"degrees": -1}, ValueError, r"degrees: expected a number of at least 0, got -1"),
+    ({"degrees": -1}, ValueError, r"degrees: expected a finite number of at least 0, got -1"),
+    ({"degrees": float("inf")}, ValueError, r"degrees: expected a finite number of at least 0,"),
     ({"degrees": (20, 10)}, ValueError, r"degrees: expected a range .* got \(20.0, 10.0\)"),
     ({"degrees": (1, 2, 3)}, ValueError, r"degrees: expected 2 numbers"),
     ({"degrees": "all"}, TypeError, r"degrees: expected a sequence of numbers, got 'all'"),
     ({"translate": (0.1, 1.5)}, ValueError, r"translate: expected shares from 0 to 1"),
-    ({"scale": (0, 1)}, ValueError, r"scale: expected a range"),
+    ({"scale": (0, 1)}, ValueError, r"scale: expected a range of finite numbers above 0, the low"),
     ({"scale": (1.2, 0.8)}, ValueError, r"scale: expected a range"),
-    ({"shear": 90}, ValueError, r"shear"),
+    ({"shear": 90}, ValueError, r"shear: .* number of at least 0 and below 90, got 90"),
+    ({"shear": (0, 90)}, ValueError, r"shear: .* numbers above -90 and below 90, the lower"),
     ({"shear": (0, 1, 2)}, ValueError, r"shear: expected 2 or 4 numbers"),
-    ({"crop_scale": (0.5, 1.5)}, ValueError, r"crop_scale: expected a range within"),
-    ({"crop_ratio": (2, 1)}, ValueError, r"crop_ratio"),
+    ({"crop_scale": (0.5, 1.5)}, ValueError, r"crop_scale: .* above 0 and at most 1,"),
+    ({"crop_ratio": (2, 1)}, ValueError, r"crop_ratio: .* above 0, the lower end first, got"),
     ({"horizontal_flip": 1.1}, ValueError, r"horizontal_flip: expected a probability .* got 1.1"),
     ({"vertical_flip": -0.1}, ValueError, r"vertical_flip: expected a probability"),
     ({"erasing": float("nan")}, ValueError, r"erasing: expected a probability"),
     ({"vertical_flip": None}, TypeError, r"vertical_flip: expected a number, got None"),
-    ({"brightness": -0.5}, ValueError, r"brightness: expected a number of at least 0"),
-    ({"contrast": (-1, 1)}, ValueError, r"contrast: expected a range within \[0, inf\]"),
+    ({"brightness": -0.5}, ValueError, r"brightness: expected a finite number of"),
+    ({"contrast": (-1, 1)}, ValueError, r"contrast: .* numbers of at least 0, the lower"),
     ({"saturation": (2, 1)}, ValueError, r"saturation: expected a range"),
-    ({"hue": 0.6}, ValueError, r"hue"),
-    ({"hue": (-0.6, 0.1)}, ValueError, r"hue: expected a range within \[-0.5, 0.5\]"),
+    ({"hue": 0.6}, ValueError, r"hue: .* number of at least 0 and at most 0.5, got 0.6"),
+    ({"hue": (-0.6, 0.1)}, ValueError, r"hue: .* of at least -0.5 and at most 0.5,"),
     ({"noise": -1}, ValueError, r"noise: expected a range"),
     ({"size": (0, 5)}, ValueError, r"size: expected a height and a width from 1"),
     ({"size": 5}, TypeError, r"size: expected a height and a width, got 5"),
@@ -246,5 +266,14 @@ def test_draw_and_forward_name_what_they_do_not_take() -> None:
         Augment().draw(2, SIZE, keys=torch.arange(3))
     with pytest.raises(TypeError, match="keys: expected an int64 Tensor"):
         Augment().draw(2, SIZE, keys=torch.zeros(2))
+    for n, error, message in [(-1, ValueError, "at least 0, got -1"), (2.0, TypeError, "an int")]:
+        with pytest.raises(error, match=f"Augment: n: expected {message}"):
+            Augment().draw(n, SIZE)
+        with pytest.raises(error, match=f"Augment: n: expected {message}"):
+            Augment().center(n, SIZE)
+    with pytest.raises(
+        TypeError, match=r"Augment: generator: expected a torch.Generator .* got int"
+    ):
+        Augment().draw(2, SIZE, 5)
     with pytest.raises(TypeError, match=r"images: expected uint8, got torch.float32"):
         Augment()(torch.zeros(1, 3, 4, 4))

@@ -8,17 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from fastcnn import _C, functional
 from fastcnn._version_check import check_torch
 from fastcnn.functional import ConvBnActBlock, ConvBnActStep, MaxPool
 from fastcnn.models import resnet18
-from fastcnn.nn import BatchNormAct2d, Upsample, conv_bn_act
+from fastcnn.nn import BatchNormAct2d, Block, Upsample, conv_bn_act, conv_bn_act_blocks
 
 X = torch.randn(2, 3, 4, 4)
 BIG = torch.randn(2, 5, 8, 8)
 HALF = X.bfloat16()
 C3, C4 = torch.ones(3), torch.ones(4)
+NAN = float("nan")
 
 # What replaces a good argument of batch_norm_act, the error, and what its message names.
 BATCH_NORM_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -57,7 +59,12 @@ BATCH_NORM_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     # Updated in place: a copy of a strided vector would lose the update.
     ({"running_mean": torch.ones(6)[::2]}, ValueError, r"running_mean: expected a dense .*\(2,\)"),
     ({"momentum": None}, TypeError, r"momentum: expected a number, got NoneType"),
+    ({"momentum": -0.1}, ValueError, r"momentum: expected a number from 0 to 1, got -0.1"),
+    ({"momentum": NAN}, ValueError, r"momentum: expected a number from 0 to 1, got nan"),
     ({"eps": "small"}, TypeError, r"eps: expected a number, got str"),
+    ({"eps": 0.0}, ValueError, r"eps: expected a number above 0, got 0.0"),
+    ({"eps": NAN}, ValueError, r"eps: expected a number above 0, got nan"),
+    ({"sync": 1}, TypeError, r"sync: expected a bool, got int"),
     ({"act": "swish"}, ValueError, r"act: expected one of none, relu, .*, hardswish, got 'swish'"),
     ({"act": None}, ValueError, r"act: expected one of none, relu, .*, hardswish, got None"),
 ]  # fmt: skip
@@ -126,6 +133,9 @@ STEP_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"pool": MaxPool(2.0, 2)}, ValueError, r"pool.kernel_size: expected a whole number or a pair"),
     ({"pool": MaxPool(2, (1, 1, 1))}, ValueError, r"pool.stride: .* or a pair .*, got \(1, 1, 1\)"),
     ({"pool": 2}, TypeError, r"pool: expected None or a MaxPool, got int"),
+    ({"momentum": 1.5}, ValueError, r"momentum: expected a number from 0 to 1, got 1.5"),
+    ({"eps": -1e-5}, ValueError, r"eps: expected a number above 0, got -1e-05"),
+    ({"sync": None}, TypeError, r"sync: expected a bool, got NoneType"),
     ({"stride": None}, ValueError, r"stride: expected a whole number or a pair of them, got None"),
     ({"padding": "same"}, ValueError, r"padding: expected a whole number or a pair .*, got 'same'"),
 ]  # fmt: skip
@@ -227,6 +237,8 @@ INTERPOLATE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scale_factor": "2"}, TypeError, r"scale_factor: expected a number or a pair .* got '2'"),
     ({"scale_factor": 0.1}, ValueError, r"scale_factor=0.1: expected an output of at least 1x1"),
     ({"scale_factor": float("nan")}, ValueError, r"expected an output of at least 1x1"),
+    ({"scale_factor": 1e30}, ValueError, r"scale_factor=1e\+30: .* at most 2147483647 pixels"),
+    ({"scale_factor": None, "size": (8, 2**40)}, ValueError, r"size=\(8, 1099.*: .* got 8x1099"),
     ({"scale_factor": None, "size": (8, 8, 8)}, ValueError, r"size: expected an integer or a pair"),
     ({"scale_factor": None, "size": 8.5}, TypeError, r"size: expected an integer .* got 8.5"),
     ({"scale_factor": None, "size": (0, 8)}, ValueError, r"size=\(0, 8\): .* got 0x8"),
@@ -268,6 +280,53 @@ def test_convolutions_that_the_chain_does_not_run(kwargs: dict[str, Any]) -> Non
         ValueError, match="step 0: expected padding numbers with padding_mode='zero"
     ):
         conv_bn_act(X, [(nn.Conv2d(3, 4, 3, **kwargs), BatchNormAct2d(4))])
+
+
+CONV, BN, POOL = nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.MaxPool2d(2)
+UP = nn.ConvTranspose2d(3, 4, 3)  # a chain would run its weight as a convolution's
+
+# Steps of modules, the error, and what its message names.
+MODULE_ERRORS: list[tuple[Any, str]] = [
+    ([(UP, BN)], r"step 0: expected a Conv2d, got ConvTranspose2d"),
+    ([(CONV, nn.BatchNorm2d(4))], r"step 0: expected a BatchNormAct2d, got BatchNorm2d"),
+    ([(CONV, BN), (CONV, BN, nn.AvgPool2d(2))], r"step 1: expected a MaxPool2d, got AvgPool2d"),
+    ([(CONV, BN, None)], r"step 0: expected a MaxPool2d, got NoneType"),
+    ([(CONV, BN, POOL, POOL)], r"step 0: expected modules \(conv, bn\) or .*, got 4 of them"),
+    ((CONV, BN), r"step 0: expected modules \(conv, bn\) or \(conv, bn, pool\), got Conv2d"),
+    (nn.Sequential(CONV, BN), r"steps: expected a sequence of steps .*, got Sequential"),
+]
+
+
+@pytest.mark.parametrize(("steps", "message"), MODULE_ERRORS)
+def test_modules_that_are_no_step(steps: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"^conv_bn_act: {message}"):
+        conv_bn_act(X, steps)
+    with pytest.raises(TypeError, match=f"^conv_bn_act: block 0: {message}"):
+        conv_bn_act_blocks(X, [Block(steps)])
+    good = [(CONV, BN)]
+    shortcut = message.replace("steps:", "shortcut:")
+    with pytest.raises(TypeError, match=f"^conv_bn_act: block 1: {shortcut}"):
+        conv_bn_act_blocks(X, [Block(good), Block(good, steps)])
+    with pytest.raises(TypeError, match=r"^conv_bn_act: block 0: expected a Block, got tuple"):
+        conv_bn_act_blocks(X, [(good, steps)])
+
+
+def test_modules_whose_hooks_would_not_run() -> None:
+    # Pruning and the older spectral_norm compute the weight in a hook: it would stay as it was.
+    watched = nn.MaxPool2d(2)
+    watched.register_forward_hook(lambda module, args, y: None)
+    steps: list[Any] = [
+        (prune.l1_unstructured(nn.Conv2d(3, 4, 3), "weight", 0.5), BN),
+        (nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), BN),
+        (CONV, BN, watched),
+    ]
+    for step in steps:
+        with pytest.raises(
+            ValueError, match=r"^conv_bn_act: step 0: expected a .* without forward"
+        ):
+            conv_bn_act(X, [step])
+    prune.remove(steps[0][0], "weight")
+    assert conv_bn_act(X, [steps[0]]).shape == (2, 4, 2, 2)
 
 
 def test_an_activation_that_a_module_does_not_know() -> None:

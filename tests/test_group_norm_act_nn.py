@@ -146,6 +146,8 @@ def group_norm(**arguments: Any) -> Tensor:
         ({"weight": C6[1:]}, ValueError, r"weight: expected 6 numbers, .* got sizes \[5\]"),
         ({"bias": C6.double()}, TypeError, r"bias: expected torch.float32 .*float64"),
         ({"eps": "small"}, TypeError, r"eps: expected a number, got str"),
+        ({"eps": 0.0}, ValueError, r"eps: expected a number above 0, got 0.0"),
+        ({"eps": float("nan")}, ValueError, r"eps: expected a number above 0, got nan"),
         ({"act": "tanh"}, ValueError, r"act: expected one of none, relu, .*, got 'tanh'"),
         ({"input": X[:1, :, :1, :1].clone(), "num_groups": 6}, ValueError, r"more than 1 value"),
     ],

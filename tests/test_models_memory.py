@@ -56,6 +56,24 @@ def test_wide_networks_have_the_levels_too() -> None:
         assert_same_network(ours, copy.deepcopy(theirs), x)
 
 
+def test_memory_set_later_is_memory_set_at_construction() -> None:
+    # Bytes, since results are the same: a level that stays in one stage would show nowhere else.
+    def kept(model: nn.Module) -> int:
+        x, state = images(1, 64), [*model.parameters(), *model.buffers()]
+        return kept_for_backward(lambda: model(x), exclude=state)
+
+    model, found = models.resnet50(num_classes=10), {}
+    for memory in (*LEVELS, "default"):
+        model.memory = memory
+        assert all(m.memory == memory for m in model.modules() if isinstance(m, Chained))
+        found[memory] = kept(model)
+        assert found[memory] == kept(models.resnet50(num_classes=10, memory=memory))
+    assert found["lowest"] < found["low"] < found["default"]
+    with pytest.raises(ValueError, match=r"ResNet: memory: .* default, low, lowest, got 'high'"):
+        model.memory = "high"
+    assert model.memory == model.layer1.memory == "default"
+
+
 def kept_at_batch_16(build: Callable[[], nn.Module]) -> int:
     """From batches of 1 and 2: every tensor that is kept either has the batch as its first size, or
     none of it (statistics, weights in bfloat16), so that the bytes are a + b * batch."""
@@ -101,9 +119,7 @@ def test_bf16_gradients_of_resnet50_are_as_exact_as_pytorchs() -> None:
     exact, eager = gradients(twin.double(), x.double()), gradients(eager_twin(model), x)
     found = {}
     for memory in LEVELS:
-        for module in model.modules():
-            if isinstance(module, Chained):
-                module.memory = memory
+        model.memory = memory
         found[memory] = gradients(model, x)
     for name, g in exact.items():
         limit = (eager[name] - g).norm() / g.norm()

@@ -13,6 +13,27 @@ from fastcnn.ops.augment import check_images, check_size
 from fastcnn.ops.augment_parameters import AugmentParameters
 
 
+def _check_count(n: int) -> None:
+    if not isinstance(n, int):
+        raise TypeError(f"Augment: n: expected an int, got {type(n).__name__}")
+    if n < 0:
+        raise ValueError(f"Augment: n: expected at least 0, got {n}")
+
+
+def _check_generator(generator: torch.Generator | None) -> None:
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"Augment: generator: expected a torch.Generator or None, got "
+            f"{type(generator).__name__}"
+        )
+    if generator.device.type != "cpu":
+        raise ValueError(
+            f"Augment: generator: expected one on the CPU, got one on {generator.device}"
+        )
+
+
 class Augment(nn.Module):
     """Draw parameters for each sample of a batch and augment it in one pass.
 
@@ -22,7 +43,8 @@ class Augment(nn.Module):
     with probability 1 where none is given; :func:`fastcnn.functional.augment` says how exactly.
     In evaluation images are cropped in the centre (with crop_scale: the largest centred box with
     size's aspect ratio, resized) and normalised, nothing else. Shapes, dtypes, layouts and errors
-    of images and masks are those of the function.
+    of images and masks are those of the function. torch.compile breaks the graph here: the draw
+    does not trace with fullgraph=True.
 
     Args:
         size: height and width of the output; None for the images' own.
@@ -116,9 +138,12 @@ class Augment(nn.Module):
                 0 to n - 1.
 
         Raises:
-            TypeError: keys of another type.
-            ValueError: keys of another number; images smaller than the crop.
+            TypeError: n, generator or keys of another type.
+            ValueError: n below 0; a generator of another device; keys of another number; images
+                smaller than the crop.
         """
+        _check_count(n)
+        _check_generator(generator)
         size_in, size_out = self._sizes(size)
         if keys is None:
             keys = torch.arange(n)
@@ -131,6 +156,7 @@ class Augment(nn.Module):
 
     def center(self, n: int, size: Sequence[int]) -> AugmentParameters:
         """Return the parameters of evaluation for n images of this height and width."""
+        _check_count(n)
         size_in, size_out = self._sizes(size)
         parameters = AugmentParameters.identity(n, size_in)
         crop = drawing.center_crop(self.ranges, size_in, size_out)

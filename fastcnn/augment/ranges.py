@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 Range = tuple[float, float]
 _OP = "Augment"
+_ABOVE_0 = math.ulp(0.0)
+_BELOW_90 = math.nextafter(90.0, 0.0)
 
 
 def _numbers(name: str, value: object, *counts: int) -> tuple[float, ...]:
@@ -17,11 +19,26 @@ def _numbers(name: str, value: object, *counts: int) -> tuple[float, ...]:
     return tuple(float(v) for v in value)
 
 
+def _bounds(low: float, high: float) -> str:
+    """Say which numbers are allowed, open ends by the round number that they leave out."""
+    lower = {-math.inf: "", _ABOVE_0: "above 0", -_BELOW_90: "above -90"}
+    upper = {math.inf: "", _BELOW_90: "below 90"}
+    ends = lower.get(low, f"of at least {low:g}"), upper.get(high, f"at most {high:g}")
+    return " and ".join(filter(None, ends)) or "of any size"
+
+
+def _finite(name: str, value: float, high: float = math.inf) -> None:
+    if not (0 <= value <= high and math.isfinite(value)):
+        raise ValueError(
+            f"{_OP}: {name}: expected a finite number {_bounds(0.0, high)}, got {value}"
+        )
+
+
 def _ordered(name: str, value: Range, low: float, high: float) -> Range:
     if not low <= value[0] <= value[1] <= high or not all(map(math.isfinite, value)):
         raise ValueError(
-            f"{_OP}: {name}: expected a range within [{low:g}, {high:g}], the lower end first, "
-            f"got {value}"
+            f"{_OP}: {name}: expected a range of finite numbers {_bounds(low, high)}, the lower "
+            f"end first, got {value}"
         )
     return value
 
@@ -34,8 +51,7 @@ def _pair(name: str, value: object, low: float = -math.inf, high: float = math.i
 def symmetric(name: str, value: float | Sequence[float], high: float = math.inf) -> Range:
     """Return (-d, d) for a number d, or the range itself: degrees, shear."""
     if isinstance(value, (int, float)):
-        if not 0 <= value <= high:
-            raise ValueError(f"{_OP}: {name}: expected a number of at least 0, got {value}")
+        _finite(name, value, high)
         return -float(value), float(value)
     return _pair(name, value, -high, high)
 
@@ -44,14 +60,13 @@ def shears(value: float | Sequence[float] | None) -> tuple[Range, Range]:
     """Return the ranges along x and y; a number or two numbers shear along x alone."""
     if value is None:
         return (0.0, 0.0), (0.0, 0.0)
-    steepest = math.nextafter(90.0, 0.0)
     if isinstance(value, (int, float)):
-        return symmetric("shear", value, steepest), (0.0, 0.0)
+        return symmetric("shear", value, _BELOW_90), (0.0, 0.0)
     numbers = _numbers("shear", value, 2, 4)
-    along_x = _ordered("shear", (numbers[0], numbers[1]), -steepest, steepest)
+    along_x = _ordered("shear", (numbers[0], numbers[1]), -_BELOW_90, _BELOW_90)
     if len(numbers) == 2:
         return along_x, (0.0, 0.0)
-    return along_x, _ordered("shear", (numbers[2], numbers[3]), -steepest, steepest)
+    return along_x, _ordered("shear", (numbers[2], numbers[3]), -_BELOW_90, _BELOW_90)
 
 
 def factor(name: str, value: float | Sequence[float] | None) -> Range:
@@ -59,8 +74,7 @@ def factor(name: str, value: float | Sequence[float] | None) -> Range:
     if value is None:
         return 1.0, 1.0
     if isinstance(value, (int, float)):
-        if not value >= 0:
-            raise ValueError(f"{_OP}: {name}: expected a number of at least 0, got {value}")
+        _finite(name, value)
         return max(0.0, 1.0 - value), 1.0 + value
     return _pair(name, value, 0.0)
 
@@ -132,16 +146,17 @@ class Ranges:
         shift = (0.0, 0.0) if translate is None else _numbers("translate", translate, 2)
         if not all(0 <= share <= 1 for share in shift):
             raise ValueError(f"{_OP}: translate: expected shares from 0 to 1, got {translate}")
-        tiny = math.ulp(0.0)  # above 0
         shear_x, shear_y = shears(shear)
         return cls(
             degrees=symmetric("degrees", degrees),
             translate=(shift[0], shift[1]),
-            scale=(1.0, 1.0) if scale is None else _pair("scale", scale, tiny),
+            scale=(1.0, 1.0) if scale is None else _pair("scale", scale, _ABOVE_0),
             shear_x=shear_x,
             shear_y=shear_y,
-            crop_scale=None if crop_scale is None else _pair("crop_scale", crop_scale, tiny, 1.0),
-            crop_ratio=_pair("crop_ratio", crop_ratio, tiny),
+            crop_scale=None
+            if crop_scale is None
+            else _pair("crop_scale", crop_scale, _ABOVE_0, 1.0),
+            crop_ratio=_pair("crop_ratio", crop_ratio, _ABOVE_0),
             horizontal_flip=probability("horizontal_flip", horizontal_flip),
             vertical_flip=probability("vertical_flip", vertical_flip),
             brightness=factor("brightness", brightness),
@@ -151,5 +166,5 @@ class Ranges:
             noise=deviations(noise),
             erasing=probability("erasing", erasing),
             erasing_scale=_pair("erasing_scale", erasing_scale, 0.0, 1.0),
-            erasing_ratio=_pair("erasing_ratio", erasing_ratio, tiny),
+            erasing_ratio=_pair("erasing_ratio", erasing_ratio, _ABOVE_0),
         )

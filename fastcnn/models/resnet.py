@@ -192,7 +192,7 @@ class ResNet(Chained):
     `replace_stride_with_dilation` keeps stages 2, 3, 4 at their input's resolution where true;
     `zero_init_residual` starts every block as the identity (Goyal et al. 2017, arXiv 1706.02677);
     `memory` says what is kept for backward: "default", "low" or "lowest", see
-    fastcnn.functional.conv_bn_act_blocks.
+    fastcnn.functional.conv_bn_act_blocks; it may be set later too.
     As torchvision.models.ResNet: the same keys, and from the same seed the same initial weights.
 
     Raises:
@@ -212,7 +212,7 @@ class ResNet(Chained):
         memory: Memory = "default",
     ) -> None:
         super().__init__()
-        check_memory("ResNet", memory)
+        check_memory("ResNet", memory)  # before the weights are drawn
         dilate = replace_stride_with_dilation
         if dilate is None:
             dilate = (False, False, False)
@@ -238,9 +238,7 @@ class ResNet(Chained):
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512 * block.expansion, num_classes)
 
-        for module in self.modules():
-            if isinstance(module, Chained):
-                module.memory = memory
+        self.memory = memory
         init_conv_bn(self)
         if zero_init_residual:
             for module in self.modules():
@@ -248,6 +246,19 @@ class ResNet(Chained):
                     nn.init.zeros_(module.bn3.weight)
                 elif isinstance(module, BasicBlock):
                     nn.init.zeros_(module.bn2.weight)
+
+    @property
+    def memory(self) -> Memory:
+        """What is kept for backward; setting it sets it in every stage and block."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: Memory) -> None:
+        check_memory("ResNet", memory)
+        self._memory: Memory = memory
+        for module in self.modules():
+            if isinstance(module, Chained) and module is not self:
+                module.memory = memory
 
     def _make_layer(
         self,

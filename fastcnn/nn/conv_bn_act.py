@@ -15,6 +15,8 @@ Step = (
     | tuple[torch.nn.Conv2d, BatchNormAct2d, torch.nn.MaxPool2d]
 )
 Pair = tuple[int, int]
+OP = "conv_bn_act"
+_KINDS = (torch.nn.Conv2d, BatchNormAct2d, torch.nn.MaxPool2d)
 
 
 class Block(NamedTuple):
@@ -34,37 +36,61 @@ def conv_bn_act(
 
     ``steps[i] = (conv, bn)`` computes ``bn(conv(x))``, the last one ``bn(conv(x), residual)``, and
     ``(conv, bn, pool)`` pools what comes out. The modules lend their parameters and count their
-    batches; their own forward, and hooks on it, do not run.
+    batches; their own forward does not run.
 
     Raises:
+        TypeError: a step of other modules than Conv2d, BatchNormAct2d and MaxPool2d.
         ValueError: a convolution whose padding_mode is not "zeros" or whose padding is a string, a
-            pooling with dilation, ceil_mode or indices, and all that the function refuses.
+            pooling with dilation, ceil_mode or indices, a module with hooks on its forward, and all
+            that the function refuses.
     """
-    added = _steps(residual) if isinstance(residual, Sequence) else residual
-    return functional.conv_bn_act(x, _steps(steps), added, memory=memory)
+    added = _steps(OP, "residual", residual) if isinstance(residual, Sequence) else residual
+    return functional.conv_bn_act(x, _steps(OP, "steps", steps), added, memory=memory)
 
 
 def conv_bn_act_blocks(x: Tensor, blocks: Sequence[Block], memory: Memory = "default") -> Tensor:
     """Run modules as blocks: see :func:`fastcnn.functional.conv_bn_act_blocks`."""
-    parts = [
-        functional.ConvBnActBlock(
-            _steps(block.steps), None if block.shortcut is None else _steps(block.shortcut)
-        )
-        for block in blocks
-    ]
+    parts = [_block(f"{OP}: block {i}", block) for i, block in enumerate(blocks)]
     return functional.conv_bn_act_blocks(x, parts, memory=memory)
 
 
-def _steps(steps: Sequence[Step]) -> list[functional.ConvBnActStep]:
-    return [_step(i, *step) for i, step in enumerate(steps)]
+def _block(op: str, block: Block) -> functional.ConvBnActBlock:
+    if not isinstance(block, Block):
+        raise TypeError(f"{op}: expected a Block, got {type(block).__name__}")
+    shortcut = None if block.shortcut is None else _steps(op, "shortcut", block.shortcut)
+    return functional.ConvBnActBlock(_steps(op, "steps", block.steps), shortcut)
 
 
-def _step(
-    i: int, conv: torch.nn.Conv2d, bn: BatchNormAct2d, pool: torch.nn.MaxPool2d | None = None
-) -> functional.ConvBnActStep:
+def _steps(op: str, name: str, steps: Sequence[Step]) -> list[functional.ConvBnActStep]:
+    if not isinstance(steps, Sequence):
+        raise TypeError(
+            f"{op}: {name}: expected a sequence of steps (conv, bn) or (conv, bn, pool), got "
+            f"{type(steps).__name__}"
+        )
+    return [_step(f"{op}: step {i}", step) for i, step in enumerate(steps)]
+
+
+def _check_modules(op: str, step: Step) -> None:
+    if not isinstance(step, Sequence) or len(step) not in (2, 3):
+        got = f"{len(step)} of them" if isinstance(step, Sequence) else type(step).__name__
+        raise TypeError(f"{op}: expected modules (conv, bn) or (conv, bn, pool), got {got}")
+    for module, kind in zip(step, _KINDS, strict=False):
+        if not isinstance(module, kind):
+            raise TypeError(f"{op}: expected a {kind.__name__}, got {type(module).__name__}")
+        if module._forward_pre_hooks or module._forward_hooks:
+            raise ValueError(
+                f"{op}: expected a {kind.__name__} without forward hooks, since its forward does "
+                f"not run, got one with hooks, as pruning and spectral_norm add them; call the "
+                f"modules one by one, or remove the hooks"
+            )
+
+
+def _step(op: str, step: Step) -> functional.ConvBnActStep:
+    _check_modules(op, step)
+    conv, bn = step[:2]
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         raise ValueError(
-            f"conv_bn_act: step {i}: expected padding numbers with padding_mode='zeros', got "
+            f"{op}: expected padding numbers with padding_mode='zeros', got "
             f"padding={conv.padding!r} with padding_mode={conv.padding_mode!r}"
         )
     return functional.ConvBnActStep(
@@ -83,15 +109,14 @@ def _step(
         bn.act,
         bn.sync,
         bn.process_group,
-        None if pool is None else _pool(i, pool),
+        _pool(op, step[2]) if len(step) == 3 else None,
     )
 
 
-def _pool(i: int, pool: torch.nn.MaxPool2d) -> functional.MaxPool:
+def _pool(op: str, pool: torch.nn.MaxPool2d) -> functional.MaxPool:
     if pool.dilation not in (1, (1, 1)) or pool.ceil_mode or pool.return_indices:
         raise ValueError(
-            f"conv_bn_act: step {i}: expected a MaxPool2d without dilation, ceil_mode and "
-            f"return_indices, got {pool}"
+            f"{op}: expected a MaxPool2d without dilation, ceil_mode and return_indices, got {pool}"
         )
     return functional.MaxPool(
         cast(Pair, pool.kernel_size), cast(Pair, pool.stride), cast(Pair, pool.padding)

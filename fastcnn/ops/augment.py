@@ -172,6 +172,8 @@ def augment(
     if 0.0 in stds:
         raise ValueError(f"{OP}: std: expected numbers other than 0, got {std!r}")
     fills, erased = per_channel("fill", fill, c), per_channel("erase_value", erase_value, c)
+    if not all(0 <= level <= TOP_LEVEL for level in fills):
+        raise ValueError(f"{OP}: fill: expected grey levels from 0 to 255, got {fill!r}")
     channels = torch.tensor(
         [
             [1 / (TOP_LEVEL * s), -m / s, f, e]

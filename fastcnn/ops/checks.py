@@ -118,6 +118,14 @@ def check_channels(op: str, name: str, t: Tensor, channels: int, x: Tensor) -> N
         raise ValueError(f"{op}: {name}: expected device {x.device}, got {t.device}")
 
 
+def check_eps(op: str, eps: float) -> None:
+    """Check what is added to a variance, as torch does when training: a number above 0."""
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps: expected a number, got {type(eps).__name__}")
+    if not eps > 0:
+        raise ValueError(f"{op}: eps: expected a number above 0, got {eps}")
+
+
 def check_parameters(
     op: str,
     sizes: Sequence[int],
@@ -137,9 +145,11 @@ def check_parameters(
     prefix: what the caller's user knows weight and bias as, "bn_" for "bn_weight".
     is_part: other processes hold more of the batch, so that one value a channel may be enough.
     """
-    for name, number in (("momentum", momentum), ("eps", eps)):
-        if not isinstance(number, (int, float)):
-            raise TypeError(f"{op}: {name}: expected a number, got {type(number).__name__}")
+    check_eps(op, eps)
+    if not isinstance(momentum, (int, float)):
+        raise TypeError(f"{op}: momentum: expected a number, got {type(momentum).__name__}")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"{op}: momentum: expected a number from 0 to 1, got {momentum}")
     named = {
         f"{prefix}weight": weight, f"{prefix}bias": bias,
         "running_mean": running_mean, "running_var": running_var,

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from fastcnn.ops._library import apply, declare, distinct, positional
 from fastcnn.ops.accumulate import acc_type, as_acc
 from fastcnn.ops.activation import act_number
-from fastcnn.ops.checks import check_channels, check_image, memory_format_of
+from fastcnn.ops.checks import check_channels, check_eps, check_image, memory_format_of
 
 OP = "group_norm_act"
 
@@ -134,8 +134,7 @@ def check_norm(
     if channels is not None and input.shape[1] != channels:
         raise ValueError(f"{op}: input: expected {channels} channels, got {input.shape[1]}")
     number = act_number(op, act)
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"{op}: eps: expected a number, got {type(eps).__name__}")
+    check_eps(op, eps)
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None:
             check_channels(op, name, t, input.shape[1], input)

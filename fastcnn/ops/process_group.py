@@ -18,6 +18,8 @@ def group_of(op: str, sync: bool, process_group: object) -> Group | None:
 
     Without an initialised torch.distributed there is one process, as torch.nn.SyncBatchNorm has it.
     """
+    if not isinstance(sync, bool):
+        raise TypeError(f"{op}: sync: expected a bool, got {type(sync).__name__}")
     if not sync:
         if process_group is not None:
             raise ValueError(f"{op}: process_group: expected None beside sync=False, got a group")

@@ -18,6 +18,8 @@ SAMPLING_NUMBER = {
 }
 MODES = ("nearest", "nearest-exact", "bilinear")
 
+LARGEST_SIDE = 2**31 - 1  # csrc/upsample.h: sides are 32-bit numbers
+
 Pair = tuple[int, int]
 Scales = tuple[float | None, float | None]
 
@@ -47,9 +49,15 @@ def output_size(
             for pixels, factor in zip(input.shape[2:], factors, strict=True)
         )
         scales = (None, None) if recompute_scale_factor else (float(factors[0]), float(factors[1]))
+    asked = f"size={size!r}" if scale_factor is None else f"scale_factor={scale_factor!r}"
     if h < 1 or w < 1:
-        asked = f"size={size!r}" if scale_factor is None else f"scale_factor={scale_factor!r}"
         raise ValueError(f"{OP}: {asked}: expected an output of at least 1x1 pixels, got {h}x{w}")
+    # Not while tracing, where it would be a guard on each dynamic size; C++ checks it too.
+    if not torch.compiler.is_compiling() and max(h, w) > LARGEST_SIDE:
+        raise ValueError(
+            f"{OP}: {asked}: expected an output of at most {LARGEST_SIDE} pixels a side, got "
+            f"{h}x{w}"
+        )
     return (h, w), scales
 
 
