@@ -187,16 +187,17 @@ std::tuple<Tensor, Tensor, Tensor> reduce(const Tensor& dy, const Tensor& x,
                         want_dresidual);
 }
 
-// The second half, from the sums of all ranks.
+// The second half, from the sums of all ranks; with fixed statistics (not training) none count.
 template <auto launch>
 Tensor dx(const Tensor& dy, const Tensor& x, const OptionalTensor& saved,
           const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
           const Tensor& var, const Tensor& dweight, const Tensor& dbias, const Tensor& total,
-          double eps, int64_t act) {
+          double eps, int64_t act, bool training) {
   constexpr const char* kOp = "batch_norm_act_dx";
   const Check check(kOp, x);
   BatchNormActBwdParams p = bwd_params(check, dy, x, saved, weight, bias, mean, var, eps, act);
   Tensor dx = torch::stable::empty_like(x);
+  p.training = training;
   p.total = check.numbers("total", total, 1);
   p.dx = dx.mutable_data_ptr();
   p.dweight = const_cast<void*>(check.channels("dweight", dweight));

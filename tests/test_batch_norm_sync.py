@@ -299,5 +299,5 @@ def test_stages_make_the_whole(layout: str) -> None:
     totals = [torch.stack([s[i] for s in sums]).sum(0) for i in (1, 2)]
     for got, want in zip(totals, (dweight, dbias), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
-    got = ops.batch_norm_act_dx(case.dy, case.x, y, *rest, *totals, joined[2], 1e-5, 1)
+    got = ops.batch_norm_act_dx(case.dy, case.x, y, *rest, *totals, joined[2], 1e-5, 1, True)
     torch.testing.assert_close(got, dx, rtol=1e-13, atol=1e-13)

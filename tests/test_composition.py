@@ -226,7 +226,7 @@ def test_opcheck(dtype: torch.dtype, layout: str) -> None:
             opcheck(ops.batch_norm_act_bwd, args)
             opcheck(ops.batch_norm_act_reduce, (*args[:-2], want))
         sums = (mean, var, torch.tensor([60.0]))
-        opcheck(ops.batch_norm_act_dx, (*args[:7], *sums, 1e-5, 1))
+        opcheck(ops.batch_norm_act_dx, (*args[:7], *sums, 1e-5, 1, True))
     opcheck(ops.batch_norm_act_stats, (x,))
     opcheck(ops.batch_norm_join_stats, (torch.rand(2, 7),))
     for total in (None, torch.tensor([60.0])):

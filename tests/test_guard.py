@@ -49,7 +49,7 @@ def run_all() -> None:
                     ops.batch_norm_act_bwd(dy, x, saved, w, b, mean, var, 1e-5, act, True, True)
                 ops.batch_norm_act_stats(x)
                 ops.batch_norm_act_reduce(dy, x, residual, w, b, mean, var, 1e-5, 1, True)
-                ops.batch_norm_act_dx(dy, x, None, w, b, mean, var, w, b, w[-1:], 1e-5, 1)
+                ops.batch_norm_act_dx(dy, x, None, w, b, mean, var, w, b, w[-1:], 1e-5, 1, True)
                 ops.batch_norm_update_running(mean, var, w, b, None, 0.1, 7)
                 ops.batch_norm_update_running(mean, var, w, b, w[-1:], 0.1, 0)
                 resize_all(image)

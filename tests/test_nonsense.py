@@ -156,7 +156,7 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
         return {**images, **norm, **stats, **rest, "want_dresidual": True}
     if op == "batch_norm_act_dx":
         sums = {"dweight": c[0].clone(), "dbias": c[1].clone(), "total": c[0][:1].clone()}
-        return {**images, **norm, **stats, **sums, **rest}
+        return {**images, **norm, **stats, **sums, **rest, "training": True}
     if op.startswith("upsample"):
         how = {"scale_h": 1.0, "scale_w": 2.0, "sampling": 2}
         how["channels_last"] = layout == "channels_last"

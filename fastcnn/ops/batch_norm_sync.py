@@ -63,8 +63,8 @@ declare(
 )
 declare(
     "batch_norm_act_dx(Tensor dy, Tensor x, Tensor? saved, Tensor? weight, Tensor? bias, "
-    "Tensor mean, Tensor var, Tensor dweight, Tensor dbias, Tensor total, float eps, int act) "
-    "-> Tensor",
+    "Tensor mean, Tensor var, Tensor dweight, Tensor dbias, Tensor total, float eps, int act, "
+    "bool training) -> Tensor",
     _dx_fake,
 )
 
@@ -103,7 +103,7 @@ def synced_bwd(
     sums = gather(torch.stack((dweight, dbias)), group).sum(0)
     if want_dresidual:  # dz lies there
         dy, saved, act = dresidual, None, ACT_NUMBER["none"]
-    dx = _dx(dy, x, saved, *fixed, *sums.unbind(), total, eps, act)
+    dx = _dx(dy, x, saved, *fixed, *sums.unbind(), total, eps, act, True)
     return dx, dresidual, dweight, dbias
 
 
@@ -121,4 +121,4 @@ def frozen_bwd(
     """Return dx = rstd * weight * dz, with fixed statistics: no sums, 3 passes instead of 5."""
     zeros = new_channels(x).zero_()
     stats = as_acc(x, mean), as_acc(x, var)
-    return _dx(dy, x, saved, weight, bias, *stats, zeros, zeros, zeros.new_ones(1), eps, act)
+    return _dx(dy, x, saved, weight, bias, *stats, zeros, zeros, zeros.new_ones(1), eps, act, False)

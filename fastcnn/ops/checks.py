@@ -118,12 +118,13 @@ def check_channels(op: str, name: str, t: Tensor, channels: int, x: Tensor) -> N
         raise ValueError(f"{op}: {name}: expected device {x.device}, got {t.device}")
 
 
-def check_eps(op: str, eps: float) -> None:
-    """Check what is added to a variance, as torch does when training: a number above 0."""
+def check_eps(op: str, eps: float, of_batch: bool = True) -> None:
+    """Check what is added to a variance: above 0 beside a batch's own, as torch has it, else 0 too."""
     if not isinstance(eps, (int, float)):
         raise TypeError(f"{op}: eps: expected a number, got {type(eps).__name__}")
-    if not eps > 0:
-        raise ValueError(f"{op}: eps: expected a number above 0, got {eps}")
+    if not (eps > 0 or (eps == 0 and not of_batch)):
+        least = "a number above 0" if of_batch else "at least 0"
+        raise ValueError(f"{op}: eps: expected {least}, got {eps}")
 
 
 def check_parameters(
@@ -145,7 +146,7 @@ def check_parameters(
     prefix: what the caller's user knows weight and bias as, "bn_" for "bn_weight".
     is_part: other processes hold more of the batch, so that one value a channel may be enough.
     """
-    check_eps(op, eps)
+    check_eps(op, eps, training)
     if not isinstance(momentum, (int, float)):
         raise TypeError(f"{op}: momentum: expected a number, got {type(momentum).__name__}")
     if not 0 <= momentum <= 1:
