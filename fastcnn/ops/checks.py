@@ -119,7 +119,7 @@ def check_channels(op: str, name: str, t: Tensor, channels: int, x: Tensor) -> N
 
 
 def check_eps(op: str, eps: float, of_batch: bool = True) -> None:
-    """Check what is added to a variance: at least 0, and above beside a batch's own, as in torch."""
+    """Check what is added to a variance: at least 0; above, as in torch, beside a batch's own."""
     if not isinstance(eps, (int, float)):
         raise TypeError(f"{op}: eps: expected a number, got {type(eps).__name__}")
     if not (eps > 0 or (eps == 0 and not of_batch)):
