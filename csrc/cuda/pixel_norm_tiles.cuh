@@ -65,7 +65,7 @@ __device__ void sum_of_lanes(float (&values)[kVector], const TilePlan& plan) {
 }
 
 template <class T, int kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     pixel_norm_act_fwd_kernel(GroupNormActFwdParams p, TilePlan plan) {
   const int64_t c = p.shape.c, hw = p.shape.hw, pixel = plan.pixel();
   const bool active = pixel < hw;
