@@ -212,46 +212,49 @@ inline bool can_store_past_caches(const T* p, int64_t stride) {
 #endif
 }
 
-// A whole vector to memory, to an address that is a multiple of what it fills, without reading the
-// cache lines that it fills and without keeping them. The thread calls fence_stores() behind its
-// last one.
-template <class T>
-inline void store_past_caches(T* p, Vec<Acc<T>> v) {
+// Bits of 8 to 64 bytes to memory, to an address that is a multiple of their size, without reading
+// the cache lines that they fill and without keeping them. The thread calls fence_stores() behind
+// its last ones.
+template <class Bits>
+inline void stream_bits(void* p, const Bits& bits) {
 #if defined(__x86_64__)
-  const auto write = [&](const auto& bits) {
-    constexpr int kBytes = sizeof bits;
-    const auto* from = reinterpret_cast<const char*>(&bits);
-    auto* to = reinterpret_cast<char*>(p);
+  constexpr int kBytes = sizeof bits;
+  const auto* from = reinterpret_cast<const char*>(&bits);
+  auto* to = static_cast<char*>(p);
 #if defined(__AVX512F__)
-    if constexpr (kBytes == 64) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
-      return;
-    }
+  if constexpr (kBytes == 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+    return;
+  }
 #endif
 #if defined(__AVX__)
-    if constexpr (kBytes == 32) {
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(to),
-                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-      return;
-    }
+  if constexpr (kBytes == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return;
+  }
 #endif
-    if constexpr (kBytes == 16) {
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to),
-                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-    } else if constexpr (kBytes == 8) {
-      long long word;
-      std::memcpy(&word, from, sizeof word);
-      _mm_stream_si64(reinterpret_cast<long long*>(to), word);
-    }
-  };
-  if constexpr (sizeof(T) == sizeof(Acc<T>)) {
-    write(v);
-  } else {
-    write(from_float(v, T{}));
+  if constexpr (kBytes == 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  } else if constexpr (kBytes == 8) {
+    long long word;
+    std::memcpy(&word, from, sizeof word);
+    _mm_stream_si64(reinterpret_cast<long long*>(to), word);
   }
 #else
-  store(p, v);
+  std::memcpy(p, &bits, sizeof bits);
 #endif
+}
+
+// A whole vector, as stream_bits.
+template <class T>
+inline void store_past_caches(T* p, Vec<Acc<T>> v) {
+  if constexpr (sizeof(T) == sizeof(Acc<T>)) {
+    stream_bits(p, v);
+  } else {
+    stream_bits(p, from_float(v, T{}));
+  }
 }
 
 inline void fence_stores() {

@@ -23,6 +23,7 @@ namespace {
 // Of an output that is stored around the cache: half of the machine's, so that another half is left
 // for what a smaller output's reader finds there.
 constexpr int64_t kStreamBytes = 1 << 24;
+constexpr int64_t kLineBytes = 64;
 
 // Everything that the tasks of one call share.
 template <class T>
@@ -31,7 +32,7 @@ struct Fwd {
   const Places places;
   const AxisTable<S> rows, columns;
   const Cut cut;
-  const bool by_lanes;
+  const bool by_lanes, copies;
   Picks<S> low;
   Scratch<Index<S>> high;  // relative to low's base
   Scratch<S> weight;       // in step with low and high
@@ -44,6 +45,7 @@ struct Fwd {
         columns(p.shape.columns, p.shape.sampling, false),
         cut(places.planes, rows.out, columns.out, places.k, kLanes<S>, places.elements()),
         by_lanes(places.k < kLanes<S>),
+        copies(!by_lanes && !rows.linear && !columns.linear),
         low(by_lanes ? columns.out * places.k : 0),
         high(by_lanes ? columns.out * places.k + kLanes<S> : 0),
         weight(by_lanes ? columns.out * places.k + kLanes<S> : 0),
@@ -152,13 +154,36 @@ struct Fwd {
     });
   }
 
+  // Nearest in channels_last: whole pixels as they are, each from where its source lies in x.
+  template <bool kStream>
+  void copy_pixels(const T* row, T* out, int64_t first, int64_t last) const {
+    for (int64_t o = first; o < last; ++o, out += places.pitch) {
+      const T* pixel = row + columns.sources[o].index * places.k;
+      for_each_vector<S>(
+          places.k, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+            if constexpr (kStream) {
+              typename VecOf<uint8_t, kLanes<S> * sizeof(T)>::type bits;
+              std::memcpy(&bits, pixel + i, sizeof bits);
+              stream_bits(out + i, bits);
+            } else {
+              std::memcpy(out + i, pixel + i, static_cast<size_t>(count) * sizeof(T));
+            }
+          });
+    }
+  }
+
   // Whether y bypasses the cache, which it would leave before anyone reads it. Every store must
-  // then be a whole vector, on its own boundary.
+  // then be a whole vector, on its own boundary; and where y's pixels are runs of their own, whole
+  // cache lines, or the memory is written in pieces.
   bool streams() const {
     const int64_t bytes = sizeof(T), vector = kLanes<S> * bytes;
-    return places.elements() * bytes >= kStreamBytes && places.pitch == places.k &&
-           places.large_row * bytes % vector == 0 && places.s.image * bytes % vector == 0 &&
-           cut.pixels * places.k % kLanes<S> == 0 && reinterpret_cast<uintptr_t>(y) % vector == 0;
+    const bool dense = places.pitch == places.k && !copies;
+    const int64_t run = dense ? cut.pixels * places.k * bytes : places.k * bytes;
+    const int64_t unit = dense ? vector : kLineBytes;
+    return places.elements() * bytes >= kStreamBytes && run % unit == 0 &&
+           places.pitch * bytes % (dense ? bytes : unit) == 0 &&
+           places.large_row * bytes % unit == 0 && places.s.image * bytes % unit == 0 &&
+           reinterpret_cast<uintptr_t>(y) % static_cast<uintptr_t>(unit) == 0;
   }
 
   Held new_held() const {
@@ -177,6 +202,14 @@ struct Fwd {
     const T* plane = x + cut.plane(task) * places.small_plane;
     T* out = y + places.large_plane(cut.plane(task)) + first * places.pitch;
     const int64_t end = cut.last_row(task);
+    if (copies) {
+      for (int64_t o = cut.first_row(task); o < end; ++o) {
+        copy_pixels<kStream>(plane + rows.sources[o].index * places.small_row,
+                             out + o * places.large_row, first, last);
+      }
+      if constexpr (kStream) fence_stores();
+      return;
+    }
     for (int64_t o = cut.first_row(task); o < end; o += kGroup) {
       const int64_t group = min(kGroup, end - o);
       const S *low_row[kGroup], *high_row[kGroup];
@@ -207,7 +240,7 @@ struct Fwd {
   }
 };
 
-// skip's channels, to the front of y's.
+// skip's channels, to the front of y's; around the cache where they are whole lines of a large y.
 void copy_skip(const UpsampleFwdParams& p, int64_t element_bytes) {
   const UpsampleShape& s = p.shape;
   const int64_t hw = s.rows.out * s.columns.out;
@@ -216,13 +249,25 @@ void copy_skip(const UpsampleFwdParams& p, int64_t element_bytes) {
   const int64_t step = (s.channels_last ? s.pixel : s.image) * element_bytes;
   const int64_t piece = min(run, kChunkBytes);
   const int64_t pieces = ceil_div(run, piece), together = max(1, kChunkBytes / run);
+  const bool streams = run * runs >= kStreamBytes && run % kLineBytes == 0 &&
+                       step % kLineBytes == 0 && reinterpret_cast<uintptr_t>(p.y) % kLineBytes == 0;
   const auto copy = [&](int64_t task) {
     const int64_t first = task / pieces * together, at = task % pieces * piece;
+    const int64_t length = min(piece, run - at);
     for (int64_t r = first; r < min(runs, first + together); ++r) {
-      std::memcpy(static_cast<char*>(p.y) + r * step + at,
-                  static_cast<const char*>(p.skip) + r * run + at,
-                  static_cast<size_t>(min(piece, run - at)));
+      char* to = static_cast<char*>(p.y) + r * step + at;
+      const char* from = static_cast<const char*>(p.skip) + r * run + at;
+      if (!streams) {
+        std::memcpy(to, from, static_cast<size_t>(length));
+        continue;
+      }
+      for (int64_t i = 0; i < length; i += kVectorBytes) {
+        typename VecOf<uint8_t>::type bits;
+        std::memcpy(&bits, from + i, sizeof bits);
+        stream_bits(to + i, bits);
+      }
     }
+    if (streams) fence_stores();
   };
   parallel_for(ceil_div(runs, together) * pieces, 4, copy);
 }

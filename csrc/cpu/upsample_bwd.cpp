@@ -14,11 +14,11 @@ struct Bwd {
   const Places places;
   const AxisTable<S> rows, columns;
   const Cut cut;
-  const bool by_lanes;
-  int64_t longest = 0;  // outputs that an input column is in
-  Picks<S> start;       // of each element's outputs
-  Scratch<S> count;     // of its outputs; in step with start
-  Scratch<S> share;     // [longest] of such arrays
+  const bool by_lanes, copied;  // copied: by nearest sampling, in channels_last
+  int64_t longest = 0;          // outputs that an input column is in
+  Picks<S> start;               // of each element's outputs
+  Scratch<S> count;             // of its outputs; in step with start
+  Scratch<S> share;             // [longest] of such arrays
   int64_t padded;
   const T* dy;
   T* dx;
@@ -36,6 +36,7 @@ struct Bwd {
         cut(places.planes, rows.in, columns.in, places.k * ceil_div(columns.out, columns.in),
             kLanes<S>, places.elements()),
         by_lanes(places.k < kLanes<S>),
+        copied(!by_lanes && !rows.linear && !columns.linear),
         longest(longest_of(columns)),
         start(by_lanes ? places.small_row : 0),
         count(by_lanes ? places.small_row + kLanes<S> : 0),
@@ -143,6 +144,28 @@ struct Bwd {
     }
   }
 
+  // Input row i where every share is 1: straight from dy, whose rows stay in the L1 cache while a
+  // row's pixels are gathered. Added up as the two steps would: down a column, then across.
+  void gather_copies(const T* from, int64_t i, T* out, int64_t first, int64_t last) const {
+    const T* top = from + rows.begin[i] * places.large_row;
+    const int64_t down = rows.length(i);
+    for (int64_t p = first; p < last; ++p, out += places.k) {
+      const T* left = top + (columns.begin[p] - columns.begin[first]) * places.pitch;
+      const int64_t across = columns.length(p);
+      for_each_vector<S>(
+          places.k, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+            Vec<S> v{};
+            for (int64_t t = 0; t < across; ++t) {
+              const T* at = left + t * places.pitch + j;
+              Vec<S> column{};
+              for (int64_t r = 0; r < down; ++r, at += places.large_row) column += load(at, lanes);
+              v += column;
+            }
+            store(out + j, v, lanes);
+          });
+    }
+  }
+
   template <bool kNear>
   void gather_group(const S* sums, int64_t step, int64_t group, T* out, int64_t first,
                     int64_t last) const {
@@ -170,6 +193,12 @@ struct Bwd {
     const T* from = dy + places.large_plane(cut.plane(task)) + begin * places.pitch;
     T* plane = dx + cut.plane(task) * places.small_plane + first * places.k;
     const int64_t end = cut.last_row(task);
+    if (copied) {
+      for (int64_t i = cut.first_row(task); i < end; ++i) {
+        gather_copies(from, i, plane + i * places.small_row, first, last);
+      }
+      return;
+    }
     for (int64_t i = cut.first_row(task); i < end; i += kGroup) {
       const int64_t group = min(kGroup, end - i);
       for (int64_t r = 0; r < group; ++r) add_all(from, i + r, sums + r * step, pixels);
