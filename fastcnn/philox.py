@@ -9,19 +9,25 @@ from torch import Tensor
 LOW = 0xFFFFFFFF  # the bits of a word
 
 
-def philox4x32_10(counter: Tensor, seed: int) -> Tensor:
+def philox4x32_10(counter: Tensor, seed: int | Tensor) -> Tensor:
     """Return the four random words [4, ...] of each counter [4, ...], int64 below 2^32.
 
-    The seed's 64 bits are the key.
+    The 64 bits of the seed (a number, or an int64 tensor of one) are the key.
     """
+    if isinstance(seed, Tensor):
+        first = torch.stack([seed & LOW, seed >> 32 & LOW])
+    else:
+        first = torch.tensor([seed & LOW, seed >> 32 & LOW])
+    step, factors = torch.tensor([[0x9E3779B9, 0xBB67AE85], [0xD2511F53, 0xCD9E8D57]])
     ones = [1] * (counter.dim() - 1)
-    key, step, factors = torch.tensor(
-        [[seed & LOW, seed >> 32 & LOW], [0x9E3779B9, 0xBB67AE85], [0xD2511F53, 0xCD9E8D57]]
-    ).view(3, 2, *ones)
-    # Both halves of a round at once: even holds words 0 and 2, odd words 1 and 3.
+    keys = (first + step * torch.arange(10)[:, None]).view(10, 2, *ones)
+    factors = factors.view(2, *ones)
+    # Both halves of a round at once: even holds words 0 and 2, odd words 1 and 3. Products wrap
+    # around 64 bits, which leaves both halves right; what stands above 32 bits in odd and in keys
+    # ends where even is masked.
     even, odd = counter[0::2], counter[1::2]
-    for i in range(10):
-        product = even * factors  # wraps around 64 bits, which leaves both halves right
-        even = (product >> 32 & LOW).flip(0) ^ odd ^ (key + i * step & LOW)
-        odd = (product & LOW).flip(0)
-    return torch.stack([even, odd], 1).flatten(0, 1)
+    for key_of_round in keys.unbind():
+        product = (even * factors).flip(0)
+        even = (product >> 32 ^ odd ^ key_of_round) & LOW
+        odd = product
+    return torch.stack([even, odd & LOW], 1).flatten(0, 1)

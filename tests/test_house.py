@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"interpolate": "upsample", "conv_bn_act_blocks": "conv_bn_act"}
 OPS = sorted({NAMES.get(name, name) for name in functional.__all__ if name.islower()})
 COMPOSED = {"conv_bn_act"}  # made of other ops: no kernels of their own
+MODULES = {"augment": "fastcnn/augment/module.py"}  # the others: fastcnn/nn/<op>.py
 CPU_ONLY = {"conv2d_bwd_weight"}  # cuDNN's weight gradient needs no help
 KERNEL_OPS = [op for op in OPS if op not in COMPOSED]
 OPERATORS = [
@@ -34,7 +35,8 @@ def test_there_are_ops() -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_op_has_all_rooms(op: str) -> None:
-    rooms = [f"fastcnn/ops/{op}.py", f"fastcnn/nn/{op}.py", f"tests/test_{op}.py"]
+    module = MODULES.get(op, f"fastcnn/nn/{op}.py")
+    rooms = [f"fastcnn/ops/{op}.py", module, f"tests/test_{op}.py"]
     if op in KERNEL_OPS:
         rooms += [f"csrc/{op}.h", f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu"]
         rooms += [f"fastcnn/reference/{op}.py", f"benchmarks/bench_{op}.py"]

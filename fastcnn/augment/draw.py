@@ -1,6 +1,7 @@
 """From ranges to parameters: each sample's own, from a seed and the sample's key alone."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,56 +14,53 @@ Size = tuple[int, int]
 _ATTEMPTS = 10  # as torchvision's RandomResizedCrop and RandomErasing
 
 # A sample's words, in this order. Each transform has words of its own, used or not: switching one
-# on or off changes nothing in the others.
-_SLOTS = {
+# on or off changes nothing in the others. The last are many, and made only where they are asked
+# for: where a range draws a crop's size, or erases.
+_UNIFORM = {
     "angle": 1, "translate": 2, "scale": 1, "shear": 2, "flips": 2, "brightness": 1, "contrast": 1,
-    "saturation": 1, "hue": 1, "noise": 1, "noise_seed": 2, "erasing": 1, "crop_place": 2,
-    "crop": 2 * _ATTEMPTS, "erase_place": 2, "erase": 2 * _ATTEMPTS,
+    "saturation": 1, "hue": 1, "noise": 1,
+}  # fmt: skip
+_SLOTS = {
+    **_UNIFORM, "noise_seed": 2, "erasing": 1, "crop_place": 2, "crop": 2 * _ATTEMPTS,
+    "erase_place": 2, "erase": 2 * _ATTEMPTS,
 }  # fmt: skip
 
 
-class _Draws:
-    """Uniform numbers in [0, 1) by slot, float64 [n, width of the slot]."""
+def _words(ranges: Ranges, seed: int | Tensor, keys: Tensor) -> dict[str, Tensor]:
+    """The words by slot, int64 [width of the slot, n], down to the last slot that is drawn from."""
+    names = list(_SLOTS)
+    last = "erase" if ranges.erasing > 0 else "crop_place" if ranges.crop_scale is None else "crop"
+    slots = names[: names.index(last) + 1]
+    widths = [_SLOTS[name] for name in slots]
+    return dict(zip(slots, words(seed, keys, sum(widths)).t().split(widths), strict=True))
 
-    def __init__(self, seed: int, keys: Tensor) -> None:
-        self._words = dict(
-            zip(
-                _SLOTS,
-                words(seed, keys, sum(_SLOTS.values())).split(list(_SLOTS.values()), 1),
-                strict=True,
-            )
-        )
 
-    def unit(self, slot: str) -> Tensor:
-        return self._words[slot] * 2.0**-32
+def _unit(word: Tensor) -> Tensor:
+    return word.double() * 2.0**-32  # exactly, so below 1; float32 would round up to it
 
-    def within(self, slot: str, limits: Range) -> Tensor:
-        """[n] float32 between the limits."""
-        u = self.unit(slot)[:, 0]
-        return (limits[0] + (limits[1] - limits[0]) * u).clamp(*limits).float()
 
-    def word(self, slot: str) -> Tensor:
-        """[n] int64 of two words."""
-        high, low = self._words[slot].unbind(1)
-        return (high << 32) | low
+def _uniform(word: Sequence[Tensor], limits: Sequence[Range]) -> Tensor:
+    """Numbers between the limits, float64 [len(limits), n]: all slots at once."""
+    low, high = torch.tensor(limits, dtype=torch.float64).t()[:, :, None]
+    return (low + (high - low) * _unit(torch.cat(tuple(word)))).clamp(low, high)
 
 
 def _boxes(u: Tensor, area: int, scale: Range, ratio: Range) -> tuple[Tensor, Tensor]:
-    """Sides of attempts, [n, attempts] each: of sqrt(area * ratio) and sqrt(area / ratio)."""
-    areas = area * (scale[0] + (scale[1] - scale[0]) * u[:, :_ATTEMPTS])
+    """Sides of attempts, [attempts, n] each: of sqrt(area * ratio) and sqrt(area / ratio)."""
+    areas = area * (scale[0] + (scale[1] - scale[0]) * u[:_ATTEMPTS])
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    ratios = (low + (high - low) * u[:, _ATTEMPTS:]).exp()
+    ratios = (low + (high - low) * u[_ATTEMPTS:]).exp()
     return (areas * ratios).sqrt().round().long(), (areas / ratios).sqrt().round().long()
 
 
 def _first(fits: Tensor, *sides: Tensor) -> list[Tensor]:
-    """Of each row the sides of the first attempt that fits; 0 where none does."""
-    found = fits.any(1)
-    index = fits.byte().argmax(1, keepdim=True)
-    return [torch.where(found, side.gather(1, index)[:, 0], 0) for side in sides]
+    """Of each sample the sides of the first attempt that fits; 0 where none does."""
+    found = fits.any(0)
+    index = fits.byte().argmax(0, keepdim=True)
+    return [torch.where(found, side.gather(0, index)[0], 0) for side in sides]
 
 
-def _place(u: Tensor, free: Tensor) -> Tensor:
+def _place(u: Tensor, free: Tensor | int) -> Tensor:
     """A whole number from 0 to `free`, included."""
     return (u * (free + 1)).long()
 
@@ -80,18 +78,17 @@ def center_crop(ranges: Ranges, size_in: Size, size: Size) -> list[int]:
     return [round((h_in - h) / 2.0), round((w_in - w) / 2.0), h, w]
 
 
-def _crops(draws: _Draws, ranges: Ranges, n: int, size_in: Size, size: Size) -> Tensor:
+def _crops(word: dict[str, Tensor], ranges: Ranges, size_in: Size, size: Size) -> Tensor:
     (h_in, w_in), (h, w) = size_in, size
-    place = draws.unit("crop_place")
+    top, left = _unit(word["crop_place"]).unbind()
     if ranges.crop_scale is None:
-        heights, widths = torch.tensor([h, w]).repeat(n, 1).unbind(1)
-    else:
-        u = draws.unit("crop")
-        wide, high = _boxes(u, h_in * w_in, ranges.crop_scale, ranges.crop_ratio)
-        fits = (wide > 0) & (wide <= w_in) & (high > 0) & (high <= h_in)
-        heights, widths = _first(fits, high, wide)
-    tops = _place(place[:, 0], h_in - heights)
-    lefts = _place(place[:, 1], w_in - widths)
+        tops, lefts = _place(top, h_in - h), _place(left, w_in - w)
+        return torch.stack([tops, lefts, torch.full_like(tops, h), torch.full_like(tops, w)], 1)
+    u = _unit(word["crop"])
+    wide, high = _boxes(u, h_in * w_in, ranges.crop_scale, ranges.crop_ratio)
+    fits = (wide > 0) & (wide <= w_in) & (high > 0) & (high <= h_in)
+    heights, widths = _first(fits, high, wide)
+    tops, lefts = _place(top, h_in - heights), _place(left, w_in - widths)
     crops = torch.stack([tops, lefts, heights, widths], 1)
     return torch.where(heights[:, None] > 0, crops, _last_resort(ranges.crop_ratio, size_in))
 
@@ -105,39 +102,46 @@ def _last_resort(ratio: Range, size_in: Size) -> Tensor:
     return torch.tensor([(h_in - h) // 2, (w_in - w) // 2, h, w])
 
 
-def _erased(draws: _Draws, ranges: Ranges, size: Size) -> Tensor:
+def _erased(word: dict[str, Tensor], ranges: Ranges, n: int, size: Size) -> Tensor:
+    if ranges.erasing == 0:
+        return torch.zeros(n, 4, dtype=torch.int64)
     h, w = size
-    high, wide = _boxes(draws.unit("erase"), h * w, ranges.erasing_scale, ranges.erasing_ratio)
+    high, wide = _boxes(_unit(word["erase"]), h * w, ranges.erasing_scale, ranges.erasing_ratio)
     heights, widths = _first((high < h) & (wide < w), high, wide)
-    place = draws.unit("erase_place")
-    tops, lefts = _place(place[:, 0], h - heights), _place(place[:, 1], w - widths)
-    erased = draws.unit("erasing") < ranges.erasing
-    return torch.where(erased, torch.stack([tops, lefts, heights, widths], 1), 0)
+    top, left = _unit(word["erase_place"]).unbind()
+    tops, lefts = _place(top, h - heights), _place(left, w - widths)
+    erased = _unit(word["erasing"]) < ranges.erasing
+    return torch.where(erased, torch.stack([tops, lefts, heights, widths]), 0).t()
 
 
-def draw(ranges: Ranges, seed: int, keys: Tensor, size_in: Size, size: Size) -> AugmentParameters:
+def draw(
+    ranges: Ranges, seed: int | Tensor, keys: Tensor, size_in: Size, size: Size
+) -> AugmentParameters:
     """Draw the parameters of the samples with these keys (int64 [n])."""
-    draws, n = _Draws(seed, keys), keys.shape[0]
-    shear = [
-        limits[0] + (limits[1] - limits[0]) * draws.unit("shear")[:, i]
-        for i, limits in enumerate((ranges.shear_x, ranges.shear_y))
-    ]
-    most = torch.tensor([ranges.translate[0] * size_in[1], ranges.translate[1] * size_in[0]])
-    flips = draws.unit("flips")
+    word = _words(ranges, seed, keys)
+    right, down = ranges.translate[0] * size_in[1], ranges.translate[1] * size_in[0]
+    limits = [
+        ranges.degrees, (-right, right), (-down, down), ranges.scale, ranges.shear_x,
+        ranges.shear_y, (0.0, 1.0), (0.0, 1.0), ranges.brightness, ranges.contrast,
+        ranges.saturation, ranges.hue, ranges.noise,
+    ]  # fmt: skip
+    drawn = _uniform([word[name] for name in _UNIFORM], limits)
+    angle, _, _, scale, _, _, _, _, brightness, contrast, saturation, hue, noise = drawn.float()
+    high, low = word["noise_seed"].unbind()
     return AugmentParameters(
-        angle=draws.within("angle", ranges.degrees),
-        # Whole pixels, as torchvision's RandomAffine.
-        translate=((2 * draws.unit("translate") - 1) * most).round().float(),
-        scale=draws.within("scale", ranges.scale),
-        shear=torch.stack(shear, 1).float(),
-        crop=_crops(draws, ranges, n, size_in, size),
-        horizontal_flip=flips[:, 0] < ranges.horizontal_flip,
-        vertical_flip=flips[:, 1] < ranges.vertical_flip,
-        brightness=draws.within("brightness", ranges.brightness),
-        contrast=draws.within("contrast", ranges.contrast),
-        saturation=draws.within("saturation", ranges.saturation),
-        hue=draws.within("hue", ranges.hue),
-        noise=draws.within("noise", ranges.noise),
-        noise_seed=draws.word("noise_seed"),
-        erase=_erased(draws, ranges, size),
+        angle=angle,
+        translate=drawn[1:3].round().float().t(),  # whole pixels, as torchvision's RandomAffine
+        scale=scale,
+        shear=drawn[4:6].float().t(),
+        crop=_crops(word, ranges, size_in, size),
+        horizontal_flip=drawn[6] < ranges.horizontal_flip,
+        vertical_flip=drawn[7] < ranges.vertical_flip,
+        brightness=brightness,
+        contrast=contrast,
+        saturation=saturation,
+        hue=hue,
+        noise=noise,
+        noise_seed=(high << 32) | low,
+        erase=_erased(word, ranges, keys.shape[0], size),
+        check_values=False,
     )

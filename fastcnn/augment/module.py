@@ -43,8 +43,8 @@ class Augment(nn.Module):
     with probability 1 where none is given; :func:`fastcnn.functional.augment` says how exactly.
     In evaluation images are cropped in the centre (with crop_scale: the largest centred box with
     size's aspect ratio, resized) and normalised, nothing else. Shapes, dtypes, layouts and errors
-    of images and masks are those of the function. torch.compile breaks the graph here: the draw
-    does not trace with fullgraph=True.
+    of images and masks are those of the function. Compiles with fullgraph=True, but for a
+    generator: torch.compile takes none as an argument, and breaks the graph there.
 
     Args:
         size: height and width of the output; None for the images' own.
@@ -151,7 +151,7 @@ class Augment(nn.Module):
             raise TypeError(f"Augment: keys: expected an int64 Tensor, got {keys!r}")
         elif keys.shape != (n,):
             raise ValueError(f"Augment: keys: expected sizes [{n}], got {list(keys.shape)}")
-        seed = int(torch.randint(2**63 - 1, (), generator=generator))
+        seed = torch.randint(2**63 - 1, (), generator=generator)
         return drawing.draw(self.ranges, seed, keys.cpu(), size_in, size_out)
 
     def center(self, n: int, size: Sequence[int]) -> AugmentParameters:

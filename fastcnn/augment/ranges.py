@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 Range = tuple[float, float]
 _OP = "Augment"
-_ABOVE_0 = math.ulp(0.0)
+# Parameters are float32: what is above 0 or finite must be so there.
+_ABOVE_0 = 2.0**-149
+_LARGEST = (2 - 2.0**-23) * 2.0**127
 _BELOW_90 = math.nextafter(90.0, 0.0)
 
 
@@ -28,14 +30,14 @@ def _bounds(low: float, high: float) -> str:
 
 
 def _finite(name: str, value: float, high: float = math.inf) -> None:
-    if not (0 <= value <= high and math.isfinite(value)):
+    if not 0 <= value <= min(high, _LARGEST):
         raise ValueError(
             f"{_OP}: {name}: expected a finite number {_bounds(0.0, high)}, got {value}"
         )
 
 
 def _ordered(name: str, value: Range, low: float, high: float) -> Range:
-    if not low <= value[0] <= value[1] <= high or not all(map(math.isfinite, value)):
+    if not max(low, -_LARGEST) <= value[0] <= value[1] <= min(high, _LARGEST):
         raise ValueError(
             f"{_OP}: {name}: expected a range of finite numbers {_bounds(low, high)}, the lower "
             f"end first, got {value}"

@@ -9,13 +9,14 @@ from torch import Tensor
 from fastcnn.philox import LOW, philox4x32_10
 
 
-def words(seed: int, keys: Tensor, count: int) -> Tensor:
+def words(seed: int | Tensor, keys: Tensor, count: int) -> Tensor:
     """Return int64 [n, count] of values below 2^32 for n keys (int64), each with its own stream.
 
     The seed is Philox's key; a counter holds the sample's key and the number of the block.
     """
     blocks, n = -(-count // 4), keys.shape[0]
-    counter = torch.zeros(4, n, blocks, dtype=torch.int64)
-    counter[0], counter[1] = (keys & LOW)[:, None], (keys >> 32 & LOW)[:, None]
-    counter[2] = torch.arange(blocks)
-    return philox4x32_10(counter, seed).movedim(0, 2).reshape(n, 4 * blocks)[:, :count]
+    low, high = (keys & LOW).expand(blocks, n), (keys >> 32 & LOW).expand(blocks, n)
+    number = torch.arange(blocks)[:, None].expand(blocks, n)
+    counter = torch.stack([low, high, number, torch.zeros_like(number)])
+    # Word by word, so that each is contiguous over the samples.
+    return philox4x32_10(counter, seed).transpose(0, 1).reshape(4 * blocks, n)[:count].t()

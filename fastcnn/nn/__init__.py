@@ -1,6 +1,5 @@
 """Layers: torch.nn's own with fused forward and backward, same names and state_dict keys."""
 
-from fastcnn.nn.augment import Augment
 from fastcnn.nn.batch_norm_act import BatchNormAct2d, convert_sync_batchnorm
 from fastcnn.nn.conv_bn_act import Block, conv_bn_act, conv_bn_act_blocks
 from fastcnn.nn.dropout import Dropout, Dropout2d
@@ -8,7 +7,6 @@ from fastcnn.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNorm
 from fastcnn.nn.upsample import Upsample
 
 __all__ = [
-    "Augment",
     "BatchNormAct2d",
     "Block",
     "Dropout",

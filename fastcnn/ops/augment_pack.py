@@ -24,9 +24,9 @@ def pack(
     angle, (shear_x, shear_y) = p.angle.double().deg2rad(), p.shear.double().deg2rad().unbind(1)
     translate_x, translate_y = p.translate.double().unbind(1)
     scale = p.scale.double()
-    a = (angle - shear_y).cos() / shear_y.cos()
-    c = (angle - shear_y).sin() / shear_y.cos()
-    b, d = -(a * shear_x.tan() + angle.sin()), angle.cos() - c * shear_x.tan()
+    turned, shrunk, slope = angle - shear_y, shear_y.cos(), shear_x.tan()
+    a, c = turned.cos() / shrunk, turned.sin() / shrunk
+    b, d = -(a * slope + angle.sin()), angle.cos() - c * slope
     xu, xv, yu, yv = d / scale, -b / scale, -c / scale, a / scale
     center_x, center_y = (size_in[1] - 1) / 2, (size_in[0] - 1) / 2
     from_x, from_y = left - center_x - translate_x, top - center_y - translate_y
@@ -37,4 +37,4 @@ def pack(
     ]  # fmt: skip
     corner, extent = p.erase[:, :2], p.erase[:, 2:]
     integers = torch.cat([corner, corner + extent, p.noise_seed[:, None]], 1)
-    return torch.stack([t.to(torch.float32) for t in columns], 1), integers
+    return torch.stack(columns, 1).float(), integers  # stacked as float64, which holds float32
