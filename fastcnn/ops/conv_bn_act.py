@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.ops._library import apply, distinct
-from fastcnn.ops.batch_norm_act import update_running
+from fastcnn.ops.batch_norm_calls import update_running
 from fastcnn.ops.checks import check_image, check_image_of
 from fastcnn.ops.conv_bn_act_function import ConvBnActFunction
 from fastcnn.ops.conv_bn_act_step import (

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastcnn.ops._library import positional
-from fastcnn.ops.batch_norm_act import (
+from fastcnn.ops.batch_norm_calls import (
     batch_norm_act_apply,
     batch_norm_act_fwd,
     image_to_save,

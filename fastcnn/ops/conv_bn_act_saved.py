@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastcnn.ops._library import afresh
 from fastcnn.ops.activation import ACT_NUMBER, slope_is_in_y
-from fastcnn.ops.batch_norm_act import batch_norm_act_apply, batch_norm_act_bwd
+from fastcnn.ops.batch_norm_calls import batch_norm_act_apply, batch_norm_act_bwd
 from fastcnn.ops.conv_bn_act_step import BlockGeometry, Geometry
 from fastcnn.ops.convolution import convolve, convolve_bwd, max_pool, max_pool_bwd
 
