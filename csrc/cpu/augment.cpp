@@ -1,11 +1,12 @@
 // augment on the CPU.
 //
 // Data movement: reads what of the images is seen, writes y once. A task is a band of one sample's
-// rows. A row of the output passes through three short loops, whose floats between them stay in the
-// L1 cache: `Source::read` samples the image, `colour` works on grey levels, `write` normalises and
-// stores in y's dtype and layout. Contrast needs the mean of the sampled image first, summed row
-// by row and joined in the rows' order: where a task is a whole sample that the L2 cache holds, its
-// rows wait there, else they are sampled a second time.
+// rows. Where pixels are flipped and cropped alone and lie in planes on both sides, a row goes from
+// bytes to y in one loop. Else a row of the output passes through three short loops, whose floats
+// between them stay in the L1 cache: `Source::read` samples the image, `colour` works on grey
+// levels, `write` normalises and stores in y's dtype and layout. Contrast needs the mean of the
+// sampled image first, summed row by row and joined in the rows' order: where a task is a whole
+// sample that the L2 cache holds, its rows wait there, else they are sampled a second time.
 #include "augment.h"
 
 #include "common/color.h"
@@ -78,10 +79,16 @@ inline __attribute__((always_inline)) void add_noise(Floats (&levels)[kChannels]
 }
 
 template <int kChannels>
+bool keeps_colour(const AugmentSample& s) {
+  return s.brightness == 1.f && s.contrast == 1.f && (kChannels != 3 || s.saturation == 1.f) &&
+         s.hue == 0.f && s.noise == 0.f;
+}
+
+template <int kChannels>
 void colour(const AugmentSample& s, float mean, const PhiloxVectorKeys& keys, int64_t pixel,
             int64_t w, const Row& row) {
   const bool saturates = kChannels == 3 && s.saturation != 1.f, turns = s.hue != 0.f;
-  if (s.brightness == 1.f && s.contrast == 1.f && !saturates && !turns && s.noise == 0.f) return;
+  if (keeps_colour<kChannels>(s)) return;
   for_each_pixels<kChannels>(row, w, [&](auto& levels, int64_t i, int64_t) {
     if (s.brightness != 1.f) {
       for (Floats& level : levels) level = clamp_level(level * s.brightness);
@@ -117,25 +124,34 @@ struct Interleaving {
 };
 constexpr Interleaving kInterleaving;
 
+// The part of a row of the output that is erased.
+class Erasure {
+ public:
+  Erasure(const AugmentParams& p, const AugmentIntegers& marks, int64_t y)
+      : any_(marks.top <= y && y < marks.bottom && marks.left < marks.right),
+        left_(static_cast<int32_t>(min(max(marks.left, 0), p.w))),
+        right_(static_cast<int32_t>(min(max(marks.right, 0), p.w))) {}
+
+  // y of the vector at column i.
+  Floats finish(Floats level, const AugmentChannel& channel, int64_t i) const {
+    const Floats value = level * channel.scale + channel.shift;
+    if (!any_) return value;
+    const Ints column = lane_numbers() + static_cast<int32_t>(i);
+    return (column >= left_) & (column < right_) ? splat(channel.erased) : value;
+  }
+
+ private:
+  bool any_;
+  int32_t left_, right_;  // within the row, so that columns and edges fit into 32 bits
+};
+
 template <class T, int kChannels, bool kPacked>
 void write(const AugmentParams& p, int64_t sample, int64_t y, const Row& row) {
-  const AugmentIntegers& marks = p.integers[sample];
-  const bool erases = marks.top <= y && y < marks.bottom && marks.left < marks.right;
-  // Within the row, so that columns and edges fit into 32 bits.
-  const int32_t left = static_cast<int32_t>(min(max(marks.left, 0), p.w));
-  const int32_t right = static_cast<int32_t>(min(max(marks.right, 0), p.w));
+  const Erasure erasure(p, p.integers[sample], y);
   const int64_t pixel = kPacked ? kChannels : 1, plane = kPacked ? 1 : p.h * p.w;
   T* out = static_cast<T*>(p.y) + sample * p.c * p.h * p.w + y * p.w * pixel;
   for_each_pixels<kChannels>(row, p.w, [&](auto& levels, int64_t i, int64_t count) {
-    for (int j = 0; j < kChannels; ++j) {
-      const AugmentChannel& channel = p.channels[j];
-      levels[j] = levels[j] * channel.scale + channel.shift;
-      if (erases) {
-        const Ints column = lane_numbers() + static_cast<int32_t>(i);
-        const Ints erased = (column >= left) & (column < right);
-        levels[j] = erased ? splat(channel.erased) : levels[j];
-      }
-    }
+    for (int j = 0; j < kChannels; ++j) levels[j] = erasure.finish(levels[j], p.channels[j], i);
     if constexpr (kPacked && kChannels == 3) {
       for (int k = 0; k < 3; ++k) {
         Ints first, second;
@@ -175,6 +191,49 @@ WriteFn pick_write(const AugmentParams& p) {
   return fn;
 }
 
+// One row whose pixels are copied, from planes to planes.
+template <class T, int kChannels>
+void write_copied(const AugmentParams& p, int64_t sample, int64_t y, const Copying& copying) {
+  using Bytes = VecOf<uint8_t, kLane>::type;
+  Bytes mirrored{};
+  for (int k = 0; k < kLane; ++k) mirrored[k] = static_cast<uint8_t>(kLane - 1 - k);
+  const Erasure erasure(p, p.integers[sample], y);
+  const uint8_t* from = copying.image() + copying.first_pixel(y);
+  const bool back = copying.back();
+  const int64_t whole = p.w / kLane * kLane, left = p.w - whole;
+  for (int j = 0; j < kChannels; ++j) {
+    const AugmentChannel channel = p.channels[j];
+    const uint8_t* row = from + j * p.h_in * p.w_in;
+    T* out = static_cast<T*>(p.y) + ((sample * kChannels + j) * p.h + y) * p.w;
+    const auto finish = [&](Bytes bytes, int64_t i) __attribute__((always_inline)) {
+      return erasure.finish(to_float(__builtin_convertvector(bytes, Ints)), channel, i);
+    };
+    for (int64_t i = 0; i < whole; i += kLane) {
+      Bytes bytes;
+      std::memcpy(&bytes, back ? row + p.w - kLane - i : row + i, sizeof bytes);
+      if (back) bytes = __builtin_shuffle(bytes, mirrored);
+      store(out + i, finish(bytes, i));
+    }
+    if (left > 0) {
+      Bytes bytes{};
+      for (int64_t k = 0; k < left; ++k) bytes[k] = back ? row[left - 1 - k] : row[whole + k];
+      store(out + whole, finish(bytes, whole), left);
+    }
+  }
+}
+
+using CopyFn = void (*)(const AugmentParams& p, int64_t sample, int64_t y, const Copying& copying);
+
+// Null where images or y have their channels side by side.
+template <int kChannels, bool kPacked>
+CopyFn pick_write_copied(const AugmentParams& p) {
+  if (kChannels > 1 && (kPacked || p.channels_last)) return nullptr;
+  CopyFn fn = nullptr;
+  dispatch_half_or_float(p.dtype,
+                         [&](auto element) { fn = write_copied<decltype(element), kChannels>; });
+  return fn;
+}
+
 // What one thread works in.
 struct Memory {
   Reused<uint32_t> pixels;
@@ -192,6 +251,7 @@ void run(const AugmentParams& p) {
   const bool fits = bands == 1 && p.h * size * int64_t{sizeof(float)} <= kKeptBytes;
   const Scratch<double> sums(p.n * p.h);
   const WriteFn write_row = pick_write<kChannels>(p);
+  const CopyFn write_copied_row = pick_write_copied<kChannels, kPacked>(p);
   const auto contrasts = [&](int64_t i) { return p.samples[i].contrast != 1.f; };
   // body(y, row) for the rows of a task, sampled or, where `kept`, as the call before left them.
   const auto for_each_row = [&](int64_t task, Memory& memory, bool kept, auto body) {
@@ -218,6 +278,12 @@ void run(const AugmentParams& p) {
   };
   const auto finish = [&](int64_t task, Memory& memory) {
     const int64_t i = task / bands;
+    if (write_copied_row != nullptr && keeps_colour<kChannels>(p.samples[i])) {
+      const Copying copying(p, i);
+      const int64_t first = task % bands * band, last = min(p.h, first + band);
+      for (int64_t y = first; copying.holds() && y < last; ++y) write_copied_row(p, i, y, copying);
+      if (copying.holds()) return;
+    }
     double sum = 0;
     for (int64_t y = 0; y < p.h; ++y) sum += sums[i * p.h + y];
     const float mean = static_cast<float>(sum / static_cast<double>(p.h * p.w));

@@ -79,59 +79,75 @@ void load_pixels(const uint8_t* image, int64_t plane, int64_t start, int64_t cou
   }
 }
 
-// One image, as it is sampled for the rows from `first` to before `last`.
-template <int kChannels, bool kPacked>  // kPacked: a pixel's channels lie side by side
-class Source {
+// Whether each pixel of the output is one of the source (flips and crops alone), and which.
+class Copying {
  public:
-  Source(const AugmentParams& p, int64_t i, int64_t first, int64_t last, Reused<uint32_t>& memory)
-      : p_(p), sample_(p.samples[i]), image_(p.images + i * p.c * p.h_in * p.w_in) {
-    copied_ = is_copied();
-    // Copied: one row of the output, whose last vector is read whole. Sampled: the rows of the
-    // source that are seen, and a word, since pixels are read in pairs.
-    if (!copied_) find_rows(first, last);
-    const int64_t words = copied_ ? ceil_div(p.w, kLane) * kLane : rows_ * p.w_in + 1;
-    pixels_ = memory.reserve(words);
-    if (copied_) return;
-    load_pixels<kChannels, kPacked>(image_, p.h_in * p.w_in, top_ * p.w_in, rows_ * p.w_in,
-                                    pixels_);
-    pixels_[words - 1] = 0;
-  }
-
-  void read(int64_t y, const Row& out) const { copied_ ? copy(y, out) : sample(y, out); }
-
- private:
-  // Whether each pixel of the output is one of the source: flips and crops alone.
-  bool is_copied() const {
-    const AugmentSample& s = sample_;
-    const auto whole = [](float v) {
-      return v > -2e7f && v < 2e7f && v == static_cast<float>(static_cast<int32_t>(v));
-    };
+  Copying(const AugmentParams& p, int64_t i)
+      : p_(p), s_(p.samples[i]), image_(p.images + i * p.c * p.h_in * p.w_in) {
     // From the first pixel to the last one step of 1 each, within the crop (nothing is clamped) and
     // with it within the source.
-    const auto steps = [&](float step, float start, float size, float most, float origin,
-                           int64_t size_in) {
+    const auto steps = [](float step, float start, float size, float most, float origin,
+                          int64_t size_in) {
       const float end = start + step * (size - 1.f);
       const float low = start < end ? start : end, high = start < end ? end : start;
       return (step == 1.f || step == -1.f) && whole(start) && whole(origin) && low >= 0.f &&
              high <= most && origin + low >= 0.f &&
              origin + high <= static_cast<float>(size_in - 1);
     };
-    return s.xu == 1.f && s.xv == 0.f && s.yu == 0.f && s.yv == 1.f &&
-           steps(s.u_step, s.u_start, static_cast<float>(p_.w), s.u_last, s.x0, p_.w_in) &&
-           steps(s.v_step, s.v_start, static_cast<float>(p_.h), s.v_last, s.y0, p_.h_in);
+    holds_ = s_.xu == 1.f && s_.xv == 0.f && s_.yu == 0.f && s_.yv == 1.f &&
+             steps(s_.u_step, s_.u_start, static_cast<float>(p.w), s_.u_last, s_.x0, p.w_in) &&
+             steps(s_.v_step, s_.v_start, static_cast<float>(p.h), s_.v_last, s_.y0, p.h_in);
   }
 
+  bool holds() const { return holds_; }
+  bool back() const { return s_.u_step < 0.f; }  // each row is mirrored
+
+  // The leftmost pixel that row y of the output shows, as its number in a plane of the source.
+  int64_t first_pixel(int64_t y) const {
+    const int64_t row = static_cast<int64_t>(s_.v(static_cast<float>(y)) + s_.y0);
+    const int64_t first = static_cast<int64_t>(s_.u_start + s_.x0) - (back() ? p_.w - 1 : 0);
+    return row * p_.w_in + first;
+  }
+  const uint8_t* image() const { return image_; }
+
+ private:
+  static bool whole(float v) {
+    return v > -2e7f && v < 2e7f && v == static_cast<float>(static_cast<int32_t>(v));
+  }
+
+  const AugmentParams& p_;
+  const AugmentSample& s_;
+  const uint8_t* image_;
+  bool holds_;
+};
+
+// One image, as it is sampled for the rows from `first` to before `last`.
+template <int kChannels, bool kPacked>  // kPacked: a pixel's channels lie side by side
+class Source {
+ public:
+  Source(const AugmentParams& p, int64_t i, int64_t first, int64_t last, Reused<uint32_t>& memory)
+      : p_(p), sample_(p.samples[i]), copying_(p, i) {
+    // Copied: one row of the output, whose last vector is read whole. Sampled: the rows of the
+    // source that are seen, and a word, since pixels are read in pairs.
+    if (!copying_.holds()) find_rows(first, last);
+    const int64_t words = copying_.holds() ? ceil_div(p.w, kLane) * kLane : rows_ * p.w_in + 1;
+    pixels_ = memory.reserve(words);
+    if (copying_.holds()) return;
+    load_pixels<kChannels, kPacked>(copying_.image(), p.h_in * p.w_in, top_ * p.w_in,
+                                    rows_ * p.w_in, pixels_);
+    pixels_[words - 1] = 0;
+  }
+
+  void read(int64_t y, const Row& out) const { copying_.holds() ? copy(y, out) : sample(y, out); }
+
+ private:
   void copy(int64_t y, const Row& out) const {
-    const int64_t row = static_cast<int64_t>(sample_.v(static_cast<float>(y)) + sample_.y0);
-    const bool back = sample_.u_step < 0.f;
-    const int64_t first =
-        static_cast<int64_t>(sample_.u_start + sample_.x0) - (back ? p_.w - 1 : 0);
-    load_pixels<kChannels, kPacked>(image_, p_.h_in * p_.w_in, row * p_.w_in + first, p_.w,
-                                    pixels_);
+    load_pixels<kChannels, kPacked>(copying_.image(), p_.h_in * p_.w_in, copying_.first_pixel(y),
+                                    p_.w, pixels_);
     const Ints mirrored = static_cast<int32_t>(kLane) - 1 - lane_numbers();
     for (int64_t i = 0; i < p_.w; i += kLane) {
       Words pixel{};
-      if (!back) {
+      if (!copying_.back()) {
         std::memcpy(&pixel, pixels_ + i, sizeof pixel);
       } else if (p_.w - i >= kLane) {
         std::memcpy(&pixel, pixels_ + p_.w - kLane - i, sizeof pixel);
@@ -200,10 +216,9 @@ class Source {
 
   const AugmentParams& p_;
   const AugmentSample& sample_;
-  const uint8_t* image_;
+  Copying copying_;
   uint32_t* pixels_;
   int64_t top_ = 0, rows_ = 0;  // of the source, in pixels_
-  bool copied_;
 };
 
 }  // namespace fastcnn::FASTCNN_CPU_LEVEL
