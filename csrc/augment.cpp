@@ -4,10 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "common/check.h"
-#ifdef FASTCNN_WITH_CUDA
-#include "common/cuda_call.h"
-#endif
+#include "common/on_device.h"
 
 namespace fastcnn {
 namespace {
@@ -119,22 +116,11 @@ Tensor augment_mask(const Tensor& masks, const Tensor& reals, int64_t h, int64_t
   return y;
 }
 
-// Where a call runs. `template <auto launch>` above takes one of these functions.
-template <auto kernel>
-void on_cpu(const char*, const auto& p, const Tensor&) {
-  kernel(p);
-}
-
 #ifdef FASTCNN_WITH_CUDA
 void augment_on_cuda(const char* op, const AugmentParams& p, const Tensor& images) {
   const CudaCall call(op, images);
   Tensor workspace = call.workspace(augment_workspace(p));
   call.check(launch_augment(p, static_cast<float*>(workspace.mutable_data_ptr()), call.device()));
-}
-
-void augment_mask_on_cuda(const char* op, const AugmentMaskParams& p, const Tensor& masks) {
-  const CudaCall call(op, masks);
-  call.check(launch_augment_mask(p, call.device()));
 }
 #endif
 
@@ -148,7 +134,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastcnn, CPU, m) {
 #ifdef FASTCNN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fastcnn, CUDA, m) {
   m.impl("augment", TORCH_BOX((&augment<augment_on_cuda>)));
-  m.impl("augment_mask", TORCH_BOX((&augment_mask<augment_mask_on_cuda>)));
+  m.impl("augment_mask",
+         TORCH_BOX((&augment_mask<on_cuda<launch_augment_mask, AugmentMaskParams>>)));
 }
 #endif
 

@@ -1,4 +1,4 @@
-// batch_norm_act between torch and the kernels: what fastcnn/ops/batch_norm_act.py declares, here
+// batch_norm_act between torch and the kernels: what fastcnn/ops/batch_norm_calls.py declares, here
 // checked, allocated and launched.
 #include "batch_norm_act.h"
 
@@ -6,10 +6,7 @@
 
 #include <tuple>
 
-#include "common/check.h"
-#ifdef FASTCNN_WITH_CUDA
-#include "common/cuda_call.h"
-#endif
+#include "batch_norm_glue.h"
 
 namespace fastcnn {
 namespace {
@@ -53,53 +50,6 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& x, const OptionalTensor& re
   return {y, mean, var};
 }
 
-// -> stats [2 * c + 1]: mean, biased variance, count: what one rank sends to the others
-template <auto launch>
-Tensor stats(const Tensor& x) {
-  constexpr const char* kOp = "batch_norm_act_stats";
-  const Check check(kOp, x);
-  const ImageShape shape = check.shape();
-  Tensor stats = torch::stable::new_empty(x, {2 * shape.c + 1}, check.acc());
-  if (shape.numel() == 0) return torch::stable::zero_(stats);
-  Tensor mean = torch::stable::narrow(stats, 0, 0, shape.c);
-  Tensor var = torch::stable::narrow(stats, 0, shape.c, shape.c);
-  Tensor count = torch::stable::narrow(stats, 0, 2 * shape.c, 1);
-  torch::stable::fill_(count, static_cast<double>(shape.per_channel()));
-  BatchNormActFwdParams p{};
-  p.shape = shape;
-  p.dtype = check.dtype();
-  p.x = x.const_data_ptr();
-  p.mean = mean.mutable_data_ptr();
-  p.var = var.mutable_data_ptr();
-  launch(kOp, p, x);
-  return stats;
-}
-
-// -> mean, var, total
-template <auto launch>
-std::tuple<Tensor, Tensor, Tensor> join_stats(const Tensor& gathered) {
-  constexpr const char* kOp = "batch_norm_join_stats";
-  check_storage(kOp, "gathered", gathered);
-  BatchNormJoinParams p{};
-  p.dtype = dtype_of(kOp, "gathered", gathered);
-  const bool acc = p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64;
-  if (!acc || gathered.dim() != 2 || gathered.size(1) % 2 != 1 || !gathered.is_contiguous()) {
-    fail(kOp, "gathered: expected a dense [ranks, 2 * c + 1] of float32 or float64, got sizes ",
-         sizes_of(gathered), " of ", torch::headeronly::toString(gathered.scalar_type()));
-  }
-  p.ranks = gathered.size(0);
-  p.c = gathered.size(1) / 2;
-  Tensor mean = torch::stable::new_empty(gathered, {p.c});
-  Tensor var = torch::stable::new_empty(gathered, {p.c});
-  Tensor total = torch::stable::new_empty(gathered, {1});
-  p.gathered = gathered.const_data_ptr();
-  p.mean = mean.mutable_data_ptr();
-  p.var = var.mutable_data_ptr();
-  p.total = total.mutable_data_ptr();
-  launch(kOp, p, gathered);
-  return {mean, var, total};
-}
-
 template <auto launch>
 Tensor apply(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
              const OptionalTensor& bias, const Tensor& mean, const Tensor& var, double eps,
@@ -111,47 +61,6 @@ Tensor apply(const Tensor& x, const OptionalTensor& residual, const OptionalTens
       fwd_params(check, x, residual, weight, bias, mean, var, eps, act, y);
   if (p.shape.numel() > 0) launch(kOp, p, x);
   return y;
-}
-
-// What all stages of the backward read; dx, dresidual, dweight and dbias are not there yet.
-BatchNormActBwdParams bwd_params(const Check& check, const Tensor& dy, const Tensor& x,
-                                 const OptionalTensor& saved, const OptionalTensor& weight,
-                                 const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
-                                 double eps, int64_t act) {
-  BatchNormActBwdParams p{};
-  p.shape = check.shape();
-  p.dtype = check.dtype();
-  p.act = check.act(act);
-  p.eps = eps;
-  p.training = true;
-  p.dy = check.image("dy", dy);
-  p.x = x.const_data_ptr();
-  p.saved = check.image("saved", saved);
-  p.mean = check.channels("mean", mean);
-  p.var = check.channels("var", var);
-  p.weight = check.channels("weight", weight);
-  p.bias = check.channels("bias", bias);
-  return p;
-}
-
-// Allocates what the sums are written to, and launches. -> dresidual (empty if not wanted),
-// dweight, dbias
-template <auto launch>
-std::tuple<Tensor, Tensor, Tensor> sum_up(const char* op, const Check& check, const Tensor& x,
-                                          BatchNormActBwdParams p, bool want_dresidual) {
-  Tensor dresidual =
-      want_dresidual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
-  Tensor dweight = check.new_channels(), dbias = check.new_channels();
-  p.dresidual = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
-  p.dweight = dweight.mutable_data_ptr();
-  p.dbias = dbias.mutable_data_ptr();
-  if (p.shape.numel() == 0) {
-    torch::stable::zero_(dweight);
-    torch::stable::zero_(dbias);
-  } else {
-    launch(op, p, x);
-  }
-  return {dresidual, dweight, dbias};
 }
 
 // -> dx, dresidual (empty if not wanted), dweight, dbias
@@ -170,40 +79,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& dy, const Tensor& x
   p.dx = dx.mutable_data_ptr();
   auto [dresidual, dweight, dbias] = sum_up<launch>(kOp, check, x, p, want_dresidual);
   return {dx, dresidual, dweight, dbias};
-}
-
-// The first half of bwd, over this rank's part of the batch. -> dresidual (empty if not wanted),
-// dweight, dbias
-template <auto launch>
-std::tuple<Tensor, Tensor, Tensor> reduce(const Tensor& dy, const Tensor& x,
-                                          const OptionalTensor& saved, const OptionalTensor& weight,
-                                          const OptionalTensor& bias, const Tensor& mean,
-                                          const Tensor& var, double eps, int64_t act,
-                                          bool want_dresidual) {
-  constexpr const char* kOp = "batch_norm_act_reduce";
-  const Check check(kOp, x);
-  return sum_up<launch>(kOp, check, x,
-                        bwd_params(check, dy, x, saved, weight, bias, mean, var, eps, act),
-                        want_dresidual);
-}
-
-// The second half, from the sums of all ranks; with fixed statistics (not training) none count.
-template <auto launch>
-Tensor dx(const Tensor& dy, const Tensor& x, const OptionalTensor& saved,
-          const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
-          const Tensor& var, const Tensor& dweight, const Tensor& dbias, const Tensor& total,
-          double eps, int64_t act, bool training) {
-  constexpr const char* kOp = "batch_norm_act_dx";
-  const Check check(kOp, x);
-  BatchNormActBwdParams p = bwd_params(check, dy, x, saved, weight, bias, mean, var, eps, act);
-  Tensor dx = torch::stable::empty_like(x);
-  p.training = training;
-  p.total = check.numbers("total", total, 1);
-  p.dx = dx.mutable_data_ptr();
-  p.dweight = const_cast<void*>(check.channels("dweight", dweight));
-  p.dbias = const_cast<void*>(check.channels("dbias", dbias));
-  if (p.shape.numel() > 0) launch(kOp, p, x);
-  return dx;
 }
 
 template <auto launch>
@@ -249,44 +124,16 @@ void update_running(Tensor running_mean, Tensor running_var, const Tensor& mean,
   if (p.c > 0) launch(kOp, p, running_mean);
 }
 
-// Where a call runs. `template <auto kernel>` above takes one of these functions.
-template <auto kernel>
-void on_cpu(const char*, const auto& p, const Tensor&) {
-  kernel(p);
-}
-
-#ifdef FASTCNN_WITH_CUDA
-template <auto launch>
-void on_cuda(const char* op, const auto& p, const Tensor& x) {
-  const CudaCall call(op, x);
-  call.check(launch(p, call.device()));
-}
-
-// For the kernels that sum over the batch in two stages.
-template <auto launch>
-void on_cuda_with_workspace(const char* op, const auto& p, const Tensor& x) {
-  const CudaCall call(op, x);
-  Tensor workspace = call.workspace(batch_norm_act_workspace(p.shape, p.dtype, call.device()));
-  call.check(launch(p, static_cast<float*>(workspace.mutable_data_ptr()), call.device()));
-}
-#endif
-
 }  // namespace
 
 using FwdParams = BatchNormActFwdParams;
 using BwdParams = BatchNormActBwdParams;
-using JoinParams = BatchNormJoinParams;
 using RunningParams = BatchNormRunningParams;
 
 STABLE_TORCH_LIBRARY_IMPL(fastcnn, CPU, m) {
   m.impl("batch_norm_act_fwd", TORCH_BOX((&fwd<on_cpu<batch_norm_act_fwd_cpu, FwdParams>>)));
   m.impl("batch_norm_act_apply", TORCH_BOX((&apply<on_cpu<batch_norm_act_apply_cpu, FwdParams>>)));
   m.impl("batch_norm_act_bwd", TORCH_BOX((&bwd<on_cpu<batch_norm_act_bwd_cpu, BwdParams>>)));
-  m.impl("batch_norm_act_stats", TORCH_BOX((&stats<on_cpu<batch_norm_act_fwd_cpu, FwdParams>>)));
-  m.impl("batch_norm_act_reduce", TORCH_BOX((&reduce<on_cpu<batch_norm_act_bwd_cpu, BwdParams>>)));
-  m.impl("batch_norm_act_dx", TORCH_BOX((&dx<on_cpu<batch_norm_act_bwd_cpu, BwdParams>>)));
-  m.impl("batch_norm_join_stats",
-         TORCH_BOX((&join_stats<on_cpu<batch_norm_join_cpu, JoinParams>>)));
   m.impl("batch_norm_update_running",
          TORCH_BOX((&update_running<on_cpu<batch_norm_running_cpu, RunningParams>>)));
 }
@@ -294,19 +141,11 @@ STABLE_TORCH_LIBRARY_IMPL(fastcnn, CPU, m) {
 #ifdef FASTCNN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fastcnn, CUDA, m) {
   m.impl("batch_norm_act_fwd",
-         TORCH_BOX((&fwd<on_cuda_with_workspace<launch_batch_norm_act_fwd, FwdParams>>)));
+         TORCH_BOX((&fwd<on_cuda_summing<launch_batch_norm_act_fwd, FwdParams>>)));
   m.impl("batch_norm_act_apply",
          TORCH_BOX((&apply<on_cuda<launch_batch_norm_act_apply, FwdParams>>)));
   m.impl("batch_norm_act_bwd",
-         TORCH_BOX((&bwd<on_cuda_with_workspace<launch_batch_norm_act_bwd, BwdParams>>)));
-  m.impl("batch_norm_act_stats",
-         TORCH_BOX((&stats<on_cuda_with_workspace<launch_batch_norm_act_fwd, FwdParams>>)));
-  m.impl("batch_norm_act_reduce",
-         TORCH_BOX((&reduce<on_cuda_with_workspace<launch_batch_norm_act_bwd, BwdParams>>)));
-  m.impl("batch_norm_act_dx",
-         TORCH_BOX((&dx<on_cuda_with_workspace<launch_batch_norm_act_bwd, BwdParams>>)));
-  m.impl("batch_norm_join_stats",
-         TORCH_BOX((&join_stats<on_cuda<launch_batch_norm_join, JoinParams>>)));
+         TORCH_BOX((&bwd<on_cuda_summing<launch_batch_norm_act_bwd, BwdParams>>)));
   m.impl("batch_norm_update_running",
          TORCH_BOX((&update_running<on_cuda<launch_batch_norm_running, RunningParams>>)));
 }

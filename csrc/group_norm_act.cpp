@@ -6,10 +6,7 @@
 
 #include <tuple>
 
-#include "common/check.h"
-#ifdef FASTCNN_WITH_CUDA
-#include "common/cuda_call.h"
-#endif
+#include "common/on_device.h"
 
 namespace fastcnn {
 namespace {
@@ -119,21 +116,6 @@ std::tuple<Tensor, Tensor, Tensor> pixel_bwd(const Tensor& dy, const Tensor& x,
   return run_bwd<launch>("pixel_norm_act_bwd", dy, x, weight, bias, mean, var, true, eps, act);
 }
 
-// Where a call runs. `template <auto launch>` above takes one of these functions.
-template <auto kernel>
-void on_cpu(const char*, const auto& p, const Tensor&) {
-  kernel(p);
-}
-
-#ifdef FASTCNN_WITH_CUDA
-template <auto launch, auto workspace_floats>
-void on_cuda(const char* op, const auto& p, const Tensor& x) {
-  const CudaCall call(op, x);
-  Tensor workspace = call.workspace(workspace_floats(p.shape, p.dtype, call.device()));
-  call.check(launch(p, static_cast<float*>(workspace.mutable_data_ptr()), call.device()));
-}
-#endif
-
 }  // namespace
 
 using FwdParams = GroupNormActFwdParams;
@@ -149,17 +131,17 @@ STABLE_TORCH_LIBRARY_IMPL(fastcnn, CPU, m) {
 #ifdef FASTCNN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fastcnn, CUDA, m) {
   m.impl("group_norm_act_fwd",
-         TORCH_BOX((
-             &group_fwd<on_cuda<launch_group_norm_act_fwd, group_norm_act_workspace, FwdParams>>)));
+         TORCH_BOX((&group_fwd<on_cuda_with_workspace<launch_group_norm_act_fwd,
+                                                      group_norm_act_workspace, FwdParams>>)));
   m.impl("group_norm_act_bwd",
-         TORCH_BOX((
-             &group_bwd<on_cuda<launch_group_norm_act_bwd, group_norm_act_workspace, BwdParams>>)));
+         TORCH_BOX((&group_bwd<on_cuda_with_workspace<launch_group_norm_act_bwd,
+                                                      group_norm_act_workspace, BwdParams>>)));
   m.impl("pixel_norm_act_fwd",
-         TORCH_BOX((
-             &pixel_fwd<on_cuda<launch_pixel_norm_act_fwd, pixel_norm_act_workspace, FwdParams>>)));
+         TORCH_BOX((&pixel_fwd<on_cuda_with_workspace<launch_pixel_norm_act_fwd,
+                                                      pixel_norm_act_workspace, FwdParams>>)));
   m.impl("pixel_norm_act_bwd",
-         TORCH_BOX((
-             &pixel_bwd<on_cuda<launch_pixel_norm_act_bwd, pixel_norm_act_workspace, BwdParams>>)));
+         TORCH_BOX((&pixel_bwd<on_cuda_with_workspace<launch_pixel_norm_act_bwd,
+                                                      pixel_norm_act_workspace, BwdParams>>)));
 }
 #endif
 

@@ -36,6 +36,10 @@ struct alignas(sizeof(T) * kVector) Pack {
   T values[kVector];
 };
 
+// How many channels a thread has: one for each element of its vector, or one for all (NCHW).
+template <int kVector, bool kChannelsLast>
+constexpr int kSlots = kChannelsLast ? kVector : 1;
+
 __device__ inline float to_float(float v) { return v; }
 __device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 __device__ inline float to_float(__half v) { return __half2float(v); }

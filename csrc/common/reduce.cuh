@@ -29,6 +29,18 @@ struct Moments {
   }
 };
 
+// What the backward of a normalisation adds up.
+struct Sums {
+  float dz = 0, dzx = 0;  // sum(dz), sum(dz * (x - mean))
+};
+
+struct JoinSums {
+  __device__ void operator()(Sums& a, const Sums& b) const {
+    a.dz += b.dz;
+    a.dzx += b.dzx;
+  }
+};
+
 // Joins what the lanes of a block hold, value by value: a tree in shared memory, in a fixed order.
 // lanes is a power of two; lane l of a column is thread l * columns + column. Every thread calls
 // it; lane 0 gets the result.

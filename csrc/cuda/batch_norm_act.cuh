@@ -2,17 +2,13 @@
 #pragma once
 
 #include "batch_norm_act.h"
-#include "common/columns.cuh"
+#include "common/reduce.cuh"
 
 namespace fastcnn {
 
 __device__ inline float rstd_of(float var, double eps) {
   return rsqrtf(var + static_cast<float>(eps));
 }
-
-// A thread's channels: one for each element of its vector, or one for all (NCHW).
-template <int kVector, bool kChannelsLast>
-constexpr int kSlots = kChannelsLast ? kVector : 1;
 
 // The channel of each slot, from the column of the first: 4 bits each for how much further it is,
 // since registers are short.
@@ -85,17 +81,6 @@ __device__ Word<T, kVector> normalized(const BatchNormActFwdParams& p,
 
 // Vectors in flight: each brings one of dy and one of x.
 constexpr int kBwdUnroll = kUnroll / 2;
-
-struct Sums {
-  float dz = 0, dzx = 0;  // sum(dz), sum(dz * (x - mean))
-};
-
-struct JoinSums {
-  __device__ void operator()(Sums& a, const Sums& b) const {
-    a.dz += b.dz;
-    a.dzx += b.dzx;
-  }
-};
 
 // kN vectors of what the backward reads, asked for together.
 template <class T, int kVector, int kN>

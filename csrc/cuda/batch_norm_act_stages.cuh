@@ -15,7 +15,6 @@
 #pragma once
 
 #include "batch_norm_act.cuh"
-#include "common/reduce.cuh"
 
 namespace fastcnn {
 

@@ -21,21 +21,6 @@
 namespace fastcnn {
 namespace {
 
-// The numbers of a thread's channels: one for each element of its vector, or one for all (NCHW).
-template <int kVector, bool kChannelsLast>
-constexpr int kSlots = kChannelsLast ? kVector : 1;
-
-struct Sums {
-  float dz = 0, dzx = 0;  // sum(dz), sum(dz * (x - mean))
-};
-
-struct JoinSums {
-  __device__ void operator()(Sums& a, const Sums& b) const {
-    a.dz += b.dz;
-    a.dzx += b.dzx;
-  }
-};
-
 // dx = scale * dz - (shift + (x - mean) * slope), by group.
 struct Slopes {
   float shift, slope;
