@@ -17,8 +17,10 @@ demo:
 	@$(PYTHON) tools/environment.py train
 	@$(BIN)/fastcnn demo
 
+# Two processes, each with files of its own, in order: most tests have work for one core, and the
+# long ones must not come last.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The command is printed with its seed: the same seed makes the same calls.
 fuzz: N ?= 20000

@@ -55,7 +55,8 @@ def test_parameters_are_a_sample_s_own() -> None:
 
 
 def test_drawn_values_fill_their_ranges() -> None:
-    # Uniform: mean within five standard errors of the middle, both ends nearly reached.
+    # Uniform: mean within five standard errors of the middle, and a hundredth of the range reached
+    # at either end, which 4000 draws miss with probability 0.99^4000 = 3e-18.
     p = Augment((20, 30), **EVERYTHING).draw(MANY, SIZE, seeded(0))
     for values, low, high in (
         (p.angle, -30, 30), (p.scale, 0.7, 1.4), (p.shear[:, 0], -10, 10), (p.shear[:, 1], -5, 5),
@@ -65,8 +66,8 @@ def test_drawn_values_fill_their_ranges() -> None:
     ):  # fmt: skip
         width = high - low
         assert (values.mean() - (low + high) / 2).abs() < 5 * width / (12 * MANY) ** 0.5
-        assert low - 0.5 <= values.min() < low + 0.07 * width  # 0.5: translations are whole
-        assert high + 0.5 >= values.max() > high - 0.07 * width
+        assert low - 0.5 <= values.min() < low + 0.01 * width  # 0.5: translations are whole
+        assert high + 0.5 >= values.max() > high - 0.01 * width
     assert torch.equal(p.translate, p.translate.round())
     for flips in (p.horizontal_flip, p.vertical_flip, p.erase[:, 2] > 0):
         assert (flips.float().mean() - 0.5).abs() < 5 * 0.5 / MANY**0.5
@@ -133,15 +134,15 @@ def test_evaluation_crops_in_the_centre_and_normalises() -> None:
     module = Augment((20, 30), **(EVERYTHING | {"crop_scale": None}), mean=0.5, std=0.2).eval()
     assert torch.equal(module(images), module(images))
     expected = (images[:, :, 10:30, 16:46] / 255 - 0.5) / 0.2  # 15.5: torchvision's round to even
-    torch.testing.assert_close(module(images), expected)
+    # Up to 2.5, by three roundings on either side.
+    assert (module(images) - expected).abs().max() <= 6 * 2.5 * torch.finfo(torch.float32).eps
     # With RandomResizedCrop: the largest box of size's shape, 40 x 60, resized.
     module = Augment((20, 30), crop_scale=(0.1, 1.0)).eval()
     resized = augment(images, with_values(2, (40, 61), crop=[0, 0, 40, 60]), size=(20, 30))
-    torch.testing.assert_close(module(images), resized)
+    assert torch.equal(module(images), resized)
     same_size = Augment(**(EVERYTHING | {"crop_scale": None})).eval()
-    assert torch.equal(same_size(images), images / 255) or torch.allclose(
-        same_size(images), images / 255, rtol=1e-6
-    )
+    # A product with 1 / 255, which is rounded too, beside a quotient.
+    assert (same_size(images) - images / 255).abs().max() <= torch.finfo(torch.float32).eps
 
 
 def test_forward_draws_once_and_gives_masks() -> None:

@@ -4,139 +4,28 @@ The expected gradients are autograd's. How exact a result must be, and why: test
 """
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from activations import ACTS, near_a_kink
+from activations import ACTS
+from batch_norm_cases import (
+    Case,
+    check,
+    fastcnn_batch_norm_act,
+    make_case,
+    run,
+    torch_batch_norm_act,
+)
 from shapes import EDGES, LAYOUTS, RESNET50, Image
-from tolerance import assert_as_exact_as_torch, assert_same_in_float64, margin
+from tolerance import assert_as_exact_as_torch
 from torch import Tensor
 
 from fastcnn import functional, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TRAINING_AND_EVAL = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-TENSORS = ("x", "residual", "weight", "bias", "dy", "running_mean", "running_var")
-
-
-@dataclass
-class Case:
-    """Arguments of one call; the gradient of y is dy."""
-
-    x: Tensor
-    residual: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor
-    running_var: Tensor
-    dy: Tensor
-    training: bool
-    act: str
-    momentum: float = 0.1
-    eps: float = 1e-5
-
-    def to(self, dtype: torch.dtype) -> "Case":
-        tensors = {k: t.to(dtype) for k in TENSORS if (t := getattr(self, k)) is not None}
-        return replace(self, **tensors)
-
-
-def make_case(
-    sizes: tuple[int, ...],
-    dtype: torch.dtype,
-    layout: str = "nchw",
-    act: str = "relu",
-    residual: bool = False,
-    training: bool = True,
-    param_dtype: torch.dtype | None = None,
-) -> Case:
-    """Float32 values away from the kinks; gamma of both signs and, in the second channel, zero."""
-    g = torch.Generator().manual_seed(sum(sizes))
-    c = sizes[1]
-
-    def image() -> Tensor:
-        t = torch.randn(sizes, generator=g).to(dtype)
-        return t.contiguous(memory_format=LAYOUTS[layout])
-
-    def uniform(low: float, high: float) -> Tensor:
-        t = torch.rand(c, generator=g) * (high - low) + low
-        return t.to(param_dtype or dtype)
-
-    weight = uniform(0.5, 1.5) * (4 if act in ("relu6", "hardswish") else 1)  # beyond 6, and 3
-    weight[::3] *= -1
-    # Two values a channel normalise to -1 and 1, so |beta| < |gamma| keeps them off the kink at 0.
-    bias = uniform(-0.25, 0.25)
-    if c > 1:
-        weight[1], bias[1] = 0, 0.25
-    case = Case(
-        image(), image() if residual else None, weight, bias, uniform(-0.5, 0.5), uniform(0.5, 2.0),
-        image(), training, act,
-    )  # fmt: skip
-    moved = case.x if case.residual is None else case.residual
-    for _ in range(100):
-        before = replace(case, act="none").to(torch.float64)
-        z = run(torch_batch_norm_act, before, forward_only=True)["y"]
-        near = near_a_kink(z, act, margin(dtype))
-        if not near.any():
-            return case
-        moved.copy_(torch.where(near, image(), moved))
-    raise AssertionError("no data away from the kinks found")
-
-
-def torch_batch_norm_act(case: Case) -> Tensor:
-    stats, affine = (case.running_mean, case.running_var), (case.weight, case.bias)
-    z = F.batch_norm(case.x, *stats, *affine, case.training, case.momentum, case.eps)
-    return ACTS[case.act](z if case.residual is None else z + case.residual)
-
-
-def fastcnn_batch_norm_act(case: Case) -> Tensor:
-    return functional.batch_norm_act(
-        case.x, case.running_mean, case.running_var, case.weight, case.bias, case.training,
-        case.momentum, case.eps, residual=case.residual, act=case.act,
-    )  # fmt: skip
-
-
-def run(fn: Callable[[Case], Tensor], case: Case, forward_only: bool = False) -> dict[str, Tensor]:
-    """y, the gradients of all that is there, and the running statistics after the call."""
-    given = {k: t for k in TENSORS[:4] if (t := getattr(case, k)) is not None}
-    leaves = {k: t.detach().requires_grad_(not forward_only) for k, t in given.items()}
-    running = {k: getattr(case, k).clone() for k in ("running_mean", "running_var")}
-    y = fn(replace(case, **leaves, **running))
-    results = {"y": y.detach(), **running}
-    if not forward_only:
-        y.backward(case.dy)
-        results |= {f"d{k}": t.grad for k, t in leaves.items()}
-    return results
-
-
-def magnitudes(case: Case) -> dict[str, float]:
-    """Of what cancels: x and its mean in y; gain * dy in dx; sums of dy, also times (x - mean)."""
-    var = case.x.var((0, 2, 3), correction=0) if case.training else case.running_var
-    std = (var + case.eps).sqrt().min().item()
-    gain = (1.0 if case.weight is None else case.weight.abs().max().item()) / std
-    spread, total = case.x.abs().max().item(), case.dy.abs().sum((0, 2, 3)).max().item()
-    dx = gain * case.dy.abs().max().item()
-    return {"y": gain * spread, "dx": dx, "dweight": total * spread / std, "dbias": total}
-
-
-def check(case: Case) -> dict[str, Tensor]:
-    """Compare everything with float64, by PyTorch's own error in the dtype."""
-    actual, eager = run(fastcnn_batch_norm_act, case), run(torch_batch_norm_act, case)
-    exact = run(torch_batch_norm_act, case.to(torch.float64))
-    assert actual.keys() == exact.keys()
-    scales = magnitudes(case.to(torch.float64))
-    for k, t in actual.items():
-        like = case.x if k == "y" else getattr(case, k.removeprefix("d"))
-        assert t.dtype == like.dtype, f"{k}: expected {like.dtype}, got {t.dtype}"
-        assert t.stride() == like.stride(), f"{k}: expected {like.stride()}, got {t.stride()}"
-        scale, terms = scales.get(k, 0.0), case.x.numel() // case.x.shape[1]
-        if t.dtype is torch.float64:
-            assert_same_in_float64(k, t, exact[k], terms, scale)
-        else:
-            assert_as_exact_as_torch(k, t, eager[k], exact[k], scale)
-    return actual
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

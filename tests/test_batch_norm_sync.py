@@ -14,8 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from batch_norm_cases import (
+    Case,
+    fastcnn_batch_norm_act,
+    make_case,
+    run,
+    scales_of,
+    torch_batch_norm_act,
+)
+from chains import assert_same
 from shapes import LAYOUTS
-from test_batch_norm_act import Case, magnitudes, make_case, run, torch_batch_norm_act
 from tolerance import assert_as_exact_as_torch, assert_same_in_float64
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -49,11 +57,7 @@ def whole(batch: str, kind: str) -> Case:
 
 
 def synced(case: Case, process_group: Any = None) -> Tensor:
-    return functional.batch_norm_act(
-        case.x, case.running_mean, case.running_var, case.weight, case.bias, case.training,
-        case.momentum, case.eps, residual=case.residual, act=case.act, sync=True,
-        process_group=process_group,
-    )  # fmt: skip
+    return fastcnn_batch_norm_act(case, sync=True, process_group=process_group)
 
 
 def part_of(case: Case, counts: tuple[int, ...], rank: int) -> Case:
@@ -197,7 +201,7 @@ def test_parts_of_a_batch(ranks: list[Results], batch: str, kind: str) -> None:
     parts = [found["cases"][batch, kind] for found in ranks]
     eager = run(torch_batch_norm_act, case)
     exact = run(torch_batch_norm_act, case.to(torch.float64))
-    scales, terms = magnitudes(case.to(torch.float64)), case.x.numel() // case.x.shape[1]
+    scales, terms = scales_of(case), case.x.numel() // case.x.shape[1]
     assert parts[0].keys() == exact.keys()
     for k in exact:
         if k.startswith("running"):  # the same bits on each rank: networks must not drift apart
@@ -216,7 +220,6 @@ def test_parts_of_a_batch(ranks: list[Results], batch: str, kind: str) -> None:
 
 def test_a_network_in_ddp(ranks: list[Results]) -> None:
     # DDP averages the gradients; of a loss that is a sum, the whole batch's is WORLD times that.
-    # Float64: another order of summation moves 1e-13 of the largest value, see test_conv_bn_act.py.
     expected, parts = trained(Network(), chain_images()), [found["network"] for found in ranks]
     y = torch.cat([part["y"] for part in parts])
     for part in parts:
@@ -224,8 +227,7 @@ def test_a_network_in_ddp(ranks: list[Results]) -> None:
         for name, want in expected.items():
             got = part[name] * WORLD if name.startswith("d") else part[name]
             got = y if name == "y" else got
-            atol = 1e-11 * max(want.abs().max().item(), 1.0)
-            torch.testing.assert_close(got, want, rtol=0, atol=atol, msg=name)
+            assert_same(name, got, want)
 
 
 def test_compiled_as_one_graph(ranks: list[Results]) -> None:
@@ -237,15 +239,8 @@ def test_compiled_as_one_graph(ranks: list[Results]) -> None:
 def test_where_there_is_nobody_to_talk_to(ranks: list[Results]) -> None:
     # A group of one and evaluation: no communication, and the bits of the unsynchronised call.
     found, case = ranks[0]["without_others"], whole("uneven", "fp32")
-
-    def plain(case: Case) -> Tensor:
-        return functional.batch_norm_act(
-            case.x, case.running_mean, case.running_var, case.weight, case.bias, case.training,
-            act=case.act,
-        )  # fmt: skip
-
     for name, training in (("group of one", True), ("eval", False)):
-        for k, want in run(plain, replace(case, training=training)).items():
+        for k, want in run(fastcnn_batch_norm_act, replace(case, training=training)).items():
             assert torch.equal(found[name][k], want), (name, k)
     assert found["errors"] == [
         (

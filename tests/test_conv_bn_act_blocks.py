@@ -6,16 +6,18 @@ rebuilds or runs again must be what forward had, also where a rounding decides a
 
 import copy
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from activations import ACTS
-from chains import SHORTCUTS, Chain, Stage, check_float64, conv_bn, results, stage
+from chains import SHORTCUTS, Chain, Stage, assert_same, check_float64, conv_bn, results, stage
 from shapes import LAYOUTS
-from torch import Tensor, nn
+from torch import nn
 
-from fastcnn.functional import ConvBnActBlock, ConvBnActStep, conv_bn_act_blocks
+from fastcnn import reference
+from fastcnn.functional import ConvBnActBlock, ConvBnActStep, MaxPool, conv_bn_act_blocks
 from fastcnn.nn import BatchNormAct2d, Block
 
 LEVELS = ["default", "low", "lowest"]
@@ -120,7 +122,7 @@ def test_pooling_of_windows_with_ties(memory: str) -> None:
         assert expected["dx"].abs().max() > 1
         for name, want in expected.items():
             if want is not None:
-                torch.testing.assert_close(found[name], want, rtol=0, atol=1e-11)
+                assert_same(name, found[name], want)
 
 
 def eager(model: Stage) -> Stage:
@@ -164,7 +166,7 @@ def test_one_output_used_twice(memory: str) -> None:
         y = run(leaf)
         (y.square().sum() + (run(leaf) * y.detach()).sum() + y.sum()).backward()
         found.append(leaf.grad)
-    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
+    assert_same("dx", *found)
 
 
 @pytest.mark.parametrize("memory", LEVELS)
@@ -179,23 +181,66 @@ def test_batch_norms_of_both_modes(memory: str) -> None:
         assert torch.equal(before, after)
 
 
-def test_blocks_run_on_plain_tensors() -> None:
-    # The functional form, with a shortcut of its own strides: y = relu(bn(conv(x)) + bn(conv(x))).
-    def step(size: int, act: str) -> ConvBnActStep:
-        weight = torch.randn(6, 4, size, size, dtype=torch.float64)
-        args = (None, 2, size // 2, 1, 1, None, None, None, None, True)
-        return ConvBnActStep(weight, *args, act=act)
+def plain_step(c_in: int, c_out: int, size: int = 1, **kwargs: Any) -> ConvBnActStep:
+    """A step of plain tensors, all of them there, gamma of both signs."""
+    shape = (c_out, c_in // kwargs.get("groups", 1), size, size)
+    arguments: dict[str, Any] = {
+        "stride": 1, "padding": size // 2, "dilation": 1, "groups": 1, "training": True, **kwargs
+    }  # fmt: skip
+    tensors = {"weight": torch.randn(shape)} | {
+        name: torch.randn(c_out)
+        for name in ("conv_bias", "bn_weight", "bn_bias", "running_mean", "running_var")
+    }
+    tensors["running_var"] = tensors["running_var"].exp()
+    return ConvBnActStep(**{k: t.double() for k, t in tensors.items()}, **arguments)
 
-    def bn(step: ConvBnActStep, x: Tensor) -> Tensor:
-        x = nn.functional.conv2d(x, step.weight, None, 2, step.padding)
-        return nn.functional.batch_norm(x, None, None, training=True)
 
-    x = torch.randn(2, 4, 7, 8, dtype=torch.float64)
-    main, side = step(3, "relu"), step(1, "none")
-    expected = (bn(main, x) + bn(side, x)).relu()
-    for memory in LEVELS:
-        actual = conv_bn_act_blocks(x, [ConvBnActBlock([main], [side])], memory=memory)
-        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+# Everything that a functional block can be, on images of 4 channels and 9x8 pixels.
+PLAIN_BLOCKS: dict[str, Callable[[], ConvBnActBlock]] = {
+    "a step": lambda: ConvBnActBlock([plain_step(4, 6, 3, stride=2)]),
+    "evaluation": lambda: ConvBnActBlock([plain_step(4, 6, 3, training=False, eps=0.1)]),
+    "projection": lambda: ConvBnActBlock(
+        [plain_step(4, 6, 3, stride=2, act="silu"), plain_step(6, 8)],
+        [plain_step(4, 8, stride=(2, 2), act="none")],
+    ),
+    "the input": lambda: ConvBnActBlock([plain_step(4, 6), plain_step(6, 4, 3, act="gelu")], ()),
+    "groups": lambda: ConvBnActBlock([plain_step(4, 8, 3, groups=2, dilation=2, padding=(2, 1))]),
+    "pooling": lambda: ConvBnActBlock([plain_step(4, 6, pool=MaxPool(3, (2, 1), 1))]),
+}
+
+
+@pytest.mark.parametrize("memory", LEVELS)
+@pytest.mark.parametrize("kind", PLAIN_BLOCKS)
+def test_blocks_of_plain_tensors_against_the_reference(kind: str, memory: str) -> None:
+    blocks, x = [PLAIN_BLOCKS[kind]()], torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    c_out = blocks[0].steps[-1].weight.shape[0]
+    blocks.append(ConvBnActBlock([plain_step(c_out, c_out, 3)], ()))  # rebuilds the first's output
+    weights = [s.weight for block in blocks for s in (*block.steps, *(block.shortcut or ()))]
+    leaves = [t.requires_grad_() for t in (x, *weights)]
+    found = []
+    expected = reference.conv_bn_act_blocks(x, blocks)  # first: the other moves the statistics
+    for y in (conv_bn_act_blocks(x, blocks, memory=memory), expected):
+        found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for got, want in zip(*found, strict=True):
+        assert_same(kind, got, want)
+
+
+def test_the_reference_against_torchs_modules() -> None:
+    for training in (True, False):
+        model = stage("projection", "identity", "two steps", "none").double().train(training)
+        x, plain = torch.randn(2, 4, 9, 8, dtype=torch.float64), eager(model)
+        blocks = [
+            ConvBnActBlock(*(part and [torchs_step(*step) for step in part] for part in block))
+            for block in plain.blocks
+        ]
+        assert_same("y", reference.conv_bn_act_blocks(x, blocks), plain(x))
+
+
+def torchs_step(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvBnActStep:
+    return ConvBnActStep(
+        conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
+        bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, eps=bn.eps, act=bn.act,
+    )  # fmt: skip
 
 
 def test_running_statistics_of_each_step_go_to_its_own_module() -> None:

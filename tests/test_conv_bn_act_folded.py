@@ -14,7 +14,7 @@ from tolerance import assert_as_exact_as_torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastcnn.nn import BatchNormAct2d, Block, conv_bn_act
+from fastcnn.nn import BatchNormAct2d, Block, conv_bn_act, conv_bn_act_blocks
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch was built without oneDNN"
@@ -243,11 +243,12 @@ def test_exported_programs_have_the_plain_operators() -> None:
     assert "mkldnn" not in str(program.graph)
 
 
-def test_modules_with_hooks_and_plain_blocks() -> None:
-    # A block whose shortcut is the input itself, by the modules' function.
+def test_the_input_as_shortcut() -> None:
+    # An empty shortcut is the input: what folding adds is then the tensor that it convolves.
     step = conv_bn(4, 4, 3)
     step[1].eval()
     x = torch.randn(2, 4, 9, 8)
     with torch.no_grad():
-        block = Block([step], ())
-        assert torch.equal(conv_bn_act(x, block.steps, ()), conv_bn_act(x, [step], x))
+        expected = conv_bn_act(x, [step], x)
+        assert torch.equal(conv_bn_act(x, [step], ()), expected)
+        assert torch.equal(conv_bn_act_blocks(x, [Block([step], ())]), expected)

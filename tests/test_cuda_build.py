@@ -110,6 +110,49 @@ def test_registers_leave_room_for_a_block(kernels: list[Kernel]) -> None:
         assert threads * registers <= REGISTER_FILE, f"{kernel}: {registers} x {threads} threads"
 
 
+# An atomic operation, its qualifiers, and the type that it works on.
+ATOMIC = re.compile(r"\b(?:atom|red)\.([\w.:]+)\.(\w+)\s")
+
+
+def float_atomics(ptx: str) -> list[str]:
+    """The atomic operations of some PTX that add floats, or may: compare-and-swap is how one adds
+    those that the card has no instruction for."""
+    found = []
+    for match in ATOMIC.finditer(ptx):
+        operation, kind = match[1].split("."), match[2]
+        if "cas" in operation or not re.fullmatch(r"[usb]\d+", kind):
+            found.append(match[0].strip())
+    return found
+
+
+def test_no_float_is_added_atomically(kernels: list[Kernel]) -> None:
+    # The order in which blocks arrive would decide about the last bits of every sum.
+    assert {str(k): found for k in kernels if (found := float_atomics(k.ptx))} == {}
+    assert not [k for k in kernels if "call" in k.ptx.split()], "what they call was not looked at"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_planted_float_atomics_are_found(tmp_path: Path, arch: str) -> None:
+    planted = {
+        "adds<float>": "atomicAdd(static_cast<float*>(y), 1.0f)",
+        "adds<double>": "(void)atomicAdd(static_cast<double*>(y), 1.0)",
+        "adds<__nv_bfloat16>": "atomicAdd(static_cast<__nv_bfloat16*>(y), __nv_bfloat16(1.0f))",
+        "adds<__half2>": "atomicAdd(static_cast<__half2*>(y), __half2(1.0f, 1.0f))",
+        "returns": "static_cast<float*>(y)[1] = atomicAdd(static_cast<float*>(y), 1.0f)",
+        "largest": "atomicMax(static_cast<int*>(y), 1)",  # of integers: any order will do
+        "counts": "atomicAdd(static_cast<unsigned*>(y), 1u)",
+    }
+    source = tmp_path / "planted.cu"
+    names = {name: re.sub(r"\W", "_", name) for name in planted}
+    source.write_text(
+        "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n"
+        + "".join(f"__global__ void {names[k]}(void* y) {{ {code}; }}\n"
+                  for k, code in planted.items())
+    )  # fmt: skip
+    found = {k.name for k in compile_one(source, arch, tmp_path / arch) if float_atomics(k.ptx)}
+    assert found == set(names.values()) - {"largest", "counts"}
+
+
 def test_vectors_move_as_16_bytes(kernels: list[Kernel]) -> None:
     vectors = [k for k in kernels if k.vector > 1 and k.walks]
     assert vectors

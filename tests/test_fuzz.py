@@ -1,7 +1,8 @@
 """Random calls of every op against PyTorch in float64: `make fuzz N=100000` runs as many as asked.
 
-tests/fuzz_cases.py has what is drawn and how results are compared, tests/tolerance.py how exact
-they must be. A call that is refused must be one that PyTorch refuses too.
+tests/fuzz_cases.py has what is drawn, tests/fuzz_check.py how results are compared,
+tests/tolerance.py how exact they must be. A call that is refused must be one that PyTorch refuses
+too.
 """
 
 from typing import Any
@@ -19,14 +20,10 @@ from fuzz_cases import (
     SIDES,
     STRANGE,
     Numbers,
-    Tensors,
-    away_from_kinks,
-    check,
     fuzz,
     images,
-    layouts,
-    norm_scales,
 )
+from fuzz_check import Tensors, away_from_kinks, check, layouts, norm_scales
 from shapes import LAYOUTS
 from torch import Tensor
 

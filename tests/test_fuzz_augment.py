@@ -4,7 +4,8 @@ from typing import Any
 
 import hypothesis.strategies as st
 import torch
-from fuzz_cases import DTYPES, SEEDS, SIDES, distance, fuzz, layouts, memory, one_thread, placed
+from fuzz_cases import DTYPES, SEEDS, SIDES, fuzz, placed
+from fuzz_check import distance, layouts, memory, one_thread
 from shapes import LAYOUTS
 from test_augment import level_limit
 from torch import Tensor

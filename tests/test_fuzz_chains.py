@@ -1,8 +1,7 @@
 """Random chains and blocks of convolutions against torch.nn modules: tests/test_fuzz.py says more.
 
-In float64 all that there is. In other types the values of what has no kinks, by the errors of
-several draws (tests/test_conv_bn_act.py says why); gradients are the same bits in every memory
-level.
+In float64 all that there is. In other types what has no kinks, by the errors of several draws
+(tests/test_conv_bn_act.py says why); gradients are the same bits in every memory level.
 """
 
 import copy
@@ -13,10 +12,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from activations import ACTS
-from chains import SHORTCUTS, Stage, check_float64, results, twin
-from fuzz_cases import DTYPES, FLAGS, ROUNDINGS, SEEDS, distance, fuzz, same_bits
+from chains import SHORTCUTS, Stage, check_float64, results, twin, uses_batch_statistics
+from fuzz_cases import DTYPES, FLAGS, SEEDS, fuzz
+from fuzz_check import distance, same_bits
 from shapes import LAYOUTS
-from tolerance import assert_as_exact_as_torch
+from tolerance import ROUNDINGS, assert_as_exact_as_torch, error_ratio
 from torch import Tensor, nn
 
 from fastcnn.nn import BatchNormAct2d, Block
@@ -144,13 +144,19 @@ def check_pooled(
     model: Stage, sizes: tuple[int, ...], shape: tuple[int, ...], residual: bool,
     dtype: torch.dtype, layout: str, mode: Callable[[], Any],
 ) -> None:  # fmt: skip
-    """Compare with float64 by eager's own error, the larger one of its layouts, over 4 draws.
+    """Compare with float64 by eager's own error, the larger one of its layouts.
 
-    And the memory levels, which rebuild what they do not keep, with each other bit by bit.
+    Values and statistics over 4 draws. A gradient may be what is left where nearly all cancels, and
+    its error a single number's, so that of few draws either side may have the larger one by any
+    factor. But not always: it passes with the first draw, of 16, in which its error is at most
+    twice eager's in norm; what is wrong is further off in all of them.
     """
     model = model.to(dtype)
+    # 0 but for errors: float64 has them.
+    undone = [f"dconvs.{i}.bias" for i, bn in enumerate(model.bns) if uses_batch_statistics(bn)]
     found: dict[str, list[list[Tensor]]] = {}
-    for _ in range(4):
+    gradients: dict[str, float] = {}  # the least ratio of errors so far
+    for i in range(16):
         x, added = torch.randn(sizes).to(dtype), torch.randn(shape).to(dtype) if residual else None
 
         def run(model: Stage, layout: str, x: Tensor = x, added: Tensor | None = added) -> Any:
@@ -166,20 +172,27 @@ def check_pooled(
         eager = [run(twin(model), k) for k in LAYOUTS]
         eager.append(run(rounded(twin(model).double()), "nchw", rounded_tensor(x.double())))
         for name, t in actual.items():
-            if t is not None and t.is_floating_point():
-                assert t.dtype is dtype, name
-                found.setdefault(name, []).append([t, exact[name], *(e[name] for e in eager)])
+            if t is None or not t.is_floating_point() or name in undone:
+                continue
+            assert t.dtype is dtype, name
+            others = [e[name] for e in eager]
+            if not name.startswith("d"):
+                found.setdefault(name, []).append([t, exact[name], *others])
+            else:
+                ratio = min(error_ratio(t, e, exact[name]) for e in others)
+                gradients[name] = min(ratio, gradients.get(name, ratio))
+        if i >= 3 and all(ratio <= 2 for ratio in gradients.values()):
+            break
+    assert all(ratio <= 2 for ratio in gradients.values()), f"times eager's error: {gradients}"
     for name, draws in found.items():
         got, exact, *eager = (torch.stack(t) for t in zip(*draws, strict=True))
-        # Batch norm undoes the shift and the scale of what comes before it, so that a gradient may
-        # be 0 but for its error, and no few draws tell ours from PyTorch's: float64 has them.
-        if not name.startswith("d"):
-            worst = max(eager, key=lambda e, x=exact: distance(e, x))
-            # A mean is of values of both signs, as large as their deviation.
-            var = found.get(name.replace("running_mean", "running_var"), draws)
-            scale = max(d[1].max().item() for d in var) ** 0.5 if "running_mean" in name else 0.0
-            assert_as_exact_as_torch(name, got, worst, exact, ROUNDINGS * scale)
-    # Evaluation folds what it can of the blocks that run in one call.
+        worst = max(eager, key=lambda e, x=exact: distance(e, x))
+        # A mean is of values of both signs, as large as their deviation.
+        var = found.get(name.replace("running_mean", "running_var"), draws)
+        scale = max(d[1].max().item() for d in var) ** 0.5 if "running_mean" in name else 0.0
+        assert_as_exact_as_torch(name, got, worst, exact, ROUNDINGS * scale)
+    # The memory levels rebuild what they do not keep: the same bits. Evaluation folds what it can
+    # of the blocks that run in one call.
     for memory in () if mode is torch.no_grad else ("default", "low", "lowest"):
         model.memory = memory
         for name, t in run(model, layout).items():

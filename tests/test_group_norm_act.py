@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from activations import ACTS, near_a_kink
+from norm_cases import Draw, compare, magnitudes
 from shapes import GROUPED, LAYOUTS, Image
-from tolerance import assert_as_exact_as_torch, assert_same_in_float64, margin
+from tolerance import margin
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -50,24 +51,10 @@ def make_case(
     act: str = "relu",
     param_dtype: torch.dtype | None = None,
 ) -> Case:
-    """Values with dy = 0 near kinks; gamma of both signs and, in the second channel, zero."""
-    g = torch.Generator().manual_seed(sum(sizes))
-    c = sizes[1]
-
-    def image() -> Tensor:
-        t = torch.randn(sizes, generator=g).to(dtype)
-        return t.contiguous(memory_format=LAYOUTS[layout])
-
-    def uniform(low: float, high: float) -> Tensor:
-        t = torch.rand(c, generator=g) * (high - low) + low
-        return t.to(param_dtype or dtype)
-
-    weight = uniform(0.5, 1.5) * (4 if act in ("relu6", "hardswish") else 1)  # beyond 6, and 3
-    weight[::3] *= -1
-    bias = uniform(-0.25, 0.25)
-    if c > 1:
-        weight[1], bias[1] = 0, 0.25
-    case = Case(image(), weight, bias, image(), groups, act)
+    """Values with dy = 0 near kinks."""
+    draw = Draw(sizes, dtype, layout, param_dtype)
+    weight, bias = draw.affine(act)
+    case = Case(draw.image(), weight, bias, draw.image(), groups, act)
     z = torch_norm_act(replace(case, act="none").to(torch.float64))
     # Either gradient is right there. Half parameters beside a large z: a margin of its size.
     near = near_a_kink(z, act, margin(dtype) * (1 + z.abs().max().item() / 8))
@@ -99,30 +86,12 @@ def run(fn: Callable[[Case], Tensor], case: Case) -> dict[str, Tensor]:
     return {"y": y.detach()} | {f"d{k}": t.grad for k, t in leaves.items()}
 
 
-def magnitudes(case: Case) -> dict[str, float]:
-    """Of what cancels: x and its mean in y; gain * dy in dx; sums of dy, also times (x - mean)."""
-    _, _, var = reference.group_norm_act(case.x, case.groups)
-    std = (var + case.eps).sqrt().min().item()
-    gain = (1.0 if case.weight is None else case.weight.abs().max().item()) / std
-    spread, total = case.x.abs().max().item(), case.dy.abs().sum((0, 2, 3)).max().item()
-    dx = gain * case.dy.abs().max().item()
-    return {"y": gain * spread, "dx": dx, "dweight": total * spread / std, "dbias": total}
-
-
 def check(case: Case) -> dict[str, Tensor]:
     """Compare everything with float64, by PyTorch's own error in the dtype."""
-    actual, eager = run(fastcnn_norm_act, case), run(torch_norm_act, case)
-    exact = run(torch_norm_act, case.to(torch.float64))
-    assert actual.keys() == exact.keys()
-    scales = magnitudes(case.to(torch.float64))
-    for k, t in actual.items():
-        like = case.x if k == "y" else getattr(case, k.removeprefix("d"))
-        assert t.dtype == like.dtype, f"{k}: expected {like.dtype}, got {t.dtype}"
-        assert t.stride() == like.stride(), f"{k}: expected {like.stride()}, got {t.stride()}"
-        if t.dtype is torch.float64:
-            assert_same_in_float64(k, t, exact[k], case.x.numel(), scales[k])
-        else:
-            assert_as_exact_as_torch(k, t, eager[k], exact[k], scales[k])
+    actual, wide = run(fastcnn_norm_act, case), case.to(torch.float64)
+    scales = magnitudes(wide, reference.group_norm_act(wide.x, case.groups)[2])
+    eager, exact = run(torch_norm_act, case), run(torch_norm_act, wide)
+    compare(case, actual, eager, exact, scales, case.x.numel())
     return actual
 
 

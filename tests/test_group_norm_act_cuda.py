@@ -90,8 +90,11 @@ def test_pixels(dtype: torch.dtype, channels_last: bool) -> None:
         (3, 40 * wide, 5, 1),  # channels_last: lanes of a row turn several times
         (2, 33, 1, wide),  # NCHW: one column, 256 lanes, fewer channels
     ]
-    # A row beyond what a block holds is read from memory three times.
-    large: list[Shape] = [(2, 5121 * wide, 1, 1)] if channels_last else [(1, 300, 1, 3 * wide)]
+    # A row beyond what a block holds is read from memory three times: the largest case by far. The
+    # half types differ from float32 by their conversions, which the other rows have too.
+    large: list[Shape] = [(1, 300, 1, 3 * wide)]
+    if channels_last:
+        large = [(1, 5121 * wide, 1, 1)] if dtype is torch.float32 else []
     run_all([Call(dtype, shape, None, FULL) for shape in both + large], channels_last)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from shapes import LAYOUTS
+from tolerance import assert_same_in_float64
 from torch import Tensor, nn
 
 from fastcnn import functional
@@ -35,11 +36,22 @@ def assert_same(actual: nn.Module, expected: nn.Module, x: Tensor, act: Any) -> 
         after(module(leaf)).square().sum().backward()
         grads.append([leaf.grad, *(p.grad for p in module.parameters())])
     for a, e in zip(*grads, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+        close("gradient", a, e)
     states = [module.state_dict() for module in (actual, expected)]
     assert list(states[0]) == list(states[1])
     for name, value in states[1].items():
-        torch.testing.assert_close(states[0][name], value, rtol=1e-12, atol=1e-12, msg=name)
+        if name == "num_batches_tracked":
+            assert torch.equal(states[0][name], value)
+        else:
+            close(name, states[0][name], value)
+
+
+def close(name: str, actual: Tensor, expected: Tensor) -> None:
+    """In float64: sums of at most 3 * 6 * 5 * 7 values, none of them above 100.
+
+    x is below 10, what is normalised below 6, and dy is 2 y.
+    """
+    assert_same_in_float64(name, actual, expected, 630, 100.0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -81,11 +93,11 @@ def test_layer_norm_on_permuted_data(layout: str) -> None:
         def permuted(x: Tensor, module: nn.Module = expected) -> Tensor:
             return module(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-        torch.testing.assert_close(actual(x), permuted(x), rtol=1e-12, atol=1e-12)
+        close("y", actual(x), permuted(x))
         for module in (actual, permuted):
             module(x.requires_grad_()).square().sum().backward()
         for p, q in zip(actual.parameters(), expected.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-10)
+            close("gradient", p.grad, q.grad)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"eps": 0.1}, {"affine": False}], ids=str)

@@ -35,11 +35,11 @@ def test_there_are_ops() -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_op_has_all_rooms(op: str) -> None:
-    module = MODULES.get(op, f"fastcnn/nn/{op}.py")
-    rooms = [f"fastcnn/ops/{op}.py", module, f"tests/test_{op}.py"]
+    rooms = [MODULES.get(op, f"fastcnn/nn/{op}.py")]
+    rooms += [f"fastcnn/ops/{op}.py", f"fastcnn/reference/{op}.py"]
+    rooms += [f"tests/test_{op}.py", f"benchmarks/bench_{op}.py"]
     if op in KERNEL_OPS:
         rooms += [f"csrc/{op}.h", f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu"]
-        rooms += [f"fastcnn/reference/{op}.py", f"benchmarks/bench_{op}.py"]
         rooms += [f"tests/test_{op}_cuda.py", f"tests/cuda_emu/{op}.cpp"]
     missing = [room for room in rooms if not (ROOT / room).exists()]
     assert not missing

@@ -21,9 +21,14 @@ tolerance is right there, so the data keeps away from them: `margin` says how fa
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+# Of the terms that an error is told by: each is rounded that often at most, in float32's or
+# float64's ulps, before it is summed (converted, centred, scaled, multiplied).
+ROUNDINGS = 4.0
 
 
 def margin(dtype: torch.dtype) -> float:
@@ -51,6 +56,22 @@ def assert_same_in_float64(
     """Fail if float64 results of sums over `terms` values differ by more than the limit above."""
     ulp = torch.finfo(torch.float64).eps * max(_largest(expected), scale)
     _assert_within(name, actual, expected, math.sqrt(terms) * ulp)
+
+
+def error_ratio(actual: Tensor, eager: Tensor, exact: Tensor) -> float:
+    """The error's norm over that of PyTorch's, where either counts as one rounding at the least.
+
+    A rounding's error is uniform: its norm is eps / sqrt(12) of the values' at most.
+    """
+    rounding = torch.finfo(actual.dtype).eps / math.sqrt(12) * exact.double().norm().item()
+    ours, theirs = ((t.double() - exact.double()).norm().item() for t in (actual, eager))
+    return max(ours, rounding) / max(theirs, rounding) if rounding > 0 else 1.0 + ours
+
+
+def assert_as_exact_over_draws(name: str, ratios: Sequence[float]) -> None:
+    """Fail if the error ratios of many draws have a geometric mean above 2, or a NaN."""
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    assert mean <= 2, f"{name}: {mean:.2f} times PyTorch's error, in {len(ratios)} draws"
 
 
 def _largest(t: Tensor) -> float:

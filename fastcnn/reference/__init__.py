@@ -2,8 +2,17 @@
 
 from fastcnn.reference.augment import augment
 from fastcnn.reference.batch_norm_act import batch_norm_act
+from fastcnn.reference.conv_bn_act import conv_bn_act, conv_bn_act_blocks
 from fastcnn.reference.dropout import dropout
 from fastcnn.reference.group_norm_act import group_norm_act
 from fastcnn.reference.upsample import upsample
 
-__all__ = ["augment", "batch_norm_act", "dropout", "group_norm_act", "upsample"]
+__all__ = [
+    "augment",
+    "batch_norm_act",
+    "conv_bn_act",
+    "conv_bn_act_blocks",
+    "dropout",
+    "group_norm_act",
+    "upsample",
+]

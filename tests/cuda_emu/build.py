@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "cuda_emu"
 HEADER = Path(__file__).with_name("cuda_emu.h")
 FLAGS = [
-    *("-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    *("-std=c++20", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),  # #pragma unroll is nvcc's
     *("-x", "c++", "-DFASTCNN_CUDA_EMULATION"),
 ]

@@ -1,0 +1,178 @@
+"""How each result of the fuzz is compared: with float64, and bit by bit with calls like it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from activations import near_a_kink
+from fuzz_cases import placed, strange
+from shapes import LAYOUTS
+from tolerance import ROUNDINGS, assert_as_exact_as_torch, assert_same_in_float64, margin
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+Function = Callable[[Tensors], Tensor]
+
+
+def memory(t: Tensor) -> Tensor:
+    """The bytes of all the memory that a tensor lies in."""
+    return torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()).clone()
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same, NaN and signs of zero included."""
+    if (a.dtype, a.shape, a.stride()) != (b.dtype, b.shape, b.stride()):
+        return False
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.uint8}[a.element_size()]
+    return torch.equal(a.view(whole), b.view(whole))
+
+
+def outcome(fn: Function, tensors: Tensors, leaves: list[str], dy: Tensor) -> dict[str, Tensor]:
+    """y, the leaves' gradients, and the running statistics after the call."""
+    given = {k: t.detach().requires_grad_(k in leaves) for k, t in tensors.items()}
+    running = {k: placed(t, LAYOUTS["nchw"], 1) for k, t in tensors.items() if "running" in k}
+    y = fn({**given, **running})
+    y.backward(dy)
+    return {"y": y.detach(), **running} | {f"d{k}": given[k].grad for k in leaves}
+
+
+def to(tensors: Tensors, **how: Any) -> dict[str, Tensor]:
+    """Convert all; the memory format of images alone."""
+    images = {k: t.to(**how) for k, t in tensors.items() if t.dim() == 4}
+    how.pop("memory_format", None)
+    return images | {k: t.to(**how) for k, t in tensors.items() if t.dim() != 4}
+
+
+def check(
+    ours: Function,
+    eager: Function,
+    tensors: Tensors,
+    dy: Tensor,
+    scales: Mapping[str, float],
+    terms: int,
+    kind: str,
+    exact: Function | None = None,
+) -> None:
+    """Compare y and all gradients with float64, and what needs no tolerance bit by bit.
+
+    scales: of the terms that each result is summed of. kind: of the second dy.
+    """
+    leaves = [k for k in tensors if "running" not in k]
+    x = tensors["x"]
+    before = {k: memory(t) for k, t in [*tensors.items(), ("dy", dy)]}
+    actual = outcome(ours, tensors, leaves, dy)
+    # NCHW: there PyTorch's group norm has two passes, and loses no digits to a large mean.
+    wide = to(tensors, dtype=torch.float64, memory_format=torch.contiguous_format)
+    expected = outcome(exact or eager, wide, leaves, dy.double())
+    # Layouts sum in other orders: PyTorch's error is the larger one of the two.
+    yardsticks = [
+        outcome(eager, to(tensors, dtype=x.dtype, memory_format=f), leaves, dy.to(x.dtype))
+        for f in LAYOUTS.values()
+    ]
+    assert actual.keys() == expected.keys()
+    for k, t in actual.items():
+        like = dy if k == "y" else tensors[k.removeprefix("d")]
+        assert t.dtype == like.dtype, f"{k}: expected {like.dtype}, got {t.dtype}"
+        if t.dim() == 4 and t.numel() > 0 and k != "dskip":  # that is a view of dy
+            assert layouts(t) == layouts(like), f"{k}: expected {layouts(like)}, got {t.stride()}"
+        scale = ROUNDINGS * scales[k]
+        if t.dtype is torch.float64:
+            assert_same_in_float64(k, t, expected[k], max(terms, 1), scale)
+        else:
+            worst = max((y[k] for y in yardsticks), key=lambda y, e=expected[k]: distance(y, e))
+            assert_as_exact_as_torch(k, t, worst, expected[k], scale)
+        if "running" in k:
+            assert memory_around_is_nan(t), f"{k}: written around"
+    for k, t in [*tensors.items(), ("dy", dy)]:
+        assert torch.equal(memory(t), before[k]), f"{k}: modified, or written around"
+    check_bits(ours, tensors, leaves, dy, actual, kind)
+
+
+def check_bits(
+    ours: Function,
+    tensors: Tensors,
+    leaves: list[str],
+    dy: Tensor,
+    first: Mapping[str, Tensor],
+    kind: str,
+) -> None:
+    """The same in a second run, on one thread, for a dy of any strides, and for x alone.
+
+    But for a residual: where its gradient is wanted, dx is made of it, rounded as it is.
+    """
+    with one_thread():
+        again = outcome(ours, tensors, leaves, dy)
+        alone = {} if "residual" in tensors else outcome(ours, tensors, ["x"], dy)
+    for k, t in again.items():
+        assert same_bits(t, first[k]), f"{k}: other bits on one thread"
+    for k, t in alone.items():
+        assert same_bits(t, first[k]), f"{k}: other bits where x alone requires a gradient"
+    if dy.numel() == 0:
+        return
+    other = strange(dy, kind)
+    layout = torch.contiguous_format if dy.is_contiguous() else torch.channels_last
+    dense = outcome(ours, tensors, leaves, other.clone(memory_format=layout))
+    for k, t in outcome(ours, tensors, leaves, other).items():
+        assert torch.equal(t, dense[k]), f"{k}: other bits for a dy that is {kind}"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def layouts(t: Tensor) -> list[str]:
+    """In which a tensor is dense: in both with one channel or one pixel."""
+    return [k for k, layout in LAYOUTS.items() if t.is_contiguous(memory_format=layout)]
+
+
+def distance(t: Tensor, exact: Tensor) -> float:
+    return (t.double() - exact).abs().max().item() if t.numel() > 0 else 0.0
+
+
+def memory_around_is_nan(t: Tensor) -> bool:
+    base, start = t._base, t.storage_offset()
+    return bool(base[:start].isnan().all() & base[start + t.numel() :].isnan().all())
+
+
+def norm_scales(
+    tensors: Tensors, mean: Tensor, std: Tensor, z: Tensor, dy: Tensor
+) -> dict[str, float]:
+    """Of the terms of a normalisation with these statistics, all in float64, broadcast to x.
+
+    Centring costs an ulp of x and of its mean, which is then divided by std; an error of z goes on
+    into the activation's slope, and so into every gradient.
+    """
+    if dy.numel() == 0:
+        return dict.fromkeys(("y", "dx", "dresidual", "dweight", "dbias"), 0.0)
+    x, c = tensors["x"].double(), dy.shape[1]
+    weight = tensors["weight"].double().abs() if "weight" in tensors else torch.ones(c)
+    weight = weight.reshape(1, c, 1, 1)
+    centred = 1 + (x.abs() + mean.abs()) / std
+    added = tensors["residual"].double().abs().max().item() if "residual" in tensors else 0.0
+    z_error = (weight * centred).max().item() + z.abs().max().item() + added
+    largest, total = dy.abs().max().item(), dy.double().abs().sum((0, 2, 3)).max().item()
+    normalised = ((x - mean) / std).abs().max().item()
+    gain, slope = (weight / std).max().item(), largest * z_error
+    return {
+        "y": z_error,
+        "dx": (weight / std * centred).max().item() * largest + gain * slope,
+        "dresidual": largest + slope,
+        "dweight": total * (centred.max().item() + z_error * normalised),
+        "dbias": total * (1 + z_error),
+    }
+
+
+def away_from_kinks(dy: Tensor, z: Tensor, act: str, z_error: float) -> None:
+    """Zero dy where a rounding of z decides about a gradient: either one is right there."""
+    if dy.numel() > 0:
+        sums = torch.float64 if dy.dtype is torch.float64 else torch.float32
+        reach = margin(dy.dtype) * (1 + z.abs().max().item() / 8)
+        reach += ROUNDINGS * torch.finfo(sums).eps * z_error
+        dy.masked_fill_(near_a_kink(z, act, reach), 0)
