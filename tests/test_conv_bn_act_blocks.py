@@ -38,6 +38,21 @@ def test_one_block(shortcut: str, act: str) -> None:
         check_float64(block, (2, c_in, 5, 6), layout="channels_last" if training else "nchw")
 
 
+@pytest.mark.parametrize("memory", LEVELS)
+def test_an_input_of_both_layouts(memory: str) -> None:
+    # One channel is dense in both orders: the projection's 1x1 weight leaves it at that, and its
+    # convolution chooses NCHW; the other's weight is channels_last. ReLU keeps y for backward, SiLU
+    # has the shortcut rebuilt.
+    for act, training in itertools.product(["relu", "silu"], [True, False]):
+        block = Block([conv_bn(1, 2, 3, act)], [conv_bn(1, 2, 1, "none")])
+        model = Stage(block, Block([conv_bn(2, 2, 1, act)], ()), memory=memory).train(training)
+        check_float64(model, (2, 1, 3, 4), layout="channels_last")
+        with torch.no_grad():
+            x = torch.randn(2, 1, 3, 4).contiguous(memory_format=torch.channels_last)
+            model = model.float().to(memory_format=torch.channels_last)
+            assert model(x).is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("last", SHORTCUTS)
 def test_blocks_whose_inputs_are_rebuilt(last: str, act: str) -> None:

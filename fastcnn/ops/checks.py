@@ -100,6 +100,15 @@ def check_like(op: str, name: str, t: Tensor, x: Tensor) -> None:
         )
 
 
+def in_format_of(t: Tensor, x: Tensor) -> Tensor:
+    """Return t in x's memory format.
+
+    For what convolutions of one input gave: an input of a single channel is dense in both orders,
+    and each convolution then chooses by its weight.
+    """
+    return t.contiguous(memory_format=memory_format_of(x) or torch.contiguous_format)
+
+
 def check_channels(op: str, name: str, t: Tensor, channels: int, x: Tensor) -> None:
     """Check one number a channel, in x's dtype or, beside a half x, in float32."""
     if not isinstance(t, Tensor):

@@ -182,13 +182,16 @@ def _evaluate(
 ) -> Tensor:
     """One convolution a step, from the weights as they came: cast once, after folding."""
 
-    def run(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None) -> Tensor:
+    def run(
+        x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None, own: bool
+    ) -> Tensor:
         for i, step in enumerate(steps, start=1):
             added = residual if i == len(steps) else None
-            x = convolve_folded(x, step, next(geometry), added)
+            x = convolve_folded(x, step, next(geometry), added, own)
         return x
 
     for block in blocks:
-        added = residual if block.shortcut is None else run(x, block.shortcut, None)
-        x = run(x, block.steps, added)
+        own = block.shortcut is not None
+        added = residual if block.shortcut is None else run(x, block.shortcut, None, own)
+        x = run(x, block.steps, added, own)
     return x

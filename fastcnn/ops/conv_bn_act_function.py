@@ -20,7 +20,7 @@ from fastcnn.ops.batch_norm_calls import (
     batch_norm_act_fwd,
     image_to_save,
 )
-from fastcnn.ops.checks import check_like
+from fastcnn.ops.checks import check_like, in_format_of
 from fastcnn.ops.conv_bn_act_saved import FIRST, TENSORS, saved_blocks, saves_y
 from fastcnn.ops.conv_bn_act_step import BlockGeometry, Geometry
 from fastcnn.ops.convolution import convolve, max_pool
@@ -34,13 +34,17 @@ def _steps_fwd(
     steps: tuple[Geometry, ...],
     tensors: Tensors,
     kept: list[Tensor],
+    own: bool,
 ) -> Tensor:
+    """Run a chain; own: the residual is of the block's making, and not the caller's."""
     for i, g in enumerate(steps):
         weight, conv_bias, bn_weight, bn_bias, mean, var = (next(tensors) for _ in range(TENSORS))
         added = residual if i == len(steps) - 1 else None
         assert weight is not None
         raw = convolve(x, weight, conv_bias, g)
-        if added is not None:
+        if added is not None and own:
+            added = in_format_of(added, raw)
+        elif added is not None:
             check_like("conv_bn_act", "residual", added, raw)
         if not g.rerun:
             kept.append(raw)
@@ -68,8 +72,9 @@ class ConvBnActFunction(torch.autograd.Function):
         for block in blocks:
             added = residual
             if block.shortcut is not None:
-                added = _steps_fwd(x, None, block.shortcut, tensors, kept)
-            x = _steps_fwd(x, added, block.steps, tensors, kept)
+                added = _steps_fwd(x, None, block.shortcut, tensors, kept, own=True)
+            own = block.shortcut is not None
+            x = _steps_fwd(x, added, block.steps, tensors, kept, own)
         return x, *kept
 
     @staticmethod

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastcnn.ops._library import afresh
 from fastcnn.ops.activation import ACT_NUMBER, slope_is_in_y
 from fastcnn.ops.batch_norm_calls import batch_norm_act_apply, batch_norm_act_bwd
+from fastcnn.ops.checks import in_format_of
 from fastcnn.ops.conv_bn_act_step import BlockGeometry, Geometry
 from fastcnn.ops.convolution import convolve, convolve_bwd, max_pool, max_pool_bwd
 
@@ -65,8 +66,11 @@ class SavedSteps:
         step, g = self.saved[i], self.geometry[i]
         # In training the forward has run another operator.
         mean = step.mean if g.training else afresh(step.mean)
+        raw = self.raw(i, x)
+        if residual is not None:
+            residual = in_format_of(residual, raw)
         return batch_norm_act_apply(
-            self.raw(i, x), residual, step.bn_weight, step.bn_bias, mean, step.var,
+            raw, residual, step.bn_weight, step.bn_bias, mean, step.var,
             g.eps, g.act,
         )  # fmt: skip
 
@@ -100,6 +104,8 @@ class SavedSteps:
                 step.raw = convolve(conv_input, weight, step.conv_bias, g)
             if g.pool is not None:
                 dy = max_pool_bwd(dy, self.activation(i, x), g)
+            if image is not None:
+                image = in_format_of(image, step.raw)
             want = (input_needs, needs[at], needs[at + 1])
             draw, added, dbn_weight, dbn_bias = batch_norm_act_bwd(
                 dy, step.raw, image if last else None, step.bn_weight, step.bn_bias, step.mean,

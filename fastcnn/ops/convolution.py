@@ -132,8 +132,12 @@ def folds(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None) ->
     return x.dtype in _ONEDNN_TYPES and not torch.compiler.is_exporting()
 
 
-def convolve_folded(x: Tensor, step: ConvBnActStep, g: Geometry, residual: Tensor | None) -> Tensor:
+def convolve_folded(
+    x: Tensor, step: ConvBnActStep, g: Geometry, residual: Tensor | None, own: bool
+) -> Tensor:
     """Return act(batch_norm(conv2d(x)) + residual), the batch norm folded into the weights.
+
+    own: the residual is of the block's making, and may come in the other layout.
 
     weight' = weight * scale and bias' = (conv_bias - mean) * scale + beta per output channel, with
     scale = gamma / sqrt(var + eps), computed in float32 at every call, as parameters may change.
@@ -154,7 +158,8 @@ def convolve_folded(x: Tensor, step: ConvBnActStep, g: Geometry, residual: Tenso
         # It fuses plain operations by itself, and knows only half of what oneDNN's returns.
         y = convolve(x, weight, bias.to(x.dtype), g)
         if residual is not None:
-            check_like("conv_bn_act", "residual", residual, y)
+            if not own:
+                check_like("conv_bn_act", "residual", residual, y)
             y += residual
         y = _AFTER_SUM[step.act](y)
     elif residual is None:
@@ -165,7 +170,8 @@ def convolve_folded(x: Tensor, step: ConvBnActStep, g: Geometry, residual: Tenso
         fuses = step.act == "relu" and (one_pass or x.dtype is torch.float32)
         relu = "relu" if fuses else None
         y = _convolution_pointwise.binary(x, residual, *arguments, "add", 1.0, relu, [], "")
-        check_like("conv_bn_act", "residual", residual, y)  # oneDNN has copied another layout
+        if not own:
+            check_like("conv_bn_act", "residual", residual, y)  # oneDNN has copied another layout
         if relu is None:
             y = _AFTER_SUM[step.act](y)
     return max_pool(y, g)
