@@ -11,15 +11,11 @@
 #include "common/moments.h"
 #include "common/parallel.h"
 #include "common/spans.h"
+#include "cpu/norm.h"
 #include "group_norm_act.h"
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 namespace {
-
-template <class S>
-S rstd_of(S var, double eps) {
-  return S(1) / static_cast<S>(__builtin_sqrt(static_cast<double>(var) + eps));
-}
 
 // weight or bias as whole vectors: `c` numbers, or `value` where there are none, then zeros.
 template <class S>
@@ -49,13 +45,11 @@ struct Blocks {
 };
 
 // sums: [tasks, stride], of which the first c count.
-template <class S, class Sum>
-void write_sums(const Scratch<Sum>& sums, int64_t tasks, int64_t stride, int64_t c, void* out) {
+template <class S>
+void write_sums(const Scratch<double>& sums, int64_t tasks, int64_t stride, int64_t c, void* out) {
   for (int64_t j = 0; j < c; ++j) {
     double total = 0;
-    for (int64_t task = 0; task < tasks; ++task) {
-      total += static_cast<double>(sums[task * stride + j]);
-    }
+    for (int64_t task = 0; task < tasks; ++task) total += sums[task * stride + j];
     static_cast<S*>(out)[j] = static_cast<S>(total);
   }
 }
@@ -99,9 +93,10 @@ void bwd_rows(const GroupNormActBwdParams& p) {
   const int64_t c = p.shape.c, stride = ceil_div(c, kLanes<S>) * kLanes<S>;
   const Parameter<S> weight(p.weight, c, S(1)), bias(p.bias, c, S(0));
   const Blocks blocks(p.shape.per_channel(), p.shape.numel());
-  const Scratch<S> dweight(blocks.tasks * stride), dbias(blocks.tasks * stride);
+  const Scratch<double> dweight(blocks.tasks * stride), dbias(blocks.tasks * stride);
   blocks.run([&](int64_t task, int64_t first, int64_t last) {
-    S *dw = dweight.get() + task * stride, *db = dbias.get() + task * stride;
+    const Scratch<S> sums(2 * stride);  // of at most kSumRows rows
+    S *dw = sums.get(), *db = dw + stride;
     for (int64_t row = first; row < last; ++row) {
       const T *x = static_cast<const T*>(p.x) + row * c,
               *dy = static_cast<const T*>(p.dy) + row * c;
@@ -129,6 +124,11 @@ void bwd_rows(const GroupNormActBwdParams& p) {
       const Vec<S> slope = splat(horizontal_sum<S>(sum_x) / static_cast<S>(c));
       for_each_dz([&](int64_t i, int64_t count, Vec<S> xhat, Vec<S> dz, Vec<S> w) __attribute__((
           always_inline)) { store(dx + i, rstd * (w * dz - shift - xhat * slope), count); });
+      if (row + 1 == last || (row + 1 - first) % kSumRows == 0) {
+        add_in_double(dweight.get() + task * stride, dw, stride);
+        add_in_double(dbias.get() + task * stride, db, stride);
+        for_each_vector<S>(2 * stride, [&](int64_t i, int64_t) { store(dw + i, Vec<S>{}); });
+      }
     }
   });
   write_sums<S>(dweight, blocks.tasks, stride, c, p.dweight);
