@@ -315,7 +315,7 @@ int launch_group_norm_act_fwd(const GroupNormActFwdParams& p, float* workspace,
     return launch_slab_norm_act_fwd(p, slabs, device);
   }
   const SamplePlan plan = plan_samples(p.shape, p.groups, bytes, whole, device);
-  if (!fits_a_grid(plan)) return cudaErrorInvalidValue;
+  if (!can_launch(plan)) return cudaErrorInvalidValue;
   Moments* partial = reinterpret_cast<Moments*>(workspace);
   const int columns = plan.columns.vector;
   return dispatch(p.dtype, columns, p.shape.channels_last, [&](auto t, auto vector, auto cl) {
@@ -340,7 +340,7 @@ int launch_group_norm_act_bwd(const GroupNormActBwdParams& p, float* workspace,
                               const CudaDevice& device) {
   const SamplePlan plan =
       plan_samples(p.shape, p.groups, element_bytes(p.dtype), aligned({p.dy, p.x, p.dx}), device);
-  if (!fits_a_grid(plan)) return cudaErrorInvalidValue;
+  if (!can_launch(plan)) return cudaErrorInvalidValue;
   Sums* partial = reinterpret_cast<Sums*>(workspace);
   Slopes* slopes =
       reinterpret_cast<Slopes*>(partial + plan.samples * plan.columns.splits * p.shape.c);

@@ -50,7 +50,7 @@ dim3 grid_of(const SamplePlan& plan) {
 }
 
 // The kernels' grids, and those that finish groups and channels, of which a block has one at least.
-bool fits_a_grid(const SamplePlan& plan) {
+bool can_launch(const SamplePlan& plan) {
   return fits_a_grid(plan.samples * plan.columns.tiles, plan.columns.splits) &&
          fits_a_grid(plan.slabs()) && fits_a_grid(plan.sample.c);
 }
