@@ -12,9 +12,13 @@
 namespace fastcnn {
 namespace {
 
-// A view with the same logical indices, [n, c, h, w]. It fails where t is not dense.
-Tensor as_images(const char* op, const Tensor& t, bool per_channel) {
+// A view with the same logical indices, [n, c, h, w].
+Tensor as_images(const char* op, const char* name, const Tensor& t, bool per_channel) {
   if (t.dim() == 4) return t;
+  if (!t.is_contiguous()) {
+    fail(op, name, ": expected a contiguous tensor, got sizes ", sizes_of(t),
+         " with other strides; call .contiguous() first");
+  }
   if (!per_channel) return torch::stable::view(t, {1, 1, 1, t.numel()});
   if (t.dim() < 3) fail(op, "x: expected [n, c, ...] with per_channel, got sizes ", sizes_of(t));
   const int64_t planes = t.size(0) * t.size(1);
@@ -24,9 +28,17 @@ Tensor as_images(const char* op, const Tensor& t, bool per_channel) {
 template <class Launch>
 void run(const char* op, const Tensor& x, const OptionalTensor& residual, const Tensor& seed,
          double p, bool per_channel, const Tensor& y, Launch launch) {
-  const Tensor images = as_images(op, x, per_channel);
+  const Tensor images = as_images(op, "x", x, per_channel);
   OptionalTensor added = residual;
-  if (residual) added = as_images(op, *residual, per_channel);
+  if (residual) {
+    // Of their views as images the sizes may agree where these do not.
+    bool same = residual->dim() == x.dim();
+    for (int64_t d = 0; same && d < x.dim(); ++d) same = residual->size(d) == x.size(d);
+    if (!same) {
+      fail(op, "residual: expected sizes ", sizes_of(x), " as x, got ", sizes_of(*residual));
+    }
+    added = as_images(op, "residual", *residual, per_channel);
+  }
   const Check check(op, images);
   if (!(p >= 0 && p <= 1)) fail(op, "p: expected a probability from 0 to 1, got ", p);
   check_storage(op, "seed", seed);

@@ -16,7 +16,7 @@ struct DropoutParams {
   ImageShape shape;
   DType dtype;
   bool per_channel;
-  uint32_t threshold;    // keep_threshold(p)
+  uint64_t threshold;    // keep_threshold(p)
   double scale;          // keep_scale(threshold)
   const int64_t* seed;   // [1], where x is
   const void* x;         // [n, c, h, w] dtype

@@ -349,8 +349,9 @@ def dropout(
     or infinity shows as NaN, as in PyTorch.
 
     Args:
-        input: any number of dimensions, contiguous; with four, [n, c, h, w], also channels_last;
-            float32, bfloat16, float16, and on the CPU float64.
+        input: any number of dimensions, contiguous; with four, [n, c, h, w], also channels_last.
+            Other strides, which torch.nn.functional.dropout copies unasked, raise a ValueError that
+            says how to copy. float32, bfloat16, float16, and on the CPU float64.
         p: probability that an element is zeroed.
         training: False returns the input itself, or input + residual.
         inplace: whether to write y into the input's memory and return the input.

@@ -9,7 +9,8 @@ import torch
 from shapes import LAYOUTS
 from torch import Tensor
 
-from fastcnn.functional import batch_norm_act
+from fastcnn.functional import batch_norm_act, group_norm_act
+from fastcnn.nn import LayerNorm2d
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -82,3 +83,20 @@ def test_long_sums_of_one_value(sizes: tuple[int, ...], layout: torch.memory_for
     exact = 0.1 * x.numel() / sizes[1]
     assert (bias.grad - exact).abs().max() <= 512 * EPS * exact  # 8192 terms a vector of 16
     assert x.grad.abs().max() <= 512 * EPS
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("sizes", [(16, 128, 96, 96), (1, 8, 512, 512)], ids=str)
+def test_long_sums_of_one_value_in_group_norms(
+    sizes: tuple[int, ...], layout: torch.memory_format
+) -> None:
+    # As above. Summed in a row, 9216 terms a column lost 1e-4.
+    c = sizes[1]
+    x = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    exact = 0.1 * x.numel() / c
+    pixels, bias = LayerNorm2d(c), torch.zeros(c, requires_grad=True)
+    for y, own in ((group_norm_act(x, 4, None, bias, act="none"), bias), (pixels(x), pixels.bias)):
+        dx, dbias = torch.autograd.grad(y, [x, own], torch.full_like(y, 0.1))
+        assert (dbias - exact).abs().max() <= 512 * EPS * exact
+        assert dx.abs().max() <= 512 * EPS

@@ -24,7 +24,7 @@ from fastcnn.functional import dropout
 from fastcnn.lab import kept_for_backward
 from fastcnn.nn import Dropout, Dropout2d
 from fastcnn.philox import philox4x32_10
-from fastcnn.reference.dropout import threshold
+from fastcnn.reference.dropout import draws, threshold
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LEVELS = _C.cpu_levels.split(",")
@@ -208,6 +208,19 @@ def test_nothing_to_do_returns_the_input() -> None:
         assert torch.equal(torch.get_rng_state(), state)
     empty = torch.empty(0, 3, 4, 5)
     assert dropout(empty, 0.5) is empty
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_or_nothing_is_kept_where_p_is_0_or_1(layout: str) -> None:
+    # The largest draw, which no threshold below 2^32 keeps: one seed and place of it.
+    seed, index = 46536, 29573
+    assert draws(seed, torch.tensor([index])).item() == 2**32 - 1
+    for per_channel, dtype, p in itertools.product((False, True), DTYPES, (0.0, 1.0)):
+        sizes = (1, index + 1, 1, 2) if per_channel else (1, 463, 8, 8)
+        x = torch.ones(sizes, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
+        y = raw(x, None, torch.tensor(seed), p, per_channel)
+        assert torch.equal(y, x * (1 - p)), (per_channel, dtype, p)
+        assert torch.equal(reference.dropout(x, seed, p, None, per_channel), y)
 
 
 def test_everything_dropped_and_not_finite() -> None:

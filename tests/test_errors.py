@@ -69,32 +69,6 @@ def test_batch_norm_act(bad: dict[str, Any], error: type[Exception], message: st
         functional.batch_norm_act(**{**good, "training": True, **bad})
 
 
-# What replaces a good argument of dropout.
-DROPOUT_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"input": [1.0]}, TypeError, r"input: expected a Tensor, got list"),
-    ({"input": X.long()}, TypeError, r"input: expected float32, .*, got torch.int64"),
-    ({"input": X.mT}, ValueError, r"input: expected a dense NCHW or channels_last .*; call"),
-    ({"input": X[0].mT}, ValueError, r"input: expected a contiguous tensor.*\(\) first"),
-    ({"input": C3, "per_channel": True}, ValueError, r"input: expected at least 3 .*got \[3\]"),
-    ({"p": 1.5}, ValueError, r"p: expected a probability from 0 to 1, got 1.5"),
-    ({"p": -0.1}, ValueError, r"p: expected a probability from 0 to 1, got -0.1"),
-    ({"p": float("nan")}, ValueError, r"p: expected a probability from 0 to 1, got nan"),
-    ({"p": "half"}, TypeError, r"p: expected a number, got str"),
-    ({"residual": X[:1]}, ValueError, r"residual: expected sizes \[2, 3, 4, 4\], got \[1, 3, 4, 4"),
-    ({"residual": HALF}, TypeError, r"residual: expected torch.float32 .*, got torch.bfloat16"),
-    ({"input": C3, "residual": X}, ValueError, r"residual: expected sizes \[3\], got \[2, 3, 4"),
-    ({"generator": 5}, TypeError, r"generator: expected a torch.Generator, got int"),
-]
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("bad", "error", "message"), DROPOUT_ERRORS)
-def test_dropout(bad: dict[str, Any], error: type[Exception], message: str, training: bool) -> None:
-    # In evaluation too: else a mistake would wait for the first training step.
-    with pytest.raises(error, match=f"^dropout: .*{message}"):
-        functional.dropout(**{"input": X, "training": training, **bad})
-
-
 # What replaces a good argument of interpolate.
 INTERPOLATE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"input": None}, TypeError, r"input: expected a Tensor, got NoneType"),

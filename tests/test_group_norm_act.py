@@ -201,11 +201,12 @@ def test_a_large_mean_keeps_its_variance(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_nan_stays_in_its_group(layout: str) -> None:
-    # A diverged network must show it, and where: one NaN spoils what is normalised with it.
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_what_is_not_finite_stays_in_its_group(value: float, layout: str) -> None:
+    # A diverged network must show it, and where: it makes all that is normalised with it NaN.
     for groups, dtype, act in itertools.product((2, 4, PIXELS), DTYPES[:2], ACTS):
         case = make_case((3, 4, 5, 7), groups, dtype, layout, act)
-        case.x[1, 2, 3, 4] = float("nan")
+        case.x[1, 2, 3, 4] = value
         actual, expected = run(fastcnn_norm_act, case), run(torch_norm_act, case)
         for k in ("y", "dx"):
             assert torch.equal(actual[k].isnan(), expected[k].isnan()), (k, groups, dtype, act)

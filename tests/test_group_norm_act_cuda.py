@@ -10,7 +10,7 @@ import pytest
 import torch
 from activations import ACTS
 from cuda_emu.group_norm_act import EPS, Call, Options, Shape
-from cuda_emu.run import run_cases
+from cuda_emu.run import Case, run_cases
 
 INVALID_VALUE = 1  # cudaErrorInvalidValue
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -156,3 +156,44 @@ def test_float64_is_refused() -> None:
         call = Call(torch.float64, (1, 2, 2, 2), groups, FULL)
         cases = [*call.cases(False), *call.cases(True)]
         assert [result.error for result in run_cases(op, cases)] == [INVALID_VALUE] * 4
+
+
+# op, forward or backward, n, c, hw, groups, channels_last: more blocks than 2^31 - 1
+TOO_LARGE = [
+    ("group_norm_act", "fwd", 2**40, 2, 1, 2, 1),  # slabs on the chip, 256 a block
+    ("group_norm_act", "fwd", 2**31, 1, 2**16, 1, 0),  # a block a sample
+    ("group_norm_act", "bwd", 2**31, 1, 2**16, 1, 0),
+    ("group_norm_act", "bwd", 2**30, 4, 4, 4, 1),  # few blocks a sample, but many groups
+    ("group_norm_act", "bwd", 1, 2**33, 4, 1, 1),  # a block a channel, which joins its sums
+    ("pixel_norm_act", "fwd", 2**31, 2, 2, 1, 0),
+    ("pixel_norm_act", "fwd", 2**40, 2, 1, 1, 1),
+    ("pixel_norm_act", "bwd", 2**31, 2, 2, 1, 0),
+    ("pixel_norm_act", "bwd", 2**40, 2, 1, 1, 1),
+    ("pixel_norm_act", "bwd", 1, 2**31, 2, 1, 0),  # a block a channel
+]
+
+
+def test_more_blocks_than_a_grid_has_are_refused() -> None:
+    # Counted in 32 bits they would be 0 or a few. There are no tensors: nothing must be launched.
+    names = ("n", "c", "hw", "groups", "channels_last")
+    others = {"dtype": 0, "act": 1, "eps": EPS, "sm_count": 132}
+    for op in ("group_norm_act", "pixel_norm_act"):
+        sizes = [
+            (way, dict(zip(names, rest, strict=True))) for of, way, *rest in TOO_LARGE if of == op
+        ]
+        results = run_cases(op, [Case(way, {**numbers, **others}) for way, numbers in sizes])
+        assert [result.error for result in results] == [INVALID_VALUE] * len(sizes)
+
+
+@pytest.mark.parametrize("channels_last", LAYOUTS)
+def test_an_infinite_mean(channels_last: bool) -> None:
+    # As in PyTorch's running statistics: the sum over the count, and a variance that is NaN. On the
+    # chip, and in two stages with one split and with several.
+    for sm_count, shape in ((3, (2, 8, 16, 16)), (132, (1, 8, 16, 64)), (1, (1, 8, 16, 400))):
+        call = Call(torch.float32, shape, 2, ("none", True, True), sm_count=sm_count)
+        call.x[0, 1, 3, 2:4] = torch.inf
+        (result,) = run_cases("group_norm_act", call.cases(channels_last)[:1])
+        assert result.tensors["mean"].isinf().flatten().tolist() == [True] + [False] * (
+            2 * shape[0] - 1
+        )
+        assert result.tensors["var"].isnan().equal(result.tensors["mean"].isinf())

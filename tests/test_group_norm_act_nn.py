@@ -68,6 +68,28 @@ def test_instance_norm_step_by_step(kwargs: dict[str, Any], layout: str) -> None
         assert_same(actual.train(training), expected.train(training), x, F.relu)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bad", [[float("inf")], [float("-inf")], [float("inf"), float("-inf")]])
+def test_an_infinity_moves_the_running_statistics_as_in_torch(
+    bad: list[float], layout: str
+) -> None:
+    # The mean to it, the variance to NaN, and only of its channel; 9216 pixels are two chunks.
+    for pixels, dtype in itertools.product((5, 96), (torch.float32, torch.bfloat16)):
+        actual, expected = (
+            make(3, track_running_stats=True, dtype=dtype)
+            for make in (InstanceNormAct2d, nn.InstanceNorm2d)
+        )
+        x = torch.randn(2, 3, pixels, pixels).to(dtype, memory_format=LAYOUTS[layout])
+        for i, value in enumerate(bad):
+            x[1, 1, -1, i] = value
+        y, eager = actual(x), F.relu(expected(x))
+        assert torch.equal(y.isnan(), eager.isnan())
+        for name in ("running_mean", "running_var"):
+            ours, theirs = getattr(actual, name)[1], getattr(expected, name)[1]
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+            assert getattr(actual, name)[::2].isfinite().all()
+
+
 def test_instance_norm_in_half() -> None:
     # model.to(bfloat16): statistics are half too, and stay so.
     actual = InstanceNormAct2d(6, track_running_stats=True, dtype=torch.bfloat16)

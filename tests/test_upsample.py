@@ -1,8 +1,8 @@
 """interpolate against torch.nn.functional.interpolate in float64; gradients are autograd's.
 
 Bilinear: tests/tolerance.py. The nearest modes move numbers as they are, so forward is compared bit
-for bit, with torch in float32: its float64 kernels compute coordinates in float64 and so pick other
-pixels where a coordinate lies just below a whole number.
+for bit, with torch in float32. Of its two definitions csrc/common/source_index.h names the one that
+is ours, and TWO_WAYS where the other one differs.
 """
 
 import itertools
@@ -161,6 +161,34 @@ def test_the_same_source_pixels_as_torch() -> None:
         for how in ways:
             expected = F.interpolate(x, **how, mode=mode)
             assert torch.equal(functional.interpolate(x, **how, mode=mode), expected), (size, how)
+
+
+TWO_WAYS: list[tuple[tuple[int, int], torch.dtype, dict[str, Any]]] = [
+    ((3, 24), torch.float32, {"scale_factor": (53.03, 1.0414), "mode": "nearest"}),  # w stays 24
+    ((5, 60), torch.float32, {"scale_factor": 2.05, "mode": "nearest"}),  # h is doubled
+    ((2, 5), torch.float32, {"size": (47, 166), "mode": "nearest-exact"}),
+    ((2, 14), torch.float64, {"size": (2, 194), "mode": "nearest"}),
+]
+
+
+@pytest.mark.parametrize(("sizes", "dtype", "how"), TWO_WAYS, ids=str)
+def test_where_torch_differs_from_itself(
+    sizes: tuple[int, int], dtype: torch.dtype, how: dict[str, Any]
+) -> None:
+    # In NCHW, h + w beyond 128, its forward picks other pixels than in channels_last and than its
+    # own backward. Ours picks the latter in both. Whole numbers: sums of gradients are exact.
+    x = torch.arange(4.0 * sizes[0] * sizes[1], dtype=dtype).view(1, 4, *sizes)
+    last = x.contiguous(memory_format=torch.channels_last)
+    shape = F.interpolate(x, **how).shape
+    dy = (torch.arange(shape.numel()) % 61).to(dtype).view(shape)
+    y, dx = run(F.interpolate, last, dy, **how)
+    theirs, their_dx = run(F.interpolate, x, dy, **how)
+    assert torch.equal(their_dx, dx)
+    assert not torch.equal(theirs, y), "torch agrees with itself now: source_index.h says otherwise"
+    for given in (x, last):
+        ours, our_dx = run(functional.interpolate, given, dy, **how)
+        assert torch.equal(ours, y)
+        assert torch.equal(our_dx, dx)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -32,8 +32,9 @@ FASTCNN_HOST_DEVICE V magnitude(V value) {
   return value < V{} ? -value : value;
 }
 
-// How much of the range between the least and the largest channel a channel has, whose hue is
-// `center` sixths of a turn: 1 within one sixth of it, falling to 0 at two.
+// Where a channel lies between the least (0) and the largest one (1). `sixths` of a turn are
+// between the colour's hue and the channel's own, red, green or blue: up to one it is 1, from two
+// on 0.
 template <class V>
 FASTCNN_HOST_DEVICE V hue_share(V sixths) {
   const V zero = V{}, one = zero + 1.f, share = 2.f - sixths;

@@ -19,26 +19,31 @@ namespace fastcnn {
 
 constexpr int kKeepBlock = 8;  // elements of one draw, a power of two
 
-// The multiple of 2^-32 nearest to 1 - p, but neither 0 nor 1 unless p is 1 or 0.
 struct Keep {
   uint64_t seed;
-  uint32_t high, low;  // the threshold's halves
+  uint32_t high, low;  // the threshold's lower 16 bits, and what is above: at most 2^16
 
   Keep() = default;
-  FASTCNN_HOST_DEVICE Keep(uint64_t seed, uint32_t threshold)
-      : seed(seed), high(threshold >> 16), low(threshold & 0xffff) {}
+  FASTCNN_HOST_DEVICE Keep(uint64_t seed, uint64_t threshold)
+      : seed(seed),
+        high(static_cast<uint32_t>(threshold >> 16)),
+        low(static_cast<uint32_t>(threshold & 0xffff)) {}
 };
 
 constexpr double kDraws = 4294967296.;  // 2^32, of which `threshold` are kept
 
-inline uint32_t keep_threshold(double p) {
+// The multiple of 2^-32 nearest to 1 - p, but 0 and 1 (all draws) only where p is 1 and 0.
+inline uint64_t keep_threshold(double p) {
   if (p >= 1) return 0;
+  if (p <= 0) return uint64_t{1} << 32;
   const double nearest = (1 - p) * kDraws + 0.5;
-  return nearest < 1 ? 1 : nearest >= kDraws - 1 ? 0xffffffffu : static_cast<uint32_t>(nearest);
+  return nearest < 1 ? 1 : nearest >= kDraws - 1 ? 0xffffffff : static_cast<uint64_t>(nearest);
 }
 
 // What kept elements are multiplied by, so that the mean stays: 1 / (threshold / 2^32).
-inline double keep_scale(uint32_t threshold) { return threshold == 0 ? 0 : kDraws / threshold; }
+inline double keep_scale(uint64_t threshold) {
+  return threshold == 0 ? 0 : kDraws / static_cast<double>(threshold);
+}
 
 // Bit j: h(8 * block + j, stream) is below `below`, and in `equal` whether it is equal.
 FASTCNN_HOST_DEVICE uint32_t draw_below(uint64_t block, uint32_t stream, uint64_t seed,

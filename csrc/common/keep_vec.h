@@ -15,10 +15,14 @@ static_assert(kUnit == 2 * kLanes<uint16_t>);
 struct KeepVector {
   PhiloxVectorKeys keys;
   Halves limit;
+  uint64_t all;  // every bit where all draws are kept: their limit, 2^16, is no 16-bit number
   Keep keep;
 
   explicit KeepVector(const Keep& keep)
-      : keys(keep.seed), limit(splat(static_cast<uint16_t>(keep.high))), keep(keep) {}
+      : keys(keep.seed),
+        limit(splat(static_cast<uint16_t>(keep.high))),
+        all(keep.high > 0xffff ? ~uint64_t{0} : 0),
+        keep(keep) {}
 };
 
 // The lane that holds block number b of kCounters. With 64-byte registers, whose 16-byte quarters
@@ -124,7 +128,7 @@ inline __attribute__((always_inline)) uint64_t bits_of_words(const KeepVector& k
   odd = __builtin_shufflevector(first, second, 1, 3);
 #endif
   const Halves a = reinterpret_cast<Halves>(even), b = reinterpret_cast<Halves>(odd);
-  uint64_t bits = bits_below(a, b, k.limit);
+  uint64_t bits = bits_below(a, b, k.limit) | k.all;
   const uint64_t equal = bits_equal(a, b, k.limit);
   if (__builtin_expect(equal != 0 && k.keep.low != 0, 0)) {
     bits |= keep_equal_bits(k.keep, blocks, equal);

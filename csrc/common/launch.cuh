@@ -43,6 +43,9 @@ cudaError_t dispatch(DType dtype, int vector, bool channels_last, Body body) {
   }
 }
 
+// What a card takes: more blocks would be refused, or counted modulo 2^32.
+inline bool fits_a_grid(int64_t x, int64_t y = 1) { return x <= INT32_MAX && y <= UINT16_MAX; }
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const CudaDevice& device, dim3 grid, int threads, size_t shared_bytes,
                    void (*kernel)(Parameters...), Arguments... arguments) {

@@ -184,7 +184,8 @@ inline __attribute__((always_inline)) ChunkMoments<Acc<T>> chunk_moments(const T
       count - whole, [&](int64_t i, int64_t lanes)
                          __attribute__((always_inline)) { sum[0] += load(x + whole + i, lanes); });
   const S inverse = S(1) / static_cast<S>(count);
-  const S center = horizontal_sum<S>((sum[0] + sum[1]) + (sum[2] + sum[3])) * inverse;
+  S center = horizontal_sum<S>((sum[0] + sum[1]) + (sum[2] + sum[3])) * inverse;
+  if (center - center != 0) center = 0;
   const Vec<S> centers = splat(center);
   for (int64_t i = 0; i < whole; i += 4 * kLane) {
 #pragma GCC unroll 4

@@ -10,6 +10,9 @@ namespace fastcnn {
 void parallel_for_raw(int64_t tasks, int64_t grain, void (*body)(const void*, int64_t, int64_t),
                       const void* context);
 
+// How many threads work on a call: what may decide on the order of work, and never on a result.
+int64_t thread_count();
+
 // Runs body(begin, end) for ranges of tasks, one a thread at a time: what a thread allocates for
 // its tasks it allocates once. See parallel_for.
 template <class Body>

@@ -8,6 +8,10 @@
 
 namespace fastcnn {
 
+__device__ inline float rstd_of(float var, double eps) {
+  return rsqrtf(var + static_cast<float>(eps));
+}
+
 // mean + step towards `target`. A mean that is not finite has no way to go: PyTorch's is then the
 // sum over the count, which is infinite where all such values are, and inf - inf would be NaN.
 __device__ inline float moved_mean(float mean, float target, float step) {

@@ -1,5 +1,14 @@
 // Which input pixels a pixel of a resized axis is made of: PyTorch's definition
 // (aten/src/ATen/native/UpSample.h, the CPU's), once for host and device.
+//
+// Of nearest sampling PyTorch has two: nearest_idx and nearest_exact_idx, and what a general kernel
+// does in place of them. The former are taken here: they are what F.interpolate does on the CPU in
+// every backward, in channels_last from 4 channels on, and wherever h + w of the output is at most
+// 128. The general kernel serves the forward of all else, and there (torch 2.13)
+// - a scale that only rounds to the same or the doubled size is divided by, as in other sizes;
+// - nearest-exact rounds scale * (o + 0.5) - 0.5 before it adds 0.5 again;
+// - coordinates of float64 tensors are float64;
+// so that its own backward does not match it. tests/test_upsample.py has a case of each.
 #pragma once
 
 #include <cstdint>
@@ -36,8 +45,7 @@ FASTCNN_HOST_DEVICE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; 
 // pixel are neighbours: they are [first(i - reach), first(i + 1)).
 //
 // S is the type of coordinates: float, and double for float64. Nearest modes use float always: a
-// coordinate just below a whole number would fall to another pixel in another type. (PyTorch's
-// float64 kernels do so in some shapes forward, and never backward.)
+// coordinate just below a whole number would fall to another pixel in another type.
 template <class S>
 struct Sampler {
   int32_t in, out;

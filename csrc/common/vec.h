@@ -200,6 +200,12 @@ inline void store(T* p, Vec<Acc<T>> v, int64_t count = kLanes<Acc<T>>) {
   }
 }
 
+// An output that is large beside the last-level cache is stored past all caches: that saves reading
+// its lines before they are overwritten, and leaves the inputs there for a second pass. Measured on
+// 2 cores of an AMD EPYC (AVX-512, 32 MiB L3), bf16 batch norms, with a reader of the output behind
+// it: 25.7 MB 1 to 18 % faster, 12.8 MB even, smaller ones mostly slower.
+constexpr int64_t kPastCachesBytes = int64_t{1} << 24;
+
 // Whether rows of vectors from p on, `stride` elements apart, may be stored by store_past_caches.
 template <class T>
 inline bool can_store_past_caches(const T* p, int64_t stride) {

@@ -43,9 +43,8 @@ inline __attribute__((always_inline)) Vec<Acc<T>> grad_z(const BwdSpan<T>& s, A 
   }
 }
 
-// Adds sum(dz) and sum(dz * (x - mean)) to the columns' accumulators, or for a plane to one vector
-// each, whose lanes are added up once a task and not once a plane. Writes dz where the residual's
-// gradient is wanted. The lanes beyond a span's end have dy = 0 and add nothing.
+// reduce_rows, which also writes dz where the residual's gradient is wanted. For a plane the lanes
+// are added up once a task and not once a plane.
 template <class T, class A, bool kSaved, bool kArray>
 void reduce_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
                  const Coefficients<Acc<T>>& k, int64_t j, Acc<T>* sum_dz, Acc<T>* sum_dzx) {
@@ -53,33 +52,14 @@ void reduce_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
   const A act(k.act);
   const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
       bias{k.bias.get() + j};
-  Vec<S> total_dz = load(sum_dz), total_dzx = load(sum_dzx);
-  for_each_block<S>(
-      rows, length,
-      [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
-        const Vec<S> m = mean.at(i), sc = scale.at(i), b = bias.at(i);
-        if constexpr (kArray) {
-          total_dz = load(sum_dz + i);
-          total_dzx = load(sum_dzx + i);
-        }
-#pragma GCC unroll 4
-        for (int u = 0; u < block.value; ++u) {
-          const int64_t o = (row + u) * stride + i;
-          const Vec<S> centered = load(s.x + o, count) - m;
-          const Vec<S> dz = grad_z<T, A, kSaved>(s, act, o, count, centered, sc, b);
-          if (s.dresidual != nullptr) store(s.dresidual + o, dz, count);
-          total_dz += dz;
-          total_dzx += dz * centered;
-        }
-        if constexpr (kArray) {
-          store(sum_dz + i, total_dz);
-          store(sum_dzx + i, total_dzx);
-        }
-      });
-  if constexpr (!kArray) {
-    store(sum_dz, total_dz);
-    store(sum_dzx, total_dzx);
-  }
+  reduce_rows<T, kArray>(
+      s.x, rows, stride, length, mean, scale, bias, sum_dz, sum_dzx,
+      [&](int64_t o, int64_t count, Vec<S> centered, Vec<S> scale, Vec<S> bias)
+          __attribute__((always_inline)) {
+            const Vec<S> dz = grad_z<T, A, kSaved>(s, act, o, count, centered, scale, bias);
+            if (s.dresidual != nullptr) store(s.dresidual + o, dz, count);
+            return dz;
+          });
 }
 
 // dx = scale * (dz - shift - (x - mean) * slope); with fixed statistics dx = scale * dz.

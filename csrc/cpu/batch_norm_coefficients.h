@@ -3,21 +3,11 @@
 
 #include "batch_norm_act.h"
 #include "common/spans.h"
+#include "cpu/norm.h"
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 
-template <class S>
-inline S rstd_of(S var, double eps) {
-  return S(1) / static_cast<S>(__builtin_sqrt(static_cast<double>(var) + eps));
-}
-
 constexpr int64_t kSetGrain = 512;  // channels whose numbers are worth waking a thread
-
-// An output that is large beside the last-level cache is stored past all caches: that saves reading
-// its lines before they are overwritten, and leaves the inputs there for the second pass. Measured
-// on 2 cores of an AMD EPYC (AVX-512, 32 MiB L3), bf16, with a reader of the output behind it:
-// 25.7 MB 1 to 18 % faster, 12.8 MB even, smaller ones mostly slower.
-constexpr int64_t kPastCachesBytes = int64_t{1} << 24;
 
 // The per-channel numbers of one call, repeated `repeat` times: value[r * c + j] belongs to channel
 // j.

@@ -5,9 +5,9 @@
 //   backward  the reductions read dy and x (2T); dx reads both again and is written (3T).
 // The unit of work is what one statistic or more can be computed from without its neighbours: NCHW
 // the slab of a group, side by side in memory; channels_last a sample, whose groups are walked
-// together, row by row. Where there are units enough a task takes a unit through all its passes, so
-// that the second reading comes from the cache where it fits: 2T and 3T. Few large units are cut
-// into parts, and each pass over all of them ends before the next begins.
+// together, row by row. Where there are units enough a thread takes a unit through all its passes,
+// so that the second reading comes from the cache where it fits: 2T and 3T. Few large units are cut
+// into parts, which threads may share.
 // How the variance is computed: common/moments.h.
 // All sums have an order that depends on the shape alone.
 #include "group_norm_act.h"
@@ -270,31 +270,39 @@ void bwd_channels_last(const GroupNormActBwdParams& p) {
   const SampleRows<T> rows(p.shape);
   const T *dy = static_cast<const T*>(p.dy), *x = static_cast<const T*>(p.x);
   const ChannelSums sums(p.shape);
-  // space: two sums a column and slot, then the coefficients
-  const int64_t array = rows.slots() * rows.wide;
-  const auto coefficients = [&](S* space) {
-    S* k = space + 2 * array;
+  // space: two sums a column and part, then the coefficients
+  const int64_t array = rows.parts * rows.wide;
+  const auto coefficients = [&](double* space) {
+    S* k = reinterpret_cast<S*>(space + 2 * array);
     return Coefficients<S>{
         p.act, k, k + rows.wide, k + 2 * rows.wide, k + 3 * rows.wide, k + 4 * rows.wide};
   };
-  const auto prepare = [&](S* space, int64_t sample) {
+  const auto prepare = [&](double* space, int64_t sample) {
     set_channels(norm, sample, rows.repeat, coefficients(space));
   };
-  const auto reduce = [&](S* space, int64_t sample, int64_t part) {
-    rows.for_each_span(part, [&](int64_t slot, int64_t o, int64_t count, int64_t length) {
-      S* at = space + slot * rows.wide;
-      const int64_t from = sample * rows.size + o;
-      loops.reduce(dy + from, x + from, count, length, coefficients(space), at, at + array);
-    });
-  };
-  const auto join = [&](S* space, int64_t sample) {
-    double *dz = sums.dz.get() + sample * rows.c, *dzx = sums.dzx.get() + sample * rows.c;
-    rows.for_each_pixel([&](int64_t, int64_t column, int64_t) {
-      for (int64_t j = 0; j < rows.c; ++j) {
-        dz[j] += static_cast<double>(space[column + j]);
-        dzx[j] += static_cast<double>(space[array + column + j]);
+  const auto reduce = [&](double* space, int64_t sample, int64_t part) {
+    const Scratch<S> block(2 * rows.wide, Fill::kNothing);
+    S *dz = block.get(), *dzx = dz + rows.wide;
+    double* of_part = space + part * rows.wide;
+    rows.for_each_span(part, [&](int64_t, int64_t o, int64_t count, int64_t length) {
+      for (int64_t row = 0; row < count; row += kSumRows) {
+        const int64_t from = sample * rows.size + o + row * length;
+        for_each_vector<S>(2 * rows.wide, [&](int64_t i, int64_t) { store(dz + i, Vec<S>{}); });
+        loops.reduce(dy + from, x + from, min(kSumRows, count - row), length, coefficients(space),
+                     dz, dzx);
+        add_in_double(of_part, dz, rows.wide);
+        add_in_double(of_part + array, dzx, rows.wide);
       }
     });
+  };
+  const auto join = [&](double* space, int64_t sample) {
+    double *dz = sums.dz.get() + sample * rows.c, *dzx = sums.dzx.get() + sample * rows.c;
+    for (int64_t column = 0; column < array; column += rows.c) {
+      for (int64_t j = 0; j < rows.c; ++j) {
+        dz[j] += space[column + j];
+        dzx[j] += space[array + column + j];
+      }
+    }
     const Coefficients<S> k = coefficients(space);
     for (int64_t g = 0; g < norm.groups; ++g) {
       S shift, slope;
@@ -304,14 +312,15 @@ void bwd_channels_last(const GroupNormActBwdParams& p) {
       }
     }
   };
-  const auto dx = [&](S* space, int64_t sample, int64_t part) {
+  const auto dx = [&](double* space, int64_t sample, int64_t part) {
     rows.for_each_span(part, [&](int64_t, int64_t o, int64_t count, int64_t length) {
       const int64_t at = sample * rows.size + o;
       loops.grad_x(dy + at, x + at, static_cast<T*>(p.dx) + at, count, length, coefficients(space));
     });
   };
-  run_units<S>(rows.n, rows.parts, 2 * array + 5 * rows.wide, p.shape.numel(), prepare, reduce,
-               join, dx);
+  const int64_t numbers = ceil_div(5 * rows.wide * sizeof(S), sizeof(double));
+  run_units<double>(rows.n, rows.parts, 2 * array + numbers, p.shape.numel(), prepare, reduce, join,
+                    dx);
   sums.write(norm, p);
 }
 

@@ -4,15 +4,11 @@
 #include "common/dispatch.h"
 #include "common/parallel.h"
 #include "common/spans.h"
+#include "cpu/norm.h"
 #include "group_norm_act.h"
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 namespace {
-
-template <class S>
-S rstd_of(S var, double eps) {
-  return S(1) / static_cast<S>(__builtin_sqrt(static_cast<double>(var) + eps));
-}
 
 // What the loops know of the channels: arrays in step with a span (channels_last), or a number each
 // (a part of a plane).
@@ -41,41 +37,17 @@ void normalize(const T* x, T* y, int64_t rows, int64_t length, Coefficients<Acc<
       });
 }
 
-// Adds sum(dz) and sum(dz * (x - mean)) to the columns' accumulators, or for a plane to one vector
-// each. dz comes from z, rebuilt exactly as the forward made it. The lanes beyond a span's end have
-// dy = 0 and add nothing.
+// reduce_rows; dz comes from z, rebuilt exactly as the forward made it.
 template <class T, class A, bool kArray>
 void reduce(const T* dy, const T* x, int64_t rows, int64_t length, Coefficients<Acc<T>> k,
             Acc<T>* sum_dz, Acc<T>* sum_dzx) {
   using S = Acc<T>;
   const A act(k.act);
-  const PerChannel<S, kArray> mean{k.mean}, scale{k.scale}, bias{k.bias};
-  Vec<S> total_dz = load(sum_dz), total_dzx = load(sum_dzx);
-  for_each_block<S>(
-      rows, length,
-      [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
-        const Vec<S> m = mean.at(i), s = scale.at(i), b = bias.at(i);
-        if constexpr (kArray) {
-          total_dz = load(sum_dz + i);
-          total_dzx = load(sum_dzx + i);
-        }
-#pragma GCC unroll 4
-        for (int u = 0; u < block.value; ++u) {
-          const int64_t o = (row + u) * length + i;
-          const Vec<S> centered = load(x + o, count) - m;
-          const Vec<S> dz = act.bwd(load(dy + o, count), centered * s + b);
-          total_dz += dz;
-          total_dzx += dz * centered;
-        }
-        if constexpr (kArray) {
-          store(sum_dz + i, total_dz);
-          store(sum_dzx + i, total_dzx);
-        }
-      });
-  if constexpr (!kArray) {
-    store(sum_dz, total_dz);
-    store(sum_dzx, total_dzx);
-  }
+  reduce_rows<T, kArray>(
+      x, rows, length, length, PerChannel<S, kArray>{k.mean}, PerChannel<S, kArray>{k.scale},
+      PerChannel<S, kArray>{k.bias}, sum_dz, sum_dzx,
+      [&](int64_t o, int64_t count, Vec<S> centered, Vec<S> scale, Vec<S> bias) __attribute__((
+          always_inline)) { return act.bwd(load(dy + o, count), centered * scale + bias); });
 }
 
 template <class T, class A, bool kArray>
@@ -177,10 +149,15 @@ struct ChannelSums {
 
 // Runs prepare(space, unit), first(space, unit, part) for each part, join(space, unit) and
 // second(space, unit, part) for each part. `space` numbers, zeroed, belong to a unit meanwhile.
+//
+// Where units come out even over the threads, one takes a unit through all of it, the second pass
+// from its end: what the first one has read is then in the cache, as far as it has room. Otherwise
+// threads share units part by part, and each pass goes over all of memory. Sums are the same.
 template <class S, class Prepare, class First, class Join, class Second>
 void run_units(int64_t units, int64_t parts, int64_t space, int64_t elements, Prepare prepare,
                First first, Join join, Second second) {
-  if (parts == 1) {
+  const int64_t threads = thread_count();
+  if (parts == 1 || units % threads == 0 || units >= 4 * threads) {
     const int64_t per_task = ceil_div(units, 2 * kTasks), tasks = ceil_div(units, per_task);
     const auto all = [&](int64_t task) {
       const Scratch<S> own(space);
@@ -188,9 +165,9 @@ void run_units(int64_t units, int64_t parts, int64_t space, int64_t elements, Pr
       for (int64_t unit = task * per_task; unit < last; ++unit) {
         std::memset(static_cast<void*>(own.get()), 0, static_cast<size_t>(space) * sizeof(S));
         prepare(own.get(), unit);
-        first(own.get(), unit, 0);
+        for (int64_t part = 0; part < parts; ++part) first(own.get(), unit, part);
         join(own.get(), unit);
-        second(own.get(), unit, 0);
+        for (int64_t part = parts - 1; part >= 0; --part) second(own.get(), unit, part);
       }
     };
     return parallel_for(tasks, task_grain(tasks, elements), all);

@@ -11,15 +11,11 @@
 #include "common/moments.h"
 #include "common/parallel.h"
 #include "common/spans.h"
+#include "cpu/norm.h"
 #include "group_norm_act.h"
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 namespace {
-
-template <class S>
-S rstd_of(S var, double eps) {
-  return S(1) / static_cast<S>(__builtin_sqrt(static_cast<double>(var) + eps));
-}
 
 // weight or bias as whole vectors: `c` numbers, or `value` where there are none, then zeros.
 template <class S>
@@ -49,13 +45,11 @@ struct Blocks {
 };
 
 // sums: [tasks, stride], of which the first c count.
-template <class S, class Sum>
-void write_sums(const Scratch<Sum>& sums, int64_t tasks, int64_t stride, int64_t c, void* out) {
+template <class S>
+void write_sums(const Scratch<double>& sums, int64_t tasks, int64_t stride, int64_t c, void* out) {
   for (int64_t j = 0; j < c; ++j) {
     double total = 0;
-    for (int64_t task = 0; task < tasks; ++task) {
-      total += static_cast<double>(sums[task * stride + j]);
-    }
+    for (int64_t task = 0; task < tasks; ++task) total += sums[task * stride + j];
     static_cast<S*>(out)[j] = static_cast<S>(total);
   }
 }
@@ -99,9 +93,10 @@ void bwd_rows(const GroupNormActBwdParams& p) {
   const int64_t c = p.shape.c, stride = ceil_div(c, kLanes<S>) * kLanes<S>;
   const Parameter<S> weight(p.weight, c, S(1)), bias(p.bias, c, S(0));
   const Blocks blocks(p.shape.per_channel(), p.shape.numel());
-  const Scratch<S> dweight(blocks.tasks * stride), dbias(blocks.tasks * stride);
+  const Scratch<double> dweight(blocks.tasks * stride), dbias(blocks.tasks * stride);
   blocks.run([&](int64_t task, int64_t first, int64_t last) {
-    S *dw = dweight.get() + task * stride, *db = dbias.get() + task * stride;
+    const Scratch<S> sums(2 * stride);  // of at most kSumRows rows
+    S *dw = sums.get(), *db = dw + stride;
     for (int64_t row = first; row < last; ++row) {
       const T *x = static_cast<const T*>(p.x) + row * c,
               *dy = static_cast<const T*>(p.dy) + row * c;
@@ -129,6 +124,11 @@ void bwd_rows(const GroupNormActBwdParams& p) {
       const Vec<S> slope = splat(horizontal_sum<S>(sum_x) / static_cast<S>(c));
       for_each_dz([&](int64_t i, int64_t count, Vec<S> xhat, Vec<S> dz, Vec<S> w) __attribute__((
           always_inline)) { store(dx + i, rstd * (w * dz - shift - xhat * slope), count); });
+      if (row + 1 == last || (row + 1 - first) % kSumRows == 0) {
+        add_in_double(dweight.get() + task * stride, dw, stride);
+        add_in_double(dbias.get() + task * stride, db, stride);
+        for_each_vector<S>(2 * stride, [&](int64_t i, int64_t) { store(dw + i, Vec<S>{}); });
+      }
     }
   });
   write_sums<S>(dweight, blocks.tasks, stride, c, p.dweight);
@@ -136,6 +136,10 @@ void bwd_rows(const GroupNormActBwdParams& p) {
 }
 
 // ---- NCHW ---------------------------------------------------------------------------------------
+
+// Rows of a tile lie in pages of their own, where the processor does not fetch ahead: this many
+// rows are asked for before they are read or written.
+constexpr int64_t kRowsAhead = 4;
 
 // A tile: `width` neighbouring pixels of a sample, all channels.
 struct Tiles {
@@ -176,6 +180,7 @@ void fwd_tiles(const GroupNormActFwdParams& p) {
       for (int64_t j = 0; j < c; ++j) {
         for_each_vector<S>(
             pixels, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+              __builtin_prefetch(x + (j + kRowsAhead) * hw + i);
               const Vec<S> value = load(x + j * hw + i, count);
               store(tile.get() + j * width + i, value);
               store(mean + i, load(mean + i) + value);
@@ -210,6 +215,7 @@ void fwd_tiles(const GroupNormActFwdParams& p) {
         const Vec<S> w = splat(weight[j]), b = splat(bias[j]);
         for_each_vector<S>(
             pixels, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+              __builtin_prefetch(y + (j + kRowsAhead) * hw + i, 1);
               const Vec<S> centered = load(tile.get() + j * width + i) - load(mean + i);
               store(y + j * hw + i, act.fwd(centered * (load(rstd + i) * w) + b), count);
             });
@@ -249,6 +255,8 @@ void bwd_tiles(const GroupNormActBwdParams& p) {
         Vec<S> total{}, total_x{};
         for_each_vector<S>(
             pixels, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+              __builtin_prefetch(x + (j + kRowsAhead) * hw + i);
+              __builtin_prefetch(dy + (j + kRowsAhead) * hw + i);
               const Vec<S> centered = load(x + j * hw + i, count) - load(mean + i);
               const Vec<S> r = load(rstd + i), xhat = centered * r;
               const Vec<S> dz = act.bwd(load(dy + j * hw + i, count), centered * (r * w) + b);
@@ -268,6 +276,7 @@ void bwd_tiles(const GroupNormActBwdParams& p) {
       for (int64_t j = 0; j < c; ++j) {
         for_each_vector<S>(
             pixels, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+              __builtin_prefetch(dx + (j + kRowsAhead) * hw + i, 1);
               const Vec<S> xhat = load(tile_x.get() + j * width + i);
               const Vec<S> grad = load(tile_dz.get() + j * width + i) - load(sum + i);
               store(dx + j * hw + i, load(rstd + i) * (grad - xhat * load(sum_x + i)), count);

@@ -20,9 +20,6 @@
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 namespace {
 
-// Of an output that is stored around the cache: half of the machine's, so that another half is left
-// for what a smaller output's reader finds there.
-constexpr int64_t kStreamBytes = 1 << 24;
 constexpr int64_t kLineBytes = 64;
 
 // Everything that the tasks of one call share.
@@ -180,7 +177,7 @@ struct Fwd {
     const bool dense = places.pitch == places.k && !copies;
     const int64_t run = dense ? cut.pixels * places.k * bytes : places.k * bytes;
     const int64_t unit = dense ? vector : kLineBytes;
-    return places.elements() * bytes >= kStreamBytes && run % unit == 0 &&
+    return places.elements() * bytes >= kPastCachesBytes && run % unit == 0 &&
            places.pitch * bytes % (dense ? bytes : unit) == 0 &&
            places.large_row * bytes % unit == 0 && places.s.image * bytes % unit == 0 &&
            reinterpret_cast<uintptr_t>(y) % static_cast<uintptr_t>(unit) == 0;
@@ -249,7 +246,7 @@ void copy_skip(const UpsampleFwdParams& p, int64_t element_bytes) {
   const int64_t step = (s.channels_last ? s.pixel : s.image) * element_bytes;
   const int64_t piece = min(run, kChunkBytes);
   const int64_t pieces = ceil_div(run, piece), together = max(1, kChunkBytes / run);
-  const bool streams = run * runs >= kStreamBytes && run % kLineBytes == 0 &&
+  const bool streams = run * runs >= kPastCachesBytes && run % kLineBytes == 0 &&
                        step % kLineBytes == 0 && reinterpret_cast<uintptr_t>(p.y) % kLineBytes == 0;
   const auto copy = [&](int64_t task) {
     const int64_t first = task / pieces * together, at = task % pieces * piece;

@@ -6,10 +6,6 @@
 
 namespace fastcnn {
 
-__device__ inline float rstd_of(float var, double eps) {
-  return rsqrtf(var + static_cast<float>(eps));
-}
-
 // The channel of each slot, from the column of the first: 4 bits each for how much further it is,
 // since registers are short.
 class SlotChannels {

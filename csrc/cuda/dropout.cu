@@ -6,10 +6,9 @@
 //                  elements, 32 blocks: each lane draws one block, and each element's bit comes
 //                  from the lane that drew it by a shuffle. So accesses stay neighbouring whatever
 //                  their width.
-//   channels_last  A thread owns one vector of channels and walks down the pixels of an image,
-//   eight
-//                  at a time: one block a channel, or the two that its eight elements straddle, of
-//                  which the second is the first of the next step.
+//   channels_last  A thread owns one vector of channels and walks down the pixels of an image, by
+//                  eights: it draws one block a channel, or the two that its eight elements
+//                  straddle, of which the second is the first of the next step.
 //   planes         NCHW, one draw a channel: threads share planes, each draws its plane's bit.
 //   channels       channels_last, one draw a channel: as channels_last, with bits drawn once.
 #include "common/columns.cuh"

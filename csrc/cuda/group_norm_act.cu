@@ -37,7 +37,7 @@ struct Coefficients {
       const int64_t slab = plan.index() * plan.groups + (channel + s) / plan.per_group;
       const float var = static_cast<const float*>(p.var)[slab];
       mean[s] = static_cast<const float*>(p.mean)[slab];
-      scale[s] = rsqrtf(var + static_cast<float>(p.eps));
+      scale[s] = rstd_of(var, p.eps);
       if (p.weight != nullptr) scale[s] *= static_cast<const float*>(p.weight)[channel + s];
       bias[s] = p.bias == nullptr ? 0.f : static_cast<const float*>(p.bias)[channel + s];
     }
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             squares += (values[u][v] - center) * (values[u][v] - center);
           }
           const float delta = center - mean[v];
-          mean[v] += delta * share;
+          mean[v] = moved_mean(mean[v], center, delta * share);
           m2[v] += squares + delta * delta * spread;
         }
       },
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int v = 0; v < kVector; ++v) {
           const float delta = value[v] - mean[v];
-          mean[v] += delta * share;
+          mean[v] = moved_mean(mean[v], value[v], delta * share);
           m2[v] += delta * delta * spread;
         }
       });
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kThreads)
   });
   join_lanes(total, finish.columns(), finish.lanes, JoinSums{});
   if (finish.lane() == 0 && slab < plan.slabs()) {
-    const float rstd = rsqrtf(static_cast<const float*>(p.var)[slab] + static_cast<float>(p.eps));
+    const float rstd = rstd_of(static_cast<const float*>(p.var)[slab], p.eps);
     const float share = rstd / static_cast<float>(plan.per_group * plan.sample.hw);
     slopes[slab] = {total[0].dz * share, total[0].dzx * share * rstd * rstd};
   }
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t row = finish.lane(); row < rows; row += finish.lanes) {
       const int64_t slab = row / plan.columns.splits * plan.groups + group;
       Sums sums = partial[row * plan.sample.c + channel];
-      sums.dzx *= rsqrtf(static_cast<const float*>(p.var)[slab] + static_cast<float>(p.eps));
+      sums.dzx *= rstd_of(static_cast<const float*>(p.var)[slab], p.eps);
       JoinSums{}(total[0], sums);
     }
   }
@@ -279,11 +279,13 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- launching ----------------------------------------------------------------------------------
 
-// Whether the forward holds its slabs on the chip:
-//   a slab that a block has no room for     no
-//   channels_last without whole vectors     no: single elements, where the pixels' are whole
-//   vectors too few slabs to busy half the SMs      no, unless they are so small that launches cost
-//   more else                                    yes: one kernel and 2T instead of three and 3T
+// Whether the forward holds its slabs on the chip, by one kernel and 2T instead of three and 3T.
+// Not
+// - where a block has no room for a slab;
+// - in channels_last where a group's channels are no whole vectors: it would take single elements,
+//   while the other kernels take a pixel's channels, which may be whole vectors, together;
+// - where slabs are too few for half of the SMs, unless they are so small that three launches would
+//   take longer than one slab does.
 bool is_on_chip(const ImageShape& shape, const SlabPlan& plan, int element_bytes, int sm_count) {
   constexpr int64_t kSmall = 16 << 10;
   const int64_t bytes = int64_t{plan.vectors} * plan.vector * element_bytes;
@@ -313,7 +315,7 @@ int launch_group_norm_act_fwd(const GroupNormActFwdParams& p, float* workspace,
     return launch_slab_norm_act_fwd(p, slabs, device);
   }
   const SamplePlan plan = plan_samples(p.shape, p.groups, bytes, whole, device);
-  if (!fits_a_grid(plan)) return cudaErrorInvalidValue;
+  if (!can_launch(plan)) return cudaErrorInvalidValue;
   Moments* partial = reinterpret_cast<Moments*>(workspace);
   const int columns = plan.columns.vector;
   return dispatch(p.dtype, columns, p.shape.channels_last, [&](auto t, auto vector, auto cl) {
@@ -338,7 +340,7 @@ int launch_group_norm_act_bwd(const GroupNormActBwdParams& p, float* workspace,
                               const CudaDevice& device) {
   const SamplePlan plan =
       plan_samples(p.shape, p.groups, element_bytes(p.dtype), aligned({p.dy, p.x, p.dx}), device);
-  if (!fits_a_grid(plan)) return cudaErrorInvalidValue;
+  if (!can_launch(plan)) return cudaErrorInvalidValue;
   Sums* partial = reinterpret_cast<Sums*>(workspace);
   Slopes* slopes =
       reinterpret_cast<Slopes*>(partial + plan.samples * plan.columns.splits * p.shape.c);

@@ -1,8 +1,6 @@
 // How the two-stage kernels of group_norm_act cut a call over the card.
 #pragma once
 
-#include <algorithm>
-
 #include "common/columns.cuh"
 #include "common/launch.cuh"
 #include "common/reduce.cuh"
@@ -51,8 +49,10 @@ dim3 grid_of(const SamplePlan& plan) {
               static_cast<unsigned>(plan.columns.splits));
 }
 
-bool fits_a_grid(const SamplePlan& plan) {
-  return plan.samples * std::max(plan.columns.tiles, plan.groups) <= INT32_MAX;
+// The kernels' grids, and those that finish groups and channels, of which a block has one at least.
+bool can_launch(const SamplePlan& plan) {
+  return fits_a_grid(plan.samples * plan.columns.tiles, plan.columns.splits) &&
+         fits_a_grid(plan.slabs()) && fits_a_grid(plan.sample.c);
 }
 
 int threads_of(const SamplePlan& plan) { return plan.columns.columns * plan.columns.lanes; }

@@ -179,7 +179,7 @@ SlabPlan plan_rows(const ImageShape& shape, int element_bytes, bool aligned) {
 template <class Params, class Pick>
 int launch_tiles(const Params& p, const CudaDevice& device, bool whole, Pick pick) {
   const TilePlan plan = plan_tiles(p.shape, element_bytes(p.dtype), whole);
-  if (p.shape.n * plan.tiles > INT32_MAX) return cudaErrorInvalidValue;
+  if (!fits_a_grid(p.shape.n * plan.tiles)) return cudaErrorInvalidValue;
   return dispatch(p.dtype, plan.vector, false, [&](auto t, auto vector, auto) {
     return launch(device, dim3(static_cast<unsigned>(p.shape.n * plan.tiles)), kThreads,
                   kThreads * vector.value * sizeof(Sum), pick(t, vector), p, plan);
@@ -195,7 +195,7 @@ int launch_dx(const GroupNormActBwdParams& p, const CudaDevice& device, bool who
   const SlabPlan plan = plan_rows(p.shape, element_bytes(p.dtype), whole);
   if (!plan.fits) return cudaErrorInvalidValue;
   const int64_t blocks = (plan.slabs + plan.per_block - 1) / plan.per_block;
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  if (!fits_a_grid(blocks)) return cudaErrorInvalidValue;
   return dispatch(p.dtype, plan.vector, true, [&](auto t, auto vector, auto) {
     const int threads = plan.lanes * plan.per_block;
     return launch(device, dim3(static_cast<unsigned>(blocks)), threads, threads * sizeof(float),
@@ -228,9 +228,10 @@ int launch_pixel_norm_act_fwd(const GroupNormActFwdParams& p, float*, const Cuda
 int launch_pixel_norm_act_bwd(const GroupNormActBwdParams& p, float* workspace,
                               const CudaDevice& device) {
   const bool whole = aligned({p.dy, p.x, p.dx});
+  const ColumnPlan plan = plan_columns(p.shape, element_bytes(p.dtype), whole, device.sm_count);
+  if (!fits_a_grid(plan.tiles, plan.splits)) return cudaErrorInvalidValue;
   const int dx = launch_dx(p, device, whole);
   if (dx != cudaSuccess) return dx;
-  const ColumnPlan plan = plan_columns(p.shape, element_bytes(p.dtype), whole, device.sm_count);
   Gradients* partial = reinterpret_cast<Gradients*>(workspace);
   return dispatch(p.dtype, plan.vector, p.shape.channels_last, [&](auto t, auto vector, auto cl) {
     constexpr int kVector = decltype(vector)::value;

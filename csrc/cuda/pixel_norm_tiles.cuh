@@ -12,8 +12,6 @@
 namespace fastcnn {
 namespace {
 
-__device__ float rstd_of(float var, double eps) { return rsqrtf(var + static_cast<float>(eps)); }
-
 __device__ float number(const void* values, int64_t i, float otherwise) {
   return values == nullptr ? otherwise : static_cast<const float*>(values)[i];
 }

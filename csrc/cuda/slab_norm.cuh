@@ -10,6 +10,7 @@
 
 #include "common/columns.cuh"
 #include "common/launch.cuh"
+#include "common/reduce.cuh"
 #include "common/shared_memory.cuh"
 #include "group_norm_act.h"
 
@@ -112,7 +113,9 @@ __global__ void __launch_bounds__(kSlabThreads, 1)
   }
   for (; i < vectors; i += lanes) take(i, fetch(i));
   const float inverse = 1.f / static_cast<float>(per_group * p.shape.hw);
-  const float center = sum_of_slab(sum, lanes, sums) * inverse;
+  float center = sum_of_slab(sum, lanes, sums) * inverse;
+  if (center - center != 0)
+    center = 0;  // the mean is to be the sum over the count: common/reduce.cuh
 
   float deviations = 0, squares = 0;
   for (i = lane; i < vectors; i += lanes) {
@@ -128,7 +131,7 @@ __global__ void __launch_bounds__(kSlabThreads, 1)
   const float drift = deviations * inverse;
   const float var = (sum_of_slab(squares, lanes, sums) - deviations * drift) * inverse;
   const float mean = center + drift;
-  const float rstd = rsqrtf(var + static_cast<float>(p.eps));
+  const float rstd = rstd_of(var, p.eps);
   if (active && lane == 0) {
     static_cast<float*>(p.mean)[slab] = mean;
     static_cast<float*>(p.var)[slab] = var;
@@ -158,7 +161,7 @@ inline cudaError_t launch_slab_norm_act_fwd(const GroupNormActFwdParams& p, cons
                                             const CudaDevice& device) {
   if (!plan.fits) return cudaErrorInvalidValue;
   const int64_t blocks = (plan.slabs + plan.per_block - 1) / plan.per_block;
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  if (!fits_a_grid(blocks)) return cudaErrorInvalidValue;
   return dispatch(p.dtype, plan.vector, p.shape.channels_last, [&](auto t, auto vector, auto cl) {
     constexpr int kVector = decltype(vector)::value;
     const auto kernel = slab_norm_act_fwd_kernel<decltype(t), kVector, cl.value>;

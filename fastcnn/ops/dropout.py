@@ -1,15 +1,17 @@
 """dropout: the operators, what they return, and their autograd.
 
-    y = x * keep * scale + residual        scale = 2^32 / T,  1 where p is 0
-    keep(i) = u(i) < T                     T = (1 - p) * 2^32, rounded; in 1 ... 2^32 - 1
+    y = x * keep * scale + residual        scale = 2^32 / T,  0 where p is 1
+    keep(i) = u(i) < T                     T = (1 - p) * 2^32, rounded
 
-x, residual, y: [n, c, h, w], or any other shape, dense; seed: one int64 on x's device.
+x, residual, y: [n, c, h, w], dense in NCHW or channels_last, or any other number of dimensions,
+contiguous; seed: one int64 on x's device.
 
 i is the element's logical index (i_n * c + i_c) * h * w + i_h * w + i_w, whatever the memory layout
 (per channel: i_n * c + i_c), and u(i) a draw of 32 bits that depends on seed and i alone:
 csrc/common/keep.h. So the mask is the same bits on CPU and CUDA, in NCHW and channels_last, on any
 number of threads, eager and compiled. The probability to be kept is exactly T / 2^32: 1 - p to
-2^-33, and never 0 or 1 unless p is 1 or 0; the scale is that of T.
+2^-33, and never 0 or 1 unless p is 1 or 0 (T = 0: nothing is kept; T = 2^32: all is); the scale is
+that of T.
 
 Data movement in passes over the tensor: 2 (3 with a residual), backward 2. Kept for backward: the
 seed, 8 bytes. Backward is the same map without a residual, applied to dy: it draws the mask again.

@@ -20,14 +20,16 @@ def draws(seed: int, index: Tensor) -> Tensor:
 
 
 def threshold(p: float) -> int:
-    """Return how many of the 2^32 draws are kept: 0 for p = 1, else 1 ... 2^32 - 1."""
-    return 0 if p == 1 else min(max(math.floor((1 - p) * 2**32 + 0.5), 1), 2**32 - 1)
+    """Return how many of the 2^32 draws are kept: none or all only for p = 1 or 0."""
+    if p in (0, 1):
+        return 0 if p == 1 else 2**32
+    return min(max(math.floor((1 - p) * 2**32 + 0.5), 1), 2**32 - 1)
 
 
 def dropout(
     x: Tensor, seed: int, p: float, residual: Tensor | None = None, per_channel: bool = False
 ) -> Tensor:
-    """Return x * keep * scale + residual for p > 0; indices count in x's dimensions' order."""
+    """Return x * keep * scale + residual; indices count in x's dimensions' order."""
     shape = x.shape
     if per_channel:
         shape = torch.Size([*x.shape[:2], *(1 for _ in x.shape[2:])])

@@ -1,41 +1,23 @@
 // Runs the launchers of csrc/cuda/batch_norm_act.cu on cases from test_batch_norm_act_cuda.py.
-// Numbers and tensors have the names of the params structs; sm_count is the device's.
 #include "batch_norm_act.h"
 
 #include "../../csrc/cuda/batch_norm_act_plan.h"
 #include "common/columns.cuh"
 #include "common/launch.cuh"
-#include "driver.h"
+#include "norm_params.h"
 
 namespace fastcnn {
 namespace {
 
-using cuda_emu::Case;
-
-template <class Params>
-Params image_params(Case& c) {
-  Params p{};
-  p.shape = {c.integer("n"), c.integer("c"), c.integer("hw"), c.integer("channels_last") != 0};
-  p.dtype = static_cast<DType>(c.integer("dtype"));
-  p.act = static_cast<Act>(c.integer("act"));
-  p.eps = c.number("eps");
-  p.x = c.tensor("x");
-  p.weight = c.tensor("weight");
-  p.bias = c.tensor("bias");
-  p.mean = c.tensor("mean");
-  p.var = c.tensor("var");
-  return p;
-}
-
 BatchNormActFwdParams fwd_params(Case& c) {
-  auto p = image_params<BatchNormActFwdParams>(c);
+  auto p = norm_params<BatchNormActFwdParams>(c);
   p.residual = c.tensor("residual");
   p.y = c.tensor("y");
   return p;
 }
 
 BatchNormActBwdParams bwd_params(Case& c) {
-  auto p = image_params<BatchNormActBwdParams>(c);
+  auto p = norm_params<BatchNormActBwdParams>(c);
   p.training = c.integer("training") != 0;
   p.dy = c.tensor("dy");
   p.total = c.tensor("total");
@@ -72,16 +54,6 @@ BatchNormJoinParams join_params(Case& c) {
   p.var = c.tensor("var");
   p.total = c.tensor("total");
   return p;
-}
-
-template <class Params, class Launch>
-void run_with_workspace(Case& c, const Params& p, const CudaDevice& device, Launch launch) {
-  const int64_t count = batch_norm_act_workspace(p.shape, p.dtype, device);
-  const auto workspace = std::make_unique<float[]>(count);
-  c.run([&] {
-    std::fill_n(workspace.get(), count, NAN);  // nothing may come from the call before
-    return launch(p, workspace.get(), device);
-  });
 }
 
 // The first offsets of each thread's walk through a tensor that no test has memory for.
@@ -135,12 +107,14 @@ void run_op(Case& c) {
   const CudaDevice device{static_cast<int>(c.integer("sm_count")), nullptr,
                           static_cast<int>(c.integer("shared_bytes"))};
   if (c.op() == "fwd") {
-    run_with_workspace(c, fwd_params(c), device, launch_batch_norm_act_fwd);
+    run_with_workspace(c, fwd_params(c), device, batch_norm_act_workspace,
+                       launch_batch_norm_act_fwd);
   } else if (c.op() == "apply") {
     const BatchNormActFwdParams p = fwd_params(c);
     c.run([&] { return launch_batch_norm_act_apply(p, device); });
   } else if (c.op() == "bwd") {
-    run_with_workspace(c, bwd_params(c), device, launch_batch_norm_act_bwd);
+    run_with_workspace(c, bwd_params(c), device, batch_norm_act_workspace,
+                       launch_batch_norm_act_bwd);
   } else if (c.op() == "plan") {
     run_plan(c, device);
   } else if (c.op() == "walk") {

@@ -1,0 +1,65 @@
+// What the normalisations' CPU kernels share.
+#pragma once
+
+#include "common/spans.h"
+
+namespace fastcnn::FASTCNN_CPU_LEVEL {
+
+template <class S>
+inline S rstd_of(S var, double eps) {
+  return S(1) / static_cast<S>(__builtin_sqrt(static_cast<double>(var) + eps));
+}
+
+// Rows of channels_last whose terms are added up one behind the other in the accumulate type. The
+// sums of longer columns are joined in double: each of n terms could cost n / 2 roundings.
+constexpr int64_t kSumRows = 256;
+
+// to[i] += from[i] for whole vectors.
+template <class S>
+inline void add_in_double(double* to, const S* from, int64_t length) {
+  for_each_vector<S>(length, [&](int64_t i, int64_t) {
+    Wide<S> total;
+    std::memcpy(&total, to + i, sizeof total);
+    total += widen<S>(load(from + i));
+    std::memcpy(to + i, &total, sizeof total);
+  });
+}
+
+// Adds sum(dz) and sum(dz * (x - mean)) to the columns' accumulators, or for a plane to one vector
+// each. dz = grad_z(offset, count, x - mean, scale, bias). The lanes beyond a span's end must have
+// dz = 0 and add nothing.
+template <class T, bool kArray, class GradZ>
+inline __attribute__((always_inline)) void reduce_rows(
+    const T* x, int64_t rows, int64_t stride, int64_t length, PerChannel<Acc<T>, kArray> mean,
+    PerChannel<Acc<T>, kArray> scale, PerChannel<Acc<T>, kArray> bias, Acc<T>* sum_dz,
+    Acc<T>* sum_dzx, GradZ grad_z) {
+  using S = Acc<T>;
+  Vec<S> total_dz = load(sum_dz), total_dzx = load(sum_dzx);
+  for_each_block<S>(
+      rows, length,
+      [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
+        const Vec<S> m = mean.at(i), s = scale.at(i), b = bias.at(i);
+        if constexpr (kArray) {
+          total_dz = load(sum_dz + i);
+          total_dzx = load(sum_dzx + i);
+        }
+#pragma GCC unroll 4
+        for (int u = 0; u < block.value; ++u) {
+          const int64_t o = (row + u) * stride + i;
+          const Vec<S> centered = load(x + o, count) - m;
+          const Vec<S> dz = grad_z(o, count, centered, s, b);
+          total_dz += dz;
+          total_dzx += dz * centered;
+        }
+        if constexpr (kArray) {
+          store(sum_dz + i, total_dz);
+          store(sum_dzx + i, total_dzx);
+        }
+      });
+  if constexpr (!kArray) {
+    store(sum_dz, total_dz);
+    store(sum_dzx, total_dzx);
+  }
+}
+
+}  // namespace fastcnn::FASTCNN_CPU_LEVEL
