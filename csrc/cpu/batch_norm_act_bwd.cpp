@@ -165,26 +165,31 @@ void bwd_channels_last(const BatchNormActBwdParams& p) {
   const auto set = [&](int64_t j) { k.set(p, j); };
   parallel_for(w.c, kSetGrain, set);
   const int64_t slots = w.tasks + 1;  // the last one for the rest
-  Scratch<S> sum_dz(slots * w.wide, Fill::kNothing), sum_dzx(slots * w.wide, Fill::kNothing);
-  const auto reduce = [&](int64_t slot, int64_t row, int64_t rows, int64_t length) {
-    S *dz = sum_dz.get() + slot * w.wide, *dzx = sum_dzx.get() + slot * w.wide;
-    for_each_vector<S>(w.wide, [&](int64_t i, int64_t) {
-      store(dz + i, Vec<S>{});
-      store(dzx + i, Vec<S>{});
-    });
+  Scratch<double> sum_dz(slots * w.wide), sum_dzx(slots * w.wide);
+  const auto reduce = [&](int64_t slot, int64_t first, int64_t last, int64_t length) {
     if (p.total != nullptr) return;
-    loops.reduce(BwdSpan<T>(p, row * w.wide), rows, length, length, k, 0, dz, dzx);
+    Scratch<S> of_rows(2 * w.wide, Fill::kNothing);
+    S *dz = of_rows.get(), *dzx = dz + w.wide;
+    for (int64_t row = first; row < last; row += kSumRows) {
+      for_each_vector<S>(2 * w.wide, [&](int64_t i, int64_t) { store(dz + i, Vec<S>{}); });
+      loops.reduce(BwdSpan<T>(p, row * w.wide), min(kSumRows, last - row), length, length, k, 0, dz,
+                   dzx);
+      add_in_double(sum_dz.get() + slot * w.wide, dz, w.wide);
+      add_in_double(sum_dzx.get() + slot * w.wide, dzx, w.wide);
+    }
   };
   const auto reduce_rows = [&](int64_t task) {
-    reduce(task, w.first(task), w.last(task) - w.first(task), w.wide);
+    reduce(task, w.first(task), w.last(task), w.wide);
   };
   parallel_for(w.tasks, w.grain, reduce_rows);
-  reduce(w.tasks, w.rows, 1, w.rest);
+  reduce(w.tasks, w.rows, w.rows + 1, w.rest);
   for_each_channels<S>(w.c, slots * w.wide, [&](int64_t j, int64_t count) {
-    Wide<S> dz{}, dzx{};
+    double dz[kLanes<S>] = {}, dzx[kLanes<S>] = {};
     for (int64_t i = j; i < slots * w.wide; i += w.c) {
-      dz += widen<S>(load(sum_dz.get() + i, count));
-      dzx += widen<S>(load(sum_dzx.get() + i, count));
+      for (int64_t l = 0; l < count; ++l) {
+        dz[l] += sum_dz[i + l];
+        dzx[l] += sum_dzx[i + l];
+      }
     }
     for (int64_t l = 0; l < count; ++l) finish_channel<S>(p, k, j + l, dz[l], dzx[l]);
   });
