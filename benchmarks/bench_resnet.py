@@ -40,6 +40,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # in torch.compile's own code
 @pytest.mark.parametrize("network", NETWORKS)
 def test_training_step(compare: Any, benchmark: Any, network: str) -> None:
     name, batch, size, dtype, options, compiled = NETWORKS[network]

@@ -12,15 +12,17 @@ LOW = 0xFFFFFFFF  # the bits of a word
 def philox4x32_10(counter: Tensor, seed: int | Tensor) -> Tensor:
     """Return the four random words [4, ...] of each counter [4, ...], int64 below 2^32.
 
-    The 64 bits of the seed (a number, or an int64 tensor of one) are the key.
+    The 64 bits of the seed (a number, or an int64 tensor without dimensions) are the key.
     """
+    device = counter.device
     if isinstance(seed, Tensor):
-        first = torch.stack([seed & LOW, seed >> 32 & LOW])
+        first = torch.stack([seed & LOW, seed >> 32 & LOW]).to(device)
     else:
-        first = torch.tensor([seed & LOW, seed >> 32 & LOW])
-    step, factors = torch.tensor([[0x9E3779B9, 0xBB67AE85], [0xD2511F53, 0xCD9E8D57]])
+        first = torch.tensor([seed & LOW, seed >> 32 & LOW], device=device)
+    constants = [[0x9E3779B9, 0xBB67AE85], [0xD2511F53, 0xCD9E8D57]]
+    step, factors = torch.tensor(constants, device=device)
     ones = [1] * (counter.dim() - 1)
-    keys = (first + step * torch.arange(10)[:, None]).view(10, 2, *ones)
+    keys = (first + step * torch.arange(10, device=device)[:, None]).view(10, 2, *ones)
     factors = factors.view(2, *ones)
     # Both halves of a round at once: even holds words 0 and 2, odd words 1 and 3. Products wrap
     # around 64 bits, which leaves both halves right; what stands above 32 bits in odd and in keys

@@ -149,7 +149,7 @@ def check_pooled(
     Values and statistics over 4 draws. A gradient may be what is left where nearly all cancels, and
     its error a single number's, so that of few draws either side may have the larger one by any
     factor. But not always: it passes with the first draw, of 16, in which its error is at most
-    twice eager's in norm; what is wrong is further off in all of them.
+    twice eager's in norm. What is wrong in every draw is found, or not finite in one, not more.
     """
     model = model.to(dtype)
     # 0 but for errors: float64 has them.
@@ -179,6 +179,10 @@ def check_pooled(
             if not name.startswith("d"):
                 found.setdefault(name, []).append([t, exact[name], *others])
             else:
+                overflows = not all(e.isfinite().all() for e in others)
+                assert t.isfinite().all() or overflows, f"{name}: not finite where PyTorch's is"
+                if overflows:
+                    continue
                 ratio = min(error_ratio(t, e, exact[name]) for e in others)
                 gradients[name] = min(ratio, gradients.get(name, ratio))
         if i >= 3 and all(ratio <= 2 for ratio in gradients.values()):

@@ -261,12 +261,20 @@ def test_the_same_bits_on_any_number_of_threads_and_in_deterministic_mode() -> N
 
 
 def test_a_large_output_is_stored_around_the_cache() -> None:
-    # 16 MiB and more take other stores: aligned ones, rows that are not, and halves.
-    for layout, dtype, w in itertools.product(LAYOUTS, DTYPES[:2], [64, 61]):
-        x = image((3, 96, 64, w), dtype, layout)
-        y = functional.interpolate(x, scale_factor=2, mode="bilinear")
-        expected = functional.interpolate(x[1:2], scale_factor=2, mode="bilinear")
-        assert torch.equal(y[1:2], expected)
+    # 16 MiB and more take other stores, a single image of them does not: rows and pixels that are
+    # whole vectors or lines and such that are not, each beside a skip too, and halves.
+    cases = itertools.product(
+        LAYOUTS, DTYPES[:2], [64, 61], ["nearest", "bilinear"], [0, 128, 33], [96, 72]
+    )
+    for layout, dtype, w, mode, c_skip, c in cases:
+        n = 16 // dtype.itemsize
+        x = image((n, c, 64, w), dtype, layout)
+        assert 4 * x.nbytes >= 16 << 20
+        skip = image((n, c_skip, 128, 2 * w), dtype, layout, 1) if c_skip else None
+        y = functional.interpolate(x, scale_factor=2, mode=mode, concat=skip)
+        one = None if skip is None else skip[1:2]
+        expected = functional.interpolate(x[1:2], scale_factor=2, mode=mode, concat=one)
+        assert torch.equal(y[1:2], expected), (layout, dtype, w, mode, c_skip, c)
 
 
 @pytest.mark.parametrize("level", _C.cpu_levels.split(","))
@@ -274,7 +282,7 @@ def test_every_instruction_set(level: str) -> None:
     order = _C.cpu_levels.split(",")
     if order.index(level) >= order.index(_C.cpu_capability()):
         pytest.skip("this processor's own is what all other tests run at, and it has none higher")
-    arguments = [__file__, "-q", "-k", "test_every_case", "-p", "no:cacheprovider"]
+    arguments = [__file__, "-q", "-k", "every_case or around_the_cache", "-p", "no:cacheprovider"]
     code = f"import pytest; raise SystemExit(pytest.main({arguments}))"
     env = {**os.environ, "FASTCNN_CPU_CAPABILITY": level, "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

@@ -178,9 +178,7 @@ void bwd_channels_last(const BatchNormActBwdParams& p) {
       add_in_double(sum_dzx.get() + slot * w.wide, dzx, w.wide);
     }
   };
-  const auto reduce_rows = [&](int64_t task) {
-    reduce(task, w.first(task), w.last(task), w.wide);
-  };
+  const auto reduce_rows = [&](int64_t task) { reduce(task, w.first(task), w.last(task), w.wide); };
   parallel_for(w.tasks, w.grain, reduce_rows);
   reduce(w.tasks, w.rows, w.rows + 1, w.rest);
   for_each_channels<S>(w.c, slots * w.wide, [&](int64_t j, int64_t count) {

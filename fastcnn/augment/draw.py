@@ -41,8 +41,9 @@ def _unit(word: Tensor) -> Tensor:
 
 def _uniform(word: Sequence[Tensor], limits: Sequence[Range]) -> Tensor:
     """Numbers between the limits, float64 [len(limits), n]: all slots at once."""
-    low, high = torch.tensor(limits, dtype=torch.float64).t()[:, :, None]
-    return (low + (high - low) * _unit(torch.cat(tuple(word)))).clamp(low, high)
+    u = _unit(torch.cat(tuple(word)))
+    low, high = torch.tensor(limits, dtype=torch.float64, device=u.device).t()[:, :, None]
+    return (low + (high - low) * u).clamp(low, high)
 
 
 def _boxes(u: Tensor, area: int, scale: Range, ratio: Range) -> tuple[Tensor, Tensor]:
@@ -90,21 +91,23 @@ def _crops(word: dict[str, Tensor], ranges: Ranges, size_in: Size, size: Size) -
     heights, widths = _first(fits, high, wide)
     tops, lefts = _place(top, h_in - heights), _place(left, w_in - widths)
     crops = torch.stack([tops, lefts, heights, widths], 1)
-    return torch.where(heights[:, None] > 0, crops, _last_resort(ranges.crop_ratio, size_in))
+    return torch.where(
+        heights[:, None] > 0, crops, crops.new_tensor(_last_resort(ranges.crop_ratio, size_in))
+    )
 
 
-def _last_resort(ratio: Range, size_in: Size) -> Tensor:
+def _last_resort(ratio: Range, size_in: Size) -> list[int]:
     """Where no attempt fits: in the centre the largest box, of the range's nearest ratio."""
     h_in, w_in = size_in
     h = round(w_in / ratio[0]) if w_in / h_in < ratio[0] else h_in
     w = round(h_in * ratio[1]) if w_in / h_in > ratio[1] else w_in
     h, w = max(1, min(h, h_in)), max(1, min(w, w_in))
-    return torch.tensor([(h_in - h) // 2, (w_in - w) // 2, h, w])
+    return [(h_in - h) // 2, (w_in - w) // 2, h, w]
 
 
 def _erased(word: dict[str, Tensor], ranges: Ranges, n: int, size: Size) -> Tensor:
     if ranges.erasing == 0:
-        return torch.zeros(n, 4, dtype=torch.int64)
+        return word["angle"].new_zeros(n, 4)
     h, w = size
     high, wide = _boxes(_unit(word["erase"]), h * w, ranges.erasing_scale, ranges.erasing_ratio)
     heights, widths = _first((high < h) & (wide < w), high, wide)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 Range = tuple[float, float]
 _OP = "Augment"
-# Parameters are float32: what is above 0 or finite must be so there.
+# Parameters are float32: what is above 0, finite or below 90 must be so there.
 _ABOVE_0 = 2.0**-149
 _LARGEST = (2 - 2.0**-23) * 2.0**127
-_BELOW_90 = math.nextafter(90.0, 0.0)
+_BELOW_90 = 90 - 2.0**-17
 
 
 def _numbers(name: str, value: object, *counts: int) -> tuple[float, ...]:
@@ -32,15 +32,15 @@ def _bounds(low: float, high: float) -> str:
 def _finite(name: str, value: float, high: float = math.inf) -> None:
     if not 0 <= value <= min(high, _LARGEST):
         raise ValueError(
-            f"{_OP}: {name}: expected a finite number {_bounds(0.0, high)}, got {value}"
+            f"{_OP}: {name}: expected a number {_bounds(0.0, high)}, finite in float32, got {value}"
         )
 
 
 def _ordered(name: str, value: Range, low: float, high: float) -> Range:
     if not max(low, -_LARGEST) <= value[0] <= value[1] <= min(high, _LARGEST):
         raise ValueError(
-            f"{_OP}: {name}: expected a range of finite numbers {_bounds(low, high)}, the lower "
-            f"end first, got {value}"
+            f"{_OP}: {name}: expected a range of numbers {_bounds(low, high)}, finite in "
+            f"float32, the lower end first, got {value}"
         )
     return value
 

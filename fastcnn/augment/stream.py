@@ -16,7 +16,7 @@ def words(seed: int | Tensor, keys: Tensor, count: int) -> Tensor:
     """
     blocks, n = -(-count // 4), keys.shape[0]
     low, high = (keys & LOW).expand(blocks, n), (keys >> 32 & LOW).expand(blocks, n)
-    number = torch.arange(blocks)[:, None].expand(blocks, n)
+    number = torch.arange(blocks, device=keys.device)[:, None].expand(blocks, n)
     counter = torch.stack([low, high, number, torch.zeros_like(number)])
     # Word by word, so that each is contiguous over the samples.
     return philox4x32_10(counter, seed).transpose(0, 1).reshape(4 * blocks, n)[:count].t()

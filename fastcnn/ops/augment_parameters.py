@@ -64,6 +64,8 @@ class AugmentParameters:
         noise_seed: [n] int64, the noise's own: equal seeds give equal noise.
         erase: [n, 4] int64, top, left, height and width of a rectangle of the output; empty with a
             height or width of 0.
+        check_values: False where the values are known to be in their ranges; sizes and types are
+            checked all the same. On other devices than the CPU values are never looked at.
 
     Raises:
         TypeError: a field that is no Tensor, or of another dtype.
@@ -85,7 +87,7 @@ class AugmentParameters:
     noise: Tensor
     noise_seed: Tensor
     erase: Tensor
-    check_values: InitVar[bool] = True  # False: they are known to be in their ranges
+    check_values: InitVar[bool] = True
 
     def __post_init__(self, check_values: bool) -> None:
         first = self.angle
@@ -141,10 +143,13 @@ class AugmentParameters:
         return self._map(lambda t: t[index])
 
     def to(self, device: torch.device | str) -> "AugmentParameters":
-        """Return the parameters on a device."""
-        return self._map(lambda t: t.to(device, non_blocking=True))
+        """Return the parameters on a device; those that come to the CPU are checked there."""
+        comes = self.angle.device.type != "cpu"
+        return self._map(lambda t: t.to(device, non_blocking=not comes), check_values=comes)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "AugmentParameters":
+    def _map(
+        self, change: Callable[[Tensor], Tensor], check_values: bool = False
+    ) -> "AugmentParameters":
         fields = dataclasses.fields(self)
         changed = {f.name: change(getattr(self, f.name)) for f in fields}
-        return AugmentParameters(**changed, check_values=False)
+        return AugmentParameters(**changed, check_values=check_values)

@@ -103,8 +103,8 @@ def check_like(op: str, name: str, t: Tensor, x: Tensor) -> None:
 def in_format_of(t: Tensor, x: Tensor) -> Tensor:
     """Return t in x's memory format.
 
-    For what convolutions of one input gave: an input of a single channel is dense in both orders,
-    and each convolution then chooses by its weight.
+    For what two convolutions made of one input: an input of a single channel is dense in both
+    orders, and each convolution then chooses by its weight.
     """
     return t.contiguous(memory_format=memory_format_of(x) or torch.contiguous_format)
 

@@ -191,7 +191,6 @@ def _evaluate(
         return x
 
     for block in blocks:
-        own = block.shortcut is not None
-        added = residual if block.shortcut is None else run(x, block.shortcut, None, own)
-        x = run(x, block.steps, added, own)
+        added = residual if block.shortcut is None else run(x, block.shortcut, None, True)
+        x = run(x, block.steps, added, bool(block.shortcut))
     return x

@@ -36,7 +36,7 @@ def _steps_fwd(
     kept: list[Tensor],
     own: bool,
 ) -> Tensor:
-    """Run a chain; own: the residual is of the block's making, and not the caller's."""
+    """Run a chain; own: the residual is of the block's making, not a tensor of the caller's."""
     for i, g in enumerate(steps):
         weight, conv_bias, bn_weight, bn_bias, mean, var = (next(tensors) for _ in range(TENSORS))
         added = residual if i == len(steps) - 1 else None
@@ -73,8 +73,7 @@ class ConvBnActFunction(torch.autograd.Function):
             added = residual
             if block.shortcut is not None:
                 added = _steps_fwd(x, None, block.shortcut, tensors, kept, own=True)
-            own = block.shortcut is not None
-            x = _steps_fwd(x, added, block.steps, tensors, kept, own)
+            x = _steps_fwd(x, added, block.steps, tensors, kept, own=bool(block.shortcut))
         return x, *kept
 
     @staticmethod
