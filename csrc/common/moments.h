@@ -76,7 +76,9 @@ void column_moments(const T* x, int64_t begin, int64_t end, const WideRows& w, A
         Vec<S> total = load(sum.get() + i), squares = load(sq.get() + i);
 #pragma GCC unroll 4
         for (int u = 0; u < block.value; ++u) {
-          const Vec<S> a = load(first + (row + u) * w.wide + i) - from;
+          const T* at = first + (row + u) * w.wide + i;
+          ask_ahead<true>(at, w.wide);
+          const Vec<S> a = load(at) - from;
           total += a;
           squares += a * a;
         }

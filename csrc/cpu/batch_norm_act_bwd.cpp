@@ -56,6 +56,8 @@ void reduce_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
       s.x, rows, stride, length, mean, scale, bias, sum_dz, sum_dzx,
       [&](int64_t o, int64_t count, Vec<S> centered, Vec<S> scale, Vec<S> bias)
           __attribute__((always_inline)) {
+            ask_ahead<kArray>(s.dy + o, stride);
+            ask_ahead<kArray && kSaved>(s.saved + o, stride);
             const Vec<S> dz = grad_z<T, A, kSaved>(s, act, o, count, centered, scale, bias);
             if (s.dresidual != nullptr) store(s.dresidual + o, dz, count);
             return dz;
@@ -79,6 +81,8 @@ void dx_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
 #pragma GCC unroll 4
         for (int u = 0; u < block.value; ++u) {
           const int64_t o = (row + u) * stride + i;
+          ask_ahead<kArray>(s.x + o, stride);
+          ask_ahead<kArray>(s.dy + o, stride);
           const Vec<S> centered = load(s.x + o, count) - m;
           Vec<S> dz = grad_z<T, A, kSaved>(s, act, o, count, centered, sc, b);
           if constexpr (kTraining) dz -= sh + centered * sl;
