@@ -4,10 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "common/check.h"
-#ifdef FASTCNN_WITH_CUDA
-#include "common/cuda_call.h"
-#endif
+#include "common/on_device.h"
 
 namespace fastcnn {
 namespace {
@@ -81,26 +78,18 @@ void apply_inplace(const Tensor& x, const OptionalTensor& residual, const Tensor
   run("dropout_apply_", x, residual, seed, p, per_channel, x, launch);
 }
 
-void on_cpu(const char*, const DropoutParams& p, const Tensor&) { dropout_apply_cpu(p); }
-
-#ifdef FASTCNN_WITH_CUDA
-void on_cuda(const char* op, const DropoutParams& p, const Tensor& x) {
-  const CudaCall call(op, x);
-  call.check(launch_dropout_apply(p, call.device()));
-}
-#endif
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastcnn, CPU, m) {
-  m.impl("dropout_apply", TORCH_BOX((&apply<on_cpu>)));
-  m.impl("dropout_apply_", TORCH_BOX((&apply_inplace<on_cpu>)));
+  m.impl("dropout_apply", TORCH_BOX((&apply<on_cpu<dropout_apply_cpu, DropoutParams>>)));
+  m.impl("dropout_apply_", TORCH_BOX((&apply_inplace<on_cpu<dropout_apply_cpu, DropoutParams>>)));
 }
 
 #ifdef FASTCNN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fastcnn, CUDA, m) {
-  m.impl("dropout_apply", TORCH_BOX((&apply<on_cuda>)));
-  m.impl("dropout_apply_", TORCH_BOX((&apply_inplace<on_cuda>)));
+  m.impl("dropout_apply", TORCH_BOX((&apply<on_cuda<launch_dropout_apply, DropoutParams>>)));
+  m.impl("dropout_apply_",
+         TORCH_BOX((&apply_inplace<on_cuda<launch_dropout_apply, DropoutParams>>)));
 }
 #endif
 

@@ -6,10 +6,7 @@
 
 #include <cmath>
 
-#include "common/check.h"
-#ifdef FASTCNN_WITH_CUDA
-#include "common/cuda_call.h"
-#endif
+#include "common/on_device.h"
 
 namespace fastcnn {
 namespace {
@@ -144,18 +141,9 @@ Tensor bwd(const Tensor& dy, int64_t h, int64_t w, OptionalScale scale_h, Option
   return dx;
 }
 
-// Where a call runs. `template <auto kernel>` above takes one of these functions.
-template <auto kernel>
-void on_cpu(const char*, const auto& p, const Tensor&) {
-  kernel(p);
-}
-
 #ifdef FASTCNN_WITH_CUDA
-template <auto launch>
-void on_cuda(const char* op, const auto& p, const Tensor& x) {
-  const CudaCall call(op, x);
-  Tensor workspace = call.workspace(upsample_workspace(p.shape));
-  call.check(launch(p, static_cast<float*>(workspace.mutable_data_ptr()), call.device()));
+int64_t workspace(const UpsampleShape& shape, DType, const CudaDevice&) {
+  return upsample_workspace(shape);
 }
 #endif
 
@@ -171,8 +159,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastcnn, CPU, m) {
 
 #ifdef FASTCNN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fastcnn, CUDA, m) {
-  m.impl("upsample_fwd", TORCH_BOX((&fwd<on_cuda<launch_upsample_fwd, FwdParams>>)));
-  m.impl("upsample_bwd", TORCH_BOX((&bwd<on_cuda<launch_upsample_bwd, BwdParams>>)));
+  m.impl("upsample_fwd",
+         TORCH_BOX((&fwd<on_cuda_with_workspace<launch_upsample_fwd, workspace, FwdParams>>)));
+  m.impl("upsample_bwd",
+         TORCH_BOX((&bwd<on_cuda_with_workspace<launch_upsample_bwd, workspace, BwdParams>>)));
 }
 #endif
 

@@ -170,16 +170,37 @@ def test_the_module_compiles_without_graph_breaks() -> None:
 
 # What replaces a good argument of the module, the error, and what its message names.
 ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"degrees": -1}, ValueError, r"degrees: expected a finite number of at least 0, got -1"),
-    ({"degrees": float("inf")}, ValueError, r"degrees: expected a finite number of at least 0,"),
-    ({"degrees": 1e39}, ValueError, r"degrees: expected a finite number"),  # infinite in float32
-    ({"scale": (1e-50, 1)}, ValueError, r"scale: expected a range of finite numbers above 0"),
+    (
+        {"degrees": -1},
+        ValueError,
+        r"degrees: expected a finite float32 number of at least 0, got -1",
+    ),
+    (
+        {"degrees": float("inf")},
+        ValueError,
+        r"degrees: expected a finite float32 number of at least 0,",
+    ),
+    (
+        {"degrees": 1e39},
+        ValueError,
+        r"degrees: expected a finite float32 number",
+    ),  # infinite in float32
+    (
+        {"scale": (1e-50, 1)},
+        ValueError,
+        r"scale: expected a range of finite float32 numbers above 0",
+    ),
     ({"degrees": (20, 10)}, ValueError, r"degrees: expected a range .* got \(20.0, 10.0\)"),
     ({"degrees": (1, 2, 3)}, ValueError, r"degrees: expected 2 numbers"),
     ({"degrees": "all"}, TypeError, r"degrees: expected a sequence of numbers, got 'all'"),
     ({"translate": (0.1, 1.5)}, ValueError, r"translate: expected shares from 0 to 1"),
-    ({"scale": (0, 1)}, ValueError, r"scale: expected a range of finite numbers above 0, the low"),
+    (
+        {"scale": (0, 1)},
+        ValueError,
+        r"scale: expected a range .* numbers above 0, the lower",
+    ),
     ({"scale": (1.2, 0.8)}, ValueError, r"scale: expected a range"),
+    ({"shear": 89.9999999}, ValueError, r"shear: .* below 90, got 89"),  # 90 in float32
     ({"shear": 90}, ValueError, r"shear: .* number of at least 0 and below 90, got 90"),
     ({"shear": (0, 90)}, ValueError, r"shear: .* numbers above -90 and below 90, the lower"),
     ({"shear": (0, 1, 2)}, ValueError, r"shear: expected 2 or 4 numbers"),
@@ -189,7 +210,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"vertical_flip": -0.1}, ValueError, r"vertical_flip: expected a probability"),
     ({"erasing": float("nan")}, ValueError, r"erasing: expected a probability"),
     ({"vertical_flip": None}, TypeError, r"vertical_flip: expected a number, got None"),
-    ({"brightness": -0.5}, ValueError, r"brightness: expected a finite number of"),
+    ({"brightness": -0.5}, ValueError, r"brightness: expected a finite float32 number of"),
     ({"contrast": (-1, 1)}, ValueError, r"contrast: .* numbers of at least 0, the lower"),
     ({"saturation": (2, 1)}, ValueError, r"saturation: expected a range"),
     ({"hue": 0.6}, ValueError, r"hue: .* number of at least 0 and at most 0.5, got 0.6"),
@@ -206,6 +227,21 @@ def test_ranges_are_checked_at_construction(
 ) -> None:
     with pytest.raises(error, match=f"^Augment: .*{message}"):
         Augment(**bad)
+
+
+def test_a_default_device_changes_nothing() -> None:
+    # Parameters are drawn on the CPU, from a generator of its own.
+    def draw() -> AugmentParameters:
+        module = Augment((20, 30), degrees=10, crop_scale=(0.1, 1), erasing=0.5, noise=0.1)
+        return module.draw(4, SIZE, generator=torch.Generator("cpu").manual_seed(1))
+
+    pairs = [(draw(), AugmentParameters.identity(2, SIZE))]
+    with torch.device("meta"):  # as CUDA would be, of values that nobody can look at
+        pairs.append((draw(), AugmentParameters.identity(2, SIZE)))
+    for expected, found in zip(*pairs, strict=True):
+        for field in dataclasses.fields(expected):
+            a, e = getattr(found, field.name), getattr(expected, field.name)
+            assert torch.equal(a, e), field.name
 
 
 def test_draw_and_forward_name_what_they_do_not_take() -> None:

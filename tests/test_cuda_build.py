@@ -153,8 +153,17 @@ def test_planted_float_atomics_are_found(tmp_path: Path, arch: str) -> None:
         + "".join(f"__global__ void {names[k]}(void* y) {{ {code}; }}\n"
                   for k, code in planted.items())
     )  # fmt: skip
-    found = {k.name for k in compile_one(source, arch, tmp_path / arch) if float_atomics(k.ptx)}
-    assert found == set(names.values()) - {"largest", "counts"}
+    kernels = compile_one(source, arch, tmp_path / arch)
+    assert {k.name for k in kernels if float_atomics(k.ptx)} == set(names.values()) - {
+        "largest", "counts",
+    }  # fmt: skip
+    # In a function beside the kernel it is not seen, but the call is.
+    source.write_text(
+        "__device__ __noinline__ void add(float* y) { atomicAdd(y, 1.0f); }\n"
+        "__global__ void calling(float* y) { add(y); }\n"
+    )
+    assert [k.name for k in compile_one(source, arch, tmp_path / "calls") if calls(k.ptx)]
+    assert not [k for k in kernels if calls(k.ptx)]
 
 
 def test_vectors_move_as_16_bytes(kernels: list[Kernel]) -> None:

@@ -158,7 +158,8 @@ def test_float64_is_refused() -> None:
         assert [result.error for result in run_cases(op, cases)] == [INVALID_VALUE] * 4
 
 
-# op, forward or backward, n, c, hw, groups, channels_last: more blocks than 2^31 - 1
+# op, forward or backward, n, c, hw, groups, channels_last: more than 2^31 - 1 blocks, or parts of
+# which a block may take 32
 TOO_LARGE = [
     ("group_norm_act", "fwd", 2**40, 2, 1, 2, 1),  # slabs on the chip, 256 a block
     ("group_norm_act", "fwd", 2**31, 1, 2**16, 1, 0),  # a block a sample

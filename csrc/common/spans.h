@@ -86,7 +86,7 @@ inline __attribute__((always_inline)) void for_each_block(int64_t rows, int64_t 
 // PyTorch's time (16x256x56x56 float32). Planes are long enough for them.
 template <bool kRows, class T>
 inline __attribute__((always_inline)) void ask_ahead(const T* p, int64_t stride) {
-  if constexpr (kRows) __builtin_prefetch(p + 4 * stride);
+  if constexpr (kRows) prefetch(p + 4 * stride);
 }
 
 // A number per channel as a span sees it: an array in step with the span, or one for all of it.

@@ -225,6 +225,7 @@ template <class Bits>
 inline void stream_bits(void* p, const Bits& bits) {
 #if defined(__x86_64__)
   constexpr int kBytes = sizeof bits;
+  static_assert(kBytes == 8 || kBytes == 16 || (kBytes <= kVectorBytes && kBytes % 32 == 0));
   const auto* from = reinterpret_cast<const char*>(&bits);
   auto* to = static_cast<char*>(p);
 #if defined(__AVX512F__)
@@ -262,6 +263,9 @@ inline void store_past_caches(T* p, Vec<Acc<T>> v) {
     stream_bits(p, from_float(v, T{}));
   }
 }
+
+// Asks for a line that is read soon; any address will do.
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 inline void fence_stores() {
 #if defined(__x86_64__)

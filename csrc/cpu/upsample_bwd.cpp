@@ -65,7 +65,9 @@ struct Bwd {
             Vec<S> v = add ? load(sum + to + i, count) : Vec<S>{};
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r) {
-              v += load(from + r * places.large_row + at + i, count) * splat(shares[r]);
+              const T* p = from + r * places.large_row + at + i;
+              prefetch(p + kRows * places.large_row);
+              v += load(p, count) * splat(shares[r]);
             }
             store(sum + to + i, v, count);
           });
@@ -158,7 +160,10 @@ struct Bwd {
             for (int64_t t = 0; t < across; ++t) {
               const T* at = left + t * places.pitch + j;
               Vec<S> column{};
-              for (int64_t r = 0; r < down; ++r, at += places.large_row) column += load(at, lanes);
+              for (int64_t r = 0; r < down; ++r, at += places.large_row) {
+                prefetch(at + down * places.large_row);
+                column += load(at, lanes);
+              }
               v += column;
             }
             store(out + j, v, lanes);
@@ -224,7 +229,7 @@ void upsample_bwd_cpu(const UpsampleBwdParams& p) {
     const Bwd<T> bwd(p);
     const int64_t step = bwd.sum_elements();
     parallel_ranges(bwd.cut.tasks, bwd.cut.grain, [&](int64_t begin, int64_t end) {
-      Scratch<Acc<T>> sums(kGroup * step);
+      Scratch<Acc<T>> sums(bwd.copied ? 0 : kGroup * step);
       for (int64_t task = begin; task < end; ++task) bwd.run(task, sums.get(), step);
     });
   });

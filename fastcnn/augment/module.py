@@ -146,12 +146,12 @@ class Augment(nn.Module):
         _check_generator(generator)
         size_in, size_out = self._sizes(size)
         if keys is None:
-            keys = torch.arange(n)
+            keys = torch.arange(n, device="cpu")
         elif not isinstance(keys, Tensor) or keys.dtype is not torch.int64:
             raise TypeError(f"Augment: keys: expected an int64 Tensor, got {keys!r}")
         elif keys.shape != (n,):
             raise ValueError(f"Augment: keys: expected sizes [{n}], got {list(keys.shape)}")
-        seed = torch.randint(2**63 - 1, (), generator=generator)
+        seed = torch.randint(2**63 - 1, (), generator=generator, device="cpu")
         return drawing.draw(self.ranges, seed, keys.cpu(), size_in, size_out)
 
     def center(self, n: int, size: Sequence[int]) -> AugmentParameters:
@@ -160,7 +160,7 @@ class Augment(nn.Module):
         size_in, size_out = self._sizes(size)
         parameters = AugmentParameters.identity(n, size_in)
         crop = drawing.center_crop(self.ranges, size_in, size_out)
-        parameters.crop.copy_(torch.tensor(crop))
+        parameters.crop.copy_(parameters.crop.new_tensor(crop))
         return parameters
 
     def apply_parameters(

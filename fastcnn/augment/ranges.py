@@ -32,15 +32,15 @@ def _bounds(low: float, high: float) -> str:
 def _finite(name: str, value: float, high: float = math.inf) -> None:
     if not 0 <= value <= min(high, _LARGEST):
         raise ValueError(
-            f"{_OP}: {name}: expected a number {_bounds(0.0, high)}, finite in float32, got {value}"
+            f"{_OP}: {name}: expected a finite float32 number {_bounds(0.0, high)}, got {value}"
         )
 
 
 def _ordered(name: str, value: Range, low: float, high: float) -> Range:
     if not max(low, -_LARGEST) <= value[0] <= value[1] <= min(high, _LARGEST):
         raise ValueError(
-            f"{_OP}: {name}: expected a range of numbers {_bounds(low, high)}, finite in "
-            f"float32, the lower end first, got {value}"
+            f"{_OP}: {name}: expected a range of finite float32 numbers "
+            f"{_bounds(low, high)}, the lower end first, got {value}"
         )
     return value
 

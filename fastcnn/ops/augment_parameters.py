@@ -121,15 +121,16 @@ class AugmentParameters:
 
     @classmethod
     def identity(cls, n: int, size: tuple[int, int]) -> "AugmentParameters":
-        """Return parameters that leave n images of this height and width as they are."""
-        ones, zeros = torch.ones(n), torch.zeros(n)
-        off, crop = torch.zeros(n, dtype=torch.bool), torch.tensor([0, 0, *size])
+        """Return parameters, on the CPU, that leave n images of this size as they are."""
+        ones = torch.ones(n, device="cpu")
+        zeros, off = torch.zeros_like(ones), torch.zeros_like(ones, dtype=torch.bool)
+        crop = torch.tensor([0, 0, *size], device="cpu").repeat(n, 1)
         return cls(
-            angle=zeros, translate=torch.zeros(n, 2), scale=ones, shear=torch.zeros(n, 2),
-            crop=crop.repeat(n, 1), horizontal_flip=off, vertical_flip=off, brightness=ones,
-            contrast=ones, saturation=ones, hue=zeros, noise=zeros,
-            noise_seed=torch.zeros(n, dtype=torch.int64),
-            erase=torch.zeros(n, 4, dtype=torch.int64), check_values=False,
+            angle=zeros, translate=ones.new_zeros(n, 2), scale=ones, shear=ones.new_zeros(n, 2),
+            crop=crop, horizontal_flip=off, vertical_flip=off, brightness=ones, contrast=ones,
+            saturation=ones, hue=zeros, noise=zeros,
+            noise_seed=torch.zeros_like(ones, dtype=torch.int64), erase=torch.zeros_like(crop),
+            check_values=False,
         )  # fmt: skip
 
     def __len__(self) -> int:
