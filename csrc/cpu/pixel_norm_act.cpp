@@ -78,6 +78,7 @@ void fwd_rows(const GroupNormActFwdParams& p) {
       const Vec<S> center = splat(*mean), rstd = splat(rstd_of(*var, p.eps));
       for_each_vector<S>(
           c, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+            ask_ahead<true>(x + i, c);
             const Vec<S> scale = rstd * load(weight.get() + i);
             const Vec<S> z = (load(x + i, count) - center) * scale + load(bias.get() + i);
             store(y + i, act.fwd(z), count);
@@ -107,6 +108,8 @@ void bwd_rows(const GroupNormActBwdParams& p) {
       const auto for_each_dz = [&](auto body) __attribute__((always_inline)) {
         for_each_vector<S>(
             c, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+              ask_ahead<true>(x + i, c);
+              ask_ahead<true>(dy + i, c);
               const Vec<S> centered = load(x + i, count) - center, w = load(weight.get() + i);
               const Vec<S> z = centered * (rstd * w) + load(bias.get() + i);
               body(i, count, centered * rstd, act.bwd(load(dy + i, count), z), w);
