@@ -5,11 +5,12 @@
 // instruction multiplies pairs along the sum, here pixels, which lie c apart in memory: both sides
 // are packed into pairs first, a chunk of pixels at a time, into the caches.
 //
-//   a panel   [pairs, 16] pairs of neighbouring pixels of 16 output channels: read as one number
-//   for
-//             all lanes
+//   a panel   [pairs, 16] pairs of neighbouring pixels of 16 output channels, broadcast one by one
 //   a strip   [pairs, 32] the same of 32 input channels of one tap: two vectors
 //   a tile    [16, 32] of dweight: 8 of its rows stay in registers over a chunk
+//
+// Places outside the image are multiplied as zeros: an infinite dy at the border gives NaN there,
+// where a kernel that leaves them out gives infinity.
 //
 // A task owns some tiles (at most kTaskBytes, so that they stay in the L2 cache) over a split of
 // the pixels. Splits are summed at the end, in their order: the result depends on the shape alone.
