@@ -146,7 +146,7 @@ def test_activation_checkpointing() -> None:
 def test_double_backward_is_refused() -> None:
     # Rather than a gradient that is silently wrong.
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
-    step = ConvBnActStep(torch.randn(3, 3, 1, 1), None, 1, 0, 1, 1, None, None, None, None, True)
+    step = ConvBnActStep(torch.randn(3, 3, 1, 1), training=True)
     for y in (
         functional.batch_norm_act(x, None, None, training=True),
         functional.conv_bn_act(x, [step]),

@@ -24,22 +24,22 @@ class MaxPool(NamedTuple):
 class ConvBnActStep(NamedTuple):
     """One step of a chain: act(batch_norm(conv2d(x))), then max_pool2d where `pool` is given.
 
-    The arguments are those of torch.nn.functional.conv2d and batch_norm: weight
+    The arguments and defaults are those of torch.nn.functional.conv2d and batch_norm: weight
     [c_out, c_in / groups, kh, kw], conv_bias [c_out] or None, and per output channel running_mean,
     running_var, bn_weight, bn_bias or None. stride, padding, dilation: an int or a pair.
     sync, process_group: as in batch_norm_act, for each step by itself.
     """
 
     weight: Tensor
-    conv_bias: Tensor | None
-    stride: int | tuple[int, int]
-    padding: int | tuple[int, int]
-    dilation: int | tuple[int, int]
-    groups: int
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    bn_weight: Tensor | None
-    bn_bias: Tensor | None
+    conv_bias: Tensor | None = None
+    stride: int | tuple[int, int] = 1
+    padding: int | tuple[int, int] = 0
+    dilation: int | tuple[int, int] = 1
+    groups: int = 1
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    bn_weight: Tensor | None = None
+    bn_bias: Tensor | None = None
     training: bool = False
     momentum: float = 0.1
     eps: float = 1e-5
