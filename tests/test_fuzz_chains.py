@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastcnn.nn import BatchNormAct2d, Block
 from fastcnn.nn.conv_bn_act import Step
+from fastcnn.ops.convolution import onednn_overruns
 
 # 26 and more: where bfloat16 in channels_last has a weight gradient of its own.
 WIDTHS = st.one_of(st.integers(1, 12), st.sampled_from([16, 26, 32, 40, 64]))
@@ -140,6 +141,12 @@ def rounded(model: Stage) -> Stage:
     return model
 
 
+def overruns(model: Stage) -> bool:
+    """Whether PyTorch itself would corrupt the heap in channels_last, and end this process."""
+    x = torch.empty(0)
+    return any(onednn_overruns(x, conv.weight, conv.stride) for conv in model.convs)
+
+
 def check_pooled(
     model: Stage, sizes: tuple[int, ...], shape: tuple[int, ...], residual: bool,
     dtype: torch.dtype, layout: str, mode: Callable[[], Any],
@@ -169,7 +176,7 @@ def check_pooled(
 
         actual, exact = run(model, layout), run(twin(model).double(), "nchw")
         # PyTorch's, and what a rounding of all inputs changes: its own may cancel by chance.
-        eager = [run(twin(model), k) for k in LAYOUTS]
+        eager = [run(twin(model), k) for k in LAYOUTS if k == "nchw" or not overruns(model)]
         eager.append(run(rounded(twin(model).double()), "nchw", rounded_tensor(x.double())))
         for name, t in actual.items():
             if t is None or not t.is_floating_point() or name in undone:

@@ -92,6 +92,14 @@ def convolve_bwd(
     if want[1] and has_conv2d_bwd_weight(dy, x, g):
         dweight = conv2d_bwd_weight(dy, x, weight, g)
         want = (want[0], False, want[2])
+    elif want[1] and onednn_overruns(x, weight, g.stride):
+        # Cloned, since .contiguous() leaves the strides of what is both layouts as they are.
+        nchw = [t.clone(memory_format=torch.contiguous_format) for t in (dy, x, weight)]
+        dweight = _convolution_backward(
+            *nchw, None, g.stride, g.padding, g.dilation, False, (0, 0), g.groups,
+            (False, True, False),
+        )[1]  # fmt: skip
+        want = (want[0], False, want[2])
     if not any(want):
         return None, dweight, None
     dx, by_torch, dbias = _convolution_backward(
@@ -99,6 +107,17 @@ def convolve_bwd(
         g.stride, g.padding, g.dilation, False, (0, 0), g.groups, want,
     )  # fmt: skip
     return dx, by_torch if dweight is None else dweight, dbias
+
+
+def onednn_overruns(x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
+    """Whether oneDNN's weight gradient would write past its scratch memory in channels_last.
+
+    Of 1x1 convolutions with a stride and fewer input channels than a vector has lanes
+    (https://github.com/uxlfoundation/oneDNN/issues/6035, open in torch 2.13: bfloat16 on AVX-512
+    corrupts the heap). NCHW takes another way there.
+    """
+    narrow = tuple(weight.shape[2:]) == (1, 1) and weight.shape[1] < 16
+    return x.device.type == "cpu" and narrow and max(stride) > 1
 
 
 def max_pool(x: Tensor, g: Geometry) -> Tensor:
