@@ -140,10 +140,6 @@ void bwd_rows(const GroupNormActBwdParams& p) {
 
 // ---- NCHW ---------------------------------------------------------------------------------------
 
-// Rows of a tile lie in pages of their own, where the processor does not fetch ahead: this many
-// rows are asked for before they are read or written.
-constexpr int64_t kRowsAhead = 4;
-
 // A tile: `width` neighbouring pixels of a sample, all channels.
 struct Tiles {
   static constexpr int64_t kBytes = 1 << 18;  // of the scratch copy: a part of the L2 cache
@@ -183,7 +179,7 @@ void fwd_tiles(const GroupNormActFwdParams& p) {
       for (int64_t j = 0; j < c; ++j) {
         for_each_vector<S>(
             pixels, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-              __builtin_prefetch(x + (j + kRowsAhead) * hw + i);
+              ask_ahead<true>(x + j * hw + i, hw);
               const Vec<S> value = load(x + j * hw + i, count);
               store(tile.get() + j * width + i, value);
               store(mean + i, load(mean + i) + value);
@@ -218,7 +214,7 @@ void fwd_tiles(const GroupNormActFwdParams& p) {
         const Vec<S> w = splat(weight[j]), b = splat(bias[j]);
         for_each_vector<S>(
             pixels, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-              __builtin_prefetch(y + (j + kRowsAhead) * hw + i, 1);
+              ask_ahead<true>(y + j * hw + i, hw);
               const Vec<S> centered = load(tile.get() + j * width + i) - load(mean + i);
               store(y + j * hw + i, act.fwd(centered * (load(rstd + i) * w) + b), count);
             });
@@ -258,8 +254,8 @@ void bwd_tiles(const GroupNormActBwdParams& p) {
         Vec<S> total{}, total_x{};
         for_each_vector<S>(
             pixels, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-              __builtin_prefetch(x + (j + kRowsAhead) * hw + i);
-              __builtin_prefetch(dy + (j + kRowsAhead) * hw + i);
+              ask_ahead<true>(x + j * hw + i, hw);
+              ask_ahead<true>(dy + j * hw + i, hw);
               const Vec<S> centered = load(x + j * hw + i, count) - load(mean + i);
               const Vec<S> r = load(rstd + i), xhat = centered * r;
               const Vec<S> dz = act.bwd(load(dy + j * hw + i, count), centered * (r * w) + b);
@@ -279,7 +275,7 @@ void bwd_tiles(const GroupNormActBwdParams& p) {
       for (int64_t j = 0; j < c; ++j) {
         for_each_vector<S>(
             pixels, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-              __builtin_prefetch(dx + (j + kRowsAhead) * hw + i, 1);
+              ask_ahead<true>(dx + j * hw + i, hw);
               const Vec<S> xhat = load(tile_x.get() + j * width + i);
               const Vec<S> grad = load(tile_dz.get() + j * width + i) - load(sum + i);
               store(dx + j * hw + i, load(rstd + i) * (grad - xhat * load(sum_x + i)), count);
