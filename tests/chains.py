@@ -178,7 +178,12 @@ def check_float64(
 
 
 def conv_bn(
-    c_in: int, c_out: int, size: int = 1, act: str = "relu", stride: Any = 1, bias: bool = False
+    c_in: int,
+    c_out: int,
+    size: int = 1,
+    act: str = "relu",
+    stride: int | tuple[int, int] = 1,
+    bias: bool = False,
 ) -> tuple[nn.Conv2d, BatchNormAct2d]:
     conv = nn.Conv2d(c_in, c_out, size, stride=stride, padding=size // 2, bias=bias)
     return conv, BatchNormAct2d(c_out, act=act)

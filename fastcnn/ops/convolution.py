@@ -76,6 +76,7 @@ def cast(t: Any, dtype: torch.dtype | None) -> Any:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
     """Return conv2d(x, weight, bias)."""
+    x, g = with_columns(x, weight, g)
     return _convolution(x, weight, bias, g.stride, g.padding, g.dilation, False, (0, 0), g.groups)
 
 
@@ -92,7 +93,7 @@ def convolve_bwd(
     if want[1] and has_conv2d_bwd_weight(dy, x, g):
         dweight = conv2d_bwd_weight(dy, x, weight, g)
         want = (want[0], False, want[2])
-    elif want[1] and onednn_overruns(x, weight, g.stride):
+    elif want[1] and onednn_overruns(weight, g.stride):
         # Cloned, since .contiguous() leaves the strides of what is both layouts as they are.
         nchw = [t.clone(memory_format=torch.contiguous_format) for t in (dy, x, weight)]
         dweight = _convolution_backward(
@@ -109,7 +110,7 @@ def convolve_bwd(
     return dx, by_torch if dweight is None else dweight, dbias
 
 
-def onednn_overruns(x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
+def onednn_overruns(weight: Tensor, stride: Sequence[int]) -> bool:
     """Whether oneDNN's weight gradient would write past its scratch memory in channels_last.
 
     Of 1x1 convolutions with a stride and fewer input channels than a vector has lanes
@@ -117,7 +118,35 @@ def onednn_overruns(x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
     corrupts the heap). NCHW takes another way there.
     """
     narrow = tuple(weight.shape[2:]) == (1, 1) and weight.shape[1] < 16
-    return x.device.type == "cpu" and narrow and max(stride) > 1
+    return weight.device.type == "cpu" and narrow and max(stride) > 1
+
+
+def with_columns(x: Tensor, weight: Tensor, g: Geometry) -> tuple[Tensor, Geometry]:
+    """Return x and g, with zeros in place of padding where onednn_crashes()."""
+    if not onednn_crashes(x, weight, g.stride, g.padding, g.dilation):
+        return x, g
+    columns = g.padding[1]
+    return F.pad(x, (columns, columns)), g._replace(padding=(g.padding[0], 0))
+
+
+def onednn_crashes(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> bool:
+    """Whether every output column reads padding only, and no column of x.
+
+    oneDNN 3.12 has made no kernel then, and calls it for what follows the sum: the bias of a
+    convolution with groups, any epilogue.
+    """
+    w, k, s, p, d = x.shape[3], weight.shape[3], stride[1], padding[1], dilation[1]
+    # A wider x has a column under every window that is not left or right of it.
+    if x.device.type != "cpu" or w == 0 or w >= max(s, d):
+        return False
+    first = range(-p, w + p - d * (k - 1), s)  # each window's first column
+    return not any(0 <= at + i * d < w for at in first for i in range(k))
 
 
 def max_pool(x: Tensor, g: Geometry) -> Tensor:
@@ -172,6 +201,7 @@ def convolve_folded(
     if step.bn_bias is not None:
         bias = bias + step.bn_bias
     weight = (step.weight * scale[:, None, None, None]).to(x.dtype)
+    x, g = with_columns(x, weight, g)
     arguments = (weight, bias.to(x.dtype), g.padding, g.stride, g.dilation, g.groups)
     if torch.compiler.is_compiling():
         # It fuses plain operations by itself, and knows only half of what oneDNN's returns.
