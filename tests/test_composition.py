@@ -144,17 +144,21 @@ def test_activation_checkpointing() -> None:
 
 
 def test_double_backward_is_refused() -> None:
-    # Rather than a gradient that is silently wrong.
+    # Rather than a gradient that is silently wrong: a gradient penalty's, behind a sum too, whose
+    # dy is a constant.
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     step = ConvBnActStep(torch.randn(3, 3, 1, 1), training=True)
-    for y in (
-        functional.batch_norm_act(x, None, None, training=True),
-        functional.conv_bn_act(x, [step]),
-        functional.group_norm_act(x, 3),
+    for run in (
+        lambda: functional.batch_norm_act(x, None, None, training=True),
+        lambda: functional.batch_norm_act(x, torch.zeros(3), torch.ones(3), act="silu"),
+        lambda: functional.conv_bn_act(x, [step]),
+        lambda: functional.group_norm_act(x, 3),
+        lambda: LayerNorm2d(3)(x),
     ):
-        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            dx.sum().backward()
+        for loss in (torch.Tensor.sum, lambda y: y.square().sum()):
+            (dx,) = torch.autograd.grad(loss(run()), x, create_graph=True)
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                dx.square().sum().backward()
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])

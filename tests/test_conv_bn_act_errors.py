@@ -185,8 +185,37 @@ def test_modules_whose_hooks_would_not_run() -> None:
     ]
     for step in steps:
         with pytest.raises(
-            ValueError, match=r"^conv_bn_act: step 0: expected a .* without forward"
+            ValueError, match=r"^conv_bn_act: step 0: expected a .*, got .* with forward hooks"
         ):
             conv_bn_act(X, [step])
     prune.remove(steps[0][0], "weight")
     assert conv_bn_act(X, [steps[0]]).shape == (2, 4, 2, 2)
+    watched = nn.Conv2d(3, 4, 3)
+    watched.register_full_backward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="got Conv2d with backward hooks"):
+        conv_bn_act(X, [(watched, BN)])
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Doubled(BatchNormAct2d):
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return 2 * super().forward(x, residual)
+
+
+def test_modules_whose_forward_would_not_run() -> None:
+    # Weight standardisation, adapters, fake quantisation: their arithmetic would be left out.
+    patched = nn.Conv2d(3, 4, 3)
+    patched.forward = lambda x: x  # type: ignore[method-assign]
+    for step, got in (
+        ((Standardised(3, 4, 3), BN), "Standardised"),
+        ((CONV, Doubled(4)), "Doubled"),
+        ((patched, BN), "Conv2d"),
+    ):
+        with pytest.raises(ValueError, match=f"got {got} with a forward of its own"):
+            conv_bn_act(X, [step])
+    plain = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))  # a class, but no forward
+    assert conv_bn_act(X, [(plain, BN)]).shape == (2, 4, 2, 2)

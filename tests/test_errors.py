@@ -50,6 +50,11 @@ BATCH_NORM_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     # Updated in place: a copy of a strided vector would lose the update.
     ({"running_mean": torch.ones(6)[::2]}, ValueError, r"running_mean: expected a dense .*\(2,\)"),
+    # Its gradient would be dropped.
+    (
+        {"running_var": torch.ones(3, requires_grad=True), "training": False}, ValueError,
+        "running_var: expected no requires_grad",
+    ),
     ({"momentum": None}, TypeError, r"momentum: expected a number, got NoneType"),
     ({"momentum": -0.1}, ValueError, r"momentum: expected a number from 0 to 1, got -0.1"),
     ({"momentum": NAN}, ValueError, r"momentum: expected a number from 0 to 1, got nan"),

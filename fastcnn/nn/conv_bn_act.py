@@ -77,12 +77,27 @@ def _check_modules(op: str, step: Step) -> None:
     for module, kind in zip(step, _KINDS, strict=False):
         if not isinstance(module, kind):
             raise TypeError(f"{op}: expected a {kind.__name__}, got {type(module).__name__}")
-        if module._forward_pre_hooks or module._forward_hooks:
+        own = _differs(module, kind)
+        if own is not None:
             raise ValueError(
-                f"{op}: expected a {kind.__name__} without forward hooks, since its forward does "
-                f"not run, got one with hooks, as pruning and spectral_norm add them; call the "
-                f"modules one by one, or remove the hooks"
+                f"{op}: expected a {kind.__name__} that does what its class says, since its "
+                f"forward does not run, got {type(module).__name__} with {own}; call the modules "
+                f"one by one"
             )
+
+
+def _differs(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None:
+    """Say what of a module's own would be left out, if anything."""
+    if module._forward_pre_hooks or module._forward_hooks:
+        return "forward hooks, as pruning and spectral_norm add them"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "backward hooks"
+    for name in ("forward", "_conv_forward"):
+        # By its class or by itself. Parametrizations make a class, too, that changes neither.
+        expected = getattr(kind, name, None)
+        if name in module.__dict__ or getattr(type(module), name, None) is not expected:
+            return f"a {name} of its own"
+    return None
 
 
 def _step(op: str, step: Step) -> functional.ConvBnActStep:

@@ -30,6 +30,42 @@ def declare(schema: str, fake: Callable[..., Any]) -> None:
     torch.library.register_fake(name, checked_fake)
 
 
+class _Refused(torch.autograd.Function):
+    """The first `count` of its arguments, which cannot be differentiated by any of them."""
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            "expected to be differentiated once: the Function is once_differentiable"
+        )
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a Function's gradients refuse to be differentiated again.
+
+    Also where dy is a constant, as behind a sum: they depend on what was saved, too. The decorator
+    that torch has looks at dy alone, and a gradient penalty would be wrong in silence.
+    """
+
+    def run(ctx: Any, *dys: Tensor | None) -> Any:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return backward(ctx, *dys)
+        saved = ctx.saved_tensors  # create_graph=True; backward may let go of them
+        with torch.no_grad():
+            grads = backward(ctx, *dys)
+        return _Refused.apply(len(grads), *grads, *dys, *saved)
+
+    return run
+
+
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 

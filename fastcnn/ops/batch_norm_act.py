@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastcnn.ops._library import apply, distinct, positional
+from fastcnn.ops._library import apply, distinct, once_differentiable, positional
 from fastcnn.ops.activation import act_number
 from fastcnn.ops.batch_norm_calls import (
     batch_norm_act_apply,

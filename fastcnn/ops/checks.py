@@ -171,6 +171,8 @@ def check_parameters(
         # Updated in place: a copy would lose the update.
         if t is not None and not t.is_contiguous():
             raise ValueError(f"{op}: {name}: expected a dense vector, got strides {t.stride()}")
+        if t is not None and t.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {name}: expected no requires_grad, got it: it has no gradient")
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"{op}: {missing}: expected a Tensor as its partner is one, got None")

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastcnn.ops._library import positional
+from fastcnn.ops._library import once_differentiable, positional
 from fastcnn.ops.batch_norm_calls import (
     batch_norm_act_apply,
     batch_norm_act_fwd,

@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastcnn.ops._library import apply, declare, distinct, positional
+from fastcnn.ops._library import apply, declare, distinct, once_differentiable, positional
 from fastcnn.ops.accumulate import acc_type, as_acc
 from fastcnn.ops.activation import act_number
 from fastcnn.ops.checks import check_channels, check_eps, check_image, memory_format_of
