@@ -23,6 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
+OLDER = VENV / "older-triton"
 STAMP = "fastcnn.json"  # in .venv: what it was made from, and what is installed
 EXTRAS = {"train": {"train"}, "dev": {"train", "dev"}}  # what an installation serves
 
@@ -33,6 +34,9 @@ BUILD = ["scikit-build-core>=0.11", "pybind11>=2.13", "ninja", "cmake>=3.24", "n
 # CUDA's headers, for the emulated tests where there is no toolkit. Without their dependencies, so
 # that they cannot touch the packages that a CUDA build of torch brought along.
 HEADERS = ["nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*", "nvidia-cuda-cccl==13.0.*"]
+# Beside the newest Triton, for its tests: the one of torch 2.11, whose interpreter needs an older
+# numpy. In a folder of its own, which the tests put in front.
+OLDER_TRITON = ["triton==3.6.*", "numpy<2.4"]
 ASK_TORCH = "import torch; print(torch.__version__)"
 
 
@@ -63,6 +67,8 @@ def main() -> None:
     pip("--no-build-isolation", "-c", constraints(), "-e", f"{ROOT}[{wanted}]")
     if wanted == "dev":
         install_oracle()
+        if not OLDER.exists():
+            pip("--no-deps", "--target", str(OLDER), *OLDER_TRITON)
         if not toolkit():
             pip("--no-deps", *HEADERS)
     write_stamp({**stamp, "key": key, "serves": sorted(serves)})

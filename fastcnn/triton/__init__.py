@@ -1,0 +1,1 @@
+"""Triton kernels, for NVIDIA GPUs; imported by what launches them, not at import."""

@@ -1,0 +1,162 @@
+"""Launches the convolution kernels: which kernel, which tile, what is refused."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastcnn.ops.activation import act_number
+from fastcnn.triton.conv2d_kernels import (
+    conv2d_kernel,
+    join_statistics_kernel,
+    pointwise_kernel,
+)
+from fastcnn.triton.launch import (
+    Pair,
+    Tile,
+    arch_of,
+    blocks,
+    check_numbers,
+    check_tensors,
+    current_device,
+    default_tile,
+    is_lean,
+    output_size,
+    processors,
+)
+
+
+class Prologue(NamedTuple):
+    """act(x * scale + bias), per channel, in place of x: a batch norm that was not written."""
+
+    scale: Tensor
+    bias: Tensor
+    act: str
+
+
+class Epilogue(NamedTuple):
+    """act(product * scale + bias + residual), and the product's statistics."""
+
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    act: str = "none"
+    statistics: bool = False
+
+
+class Statistics(NamedTuple):
+    """Of each channel of the product: mean and biased variance, in float32."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    prologue: Prologue | None = None,
+    epilogue: Epilogue = Epilogue(),  # noqa: B008 (immutable)
+    tile: Tile | None = None,
+) -> tuple[Tensor, Statistics | None]:
+    """Return the convolution with what stands before and behind it, and its statistics if asked.
+
+    x is [n, c, h, w], weight [c_out, c / groups, kh, kw], both channels_last and of one type of
+    DTYPES; float32 is multiplied as torch.backends.cudnn.allow_tf32 says. tile: another than
+    default_tile() would take.
+    """
+    check_tensors(x, weight)
+    _check_groups(x, weight, groups)
+    check_numbers(weight.shape[0], scale=epilogue.scale, bias=epilogue.bias)
+    if prologue is not None:
+        check_numbers(
+            x.shape[1], **{"prologue.scale": prologue.scale, "prologue.bias": prologue.bias}
+        )
+    n, c_in, h, w = x.shape
+    c_out, c_in_group, *window = weight.shape
+    h_out, w_out = output_size((h, w), window, stride, padding, dilation)
+    y = torch.empty(
+        (n, c_out, h_out, w_out), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    _check_residual(epilogue.residual, y)
+    pixels = n * h_out * w_out
+    by_descriptors = (
+        groups == 1
+        and (window, stride, padding) == ([1, 1], (1, 1), (0, 0))
+        and arch_of(x) >= 90
+        and _has_descriptors(x, weight)
+    )
+    if tile is None:
+        lean = is_lean(
+            prologue is not None, epilogue.residual is not None, by_descriptors, arch_of(x)
+        )
+        tile = default_tile(pixels, c_out // groups, c_in_group, x.dtype, lean)
+    tiles_m, tiles_n = triton.cdiv(pixels, tile.m), triton.cdiv(c_out // groups, tile.n)
+    numbers = [epilogue.scale, epilogue.bias, epilogue.residual]
+    numbers += [None, None] if prologue is None else [prologue.scale, prologue.bias]
+    parts = [x.new_empty((tiles_m, c_out), dtype=torch.float32) for _ in range(2)]
+    numbers += parts if epilogue.statistics else [None, None]
+    options = {
+        "PRE_ACT": act_number("conv2d", prologue.act if prologue else "none"),
+        "ACT": act_number("conv2d", epilogue.act), "GROUP_M": tile.group, **blocks(tile),
+    }  # fmt: skip
+    with current_device(x):
+        if pixels == 0:
+            pass
+        elif by_descriptors:
+            programs = min(tiles_m * tiles_n, processors(x))
+            matrices = [
+                TensorDescriptor(t, [rows, c_in], [c_in, 1], [block, tile.k])
+                for t, rows, block in ((x, pixels, tile.m), (weight, c_out, tile.n))
+            ]
+            sizes = (pixels, c_in, c_out)
+            pointwise_kernel[(programs,)](
+                *matrices, y, *numbers, *sizes, PROGRAMS=programs, **options
+            )
+        else:
+            conv2d_kernel[(tiles_m * tiles_n, groups)](
+                x, weight, y, *numbers,
+                n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out // groups,
+                *window, *stride, *padding, *dilation,
+                FLAT=c_in_group < tile.k and window != [1, 1], **options,
+            )  # fmt: skip
+        return y, _joined(parts, pixels, tile.m) if epilogue.statistics else None
+
+
+def _joined(parts: list[Tensor], pixels: int, rows: int) -> Statistics:
+    means, squares = parts
+    tiles, c_out = means.shape
+    mean, var = (means.new_empty(c_out) for _ in range(2))
+    # 16 lanes of channels, 64 bytes of a row: 4 programs a cache line's worth would be fewer.
+    join_statistics_kernel[(triton.cdiv(c_out, 16),)](
+        mean, var, means, squares, pixels, tiles, c_out, ROWS=rows, BLOCK_T=64, BLOCK_C=16
+    )
+    return Statistics(mean, var)
+
+
+def _has_descriptors(*tensors: Tensor) -> bool:
+    """Whether the TMA unit can read rows of the tensors' channels: 16 bytes at a time."""
+    return all(t.data_ptr() % 16 == 0 and t.shape[1] * t.itemsize % 16 == 0 for t in tensors)
+
+
+def _check_groups(x: Tensor, weight: Tensor, groups: int) -> None:
+    if groups < 1 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups != 0:
+        raise ValueError(
+            f"conv2d: expected weight [c_out, c / groups, kh, kw] with groups dividing c_out and "
+            f"c = {x.shape[1]}, got {tuple(weight.shape)} with groups={groups}"
+        )
+
+
+def _check_residual(residual: Tensor | None, y: Tensor) -> None:
+    if residual is not None and (
+        residual.shape != y.shape or not residual.is_contiguous(memory_format=torch.channels_last)
+    ):
+        raise ValueError(
+            f"conv2d: residual: expected {tuple(y.shape)} in channels_last, got "
+            f"{tuple(residual.shape)} with strides {residual.stride()}"
+        )

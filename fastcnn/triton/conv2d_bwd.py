@@ -1,0 +1,200 @@
+"""Launches the convolution's gradients: tiles, phases, parts."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastcnn.ops.activation import act_number
+from fastcnn.triton.conv2d import Prologue
+from fastcnn.triton.conv2d_bwd_kernels import (
+    conv2d_bwd_input_kernel,
+    conv2d_bwd_weight_kernel,
+    sum_tiles_kernel,
+)
+from fastcnn.triton.launch import (
+    Pair,
+    Tile,
+    blocks,
+    check_numbers,
+    check_tensors,
+    current_device,
+    default_tile,
+    output_size,
+    processors,
+)
+
+
+class BatchNormGradient(NamedTuple):
+    """What batch norm's backward makes of dz, per channel, in place of dz.
+
+    slope * dz + offset + factor * (raw - mean), raw being the batch norm's input.
+    """
+
+    raw: Tensor
+    slope: Tensor
+    offset: Tensor
+    factor: Tensor
+    mean: Tensor
+
+
+class Activated(NamedTuple):
+    """The convolution's input was act(raw * scale + bias): dx is taken back to that act's input.
+
+    mean and rstd are raw's: with them come the sums of dx and dx * (raw - mean) * rstd.
+    """
+
+    raw: Tensor
+    scale: Tensor
+    bias: Tensor
+    mean: Tensor
+    rstd: Tensor
+    act: str
+
+
+class Sums(NamedTuple):
+    """Per channel, in float32: of the gradient, and of the gradient times the normalised input."""
+
+    gradient: Tensor
+    times_xhat: Tensor
+
+
+def conv2d_bwd_input(
+    dy: Tensor,
+    weight: Tensor,
+    size: Pair,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    norm: BatchNormGradient | None = None,
+    add: Tensor | None = None,
+    activated: Activated | None = None,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Sums | None]:
+    """Return dx [n, c, *size] of a convolution, channels_last, and its sums where `activated`.
+
+    dy is [n, c_out, h_out, w_out], weight [c_out, c / groups, kh, kw], both channels_last and of
+    one type. norm: dy is dz, see BatchNormGradient. add is added to dx, then `activated` goes on.
+    """
+    check_tensors(dy, weight, "dy")
+    c_out, c_in_group, *window = weight.shape
+    n, c_in, (h, w) = dy.shape[0], c_in_group * groups, size
+    h_out, w_out = output_size(size, window, stride, padding, dilation)
+    _check_sizes("dy", dy, (n, c_out, h_out, w_out))
+    _check_norm(norm, dy)
+    dx = torch.empty(
+        (n, c_in, h, w), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last
+    )
+    for name, t in (("add", add), ("activated.raw", activated and activated.raw)):
+        if t is not None:
+            _check_sizes(name, t, tuple(dx.shape))
+    if activated is not None:
+        check_numbers(
+            c_in, **{f"activated.{k}": getattr(activated, k) for k in activated._fields[1:5]}
+        )
+    phases = stride[0] * stride[1]
+    # Of the phase that has most pixels.
+    pixels = n * math.prod(triton.cdiv(a, s) for a, s in zip(size, stride, strict=True))
+    if tile is None:
+        sizes = (pixels, c_in_group, c_out // groups)
+        tile = default_tile(*sizes, dy.dtype, lean=activated is None)
+    tiles = triton.cdiv(pixels, tile.m)
+    parts = [dy.new_zeros((phases * tiles, c_in), dtype=torch.float32) for _ in range(2)]
+    with current_device(dy):
+        if dx.numel() > 0:
+            conv2d_bwd_input_kernel[(tiles * triton.cdiv(c_in_group, tile.n), groups, phases)](
+                dy, weight, dx, *(norm or [None] * 5),
+                add, *(activated[:5] if activated else [None] * 5),
+                *(parts if activated else [None] * 2),
+                n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out // groups, tiles,
+                *window, *stride, *padding, *dilation,
+                *(math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)),
+                ACT=act_number("conv2d_bwd_input", activated.act if activated else "none"),
+                **blocks(tile), GROUP_M=tile.group,
+            )  # fmt: skip
+        sums = Sums(*(_sum(part, torch.float32) for part in parts)) if activated else None
+    return dx, sums
+
+
+def conv2d_bwd_weight(
+    dy: Tensor,
+    x: Tensor,
+    window: Pair,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    norm: BatchNormGradient | None = None,
+    prologue: Prologue | None = None,
+    tile: Tile | None = None,
+    parts: int | None = None,
+) -> Tensor:
+    """Return dweight [c_out, c / groups, *window] of a convolution, channels_last, in x's type.
+
+    dy is [n, c_out, h_out, w_out], x [n, c, h, w], both channels_last and of one type. norm: dy is
+    dz, see BatchNormGradient. prologue: what the convolution multiplied in place of x. parts: of
+    how many the pixels' sum is made, else enough for the card's processors.
+    """
+    check_tensors(dy, x, "dy", "x")
+    (n, c_in, h, w), c_out = x.shape, dy.shape[1]
+    h_out, w_out = output_size((h, w), window, stride, padding, dilation)
+    _check_sizes("dy", dy, (n, c_out, h_out, w_out))
+    _check_norm(norm, dy)
+    if groups < 1 or c_in % groups != 0 or c_out % groups != 0:
+        raise ValueError(
+            f"conv2d_bwd_weight: groups: expected a divisor of {c_in} and {c_out}, got {groups}"
+        )
+    if prologue is not None:
+        check_numbers(c_in, **{"prologue.scale": prologue.scale, "prologue.bias": prologue.bias})
+    c_in_group, c_out_group, taps = c_in // groups, c_out // groups, math.prod(window)
+    pixels = n * h_out * w_out
+    tile = tile or default_tile(c_out_group, c_in_group, pixels, dy.dtype, lean=True)
+    flat = c_in_group < tile.n and taps > 1
+    columns = (
+        triton.cdiv(taps * c_in_group, tile.n) if flat else taps * triton.cdiv(c_in_group, tile.n)
+    )
+    tiles = triton.cdiv(c_out_group, tile.m) * columns
+    if parts is None:  # a program for each processor, and at least 8 steps for each of them
+        most = triton.cdiv(pixels, 8 * tile.k)
+        parts = max(1, min(most, processors(dy) // (tiles * groups)))
+    pixels_a_part = triton.cdiv(triton.cdiv(max(pixels, 1), parts), tile.k) * tile.k
+    parts = max(1, triton.cdiv(pixels, pixels_a_part))
+    sums = dy.new_empty((parts, c_out, *window, c_in_group), dtype=torch.float32)
+    with current_device(dy):
+        conv2d_bwd_weight_kernel[(tiles, groups, parts)](
+            dy, x, sums, *(norm or [None] * 5), *(prologue[:2] if prologue else [None] * 2),
+            n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out_group, pixels_a_part,
+            *window, *stride, *padding, *dilation,
+            PRE_ACT=act_number("conv2d_bwd_weight", prologue.act if prologue else "none"),
+            FLAT=flat, **blocks(tile),
+        )  # fmt: skip
+        dweight = _sum(sums.flatten(1), x.dtype)
+    return dweight.view(c_out, *window, c_in_group).permute(0, 3, 1, 2)
+
+
+def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    count = parts.shape[1]
+    total = parts.new_empty(count, dtype=dtype)
+    rows = min(64, triton.next_power_of_2(parts.shape[0]))
+    block = max(16, 1024 // rows)
+    sum_tiles_kernel[(triton.cdiv(count, block),)](
+        total, parts, parts.shape[0], count, BLOCK_T=rows, BLOCK_C=block
+    )
+    return total
+
+
+def _check_sizes(name: str, t: Tensor, sizes: tuple[int, ...]) -> None:
+    if tuple(t.shape) != sizes or not t.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(
+            f"conv2d backward: {name}: expected {sizes} in channels_last, got {tuple(t.shape)} "
+            f"with strides {t.stride()}"
+        )
+
+
+def _check_norm(norm: BatchNormGradient | None, dy: Tensor) -> None:
+    if norm is not None:
+        _check_sizes("norm.raw", norm.raw, tuple(dy.shape))
+        check_numbers(dy.shape[1], **{f"norm.{k}": getattr(norm, k) for k in norm._fields[1:]})

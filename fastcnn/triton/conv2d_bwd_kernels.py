@@ -1,0 +1,210 @@
+"""The gradients of a convolution as products of matrices; every tensor is channels_last.
+
+    dx[q, i]    = sum over taps t and channels o of g[pixel(q, t), o] * w[o, t, i]
+    dw[o, t, i] = sum over output pixels p of g[p, o] * a[pixel(p, t), i]
+
+g is the gradient of the convolution's output: dy, or with a prologue what batch norm's backward
+makes of dz, the gradient behind it, and of the product `raw` in front of it, per channel
+
+    g = slope[o] * dz + offset[o] + factor[o] * (raw - mean[o])
+
+so that neither is written. a is the convolution's input as in conv2d_kernels.py, prologue included.
+
+dx with a stride: an input pixel meets only the taps that lie a multiple of the stride from it. The
+pixels of one phase, (row + padding) modulo the stride, meet the same ones, so a program's pixels
+are of one phase, and no tap is walked in vain: see _taps.
+
+dx's epilogue, in float32, each part optional, in this order: plus `add`, the gradient that comes by
+another way; times the slope of the activation that made the input, at z = raw * scale + bias; and
+the two sums that batch norm's backward needs of the result d, for each tile and channel: d and
+d * xhat, with xhat = (raw - mean) * rstd. sum_tiles adds the tiles up in a fixed order.
+
+dw: each program sums a part of the pixels; sum_tiles adds the parts.
+
+Floors: dx reads g and w and writes dx; dw reads g and a and writes dw. A tap beyond the first finds
+its pixels in a cache.
+"""
+
+# Constexpr parameters have capitals: a kernel is compiled anew for each of their values.
+import triton
+import triton.language as tl
+
+from fastcnn.triton.activation import act_bwd
+from fastcnn.triton.conv2d_kernels import apply_prologue, numbers, tile_of
+
+
+@triton.jit
+def _gradient(
+    dy_ptr, raw_ptr, slope_ptr, offset_ptr, factor_ptr, mean_ptr, at, inside, channels, in_o,
+):  # fmt: skip
+    """Return g at [pixels, channels], 0 where not inside."""
+    g = tl.load(dy_ptr + at, mask=inside, other=0.0)
+    if raw_ptr is not None:
+        raw = numbers(raw_ptr, at, inside)
+        z = g.to(tl.float32) * numbers(slope_ptr, channels, in_o)[None, :]
+        z += numbers(offset_ptr, channels, in_o)[None, :]
+        apart = raw - numbers(mean_ptr, channels, in_o)[None, :]
+        z += apart * numbers(factor_ptr, channels, in_o)[None, :]
+        g = tl.where(inside, z, 0.0).to(g.dtype)
+    return g
+
+
+@triton.jit
+def _taps(
+    phase, size, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    DILATION: tl.constexpr, GCD: tl.constexpr,
+):  # fmt: skip
+    """Return a phase's first tap and their number, its first pixel and their number.
+
+    The taps are every (STRIDE / GCD)-th, GCD that of stride and dilation.
+    """
+    STEP: tl.constexpr = STRIDE // GCD
+    first_tap = KERNEL
+    for tap in tl.static_range(min(STEP, KERNEL)):
+        first_tap = tl.where(tap * DILATION % STRIDE == phase, tap, first_tap)
+    first = (phase + PADDING * (STRIDE - 1)) % STRIDE
+    pixels = tl.maximum(size - first + STRIDE - 1, 0) // STRIDE
+    return first_tap, (KERNEL - first_tap + STEP - 1) // STEP, first, pixels
+
+
+@triton.jit
+def conv2d_bwd_input_kernel(
+    dy_ptr, w_ptr, dx_ptr, dy_raw_ptr, slope_ptr, offset_ptr, factor_ptr, dy_mean_ptr,
+    add_ptr, raw_ptr, scale_ptr, bias_ptr, mean_ptr, rstd_ptr, sum_ptr, sum_xhat_ptr,
+    n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out_group, tiles,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr, GCD_H: tl.constexpr, GCD_W: tl.constexpr, ACT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Dx. Grid: a phase's tiles (tiles of pixels times tiles of channels), groups, phases."""
+    group, phase = tl.program_id(1), tl.program_id(2)
+    tap_y, taps_y, first_y, rows = _taps(
+        phase // STRIDE_W, h, KERNEL_H, STRIDE_H, PADDING_H, DILATION_H, GCD_H
+    )
+    tap_x, taps_x, first_x, columns = _taps(
+        phase % STRIDE_W, w, KERNEL_W, STRIDE_W, PADDING_W, DILATION_W, GCD_W
+    )
+    tile_m, tile_n = tile_of(tl.program_id(0), tiles, tl.cdiv(c_in_group, BLOCK_N), GROUP_M)
+    q = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_q, in_i = q < n * rows * columns, i < c_in_group
+    # A phase without pixels divides by 1: all its q are outside.
+    rows, columns = tl.maximum(rows, 1), tl.maximum(columns, 1)
+    image = q // (rows * columns)
+    row = first_y + q // columns % rows * STRIDE_H
+    column = first_x + q % columns * STRIDE_W
+    top = (row + PADDING_H - tap_y * DILATION_H) // STRIDE_H
+    left = (column + PADDING_W - tap_x * DILATION_W) // STRIDE_W
+    steps = tl.cdiv(c_out_group, BLOCK_K)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(taps_y * taps_x * steps):
+        place = step // steps
+        y, x = place // taps_x, place % taps_x
+        k = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
+        in_k = k < c_out_group
+        o = group * c_out_group + k
+        row_out, column_out = top - y * (DILATION_H // GCD_H), left - x * (DILATION_W // GCD_W)
+        inside = (row_out >= 0) & (row_out < h_out) & (column_out >= 0) & (column_out < w_out)
+        inside = (in_q & inside)[:, None] & in_k[None, :]
+        pixel = (image.to(tl.int64) * h_out + row_out) * w_out + column_out
+        g = _gradient(
+            dy_ptr, dy_raw_ptr, slope_ptr, offset_ptr, factor_ptr, dy_mean_ptr,
+            pixel[:, None] * c_out + o[None, :], inside, o, in_k,
+        )  # fmt: skip
+        tap = (tap_y + y * (STRIDE_H // GCD_H)) * KERNEL_W + tap_x + x * (STRIDE_W // GCD_W)
+        w_at = (o.to(tl.int64) * (KERNEL_H * KERNEL_W) + tap) * c_in_group
+        weights = tl.load(
+            w_ptr + w_at[:, None] + i[None, :], mask=in_k[:, None] & in_i[None, :], other=0.0
+        )
+        acc = tl.dot(g, weights, acc, input_precision=PRECISION)
+
+    channels = group * c_in_group + i
+    at = ((image.to(tl.int64) * h + row) * w + column)[:, None] * c_in + channels[None, :]
+    mask = in_q[:, None] & in_i[None, :]
+    if add_ptr is not None:
+        acc += numbers(add_ptr, at, mask)
+    if raw_ptr is not None:
+        raw = numbers(raw_ptr, at, mask)
+        z = raw * numbers(scale_ptr, channels, in_i)[None, :]
+        acc = act_bwd(acc, z + numbers(bias_ptr, channels, in_i)[None, :], ACT)
+        # Summed as the next kernel will read it.
+        d = tl.where(mask, acc, 0.0).to(dx_ptr.dtype.element_ty).to(tl.float32)
+        xhat = raw - numbers(mean_ptr, channels, in_i)[None, :]
+        xhat *= numbers(rstd_ptr, channels, in_i)[None, :]
+        partial = (tl.zeros_like(channels).to(tl.int64) + phase * tiles + tile_m) * c_in + channels
+        tl.store(sum_ptr + partial, tl.sum(d, 0), mask=in_i)
+        tl.store(sum_xhat_ptr + partial, tl.sum(d * xhat, 0), mask=in_i)
+    tl.store(dx_ptr + at, acc.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def conv2d_bwd_weight_kernel(
+    dy_ptr, x_ptr, parts_ptr, dy_raw_ptr, slope_ptr, offset_ptr, factor_ptr, dy_mean_ptr,
+    pre_scale_ptr, pre_bias_ptr,
+    n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out_group, pixels_a_part,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr, PRE_ACT: tl.constexpr, FLAT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A part of dw, in float32 [parts, c_out, taps, c_in_group].
+
+    Grid: tiles of one part (of output channels, times of taps and channels), groups, parts. With
+    FLAT a tile's columns are of several taps.
+    """
+    taps = KERNEL_H * KERNEL_W
+    tiles_m = tl.cdiv(c_out_group, BLOCK_M)
+    tile_m, tile_n = tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m
+    group, part = tl.program_id(1), tl.program_id(2)
+    o = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_o, o = o < c_out_group, group * c_out_group + o
+    if FLAT:
+        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_i = column < taps * c_in_group
+        tap, i = (column // c_in_group)[None, :], column % c_in_group
+    else:
+        tiles_i = tl.cdiv(c_in_group, BLOCK_N)
+        tap, i = tile_n // tiles_i, tile_n % tiles_i * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_i = i < c_in_group
+        column = tap * c_in_group + i
+    channels = group * c_in_group + i
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    first = part * pixels_a_part
+    last = tl.minimum(first + pixels_a_part, n * h_out * w_out)
+    for start in range(first, last, BLOCK_K):
+        p = start + tl.arange(0, BLOCK_K)
+        in_p = p < last
+        g = _gradient(
+            dy_ptr, dy_raw_ptr, slope_ptr, offset_ptr, factor_ptr, dy_mean_ptr,
+            p.to(tl.int64)[:, None] * c_out + o[None, :], in_p[:, None] & in_o[None, :], o, in_o,
+        )  # fmt: skip
+        row = (p // w_out % h_out * STRIDE_H - PADDING_H)[:, None] + tap // KERNEL_W * DILATION_H
+        left = (p % w_out * STRIDE_W - PADDING_W)[:, None] + tap % KERNEL_W * DILATION_W
+        inside = in_p[:, None] & (row >= 0) & (row < h) & (left >= 0) & (left < w)
+        inside = inside & in_i[None, :]
+        pixel = ((p // (h_out * w_out)).to(tl.int64)[:, None] * h + row) * w + left
+        a = tl.load(x_ptr + pixel * c_in + channels[None, :], mask=inside, other=0.0)
+        if pre_scale_ptr is not None:
+            a = apply_prologue(a, inside, pre_scale_ptr, pre_bias_ptr, channels, in_i, PRE_ACT)
+        acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
+    at = (part.to(tl.int64) * c_out + o)[:, None] * (taps * c_in_group) + column[None, :]
+    tl.store(parts_ptr + at, acc, mask=in_o[:, None] & in_i[None, :])
+
+
+@triton.jit
+def sum_tiles_kernel(
+    sum_ptr, parts_ptr, parts, count, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """sum[c] = sum over t of parts[t, c], in a fixed order. Grid: blocks of c."""
+    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for first in range(0, parts, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        mask = (t < parts)[:, None] & (c < count)[None, :]
+        total += numbers(parts_ptr, t.to(tl.int64)[:, None] * count + c[None, :], mask)
+    total = tl.sum(total, 0)
+    tl.store(sum_ptr + c, total.to(sum_ptr.dtype.element_ty), mask=c < count)

@@ -1,0 +1,125 @@
+"""What the launches of all convolution kernels share: tiles, the device, what is refused."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+Pair = tuple[int, int]
+
+
+class Tile(NamedTuple):
+    """How a product is cut: pixels, output channels and summed channels of a program's step."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    group: int = 8  # tiles of one column before the next, for the L2 cache
+
+
+def default_tile(pixels: int, c_out: int, c_in: int, dtype: torch.dtype, lean: bool) -> Tile:
+    """Return the tile of a product [pixels, c_out] of sums over c_in that was not measured.
+
+    128 x 128 results a program: 64 bytes of operands are read for 64 multiplications each way, near
+    a H200's ratio of arithmetic to shared memory. Fewer channels get a narrower tile; few pixels a
+    lower one, so that there are programs for the card's processors. Where much stands before and
+    behind the product (not lean) 128 x 128 would take more registers than there are.
+    """
+    k = 64 if dtype.itemsize == 2 else 32
+    n = min(128 if lean else 64, max(16, triton.next_power_of_2(c_out)))
+    m = 128 if pixels * c_out >= 128 * 128 * 132 else 64
+    k = min(k, max(16, triton.next_power_of_2(c_in)))
+    # What is loaded ahead stays below 128 KiB: an A100 has 163 for a program, a H200 227.
+    stages = max(2, min(4, 2**17 // ((m + n) * k * dtype.itemsize)))
+    return Tile(m, n, k, warps=8 if m * n >= 128 * 64 else 4, stages=stages)
+
+
+def is_lean(prologue: bool, residual: bool, by_descriptors: bool, arch: int) -> bool:
+    """Whether 128 x 128 results a program leave registers for what stands before and behind.
+
+    tests/test_triton_compile.py looks for spills with every combination.
+    """
+    if by_descriptors and arch >= 100:
+        return False
+    return not prologue or not (residual or by_descriptors)
+
+
+def blocks(tile: Tile) -> dict[str, Any]:
+    """Return the tile as options of a launch."""
+    return {
+        "PRECISION": "tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
+        "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
+def arch_of(t: Tensor) -> int:
+    """Return 90 for sm_90; in the interpreter, too, so that its kernels run there."""
+    if t.device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(t.device)
+    return 10 * major + minor
+
+
+def processors(x: Tensor) -> int:
+    """The card's, on which as many programs run at once at the least."""
+    if x.device.type != "cuda":
+        return 3  # in the interpreter: fewer than there are tiles, so that programs take several
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def current_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+def output_size(
+    image: Pair, window: Sequence[int], stride: Pair, padding: Pair, dilation: Pair
+) -> tuple[int, ...]:
+    """Return the height and width of a convolution's output, or raise ValueError."""
+    for name, pair, least in (
+        ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)
+    ):  # fmt: skip
+        if len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"conv2d: {name}: expected two numbers from {least} on, got {pair}")
+    sides = zip(image, window, stride, padding, dilation, strict=True)
+    sizes = tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sides)
+    if min(sizes) < 1:
+        raise ValueError(
+            f"conv2d: weight: expected a window that fits, got {tuple(window)} with "
+            f"dilation={dilation}, larger than the padded image: {image} with padding={padding}"
+        )
+    return sizes
+
+
+def check_tensors(x: Tensor, weight: Tensor, *names: str) -> None:
+    """Raise ValueError naming what is supported."""
+    first, second = (*names, *("x", "weight")[len(names) :])
+    if x.dtype not in DTYPES or weight.dtype is not x.dtype:
+        raise ValueError(
+            f"conv2d: expected {first} and {second} of one type of float16, bfloat16 and float32, "
+            f"got {x.dtype} and {weight.dtype}"
+        )
+    for name, t in ((first, x), (second, weight)):
+        if t.dim() != 4 or not t.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(
+                f"conv2d: {name}: expected 4 dimensions in channels_last, got shape "
+                f"{tuple(t.shape)} with strides {t.stride()}: use "
+                f".contiguous(memory_format=torch.channels_last)"
+            )
+
+
+def check_numbers(channels: int, **numbers: Tensor | None) -> None:
+    """Raise ValueError for numbers that are not one a channel."""
+    for name, t in numbers.items():
+        if t is not None and (tuple(t.shape) != (channels,) or not t.is_contiguous()):
+            raise ValueError(
+                f"conv2d: {name}: expected [{channels}], contiguous, got {tuple(t.shape)} with "
+                f"strides {t.stride()}"
+            )

@@ -1,0 +1,213 @@
+"""Triton's convolution against float64: in the interpreter, or on the card there is.
+
+Limits as in tests/tolerance.py: twice the error that PyTorch's convolution makes in the type. Tiles
+are small, so that each case has several, whole ones and ragged ones.
+"""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from activations import ACTS
+from tolerance import assert_as_exact_as_torch
+from torch import Tensor
+from triton_proof import DEVICE, channels_last
+
+from fastcnn.triton.conv2d import Epilogue, Prologue, Tile, conv2d
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SMALL = Tile(m=32, n=16, k=16, warps=4, stages=2, group=2)
+
+
+@pytest.fixture(autouse=True)
+def seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def normalised(x: Tensor, prologue: Prologue | None) -> Tensor:
+    """What the convolution multiplies, in x's type."""
+    if prologue is None:
+        return x
+    scale, bias = (t[:, None, None] for t in prologue[:2])
+    return ACTS[prologue.act](x.float() * scale + bias).to(x.dtype)
+
+
+def check(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    tile: Tile | None = SMALL,
+    **options: Any,
+) -> None:
+    geometry = (stride, padding, dilation, groups)
+    epilogue, a = Epilogue(**options.pop("epilogue", {})), normalised(x, options.get("prologue"))
+    y, statistics = conv2d(x, weight, *geometry, epilogue=epilogue, tile=tile, **options)
+    product = F.conv2d(a, weight, None, *geometry)
+    exact = F.conv2d(a.double(), weight.double(), None, *geometry)
+    if statistics is not None:
+        # Of the product as it is rounded: half an ulp each, so as much in the mean at the most.
+        half_ulp = torch.finfo(x.dtype).eps / 2 * exact.abs().max().item()
+        raw = exact.transpose(0, 1).flatten(1)
+        assert (statistics.mean - raw.mean(1)).abs().max() <= half_ulp
+        var, deviation = raw.var(1, correction=0), raw.std(1, correction=0).max().item()
+        assert (statistics.var - var).abs().max() <= 2 * half_ulp * deviation + half_ulp**2
+
+    def behind(t: Tensor) -> Tensor:
+        for k, join in (("scale", torch.mul), ("bias", torch.add)):
+            numbers = getattr(epilogue, k)
+            t = t if numbers is None else join(t, numbers.to(t.dtype)[:, None, None])
+        t = t if epilogue.residual is None else t + epilogue.residual.to(t.dtype)
+        return ACTS[epilogue.act](t)
+
+    assert y.dtype is x.dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_as_exact_as_torch("y", y, behind(product), behind(exact))
+
+
+GEOMETRIES = {
+    "1x1": ((2, 16, 5, 7), (32, 16, 1, 1), {}),
+    "1x1, channels for no descriptor": ((2, 5, 5, 7), (9, 5, 1, 1), {}),
+    "1x1, channels that end within a step": ((2, 24, 5, 7), (40, 24, 1, 1), {}),
+    "1x1, stride": ((2, 16, 6, 7), (8, 16, 1, 1), {"stride": (2, 2)}),
+    "1x1, padding": ((1, 16, 4, 3), (8, 16, 1, 1), {"padding": (1, 2)}),
+    "3x3": ((2, 16, 6, 5), (16, 16, 3, 3), {"padding": (1, 1)}),
+    "3x3, odd": ((1, 19, 7, 5), (17, 19, 3, 3), {"padding": (1, 1)}),
+    "3x3, stride": ((2, 16, 7, 8), (16, 16, 3, 3), {"stride": (2, 2), "padding": (1, 1)}),
+    "dilation": ((1, 16, 9, 8), (8, 16, 3, 3), {"padding": (2, 2), "dilation": (2, 2)}),
+    "stem: three channels, taps in one range": (
+        (1, 3, 15, 14), (16, 3, 7, 7), {"stride": (2, 2), "padding": (3, 3)},
+    ),
+    "sides differ": (
+        (1, 16, 9, 7), (8, 16, 3, 2),
+        {"stride": (1, 2), "padding": (2, 1), "dilation": (2, 1)},
+    ),
+    "groups": ((2, 32, 5, 5), (64, 16, 3, 3), {"padding": (1, 1), "groups": 2}),
+    "groups of 4, ResNeXt": ((1, 32, 5, 5), (32, 4, 3, 3), {"padding": (1, 1), "groups": 8}),
+    "1x1 image": ((3, 16, 1, 1), (16, 16, 1, 1), {}),
+    "padding only at the corners": ((1, 16, 1, 1), (8, 16, 3, 3), {"padding": (1, 1)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_geometries(name: str, dtype: torch.dtype) -> None:
+    x, weight, geometry = GEOMETRIES[name]
+    check(channels_last(*x, dtype=dtype), channels_last(*weight, dtype=dtype), **geometry)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ACTS)
+def test_activations_before_and_behind(act: str, dtype: torch.dtype) -> None:
+    # Padding: act(bias) of a pixel outside would be seen in every border pixel.
+    for size in (1, 3):
+        x, weight = (
+            channels_last(2, 16, 4, 5, dtype=dtype),
+            channels_last(8, 16, size, size, dtype=dtype),
+        )
+        prologue = Prologue(*torch.randn(2, 16).to(DEVICE), act)
+        check(x, weight, padding=(size // 2, size // 2), prologue=prologue)
+        check(x, weight, padding=(size // 2, size // 2), epilogue={"act": act})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_epilogue(dtype: torch.dtype) -> None:
+    x = channels_last(2, 16, 5, 7, dtype=dtype)
+    for size, *used in itertools.product((1, 3), *[(False, True)] * 4):
+        numbers = {
+            "scale": torch.randn(24).to(DEVICE),
+            "bias": torch.randn(24).to(DEVICE),
+            "residual": channels_last(2, 24, 5, 7, dtype=dtype),
+            "statistics": True,
+        }
+        epilogue = {k: v for (k, v), on in zip(numbers.items(), used, strict=True) if on}
+        weight = channels_last(24, 16, size, size, dtype=dtype)
+        check(x, weight, padding=(size // 2, size // 2), epilogue=epilogue)
+
+
+def test_statistics_do_not_cancel() -> None:
+    # Mean 1e4, deviation 1: E[x^2] - E[x]^2 in float32 has an error of 6 in a variance of 1.
+    x, weight = channels_last(2, 16, 7, 7), torch.zeros(16, 16, 1, 1)
+    weight[range(16), range(16)] = 1
+    weight = weight.contiguous(memory_format=torch.channels_last).to(DEVICE)
+    x = x + 1e4
+    _, statistics = conv2d(x, weight, epilogue=Epilogue(statistics=True), tile=SMALL)
+    assert statistics is not None
+    var = x.double().transpose(0, 1).flatten(1).var(1, correction=0)
+    # A tile's mean is off by an ulp of 1e4, 1e-3, and at most 4 / sqrt(32) from the whole mean.
+    assert (statistics.var - var).abs().max() <= 2 * (4 / 32**0.5) * 1e-3
+
+
+def test_many_tiles_are_joined() -> None:
+    # 75 tiles of 16 pixels, more than join_statistics takes at once, the last with one pixel.
+    x, weight = channels_last(1, 16, 1, 75 * 16 + 1), channels_last(16, 16, 1, 1)
+    check(x, weight, tile=SMALL._replace(m=16), epilogue={"statistics": True})
+
+
+def test_the_same_bits_twice() -> None:
+    x, weight = channels_last(2, 16, 6, 5), channels_last(16, 16, 3, 3)
+    first, second = (
+        conv2d(x, weight, epilogue=Epilogue(statistics=True), tile=SMALL) for _ in range(2)
+    )
+    assert torch.equal(first[0], second[0])
+    assert all(map(torch.equal, first[1], second[1]))  # type: ignore[arg-type]
+
+
+def test_default_tiles() -> None:
+    for dtype, c in itertools.product(DTYPES, (3, 64, 100)):
+        check(
+            channels_last(1, c, 4, 4, dtype=dtype),
+            channels_last(8, c, 1, 1, dtype=dtype),
+            tile=None,
+        )
+
+
+def test_empty_batch() -> None:
+    y, _ = conv2d(channels_last(0, 16, 4, 4), channels_last(8, 16, 3, 3))
+    assert y.shape == (0, 8, 2, 2)
+
+
+X, W = (1, 8, 4, 4), (8, 8, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: (channels_last(*X).double(), channels_last(*W).double()), "float16, bfloat16"),
+        (lambda: (channels_last(*X), channels_last(*W).half()), "one type"),
+        (lambda: (torch.randn(X), channels_last(*W)), "x: expected 4 dimensions in channels_last"),
+        (lambda: (channels_last(*X)[0], channels_last(*W)), "x: expected 4 dimensions"),
+        (lambda: (channels_last(*X), channels_last(8, 3, 1, 1)), "groups dividing c_out"),
+        (
+            lambda: (channels_last(*X), channels_last(7, 4, 1, 1), (1, 1), (0, 0), (1, 1), 2),
+            "groups",
+        ),
+    ],
+)
+def test_what_is_refused(make: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        conv2d(*make())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"epilogue": Epilogue(scale=torch.ones(7))}, r"scale: expected \[8\]"),
+        ({"epilogue": Epilogue(bias=torch.ones(16)[::2])}, r"bias: expected \[8\], contiguous"),
+        ({"epilogue": Epilogue(residual=torch.randn(X))}, "residual: expected"),
+        ({"epilogue": Epilogue(act="tanh")}, "act: expected one of none, relu"),
+        ({"prologue": Prologue(torch.ones(8), torch.ones(1), "relu")}, r"prologue.bias: expected"),
+        ({"stride": (0, 1)}, "stride: expected"),
+        ({"padding": (-1, 0)}, "padding: expected"),
+        ({"dilation": (5, 5), "weight": (8, 8, 2, 2)}, "larger than the padded image"),
+    ],
+)
+def test_which_options_are_refused(options: dict[str, Any], said: str) -> None:
+    weight = channels_last(*options.pop("weight", W))
+    with pytest.raises(ValueError, match=said):
+        conv2d(channels_last(*X), weight, **options)

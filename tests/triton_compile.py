@@ -1,0 +1,133 @@
+"""Compile the Triton kernels ahead of time, for cards that are not there; print what came out.
+
+    python triton_compile.py 80 90 100
+
+A line of JSON a kernel and card: name, arch, which matrix instructions, whether tiles are copied by
+the TMA unit, registers and bytes of local memory a thread. Runs where the interpreter is off.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.triton import conv2d_bwd_kernels, conv2d_kernels
+from fastcnn.triton.launch import blocks, default_tile, is_lean
+
+MATRIX = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
+POINTWISE = {
+    "ACT": ACT_NUMBER["relu"],
+    "PRE_ACT": ACT_NUMBER["relu"],
+    "PROGRAMS": 132,
+    "GROUP_M": 8,
+}
+
+
+def window(size: int, stride: int) -> dict[str, int]:
+    """The constants of a convolution's geometry."""
+    sides = {
+        "KERNEL": size, "STRIDE": stride, "PADDING": size // 2, "DILATION": 1, "GCD": 1,
+    }  # fmt: skip
+    return {f"{name}_{side}": value for name, value in sides.items() for side in "HW"}
+
+
+def cases() -> Iterator[tuple[str, Any, dict[str, Any], set[str]]]:
+    """A name, a kernel, its constants, and the pointers that are None. Most have every epilogue."""
+    stem, three = {**window(7, 2), "FLAT": True}, {**window(3, 1), "FLAT": False}
+    forward, bwd = conv2d_kernels, conv2d_bwd_kernels
+    prologue = {"pre_scale_ptr", "pre_bias_ptr"}
+    affine = {"scale_ptr", "bias_ptr", "residual_ptr"}
+    yield "stem", forward.conv2d_kernel, stem, prologue
+    for name, kernel, constants in (
+        ("3x3", forward.conv2d_kernel, three), ("1x1", forward.pointwise_kernel, {})
+    ):  # fmt: skip
+        yield name, kernel, constants, set()
+        yield f"{name} in evaluation", kernel, constants, {*prologue, "mean_ptr", "square_ptr"}
+        yield f"{name} in training", kernel, constants, affine
+    yield "dx of 3x3", bwd.conv2d_bwd_input_kernel, three, set()
+    yield "dx of 1x1, stride 2", bwd.conv2d_bwd_input_kernel, window(1, 2), set()
+    yield "dw of 3x3", bwd.conv2d_bwd_weight_kernel, three, set()
+    yield "dw of the stem", bwd.conv2d_bwd_weight_kernel, stem, prologue
+
+
+def compile_one(
+    kernel: Any, constants: dict[str, Any], absent: set[str], arch: int, half: str
+) -> dict[str, Any]:
+    """Compile for one card: bfloat16 or float16 images, float32 numbers per channel."""
+    # As the launches choose.
+    lean = "rstd_ptr" not in kernel.arg_names
+    if "residual_ptr" in kernel.arg_names:
+        given = {"pre_scale_ptr", "residual_ptr"} - absent
+        by_descriptors = kernel is conv2d_kernels.pointwise_kernel
+        lean = is_lean("pre_scale_ptr" in given, "residual_ptr" in given, by_descriptors, arch)
+    tile = default_tile(256 * 56 * 56, 256, 256, torch.bfloat16, lean)
+    options = blocks(tile)
+    known = {**options, **POINTWISE, **constants}
+    images = {
+        "x_ptr",
+        "w_ptr",
+        "y_ptr",
+        "residual_ptr",
+        "dy_ptr",
+        "dx_ptr",
+        "dy_raw_ptr",
+        "add_ptr",
+    }
+    images |= {"raw_ptr"}
+    signature, values, divisible = {}, {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in absent or name in known:
+            signature[name], values[name] = "constexpr", known.get(name)
+            continue
+        if name.endswith("_matrix"):
+            rows = tile.m if name == "x_matrix" else tile.n
+            signature[name] = f"tensordesc<{half}[{rows}, {tile.k}]>"
+            continue
+        pointer = f"*{half if name in images else 'fp32'}"
+        signature[name] = pointer if name.endswith("_ptr") else "i32"
+        divisible[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=values, attrs=divisible)
+    options = {k: v for k, v in options.items() if k not in values and k.islower()}
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = made.asm["ptx"]
+    return {
+        "arch": arch,
+        "matrix": [name for name, word in MATRIX.items() if word in ptx],
+        "tma": "cp.async.bulk.tensor" in ptx,
+        "shared": made.metadata.shared,
+        **resources(made.asm["cubin"]),
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and local memory of a thread, as the card's code states them."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
+    assert found is not None, said
+    return {"registers": int(found[1]), "stack": int(found[2]), "local": int(found[3])}
+
+
+if __name__ == "__main__":
+    for name, kernel, constants, absent in cases():
+        for arch in map(int, sys.argv[1:]):
+            if arch < 90 and kernel is conv2d_kernels.pointwise_kernel:
+                continue  # no TMA: the other kernel runs there
+            half = "fp16" if "stem" in name else "bf16"
+            row = compile_one(kernel, constants, absent, arch, half)
+            print(json.dumps({"name": name, "triton": triton.__version__, **row}), flush=True)
