@@ -68,7 +68,8 @@ def per_channel(name: str, value: float | Sequence[float], c: int) -> list[float
         numbers *= c
     if not all(isinstance(number, (int, float)) for number in numbers):
         raise TypeError(f"{OP}: {name}: expected numbers, got {value!r}")
-    if len(numbers) != c or not all(math.isfinite(number) for number in numbers):
+    # Compared, since torch.compile makes symbols of numbers, which math.isfinite does not take.
+    if len(numbers) != c or not all(-math.inf < number < math.inf for number in numbers):
         raise ValueError(f"{OP}: {name}: expected 1 or {c} finite numbers, got {value!r}")
     return [float(number) for number in numbers]
 
