@@ -233,6 +233,8 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"noise": -1}, ValueError, r"noise: expected a range"),
     ({"size": (0, 5)}, ValueError, r"size: expected a height and a width from 1"),
     ({"size": 5}, TypeError, r"size: expected a height and a width, got 5"),
+    ({"mask_fill": 1.5}, TypeError, r"mask_fill: expected an int, got float"),
+    ({"mask_fill": 2**63}, ValueError, r"mask_fill: expected a number that torch.int64 holds, got"),
 ]
 
 
