@@ -181,11 +181,8 @@ class Augment(nn.Module):
         """Return the augmented images, with masks a pair."""
         check_images(images)
         n, size = images.shape[0], images.shape[2:]
-        if self.training:
-            parameters = self.draw(n, size, generator, keys=keys)
-        else:
-            parameters = self.center(n, size)
-        return self.apply_parameters(images, parameters, masks)
+        p = self.draw(n, size, generator, keys=keys) if self.training else self.center(n, size)
+        return self.apply_parameters(images, p, masks)
 
     def _sizes(self, size: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
         size_in = check_size("Augment", "size", size)

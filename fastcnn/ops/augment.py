@@ -188,9 +188,8 @@ def augment(
         ],
         dtype=torch.float32,
     )
-    reals, integers = (
-        t.to(images.device, non_blocking=True) for t in pack(parameters, (h, w), out)
-    )
+    rows = pack(parameters, (h, w), out)
+    reals, integers = (t.to(images.device, non_blocking=True) for t in rows)
     channels_last = memory_format is torch.channels_last
     y = _augment(
         images, reals, integers, channels.to(images.device), *out, DTYPES[dtype], channels_last
