@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fastcnn import _C, reference
 from fastcnn.functional import batch_norm_act
-from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.ops.activation import ACT_NUMBER, act_number
 
 LEVELS = _C.cpu_levels.split(",")
 
@@ -120,3 +121,9 @@ def test_the_reference_lets_nan_through() -> None:
 
 def test_every_activation_is_tested() -> None:
     assert list(ACTS) == list(ACT_NUMBER)
+
+
+@pytest.mark.parametrize("act", [[], {}, None, 1, "ReLU"], ids=str)
+def test_what_is_no_activation_is_named(act: Any) -> None:
+    with pytest.raises(ValueError, match=r"^op: act: expected one of none, relu, .*, got "):
+        act_number("op", act)

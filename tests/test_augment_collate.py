@@ -3,6 +3,7 @@
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_augment import EVERYTHING, SIZE, smooth_images
@@ -88,3 +89,62 @@ def test_collate_takes_no_seed_without_keys() -> None:
         Collate(Augment(**EVERYTHING, size=(20, 30)), seed=5)(samples)
     collate = Collate(Augment(**EVERYTHING, size=(20, 30)))
     assert not torch.equal(collate(samples)[0], collate(samples)[0])
+
+
+IMAGE, MASK = torch.zeros(3, 4, 4).byte(), torch.zeros(4, 4).byte()
+# Samples, and what is wrong with them.
+BAD_SAMPLES: list[tuple[list[Any], type[Exception], str]] = [
+    ([(IMAGE, "a")], TypeError, r"target: expected a mask, a Tensor, or a number .* got 'a'"),
+    ([(IMAGE, 1), (IMAGE, None)], TypeError, r"target: expected a mask, .* got None"),
+    ([(IMAGE, {"a": 1})], TypeError, r"target: expected a mask, .* got {'a': 1}"),
+    ([(IMAGE, 2**70)], TypeError, r"target: expected .* int64 .* got 1180591620717411303424"),
+    (
+        [(IMAGE, torch.ones(2)), (IMAGE, torch.ones(3))], ValueError,
+        r"target: expected labels of one size, got \[2\] and \[3\]",
+    ),
+    (
+        [(IMAGE, 1), (IMAGE, torch.ones(2))], TypeError,
+        r"target: expected Tensors in all samples or in none, got 1 of 2",
+    ),
+    ([(IMAGE, 1), (IMAGE, MASK)], TypeError, r"target: .* masks in all samples .* got 1 of 2"),
+    ([(IMAGE, MASK), (IMAGE, torch.tensor(1))], TypeError, r"target: .* masks in all .* got 1 of"),
+    (
+        [(IMAGE, MASK), (IMAGE, MASK[None])], ValueError,
+        r"target: expected masks of one rank, got \[4, 4\] and \[1, 4, 4\]",
+    ),
+    ([(IMAGE, MASK), (IMAGE, MASK[:3])], ValueError, r"target: .* \[4, 4\] .* got \[3, 4\]"),
+    ([(IMAGE, 1, "a")], TypeError, r"key: expected an int .*, got 'a'"),
+    ([(IMAGE, 1, 0.5)], TypeError, r"key: expected an int .*, got 0.5"),
+    ([(IMAGE, 1, 2**70)], ValueError, r"key: expected an int from -2\^63 to 2\^63 - 1, got 11805"),
+    ([(IMAGE, 1), (IMAGE[:1], 1)], ValueError, r"image: expected .* channels, got 1 and 3"),
+    ([(IMAGE[0], 1)], ValueError, r"image: expected 3 dimensions \[c, h, w\], got 2: \[4, 4\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("samples", "error", "message"), BAD_SAMPLES)
+def test_samples(samples: list[Any], error: type[Exception], message: str) -> None:
+    for size in (None, (3, 3)):  # images of several sizes take another way
+        with pytest.raises(error, match=f"^Collate: {message}"):
+            Collate(Augment(size))(samples)
+
+
+@pytest.mark.parametrize(
+    ("seed", "error"),
+    [("x", TypeError), (1.5, TypeError), (2**64, ValueError), (-(2**63) - 1, ValueError)],
+)
+def test_seeds(seed: Any, error: type[Exception]) -> None:
+    # Beyond what torch.Generator takes; refused when made, and when changed between epochs.
+    with pytest.raises(error, match=rf"^Collate: seed: expected an int .*, got {seed!r}"):
+        Collate(Augment(), seed)
+    collate = Collate(Augment(), 1)
+    with pytest.raises(error, match=rf"^Collate: seed: expected an int .*, got {seed!r}"):
+        collate.seed = seed
+
+
+def test_numbers_of_numpy_and_tensors_are_keys_seeds_and_labels() -> None:
+    # Indices and labels often come out of arrays.
+    image, module = smooth_images(1, 3, *SIZE)[0], Augment((20, 30), **EVERYTHING)
+    expected = Collate(module, 2**64 - 1)([(image, 3, 7)])
+    for key, label in ((np.int64(7), np.int64(3)), (torch.tensor(7), torch.tensor(3))):
+        found = Collate(module, np.uint64(2**64 - 1))([(image, label, key)])
+        assert all(map(torch.equal, found, expected))

@@ -29,6 +29,8 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"masks": MASKS.mT.contiguous().mT}, ValueError, r"masks: expected a dense tensor"),
     ({"masks": MASKS.to("meta")}, ValueError, r"masks: expected device cpu, got meta"),
     ({"masks": MASKS, "mask_fill": 256}, ValueError, r"mask_fill: expected a number that torch.ui"),
+    ({"masks": MASKS, "mask_fill": -1}, ValueError, r"mask_fill: expected a number that torch.ui"),
+    ({"mask_fill": 2**63}, ValueError, r"mask_fill: expected a number that torch.int64 holds, got"),
     ({"masks": MASKS, "mask_fill": 0.5}, TypeError, r"mask_fill: expected an int, got float"),
     ({"size": 4}, TypeError, r"size: expected a height and a width, got 4"),
     ({"size": (4, 5, 6)}, ValueError, r"size: expected a height and a width from 1"),

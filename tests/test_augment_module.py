@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_augment import EVERYTHING, SIZE, draw_everything, smooth_images, with_values
@@ -125,8 +126,22 @@ def test_parameters_are_saved_and_replayed(tmp_path: Path) -> None:
     assert torch.equal(augment(images[-1:], p[-1], size=(20, 30)), expected[-1:])
     with pytest.raises(dataclasses.FrozenInstanceError):
         p.angle = torch.zeros(3)  # type: ignore[misc]
-    with pytest.raises(IndexError):
-        p[3]
+
+
+def test_samples_are_picked_by_any_kind_of_number() -> None:
+    p = draw_everything(3, SIZE, (20, 30))
+    for number in (-2, 1):
+        for index in (np.int64(number), torch.tensor(number), np.array(number)):
+            assert same(p[index], p[1])
+    chosen = torch.tensor([0, 2])
+    for several in (chosen, slice(0, 3, 2), [0, 2], chosen.numpy(), torch.tensor([1, 0, 1]) > 0):
+        assert same(p[several], AugmentParameters(**{k: t[chosen] for k, t in fields(p).items()}))
+    for beyond in (3, -4, torch.tensor(3), np.int64(-4)):
+        with pytest.raises(IndexError):
+            p[beyond]
+    for bad in ("a", None, 1.5, (0, 1), torch.tensor(1.0), chosen[None]):
+        with pytest.raises(TypeError, match=r"AugmentParameters: index: expected an int, .* got"):
+            p[bad]
 
 
 def test_evaluation_crops_in_the_centre_and_normalises() -> None:
@@ -218,6 +233,8 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"noise": -1}, ValueError, r"noise: expected a range"),
     ({"size": (0, 5)}, ValueError, r"size: expected a height and a width from 1"),
     ({"size": 5}, TypeError, r"size: expected a height and a width, got 5"),
+    ({"mask_fill": 1.5}, TypeError, r"mask_fill: expected an int, got float"),
+    ({"mask_fill": 2**63}, ValueError, r"mask_fill: expected a number that torch.int64 holds, got"),
 ]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastcnn.augment import draw as drawing
 from fastcnn.augment.ranges import Ranges
 from fastcnn.functional import augment
-from fastcnn.ops.augment import check_images, check_size
+from fastcnn.ops.augment import check_images, check_mask_fill, check_size
 from fastcnn.ops.augment_parameters import AugmentParameters
 
 
@@ -66,7 +66,7 @@ class Augment(nn.Module):
         erasing_ratio: RandomErasing's ratio.
         erase_value: see the function, as all that follow.
         fill: grey levels outside of the image.
-        mask_fill: masks there.
+        mask_fill: masks there: 0 to 255 beside uint8 masks, any int64 beside int64 ones.
         mean: of levels from 0 to 1.
         std: likewise.
         dtype: of the output.
@@ -112,6 +112,7 @@ class Augment(nn.Module):
             vertical_flip, brightness, contrast, saturation, hue, noise, erasing, erasing_scale,
             erasing_ratio,
         )  # fmt: skip
+        check_mask_fill("Augment", mask_fill)
         self.output: dict[str, Any] = {
             "erase_value": erase_value, "fill": fill, "mask_fill": mask_fill, "mean": mean,
             "std": std, "dtype": dtype, "memory_format": memory_format,
@@ -180,11 +181,8 @@ class Augment(nn.Module):
         """Return the augmented images, with masks a pair."""
         check_images(images)
         n, size = images.shape[0], images.shape[2:]
-        if self.training:
-            parameters = self.draw(n, size, generator, keys=keys)
-        else:
-            parameters = self.center(n, size)
-        return self.apply_parameters(images, parameters, masks)
+        p = self.draw(n, size, generator, keys=keys) if self.training else self.center(n, size)
+        return self.apply_parameters(images, p, masks)
 
     def _sizes(self, size: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
         size_in = check_size("Augment", "size", size)

@@ -18,7 +18,7 @@ def slope_is_in_y(act: int) -> bool:
 
 def act_number(op: str, act: str) -> int:
     """Return the schema's number of an activation, or raise ValueError naming those there are."""
-    number = ACT_NUMBER.get(act)
+    number = ACT_NUMBER.get(act) if isinstance(act, str) else None
     if number is None:
         raise ValueError(f"{op}: act: expected one of {', '.join(ACT_NUMBER)}, got {act!r}")
     return number

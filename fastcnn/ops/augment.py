@@ -68,7 +68,8 @@ def per_channel(name: str, value: float | Sequence[float], c: int) -> list[float
         numbers *= c
     if not all(isinstance(number, (int, float)) for number in numbers):
         raise TypeError(f"{OP}: {name}: expected numbers, got {value!r}")
-    if len(numbers) != c or not all(math.isfinite(number) for number in numbers):
+    # Compared, since torch.compile makes symbols of numbers, which math.isfinite does not take.
+    if len(numbers) != c or not all(-math.inf < number < math.inf for number in numbers):
         raise ValueError(f"{OP}: {name}: expected 1 or {c} finite numbers, got {value!r}")
     return [float(number) for number in numbers]
 
@@ -111,6 +112,15 @@ def check_images(images: Tensor) -> None:
     check_device(OP, "images", images)
 
 
+def check_mask_fill(op: str, fill: int, dtype: torch.dtype = torch.int64) -> None:
+    """Check a mask's fill; int64 holds those of uint8 too, and -1 or -100, which losses ignore."""
+    if not isinstance(fill, int):
+        raise TypeError(f"{op}: mask_fill: expected an int, got {type(fill).__name__}")
+    limits = torch.iinfo(dtype)
+    if not limits.min <= fill <= limits.max:
+        raise ValueError(f"{op}: mask_fill: expected a number that {dtype} holds, got {fill}")
+
+
 def check_masks(masks: Tensor, images: Tensor, fill: int) -> None:
     """Check masks [n, h, w] or [n, 1, h, w] of the images' sizes, and the fill for their dtype."""
     if not isinstance(masks, Tensor):
@@ -129,11 +139,7 @@ def check_masks(masks: Tensor, images: Tensor, fill: int) -> None:
             f"{OP}: masks: expected a dense tensor, got strides {list(masks.stride())}; call "
             f"masks.contiguous() first"
         )
-    if not isinstance(fill, int):
-        raise TypeError(f"{OP}: mask_fill: expected an int, got {type(fill).__name__}")
-    limits = torch.iinfo(masks.dtype)
-    if not limits.min <= fill <= limits.max:
-        raise ValueError(f"{OP}: mask_fill: expected a number that {masks.dtype} holds, got {fill}")
+    check_mask_fill(OP, fill, masks.dtype)
 
 
 def augment(
@@ -158,6 +164,7 @@ def augment(
     n, c, h, w = images.shape
     if len(parameters) != n:
         raise ValueError(f"{OP}: parameters: expected those of {n} samples, got {len(parameters)}")
+    check_mask_fill(OP, mask_fill)
     if masks is not None:
         check_masks(masks, images, mask_fill)
     if dtype not in DTYPES:
@@ -181,9 +188,8 @@ def augment(
         ],
         dtype=torch.float32,
     )
-    reals, integers = (
-        t.to(images.device, non_blocking=True) for t in pack(parameters, (h, w), out)
-    )
+    rows = pack(parameters, (h, w), out)
+    reals, integers = (t.to(images.device, non_blocking=True) for t in rows)
     channels_last = memory_format is torch.channels_last
     y = _augment(
         images, reals, integers, channels.to(images.device), *out, DTYPES[dtype], channels_last

@@ -1,8 +1,10 @@
 """AugmentParameters: what happens to each sample of a batch, as tensors that can be looked at."""
 
 import dataclasses
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -43,7 +45,8 @@ _CHECKS: dict[str, _Check] = {
 class AugmentParameters:
     """What :func:`fastcnn.functional.augment` does to each of n samples, in the fields' order.
 
-    Tensors of one device; ``parameters[i]`` and ``parameters[tensor or slice]`` pick samples,
+    Tensors of one device; ``parameters[i]`` and ``parameters[tensor or slice]`` pick samples, where
+    i is a number of any kind, a tensor without dimensions included;
     ``dataclasses.asdict`` and the constructor save and restore them.
 
     Attributes:
@@ -136,12 +139,21 @@ class AugmentParameters:
     def __len__(self) -> int:
         return self.angle.shape[0]
 
-    def __getitem__(self, index: int | slice | Tensor) -> "AugmentParameters":
+    def __getitem__(
+        self, index: SupportsIndex | slice | Tensor | Sequence[int]
+    ) -> "AugmentParameters":
         """Return the parameters of some samples, of one for a number."""
-        if isinstance(index, int):
-            index = range(len(self))[index]
-            index = slice(index, index + 1)
-        return self._map(lambda t: t[index])
+        chosen: Any = index
+        if not isinstance(index, (slice, list)) and getattr(index, "ndim", 0) != 1:
+            try:
+                number = range(len(self))[operator.index(chosen)]
+            except TypeError:
+                raise TypeError(
+                    f"AugmentParameters: index: expected an int, a slice, or numbers or flags in a "
+                    f"Tensor of one dimension, got {index!r}"
+                ) from None
+            chosen = slice(number, number + 1)
+        return self._map(lambda t: t[chosen])
 
     def to(self, device: torch.device | str) -> "AugmentParameters":
         """Return the parameters on a device; those that come to the CPU are checked there."""

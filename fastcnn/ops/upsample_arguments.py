@@ -44,21 +44,27 @@ def output_size(
         scales: Scales = (None, None)
     else:
         factors = _pair("scale_factor", scale_factor, "a number", (int, float))
-        h, w = (
-            int(pixels * factor) if factor > 0 and math.isfinite(factor) else 0
-            for pixels, factor in zip(input.shape[2:], factors, strict=True)
-        )
+        h, w = map(_resized, input.shape[2:], factors)
         scales = (None, None) if recompute_scale_factor else (float(factors[0]), float(factors[1]))
-    asked = f"size={size!r}" if scale_factor is None else f"scale_factor={scale_factor!r}"
-    if h < 1 or w < 1:
-        raise ValueError(f"{OP}: {asked}: expected an output of at least 1x1 pixels, got {h}x{w}")
+    small = h < 1 or w < 1
     # Not while tracing, where it would be a guard on each dynamic size; C++ checks it too.
-    if not torch.compiler.is_compiling() and max(h, w) > LARGEST_SIDE:
-        raise ValueError(
-            f"{OP}: {asked}: expected an output of at most {LARGEST_SIDE} pixels a side, got "
-            f"{h}x{w}"
-        )
+    if small or (not torch.compiler.is_compiling() and max(h, w) > LARGEST_SIDE):
+        asked = f"size={size!r}" if scale_factor is None else f"scale_factor={scale_factor!r}"
+        limit = "at least 1x1 pixels" if small else f"at most {LARGEST_SIDE} pixels a side"
+        raise ValueError(f"{OP}: {asked}: expected an output of {limit}, got {h}x{w}")
     return (h, w), scales
+
+
+def _resized(pixels: int, factor: float) -> int:
+    """floor(pixels * factor), of symbols too; 0 where that is no number of pixels.
+
+    Symbols can be compared, but math.isfinite takes none and int() of a size makes it a constant.
+    """
+    if not 0 < pixels * factor < math.inf:
+        return 0
+    whole = torch.sym_int(factor)
+    # A multiple of the size, which torch.export knows to be that of a skip, as the floor is not.
+    return pixels * whole if whole == factor else torch.sym_int(pixels * factor)
 
 
 def _pair(name: str, value: Any, kind: str, types: tuple[Any, ...]) -> tuple[Any, Any]:
