@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastcnn.ops._library import apply, declare, distinct, positional
+from fastcnn.ops._library import apply, declare, distinct, once_differentiable, positional
 from fastcnn.ops.checks import check_image, memory_format_of
 from fastcnn.ops.upsample_arguments import OP, output_size, sampling_number
 
