@@ -89,6 +89,11 @@ GEOMETRIES = {
     ),
     "groups": ((2, 32, 5, 5), (64, 16, 3, 3), {"padding": (1, 1), "groups": 2}),
     "groups of 4, ResNeXt": ((1, 32, 5, 5), (32, 4, 3, 3), {"padding": (1, 1), "groups": 8}),
+    "depthwise": ((2, 20, 6, 5), (20, 1, 3, 3), {"padding": (1, 1), "groups": 20}),
+    "depthwise, two outputs a channel": (
+        (1, 6, 9, 8), (12, 1, 5, 3),
+        {"stride": (2, 3), "padding": (2, 1), "dilation": (1, 2), "groups": 6},
+    ),
     "1x1 image": ((3, 16, 1, 1), (16, 16, 1, 1), {}),
     "padding only at the corners": ((1, 16, 1, 1), (8, 16, 3, 3), {"padding": (1, 1)}),
 }  # fmt: skip
@@ -101,8 +106,10 @@ def test_geometries(name: str, dtype: torch.dtype) -> None:
     check(channels_last(*x, dtype=dtype), channels_last(*weight, dtype=dtype), **geometry)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("act", ACTS)
+HALF = [("relu", torch.bfloat16), ("gelu", torch.bfloat16), ("silu", torch.float16)]
+
+
+@pytest.mark.parametrize(("act", "dtype"), [*((act, torch.float32) for act in ACTS), *HALF])
 def test_activations_before_and_behind(act: str, dtype: torch.dtype) -> None:
     # Padding: act(bias) of a pixel outside would be seen in every border pixel.
     for size in (1, 3):
@@ -128,6 +135,18 @@ def test_every_epilogue(dtype: torch.dtype) -> None:
         epilogue = {k: v for (k, v), on in zip(numbers.items(), used, strict=True) if on}
         weight = channels_last(24, 16, size, size, dtype=dtype)
         check(x, weight, padding=(size // 2, size // 2), epilogue=epilogue)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_depthwise_before_and_behind(dtype: torch.dtype) -> None:
+    x, weight = channels_last(2, 20, 6, 5, dtype=dtype), channels_last(20, 1, 3, 3, dtype=dtype)
+    prologue = Prologue(*torch.randn(2, 20).to(DEVICE), "silu")
+    epilogue = {
+        "scale": torch.randn(20).to(DEVICE), "bias": torch.randn(20).to(DEVICE),
+        "residual": channels_last(2, 20, 6, 5, dtype=dtype), "act": "relu", "statistics": True,
+    }  # fmt: skip
+    check(x, weight, padding=(1, 1), groups=20, prologue=prologue, epilogue=epilogue)
+    check(x, weight, padding=(1, 1), groups=20, tile=None)
 
 
 def test_statistics_do_not_cancel() -> None:

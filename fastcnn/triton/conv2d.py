@@ -13,6 +13,7 @@ from fastcnn.triton.conv2d_kernels import (
     join_statistics_kernel,
     pointwise_kernel,
 )
+from fastcnn.triton.depthwise_kernels import depthwise_kernel
 from fastcnn.triton.launch import (
     Pair,
     Tile,
@@ -22,6 +23,8 @@ from fastcnn.triton.launch import (
     check_tensors,
     current_device,
     default_tile,
+    depthwise_blocks,
+    depthwise_tile,
     is_lean,
     output_size,
     processors,
@@ -91,7 +94,10 @@ def conv2d(
         and arch_of(x) >= 90
         and _has_descriptors(x, weight)
     )
-    if tile is None:
+    by_channel = groups > 1 and c_in_group == 1
+    if tile is None and by_channel:
+        tile = depthwise_tile(c_out)
+    elif tile is None:
         lean = is_lean(
             prologue is not None, epilogue.residual is not None, by_descriptors, arch_of(x)
         )
@@ -101,10 +107,11 @@ def conv2d(
     numbers += [None, None] if prologue is None else [prologue.scale, prologue.bias]
     parts = [x.new_empty((tiles_m, c_out), dtype=torch.float32) for _ in range(2)]
     numbers += parts if epilogue.statistics else [None, None]
-    options = {
+    acts = {
         "PRE_ACT": act_number("conv2d", prologue.act if prologue else "none"),
-        "ACT": act_number("conv2d", epilogue.act), "GROUP_M": tile.group, **blocks(tile),
-    }  # fmt: skip
+        "ACT": act_number("conv2d", epilogue.act),
+    }
+    options = {**acts, **blocks(tile), "GROUP_M": tile.group}
     with current_device(x):
         if pixels == 0:
             pass
@@ -118,6 +125,11 @@ def conv2d(
             pointwise_kernel[(programs,)](
                 *matrices, y, *numbers, *sizes, PROGRAMS=programs, **options
             )
+        elif by_channel:
+            depthwise_kernel[(tiles_m, triton.cdiv(c_out, tile.n))](
+                x, weight, y, *numbers, n, h, w, c_in, h_out, w_out, c_out, c_out // groups,
+                *window, *stride, *padding, *dilation, **acts, **depthwise_blocks(tile),
+            )  # fmt: skip
         else:
             conv2d_kernel[(tiles_m * tiles_n, groups)](
                 x, weight, y, *numbers,

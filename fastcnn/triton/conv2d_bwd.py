@@ -14,6 +14,10 @@ from fastcnn.triton.conv2d_bwd_kernels import (
     conv2d_bwd_weight_kernel,
     sum_tiles_kernel,
 )
+from fastcnn.triton.depthwise_kernels import (
+    depthwise_bwd_input_kernel,
+    depthwise_bwd_weight_kernel,
+)
 from fastcnn.triton.launch import (
     Pair,
     Tile,
@@ -22,6 +26,8 @@ from fastcnn.triton.launch import (
     check_tensors,
     current_device,
     default_tile,
+    depthwise_blocks,
+    depthwise_tile,
     output_size,
     processors,
 )
@@ -95,25 +101,35 @@ def conv2d_bwd_input(
         check_numbers(
             c_in, **{f"activated.{k}": getattr(activated, k) for k in activated._fields[1:5]}
         )
-    phases = stride[0] * stride[1]
+    by_channel = groups > 1 and c_in_group == 1
+    phases = 1 if by_channel else stride[0] * stride[1]
     # Of the phase that has most pixels.
-    pixels = n * math.prod(triton.cdiv(a, s) for a, s in zip(size, stride, strict=True))
-    if tile is None:
-        sizes = (pixels, c_in_group, c_out // groups)
-        tile = default_tile(*sizes, dy.dtype, lean=activated is None)
+    pixels = n * h * w
+    if not by_channel:
+        pixels = n * math.prod(triton.cdiv(a, s) for a, s in zip(size, stride, strict=True))
+    if tile is None and by_channel:
+        tile = depthwise_tile(c_in)
+    elif tile is None:
+        lean = activated is None
+        tile = default_tile(pixels, c_in_group, c_out // groups, dy.dtype, lean)
     tiles = triton.cdiv(pixels, tile.m)
     parts = [dy.new_zeros((phases * tiles, c_in), dtype=torch.float32) for _ in range(2)]
+    tensors = [dy, weight, dx, *(norm or [None] * 5), add]
+    tensors += [*activated[:5], *parts] if activated else [None] * 7
+    sizes = (n, h, w, c_in, h_out, w_out, c_out)
+    act = act_number("conv2d_bwd_input", activated.act if activated else "none")
     with current_device(dy):
-        if dx.numel() > 0:
+        if dx.numel() > 0 and by_channel:
+            depthwise_bwd_input_kernel[(tiles, triton.cdiv(c_in, tile.n))](
+                *tensors, *sizes, c_out // groups, *window, *stride, *padding, *dilation,
+                ACT=act, **depthwise_blocks(tile),
+            )  # fmt: skip
+        elif dx.numel() > 0:
             conv2d_bwd_input_kernel[(tiles * triton.cdiv(c_in_group, tile.n), groups, phases)](
-                dy, weight, dx, *(norm or [None] * 5),
-                add, *(activated[:5] if activated else [None] * 5),
-                *(parts if activated else [None] * 2),
-                n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out // groups, tiles,
+                *tensors, *sizes, c_in_group, c_out // groups, tiles,
                 *window, *stride, *padding, *dilation,
                 *(math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)),
-                ACT=act_number("conv2d_bwd_input", activated.act if activated else "none"),
-                **blocks(tile), GROUP_M=tile.group,
+                ACT=act, **blocks(tile), GROUP_M=tile.group,
             )  # fmt: skip
         sums = Sums(*(_sum(part, torch.float32) for part in parts)) if activated else None
     return dx, sums
@@ -151,26 +167,36 @@ def conv2d_bwd_weight(
         check_numbers(c_in, **{"prologue.scale": prologue.scale, "prologue.bias": prologue.bias})
     c_in_group, c_out_group, taps = c_in // groups, c_out // groups, math.prod(window)
     pixels = n * h_out * w_out
-    tile = tile or default_tile(c_out_group, c_in_group, pixels, dy.dtype, lean=True)
-    flat = c_in_group < tile.n and taps > 1
-    columns = (
-        triton.cdiv(taps * c_in_group, tile.n) if flat else taps * triton.cdiv(c_in_group, tile.n)
-    )
-    tiles = triton.cdiv(c_out_group, tile.m) * columns
+    by_channel = groups > 1 and c_in_group == 1
+    if tile is None:
+        sizes = (c_out_group, c_in_group, pixels)
+        tile = depthwise_tile(c_out) if by_channel else default_tile(*sizes, dy.dtype, lean=True)
+    flat = c_in_group < tile.n and taps > 1  # a tile's columns are of several taps
+    if by_channel:
+        grid, step = (triton.cdiv(c_out, tile.n), taps), tile.m
+    else:
+        columns = triton.cdiv(taps * c_in_group, tile.n)
+        columns = columns if flat else taps * triton.cdiv(c_in_group, tile.n)
+        grid, step = (triton.cdiv(c_out_group, tile.m) * columns, groups), tile.k
     if parts is None:  # a program for each processor, and at least 8 steps for each of them
-        most = triton.cdiv(pixels, 8 * tile.k)
-        parts = max(1, min(most, processors(dy) // (tiles * groups)))
-    pixels_a_part = triton.cdiv(triton.cdiv(max(pixels, 1), parts), tile.k) * tile.k
+        parts = min(triton.cdiv(pixels, 8 * step), processors(dy) // math.prod(grid))
+    pixels_a_part = triton.cdiv(triton.cdiv(max(pixels, 1), max(parts, 1)), step) * step
     parts = max(1, triton.cdiv(pixels, pixels_a_part))
     sums = dy.new_empty((parts, c_out, *window, c_in_group), dtype=torch.float32)
+    tensors = [dy, x, sums, *(norm or [None] * 5), *(prologue[:2] if prologue else [None] * 2)]
+    image, geometry = (n, h, w, c_in, h_out, w_out, c_out), (*window, *stride, *padding, *dilation)
+    act = act_number("conv2d_bwd_weight", prologue.act if prologue else "none")
     with current_device(dy):
-        conv2d_bwd_weight_kernel[(tiles, groups, parts)](
-            dy, x, sums, *(norm or [None] * 5), *(prologue[:2] if prologue else [None] * 2),
-            n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out_group, pixels_a_part,
-            *window, *stride, *padding, *dilation,
-            PRE_ACT=act_number("conv2d_bwd_weight", prologue.act if prologue else "none"),
-            FLAT=flat, **blocks(tile),
-        )  # fmt: skip
+        if by_channel:
+            depthwise_bwd_weight_kernel[(*grid, parts)](
+                *tensors, *image, pixels_a_part, c_out_group, *geometry,
+                PRE_ACT=act, **depthwise_blocks(tile),
+            )  # fmt: skip
+        else:
+            conv2d_bwd_weight_kernel[(*grid, parts)](
+                *tensors, *image, c_in_group, c_out_group, pixels_a_part, *geometry,
+                PRE_ACT=act, FLAT=flat, **blocks(tile),
+            )  # fmt: skip
         dweight = _sum(sums.flatten(1), x.dtype)
     return dweight.view(c_out, *window, c_in_group).permute(0, 3, 1, 2)
 

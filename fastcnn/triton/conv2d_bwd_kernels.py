@@ -34,7 +34,7 @@ from fastcnn.triton.conv2d_kernels import apply_prologue, numbers, tile_of
 
 
 @triton.jit
-def _gradient(
+def gradient(
     dy_ptr, raw_ptr, slope_ptr, offset_ptr, factor_ptr, mean_ptr, at, inside, channels, in_o,
 ):  # fmt: skip
     """Return g at [pixels, channels], 0 where not inside."""
@@ -47,6 +47,30 @@ def _gradient(
         z += apart * numbers(factor_ptr, channels, in_o)[None, :]
         g = tl.where(inside, z, 0.0).to(g.dtype)
     return g
+
+
+@triton.jit
+def write_gradient(
+    acc, tile, at, in_q, channels, in_c, c, dx_ptr,
+    add_ptr, raw_ptr, scale_ptr, bias_ptr, mean_ptr, rstd_ptr, sum_ptr, sum_xhat_ptr,
+    ACT: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of dx at `at`, and its sums: the epilogue."""
+    mask = in_q[:, None] & in_c[None, :]
+    if add_ptr is not None:
+        acc += numbers(add_ptr, at, mask)
+    if raw_ptr is not None:
+        raw = numbers(raw_ptr, at, mask)
+        z = raw * numbers(scale_ptr, channels, in_c)[None, :]
+        acc = act_bwd(acc, z + numbers(bias_ptr, channels, in_c)[None, :], ACT)
+        # Summed as the next kernel will read it.
+        d = tl.where(mask, acc, 0.0).to(dx_ptr.dtype.element_ty).to(tl.float32)
+        xhat = raw - numbers(mean_ptr, channels, in_c)[None, :]
+        xhat *= numbers(rstd_ptr, channels, in_c)[None, :]
+        partial = (tl.zeros_like(channels).to(tl.int64) + tile) * c + channels
+        tl.store(sum_ptr + partial, tl.sum(d, 0), mask=in_c)
+        tl.store(sum_xhat_ptr + partial, tl.sum(d * xhat, 0), mask=in_c)
+    tl.store(dx_ptr + at, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -110,7 +134,7 @@ def conv2d_bwd_input_kernel(
         inside = (row_out >= 0) & (row_out < h_out) & (column_out >= 0) & (column_out < w_out)
         inside = (in_q & inside)[:, None] & in_k[None, :]
         pixel = (image.to(tl.int64) * h_out + row_out) * w_out + column_out
-        g = _gradient(
+        g = gradient(
             dy_ptr, dy_raw_ptr, slope_ptr, offset_ptr, factor_ptr, dy_mean_ptr,
             pixel[:, None] * c_out + o[None, :], inside, o, in_k,
         )  # fmt: skip
@@ -123,21 +147,10 @@ def conv2d_bwd_input_kernel(
 
     channels = group * c_in_group + i
     at = ((image.to(tl.int64) * h + row) * w + column)[:, None] * c_in + channels[None, :]
-    mask = in_q[:, None] & in_i[None, :]
-    if add_ptr is not None:
-        acc += numbers(add_ptr, at, mask)
-    if raw_ptr is not None:
-        raw = numbers(raw_ptr, at, mask)
-        z = raw * numbers(scale_ptr, channels, in_i)[None, :]
-        acc = act_bwd(acc, z + numbers(bias_ptr, channels, in_i)[None, :], ACT)
-        # Summed as the next kernel will read it.
-        d = tl.where(mask, acc, 0.0).to(dx_ptr.dtype.element_ty).to(tl.float32)
-        xhat = raw - numbers(mean_ptr, channels, in_i)[None, :]
-        xhat *= numbers(rstd_ptr, channels, in_i)[None, :]
-        partial = (tl.zeros_like(channels).to(tl.int64) + phase * tiles + tile_m) * c_in + channels
-        tl.store(sum_ptr + partial, tl.sum(d, 0), mask=in_i)
-        tl.store(sum_xhat_ptr + partial, tl.sum(d * xhat, 0), mask=in_i)
-    tl.store(dx_ptr + at, acc.to(dx_ptr.dtype.element_ty), mask=mask)
+    write_gradient(
+        acc, phase * tiles + tile_m, at, in_q, channels, in_i, c_in, dx_ptr,
+        add_ptr, raw_ptr, scale_ptr, bias_ptr, mean_ptr, rstd_ptr, sum_ptr, sum_xhat_ptr, ACT,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -178,7 +191,7 @@ def conv2d_bwd_weight_kernel(
     for start in range(first, last, BLOCK_K):
         p = start + tl.arange(0, BLOCK_K)
         in_p = p < last
-        g = _gradient(
+        g = gradient(
             dy_ptr, dy_raw_ptr, slope_ptr, offset_ptr, factor_ptr, dy_mean_ptr,
             p.to(tl.int64)[:, None] * c_out + o[None, :], in_p[:, None] & in_o[None, :], o, in_o,
         )  # fmt: skip

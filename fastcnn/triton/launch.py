@@ -40,6 +40,17 @@ def default_tile(pixels: int, c_out: int, c_in: int, dtype: torch.dtype, lean: b
     return Tile(m, n, k, warps=8 if m * n >= 128 * 64 else 4, stages=stages)
 
 
+def depthwise_tile(c: int) -> Tile:
+    """Return the tile of a depthwise convolution: whole cache lines of channels."""
+    n = min(64, max(16, triton.next_power_of_2(c)))
+    return Tile(128, n, 1, warps=8 if n == 64 else 4, stages=2)
+
+
+def depthwise_blocks(tile: Tile) -> dict[str, Any]:
+    """Return the tile as options of a launch without a matrix product."""
+    return {k: v for k, v in blocks(tile).items() if k not in ("PRECISION", "BLOCK_K")}
+
+
 def is_lean(prologue: bool, residual: bool, by_descriptors: bool, arch: int) -> bool:
     """Whether 128 x 128 results a program leave registers for what stands before and behind.
 

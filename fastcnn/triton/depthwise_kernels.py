@@ -1,0 +1,126 @@
+"""Depthwise convolutions: a channel of the output has one channel of the input, o // MULTIPLIER.
+
+    y[p, o]  = sum over taps t of a[pixel(p, t), o // MULTIPLIER] * w[o, t]
+    dx[q, i] = sum over taps t and the outputs o of i of g[pixel(q, t), o] * w[o, t]
+    dw[o, t] = sum over output pixels p of g[p, o] * a[pixel(p, t), o // MULTIPLIER]
+
+No matrix, so no matrix instructions: a program makes BLOCK_M pixels of BLOCK_N channels in
+registers. Prologues, epilogues and names are those of conv2d_kernels.py and conv2d_bwd_kernels.py,
+floors too: a tap beyond the first finds its pixels in a cache.
+"""
+
+# Constexpr parameters have capitals: a kernel is compiled anew for each of their values.
+import triton
+import triton.language as tl
+
+from fastcnn.triton.conv2d_bwd_kernels import gradient, write_gradient
+from fastcnn.triton.conv2d_kernels import apply_prologue, numbers, write_tile
+
+
+@triton.jit
+def depthwise_kernel(
+    x_ptr, w_ptr, y_ptr, scale_ptr, bias_ptr, residual_ptr, pre_scale_ptr, pre_bias_ptr,
+    mean_ptr, square_ptr, n, h, w, c_in, h_out, w_out, c_out,
+    MULTIPLIER: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    PRE_ACT: tl.constexpr, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Make y. Grid: tiles of pixels, blocks of channels."""
+    pixels, tile_m = n * h_out * w_out, tl.program_id(0)
+    p = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_p, in_o, i = p < pixels, o < c_out, o // MULTIPLIER
+    image = (p // (h_out * w_out)).to(tl.int64)
+    top = p // w_out % h_out * STRIDE_H - PADDING_H
+    left = p % w_out * STRIDE_W - PADDING_W
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for tap in range(KERNEL_H * KERNEL_W):
+        row, column = top + tap // KERNEL_W * DILATION_H, left + tap % KERNEL_W * DILATION_W
+        inside = in_p & (row >= 0) & (row < h) & (column >= 0) & (column < w)
+        inside = inside[:, None] & in_o[None, :]
+        at = ((image * h + row) * w + column)[:, None] * c_in + i[None, :]
+        a = tl.load(x_ptr + at, mask=inside, other=0.0)
+        if pre_scale_ptr is not None:
+            a = apply_prologue(a, inside, pre_scale_ptr, pre_bias_ptr, i, in_o, PRE_ACT)
+        weights = numbers(w_ptr, o * (KERNEL_H * KERNEL_W) + tap, in_o)
+        acc += a.to(tl.float32) * weights[None, :]
+    write_tile(
+        acc, tile_m, p, in_p, o, in_o, c_out,
+        y_ptr, scale_ptr, bias_ptr, residual_ptr, mean_ptr, square_ptr, ACT,
+    )  # fmt: skip
+
+
+@triton.jit
+def depthwise_bwd_input_kernel(
+    dy_ptr, w_ptr, dx_ptr, dy_raw_ptr, slope_ptr, offset_ptr, factor_ptr, dy_mean_ptr,
+    add_ptr, raw_ptr, scale_ptr, bias_ptr, mean_ptr, rstd_ptr, sum_ptr, sum_xhat_ptr,
+    n, h, w, c_in, h_out, w_out, c_out,
+    MULTIPLIER: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Make dx. Grid: tiles of pixels, blocks of channels. Taps between strides are masked."""
+    tile_m = tl.program_id(0)
+    q = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_q, in_i = q < n * h * w, i < c_in
+    image, row, column = (q // (h * w)).to(tl.int64), q // w % h + PADDING_H, q % w + PADDING_W
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for tap in range(KERNEL_H * KERNEL_W):
+        y = row - tap // KERNEL_W * DILATION_H
+        x = column - tap % KERNEL_W * DILATION_W
+        inside = (y >= 0) & (x >= 0) & (y % STRIDE_H == 0) & (x % STRIDE_W == 0)
+        y, x = y // STRIDE_H, x // STRIDE_W
+        inside = (in_q & inside & (y < h_out) & (x < w_out))[:, None] & in_i[None, :]
+        pixel = ((image * h_out + y) * w_out + x)[:, None] * c_out
+        for j in range(MULTIPLIER):
+            o = i * MULTIPLIER + j
+            g = gradient(
+                dy_ptr, dy_raw_ptr, slope_ptr, offset_ptr, factor_ptr, dy_mean_ptr,
+                pixel + o[None, :], inside, o, in_i,
+            )  # fmt: skip
+            weights = numbers(w_ptr, o * (KERNEL_H * KERNEL_W) + tap, in_i)
+            acc += g.to(tl.float32) * weights[None, :]
+    write_gradient(
+        acc, tile_m, q.to(tl.int64)[:, None] * c_in + i[None, :], in_q, i, in_i, c_in, dx_ptr,
+        add_ptr, raw_ptr, scale_ptr, bias_ptr, mean_ptr, rstd_ptr, sum_ptr, sum_xhat_ptr, ACT,
+    )  # fmt: skip
+
+
+@triton.jit
+def depthwise_bwd_weight_kernel(
+    dy_ptr, x_ptr, parts_ptr, dy_raw_ptr, slope_ptr, offset_ptr, factor_ptr, dy_mean_ptr,
+    pre_scale_ptr, pre_bias_ptr,
+    n, h, w, c_in, h_out, w_out, c_out, pixels_a_part,
+    MULTIPLIER: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    PRE_ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A part of dw, in float32 [parts, c_out, taps]. Grid: blocks of channels, taps, parts."""
+    o = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tap, part = tl.program_id(1), tl.program_id(2)
+    in_o, i = o < c_out, o // MULTIPLIER
+    first = part * pixels_a_part
+    last = tl.minimum(first + pixels_a_part, n * h_out * w_out)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, last, BLOCK_M):
+        p = start + tl.arange(0, BLOCK_M)
+        in_p = p < last
+        row = p // w_out % h_out * STRIDE_H - PADDING_H + tap // KERNEL_W * DILATION_H
+        column = p % w_out * STRIDE_W - PADDING_W + tap % KERNEL_W * DILATION_W
+        inside = in_p & (row >= 0) & (row < h) & (column >= 0) & (column < w)
+        inside = inside[:, None] & in_o[None, :]
+        pixel = ((p // (h_out * w_out)).to(tl.int64) * h + row) * w + column
+        a = tl.load(x_ptr + pixel[:, None] * c_in + i[None, :], mask=inside, other=0.0)
+        if pre_scale_ptr is not None:
+            a = apply_prologue(a, inside, pre_scale_ptr, pre_bias_ptr, i, in_o, PRE_ACT)
+        g = gradient(
+            dy_ptr, dy_raw_ptr, slope_ptr, offset_ptr, factor_ptr, dy_mean_ptr,
+            p.to(tl.int64)[:, None] * c_out + o[None, :], inside, o, in_o,
+        )  # fmt: skip
+        acc += a.to(tl.float32) * g.to(tl.float32)
+    at = (part.to(tl.int64) * c_out + o) * (KERNEL_H * KERNEL_W) + tap
+    tl.store(parts_ptr + at, tl.sum(acc, 0), mask=in_o)
