@@ -4,7 +4,7 @@ import platform
 
 import torch
 
-from fastcnn import _C
+from fastcnn import _C, plan
 
 # By op: the kernels on the CPU and on CUDA.
 BACKENDS = {
@@ -30,6 +30,7 @@ def facts() -> dict[str, str]:
         "CUDA kernels": cuda,
         "GPU": _gpu(),
         "CPU capability": cpu,
+        "plans": plan.summary(),
     }
     for op, (on_cpu, on_cuda) in BACKENDS.items():
         rows[op] = f"CPU: {on_cpu}; CUDA: {on_cuda if built_with_cuda else 'none in this build'}"

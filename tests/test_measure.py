@@ -3,6 +3,7 @@
 import gc
 import time
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -118,6 +119,17 @@ def test_interleaved_takes_turns_and_alternates() -> None:
 def test_interleaved_reports_seconds() -> None:
     times = interleaved({"sleep": lambda: time.sleep(0.02)}, repeats=1, warmup=0)
     assert 0.02 <= times["sleep"][0] < 2  # two orders: a busy machine may stretch it, units not
+
+
+def test_interleaved_by_another_clock() -> None:
+    def clock(run: Callable[[], object]) -> float:
+        run()
+        return float(len(calls))
+
+    calls: list[str] = []
+    runs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = interleaved(runs, repeats=2, warmup=1, seconds=clock)
+    assert times == {"a": [4.0, 5.0], "b": [3.0, 6.0]}  # after a and b, b a, a b
 
 
 @pytest.mark.parametrize(("repeats", "warmup", "name"), [(0, 0, "repeats"), (1, -1, "warmup")])

@@ -60,14 +60,31 @@ def kept_for_backward(fn: Callable[[], object], exclude: Iterable[Tensor] = ()) 
     return sum(nbytes for address, nbytes in kept.items() if address not in excluded)
 
 
+def _seconds(run: Callable[[], object]) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    run()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], repeats: int, warmup: int
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int,
+    seconds: Callable[[Callable[[], object]], float] = _seconds,
 ) -> dict[str, list[float]]:
     """Seconds of each call, `repeats` a name: times[name][i] is from round i.
 
     Every round calls each of `runs` once, odd rounds in reverse order, so that nobody always runs
-    into the other's warm or cold cache; `warmup` rounds come first and are not reported. An
-    accelerator is synchronised before and after each call. Compare with `ratio`.
+    into the other's warm or cold cache; `warmup` rounds come first and are not reported. `seconds`
+    makes a call and times it; as it is, by the clock, with an accelerator synchronised before and
+    after. Compare with `ratio`.
 
     Raises:
         ValueError: repeats < 1 or warmup < 0.
@@ -80,23 +97,10 @@ def interleaved(
     for i in range(warmup + repeats):
         names = list(runs) if i % 2 == 0 else list(runs)[::-1]
         for name in names:
-            seconds = _seconds(runs[name])
+            took = seconds(runs[name])
             if i >= warmup:
-                times[name].append(seconds)
+                times[name].append(took)
     return times
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    _synchronize()
-    start = time.perf_counter()
-    run()
-    _synchronize()
-    return time.perf_counter() - start
-
-
-def _synchronize() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 def ratio(times_a: Sequence[float], times_b: Sequence[float]) -> float:

@@ -1,0 +1,111 @@
+"""Planning: of several ways to do the same, the fastest correct one runs.
+
+An op registers candidates (registry.py). Each of its calls makes a `Problem` (problem.py) and asks
+which candidate to take; the planner (planner.py) looks it up, or tunes it (tune.py) and writes the
+plan file (file.py), or predicts it (cards.py).
+
+    name = choose(problem)       a dict's lookup
+    y = run(problem, x, weight)  the same, and calls the candidate
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx.experimental import symbolic_shapes
+
+from fastcnn.plan.cards import Kernel
+from fastcnn.plan.planner import Planner, measured, mode_of_environment, open_file
+from fastcnn.plan.problem import Problem, describe
+from fastcnn.plan.registry import OPS, Candidate, Op, register
+
+__all__ = [
+    "Candidate",
+    "Kernel",
+    "Op",
+    "Problem",
+    "Row",
+    "choose",
+    "register",
+    "report",
+    "rows",
+    "run",
+    "summary",
+]
+
+# The size that a symbolic one stands for, as torch.compile saw it; guard_scalar makes it constant.
+_concrete = getattr(symbolic_shapes, "optimization_hint", symbolic_shapes.guard_scalar)
+
+
+@functools.cache
+def _planner() -> Planner:
+    return Planner(mode_of_environment(), OPS, measured())
+
+
+def choose(problem: Problem) -> str:
+    """Return the name of the candidate that runs for a problem.
+
+    torch.compile keeps the name as a constant of its graph, chosen while it traces; where it keeps
+    sizes symbolic, the plan is the one for the sizes that it saw first (a torch that cannot tell
+    them, as 2.11, compiles anew for each size).
+
+    Raises:
+        ValueError: an unknown op, a problem that no candidate supports, or a wrong FASTCNN_PLAN.
+        RuntimeError: tuning found every candidate wrong.
+    """
+    if torch.compiler.is_compiling():
+        # Field by field: a tuple with a class of its own arrives empty (torch 2.13).
+        op, x, weight, *others = problem
+        sizes = [tuple(_concrete(size) for size in shape) for shape in (x, weight)]
+        return _choose_traced(op, *sizes, *others)
+    return _planner().choose(problem).name
+
+
+def run(problem: Problem, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """Run the chosen candidate on `tensors`, as the op's candidates take them."""
+    return OPS[problem.op].candidates[choose(problem)].run(problem, *tensors)
+
+
+class Row(NamedTuple):
+    """A line of the report."""
+
+    problem: str
+    plan: str
+    source: str
+    reason: str
+    milliseconds: float | None
+
+
+def rows() -> list[Row]:
+    """Return what was chosen in this process, sorted by problem."""
+    chosen = _planner().plans().items()
+    return sorted(Row(problem.key(describe(problem.device)), *plan) for problem, plan in chosen)
+
+
+def report() -> None:
+    """Print what was chosen in this process, and why."""
+    for row in rows():
+        took = "" if row.milliseconds is None else f", {row.milliseconds:.4g} ms"
+        print(f"{row.problem}\n    {row.plan} ({row.source}{took}): {row.reason}")
+
+
+def summary() -> str:
+    """Return mode, plan file of the current device and number of its plans, in a line."""
+    try:
+        mode = mode_of_environment()
+    except ValueError as error:
+        return str(error)
+    if mode == "off":
+        return "off"
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    file = open_file(describe(device))
+    return f"{mode}; {len(file.entries)} in {file.path or 'no folder: set FASTCNN_CACHE'}"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _choose_traced(*fields: object) -> str:
+    """Choose while torch.compile traces; it calls this instead of looking inside."""
+    problem = Problem(*fields)  # type: ignore[arg-type]
+    return _planner().choose(problem, busy="under torch.compile").name

@@ -1,0 +1,72 @@
+"""Who can do an op: its candidates, and how one is proven right."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastcnn.plan.cards import Kernel
+from fastcnn.plan.problem import Problem
+
+__all__ = ["OPS", "Candidate", "Op", "register"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to do an op."""
+
+    name: str
+    # run(problem, *tensors) -> the outputs, a Tensor or a tuple of them
+    run: Callable[..., Tensor | tuple[Tensor, ...]]
+    # Why it cannot do a problem, else None. Not by n, h and w alone: under torch.compile with
+    # symbolic sizes the candidate meets others than those that it was asked about.
+    supports: Callable[[Problem], str | None]
+    # The kernels that it runs one after another, for the model of cards.py.
+    kernels: Callable[[Problem], Sequence[Kernel]]
+
+
+@dataclass(frozen=True)
+class Op:
+    """What the candidates of an op have in common."""
+
+    name: str
+    # Made-up inputs on the problem's device, drawn from the generator alone.
+    tensors: Callable[[Problem, torch.Generator], tuple[Tensor, ...]]
+    # reference(problem, *tensors) -> the outputs, more exact than any candidate's
+    reference: Callable[..., Tensor | tuple[Tensor, ...]]
+    # By output: the largest error that is right, as a share of the largest value. 0: all bits.
+    tolerances: Callable[[Problem], Sequence[float]]
+    candidates: dict[str, Candidate] = field(default_factory=dict)
+
+    def supporting(self, problem: Problem) -> list[Candidate]:
+        """Return the candidates that can do a problem, in the order of their registration.
+
+        Raises:
+            ValueError: there is none; it says why not, by candidate.
+        """
+        reasons = {name: one.supports(problem) for name, one in self.candidates.items()}
+        able = [one for name, one in self.candidates.items() if reasons[name] is None]
+        if not able:
+            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            raise ValueError(f"{self.name}: no candidate for {problem}: {why or 'none registered'}")
+        return able
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(op: Op, *candidates: Candidate) -> None:
+    """Add an op, or candidates to one; among equally fast ones the first registered is taken.
+
+    Raises:
+        ValueError: the name belongs to another one already.
+    """
+    if OPS.setdefault(op.name, op) is not op:
+        raise ValueError(f"op: expected a new name, got {op.name}, which is registered")
+    for candidate in candidates:
+        if op.candidates.setdefault(candidate.name, candidate) is not candidate:
+            raise ValueError(
+                f"candidate: expected a new name for {op.name}, got {candidate.name}, "
+                "which is registered"
+            )
