@@ -9,12 +9,15 @@ from torch.distributed import ProcessGroup
 
 from fastcnn.ops import augment as _augment
 from fastcnn.ops import batch_norm_act as _batch_norm_act
+from fastcnn.ops import conv2d_int8 as _conv2d_int8
 from fastcnn.ops import conv_bn_act as _conv_bn_act
 from fastcnn.ops import dropout as _dropout
 from fastcnn.ops import group_norm_act as _group_norm_act
 from fastcnn.ops import upsample as _upsample
 from fastcnn.ops.activation import Activation
 from fastcnn.ops.augment_parameters import AugmentParameters
+from fastcnn.ops.conv2d_int8_pack import PackedConv2dInt8
+from fastcnn.ops.conv2d_int8_pack import pack_conv2d_int8 as _pack_conv2d_int8
 from fastcnn.ops.conv_bn_act_step import ConvBnActBlock, ConvBnActStep, MaxPool, Memory
 
 __all__ = [
@@ -22,13 +25,16 @@ __all__ = [
     "ConvBnActBlock",
     "ConvBnActStep",
     "MaxPool",
+    "PackedConv2dInt8",
     "augment",
     "batch_norm_act",
+    "conv2d_int8",
     "conv_bn_act",
     "conv_bn_act_blocks",
     "dropout",
     "group_norm_act",
     "interpolate",
+    "pack_conv2d_int8",
 ]
 
 
@@ -160,6 +166,95 @@ def batch_norm_act(
         input, running_mean, running_var, weight, bias, training, momentum, eps, residual, act,
         sync, process_group,
     )  # fmt: skip
+
+
+def conv2d_int8(
+    x: Tensor,
+    weight: Tensor | PackedConv2dInt8,
+    *,
+    x_scale: float,
+    x_zero_point: int,
+    weight_scale: Tensor | float,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    residual_scale: float | None = None,
+    residual_zero_point: int | None = None,
+    act: Literal["none", "relu", "relu6"] = "none",
+    out_dtype: torch.dtype = torch.uint8,
+    out_scale: float | None = None,
+    out_zero_point: int | None = None,
+) -> Tensor:
+    r"""Convolution of 8-bit integers with bias, residual, activation and requantisation.
+
+    .. math::
+        z = s_x s_o \sum (x - z_x) w + \mathrm{bias}_o + r, \quad
+        y = \mathrm{saturate}\left(\mathrm{round}\left(
+            \frac{\mathrm{act}(z)}{s_y} + z_y\right)\right)
+
+    A quantised number q stands for (q - zero_point) * scale, a weight for w * weight_scale[o].
+    Sums are int32 and exact, rounding is to nearest even. fastcnn/ops/conv2d_int8.py writes down
+    every operation with the type it is done in: y is the same integers on every backend, and
+    without a residual those of onnx.reference's QLinearConv. There is no backward.
+
+    Args:
+        x: [n, c, h, w] uint8 or int8, dense in channels_last or NCHW. On the CPU channels_last is
+            faster: NCHW is copied to and fro. An empty batch gives an empty output.
+        weight: [c_out, c / groups, kh, kw] int8, at most 12288 products in a sum; or what
+            pack_conv2d_int8 made of it, which saves preparing it in every call.
+        x_scale: above 0; a float32, as all scales.
+        x_zero_point: the number in x that stands for 0, in x's range, and what padding adds.
+        weight_scale: [c_out] float32, or one number.
+        bias: [c_out] float32. Where y is quantised it is rounded to x_scale * weight_scale[o] first
+            and at most 2^27 of that.
+        stride: of torch.nn.functional.conv2d, a number or a pair.
+        padding: likewise.
+        dilation: likewise.
+        groups: likewise; c of them are a depthwise convolution.
+        residual: added before the activation, in y's sizes and x's layout: uint8 or int8; or in
+            out_dtype where that is a float.
+        residual_scale: of an 8-bit residual, None for a float one.
+        residual_zero_point: likewise.
+        act: "none", "relu" or "relu6", of real numbers, before the rounding.
+        out_dtype: uint8, int8, float32, bfloat16 or float16.
+        out_scale: of an 8-bit y, None for a float one.
+        out_zero_point: likewise.
+
+    Returns:
+        y [n, c_out, h_out, w_out] in x's memory layout, the same bits on any number of threads.
+
+    Raises:
+        TypeError: an argument that is no Tensor or number, or of another dtype.
+        ValueError: sizes, groups, layouts or devices that do not fit; a scale that is no finite
+            number above 0; a zero point out of range; a tensor that requires grad; a CUDA tensor,
+            for which there is no kernel yet.
+
+    Source: ONNX's QLinearConv; Jacob et al. 2018, arXiv:1712.05877; torch.nn.functional.conv2d.
+    """
+    return _conv2d_int8.conv2d_int8(
+        x, weight, weight_scale, x_scale, x_zero_point, bias, stride, padding, dilation, groups,
+        residual, residual_scale, residual_zero_point, act, out_dtype, out_scale, out_zero_point,
+    )  # fmt: skip
+
+
+def pack_conv2d_int8(weight: Tensor) -> PackedConv2dInt8:
+    """Copy a weight of conv2d_int8 into an object that keeps what the backend makes of it.
+
+    It takes the weight's place in any number of calls, also compiled ones. The first call with a
+    size of images and a geometry prepares the weight for it; the last 8 are kept, each of the size
+    of the weight. ``packed.weight`` is the copied weight. Copying and pickling copy that alone.
+
+    Args:
+        weight: [c_out, c / groups, kh, kw] int8.
+
+    Raises:
+        TypeError: a weight that is no int8 Tensor.
+        ValueError: another rank, an empty one, or one on a device without kernels.
+    """
+    return _pack_conv2d_int8(weight)
 
 
 def conv_bn_act(

@@ -2,6 +2,7 @@
 
 from fastcnn.reference.augment import augment
 from fastcnn.reference.batch_norm_act import batch_norm_act
+from fastcnn.reference.conv2d_int8 import conv2d_int8
 from fastcnn.reference.conv_bn_act import conv_bn_act, conv_bn_act_blocks
 from fastcnn.reference.dropout import dropout
 from fastcnn.reference.group_norm_act import group_norm_act
@@ -10,6 +11,7 @@ from fastcnn.reference.upsample import upsample
 __all__ = [
     "augment",
     "batch_norm_act",
+    "conv2d_int8",
     "conv_bn_act",
     "conv_bn_act_blocks",
     "dropout",

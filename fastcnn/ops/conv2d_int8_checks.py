@@ -1,0 +1,271 @@
+"""What conv2d_int8 asks of its arguments.
+
+The operator itself asks all of it, in eager calls, while tracing and in compiled calls alike: it is
+Python on the CPU. What only a look at the data can tell comes last, and not while tracing.
+"""
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastcnn.ops.checks import memory_format_of
+
+OP = "conv2d_int8"
+INT8 = (torch.uint8, torch.int8)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+# 12288 products of at most 255 * 128, and this bias, stay below 2^29: see conv2d_int8.py.
+MOST_TERMS = 12288
+MOST_BIAS = 2**27
+
+
+class Problem(NamedTuple):
+    """What follows from the arguments: y's sizes and dtype."""
+
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def float32(value: float) -> float:
+    """Return the value as float32 has it; infinity where it is too large."""
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.inf
+
+
+def check_types(
+    tensors: dict[str, Any],
+    optional: dict[str, Any],
+    reals: dict[str, Any],
+    integers: dict[str, Any],
+    out_dtype: Any,
+) -> None:
+    """Check what the dispatcher would refuse in its own words."""
+    for name, t in (tensors | {key: t for key, t in optional.items() if t is not None}).items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{OP}: {name}: expected a Tensor, got {type(t).__name__}")
+    for name, value in reals.items():
+        if not isinstance(value, (int, float)) and not (value is None and name != "x_scale"):
+            raise TypeError(f"{OP}: {name}: expected a number, got {type(value).__name__}")
+    for name, value in integers.items():
+        optional_number = name in ("residual_zero_point", "out_zero_point")
+        if not isinstance(value, int) and not (value is None and optional_number):
+            raise TypeError(f"{OP}: {name}: expected a whole number, got {type(value).__name__}")
+    if not isinstance(out_dtype, torch.dtype):
+        raise TypeError(f"{OP}: out_dtype: expected a torch.dtype, got {type(out_dtype).__name__}")
+    for name, t in tensors.items():
+        if t.device.type not in ("cpu", "meta"):
+            why = "there is no CUDA kernel yet" if t.is_cuda else "there is a CPU kernel only"
+            raise ValueError(f"{OP}: {name}: expected a CPU tensor: {why}, got one on {t.device}")
+
+
+def check_grad(tensors: dict[str, Tensor | None]) -> None:
+    """Check that nobody expects a gradient, of which there is none."""
+    for name, t in tensors.items():
+        if t is not None and torch.is_grad_enabled() and t.requires_grad:
+            raise ValueError(
+                f"{OP}: {name}: expected a tensor that does not require grad, since there is no "
+                f"backward, got one that does; call {name}.detach() or use torch.no_grad()"
+            )
+
+
+def check_call(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    x_scale: float,
+    x_zero_point: int,
+    residual_scale: float | None,
+    residual_zero_point: int | None,
+    out_scale: float | None,
+    out_zero_point: int | None,
+    out_dtype: torch.dtype,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: int,
+) -> Problem:
+    """Check everything but the data of tensors."""
+    _check_image("x", x, INT8, "uint8 or int8")
+    _check_scale("x_scale", x_scale)
+    _check_zero_point("x_zero_point", x_zero_point, x.dtype)
+    if out_dtype in INT8:
+        _check_scale("out_scale", out_scale)
+        _check_zero_point("out_zero_point", out_zero_point, out_dtype)
+    elif out_dtype not in FLOATS:
+        raise ValueError(
+            f"{OP}: out_dtype: expected uint8, int8, float32, bfloat16 or float16, got {out_dtype}"
+        )
+    for name, value in (("out_scale", out_scale), ("out_zero_point", out_zero_point)):
+        if out_dtype not in INT8 and value is not None:
+            raise ValueError(f"{OP}: {name}: expected None beside {out_dtype}, got {value}")
+    if not 0 <= act <= 2:
+        raise ValueError(f"{OP}: act: expected 0, 1 or 2, got {act}")
+    _check_weight(x, weight, groups)
+    c_out = weight.shape[0]
+    for name, t in (("weight_scale", weight_scale), ("bias", bias)):
+        if t is not None:
+            _check_channels(name, t, c_out, x)
+    out = [x.shape[0], c_out]
+    for size, k, s, p, d in zip(
+        x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+    ):
+        reach = size + 2 * p - d * (k - 1) - 1
+        if s < 1 or p < 0 or d < 1 or size < 1 or reach < 0 or max(s, p, d) >= 2**20:
+            raise ValueError(
+                f"{OP}: weight: expected a kernel that fits into the padded input, got kernel "
+                f"{list(weight.shape[2:])}, stride {stride}, padding {padding}, dilation "
+                f"{dilation} for an input of {list(x.shape)}"
+            )
+        out.append(reach // s + 1)
+    if residual is not None:
+        _check_residual(residual, out, out_dtype, x)
+    quantised = residual is not None and residual.dtype in INT8
+    if quantised:
+        assert residual is not None
+        _check_scale("residual_scale", residual_scale)
+        _check_zero_point("residual_zero_point", residual_zero_point, residual.dtype)
+    for name, value in (
+        ("residual_scale", residual_scale), ("residual_zero_point", residual_zero_point)
+    ):  # fmt: skip
+        if not quantised and value is not None:
+            raise ValueError(
+                f"{OP}: {name}: expected None without an 8-bit residual, got {value}"
+            )  # fmt: skip
+    return Problem(tuple(out), out_dtype)
+
+
+def _check_image(name: str, t: Tensor, dtypes: Sequence[torch.dtype], expected: str) -> None:
+    if t.dtype not in dtypes:
+        raise TypeError(f"{OP}: {name}: expected {expected}, got {t.dtype}")
+    if t.layout is not torch.strided or t.dim() != 4:
+        raise ValueError(f"{OP}: {name}: expected 4 dimensions [n, c, h, w], got {list(t.shape)}")
+    if memory_format_of(t) is None:
+        raise ValueError(
+            f"{OP}: {name}: expected a dense NCHW or channels_last tensor, got sizes "
+            f"{list(t.shape)} with strides {list(t.stride())}; call {name}.contiguous(memory_format"
+            f"=torch.channels_last) first"
+        )
+
+
+def _check_weight(x: Tensor, weight: Tensor, groups: int) -> None:
+    if weight.dtype is not torch.int8:
+        raise TypeError(f"{OP}: weight: expected int8, got {weight.dtype}")
+    if weight.dim() != 4 or weight.numel() == 0 or weight.layout is not torch.strided:
+        raise ValueError(
+            f"{OP}: weight: expected 4 dimensions [c_out, c_in / groups, kh, kw], none of them 0, "
+            f"got {list(weight.shape)}"
+        )
+    _check_device("weight", weight, x)
+    if groups < 1 or weight.shape[0] % groups != 0:
+        raise ValueError(
+            f"{OP}: groups: expected a divisor of {weight.shape[0]} output channels, got {groups}"
+        )
+    if weight.shape[1] * groups != x.shape[1]:
+        raise ValueError(
+            f"{OP}: weight: expected {x.shape[1]} input channels, got {weight.shape[1] * groups} "
+            f"({weight.shape[1]} for each of {groups} groups)"
+        )
+    terms = weight.shape[1] * weight.shape[2] * weight.shape[3]
+    if terms > MOST_TERMS:
+        raise ValueError(
+            f"{OP}: weight: expected at most {MOST_TERMS} products in a sum, since more could "
+            f"leave int32's exact range, got {terms} ({list(weight.shape[1:])})"
+        )
+
+
+def _check_channels(name: str, t: Tensor, channels: int, x: Tensor) -> None:
+    if t.dtype is not torch.float32:
+        raise TypeError(f"{OP}: {name}: expected float32, got {t.dtype}")
+    if t.shape != (channels,):
+        raise ValueError(
+            f"{OP}: {name}: expected {channels} numbers, one for each output channel, got sizes "
+            f"{list(t.shape)}"
+        )
+    _check_device(name, t, x)
+
+
+def _check_residual(t: Tensor, sizes: list[int], out_dtype: torch.dtype, x: Tensor) -> None:
+    floating = out_dtype not in INT8
+    expected = f"uint8, int8 or {out_dtype} as out_dtype" if floating else "uint8 or int8"
+    _check_image("residual", t, (*INT8, out_dtype), expected)
+    if list(t.shape) != sizes:
+        raise ValueError(f"{OP}: residual: expected sizes {sizes}, got {list(t.shape)}")
+    _check_device("residual", t, x)
+    layouts = (torch.contiguous_format, torch.channels_last)
+    # What is dense in both layouts is in x's.
+    if not any(all(i.is_contiguous(memory_format=format) for i in (t, x)) for format in layouts):
+        raise ValueError(
+            f"{OP}: residual: expected x's memory format {memory_format_of(x)}, got strides "
+            f"{list(t.stride())}; call residual.contiguous(memory_format={memory_format_of(x)}) "
+            f"first"
+        )
+
+
+def _check_device(name: str, t: Tensor, x: Tensor) -> None:
+    if t.device != x.device:
+        raise ValueError(f"{OP}: {name}: expected device {x.device}, got {t.device}")
+
+
+def _check_scale(name: str, scale: float | None) -> None:
+    if scale is None or not torch.finfo(torch.float32).tiny <= float32(scale) < math.inf:
+        raise ValueError(f"{OP}: {name}: expected a finite number above 0, got {scale}")
+
+
+def _check_zero_point(name: str, value: int | None, dtype: torch.dtype) -> None:
+    info = torch.iinfo(dtype)
+    if value is None or not info.min <= value <= info.max:
+        raise ValueError(
+            f"{OP}: {name}: expected {info.min} to {info.max} beside {dtype}, got {value}"
+        )
+
+
+def check_scales(weight_scale: Tensor, x_scale: float, out_scale: float | None) -> None:
+    """Check the data of weight_scale, and that its products are numbers of float32's full range."""
+    ends = torch.stack(weight_scale.aminmax()).tolist()
+    if not (ends[0] > 0 and ends[1] < math.inf):
+        raise ValueError(
+            f"{OP}: weight_scale: expected finite numbers above 0, got {ends[0]} to {ends[1]}"
+        )
+    tiny = torch.finfo(torch.float32).tiny
+    for end in ends:
+        product = float32(end * float32(x_scale))
+        factors = [product] if out_scale is None else [product, product / float32(out_scale)]
+        if not all(tiny <= float32(factor) < math.inf for factor in factors):
+            raise ValueError(
+                f"{OP}: x_scale: expected scales whose product is a normal float32 number, got "
+                f"x_scale {x_scale}, weight_scale {end}, out_scale {out_scale}"
+            )
+
+
+def check_bias(bias: Tensor, most: float) -> Tensor:
+    """Check the data of a bias, or of one in units of the sums; return it."""
+    low, high = torch.stack(bias.aminmax()).tolist()
+    if not (-most <= low and high <= most):
+        unit = " in units of x_scale * weight_scale" if most == MOST_BIAS else ""
+        raise ValueError(
+            f"{OP}: bias: expected finite numbers of at most {most:g}{unit}, got {low} to {high}"
+        )
+    return bias
+
+
+def check_storage(**tensors: Tensor | None) -> None:
+    """Check that nobody has shrunk the storage under a tensor, whose sizes do not show it."""
+    for name, t in tensors.items():
+        if t is None or t.numel() == 0:
+            continue
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        needed = (t.storage_offset() + last + 1) * t.element_size()
+        if t.untyped_storage().nbytes() < needed:
+            raise ValueError(
+                f"{OP}: {name}: expected a storage of at least {needed} bytes, got "
+                f"{t.untyped_storage().nbytes()}"
+            )
