@@ -5,11 +5,13 @@ import platform
 import torch
 
 from fastcnn import _C, plan
+from fastcnn.ops.conv2d_int8_pack import onednn_is_exact
 
 # By op: the kernels on the CPU and on CUDA.
 BACKENDS = {
     "augment": ("C++", "CUDA C++"),
     "batch_norm_act": ("C++", "CUDA C++"),
+    "conv2d_int8": ("oneDNN through PyTorch + C++", "none yet"),
     "conv_bn_act": ("oneDNN through PyTorch + C++", "cuDNN through PyTorch + CUDA C++"),
     "dropout": ("C++", "CUDA C++"),
     "group_norm_act": ("C++", "CUDA C++"),
@@ -34,6 +36,8 @@ def facts() -> dict[str, str]:
     }
     for op, (on_cpu, on_cuda) in BACKENDS.items():
         rows[op] = f"CPU: {on_cpu}; CUDA: {on_cuda if built_with_cuda else 'none in this build'}"
+    if not onednn_is_exact():
+        rows["conv2d_int8"] += "; oneDNN's 8-bit sums saturate here, float64 makes them: slow"
     return rows
 
 

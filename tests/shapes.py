@@ -55,6 +55,35 @@ RESNET50 = [
     Image(2, 2048, 7, 7, "stage 4, after: the most channels"),
 ]
 
+
+class Conv(NamedTuple):
+    """A convolution of a network: channels, kernel, stride, input side, how often it occurs."""
+
+    c_in: int
+    c_out: int
+    kernel: int
+    stride: int
+    side: int
+    times: int
+
+    def __str__(self) -> str:
+        return f"{self.c_in}-{self.c_out}-k{self.kernel}-s{self.stride}-{self.side}"
+
+
+# torchvision's ResNet-50 on 224x224 images, whose 3x3 convolutions have the strides; padding is
+# kernel // 2. tests/test_conv2d_int8_use.py counts them in the model.
+RESNET50_CONVS = [
+    Conv(3, 64, 7, 2, 224, 1),
+    Conv(64, 64, 1, 1, 56, 1), Conv(64, 64, 3, 1, 56, 3), Conv(64, 256, 1, 1, 56, 4),
+    Conv(256, 64, 1, 1, 56, 2),
+    Conv(256, 128, 1, 1, 56, 1), Conv(128, 128, 3, 2, 56, 1), Conv(128, 512, 1, 1, 28, 4),
+    Conv(256, 512, 1, 2, 56, 1), Conv(512, 128, 1, 1, 28, 3), Conv(128, 128, 3, 1, 28, 3),
+    Conv(512, 256, 1, 1, 28, 1), Conv(256, 256, 3, 2, 28, 1), Conv(256, 1024, 1, 1, 14, 6),
+    Conv(512, 1024, 1, 2, 28, 1), Conv(1024, 256, 1, 1, 14, 5), Conv(256, 256, 3, 1, 14, 5),
+    Conv(1024, 512, 1, 1, 14, 1), Conv(512, 512, 3, 2, 14, 1), Conv(512, 2048, 1, 1, 7, 3),
+    Conv(1024, 2048, 1, 2, 14, 1), Conv(2048, 512, 1, 1, 7, 2), Conv(512, 512, 3, 1, 7, 2),
+]  # fmt: skip
+
 # For group norms, with the number of groups: each at an edge of some kernel.
 GROUPED = [
     (Image(37, 5, 1, 1, "1x1 images, one group"), 1),

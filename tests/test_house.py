@@ -13,11 +13,18 @@ from fastcnn.ops.upsample_arguments import SAMPLING_NUMBER
 
 ROOT = Path(__file__).resolve().parents[1]
 # Functions that have torch's name and not their op's, or are a second one of an op.
-NAMES = {"interpolate": "upsample", "conv_bn_act_blocks": "conv_bn_act"}
+NAMES = {
+    "interpolate": "upsample",
+    "conv_bn_act_blocks": "conv_bn_act",
+    "pack_conv2d_int8": "conv2d_int8",
+}
 OPS = sorted({NAMES.get(name, name) for name in functional.__all__ if name.islower()})
 COMPOSED = {"conv_bn_act"}  # made of other ops: no kernels of their own
 MODULES = {"augment": "fastcnn/augment/module.py"}  # the others: fastcnn/nn/<op>.py
-CPU_ONLY = {"conv2d_bwd_weight"}  # cuDNN's weight gradient needs no help
+NO_CUDA_SOURCE = {"conv2d_int8"}  # on GPUs convolutions are Triton's
+NO_MODULE = {"conv2d_int8"}  # quantisation makes its modules
+# cuDNN's weight gradient needs no help; there is no int8 convolution on CUDA yet.
+CPU_ONLY = {"conv2d_bwd_weight", "conv2d_int8", "conv2d_int8_epilogue"}
 KERNEL_OPS = [op for op in OPS if op not in COMPOSED]
 OPERATORS = [
     name.removeprefix("fastcnn::")
@@ -35,11 +42,13 @@ def test_there_are_ops() -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_op_has_all_rooms(op: str) -> None:
-    rooms = [MODULES.get(op, f"fastcnn/nn/{op}.py")]
+    rooms = [] if op in NO_MODULE else [MODULES.get(op, f"fastcnn/nn/{op}.py")]
     rooms += [f"fastcnn/ops/{op}.py", f"fastcnn/reference/{op}.py"]
     rooms += [f"tests/test_{op}.py", f"benchmarks/bench_{op}.py"]
     if op in KERNEL_OPS:
-        rooms += [f"csrc/{op}.h", f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu"]
+        rooms += [f"csrc/{op}.h", f"csrc/cpu/{op}.cpp"]
+    if op in KERNEL_OPS and op not in NO_CUDA_SOURCE:
+        rooms += [f"csrc/cuda/{op}.cu"]
         rooms += [f"tests/test_{op}_cuda.py", f"tests/cuda_emu/{op}.cpp"]
     missing = [room for room in rooms if not (ROOT / room).exists()]
     assert not missing
@@ -49,7 +58,9 @@ def test_op_has_all_rooms(op: str) -> None:
 def test_sources_are_built(op: str) -> None:
     # CMakeLists.txt lists sources by name: a forgotten one leaves its operators without kernels.
     cmake = (ROOT / "CMakeLists.txt").read_text()
-    for source in (f"csrc/{op}.cpp", f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu"):
+    sources = [f"csrc/{op}.cpp", f"csrc/cpu/{op}.cpp"]
+    sources += [] if op in NO_CUDA_SOURCE else [f"csrc/cuda/{op}.cu"]
+    for source in sources:
         assert source in cmake
 
 

@@ -108,9 +108,10 @@ def _cpu(
     if out_scale is not None:
         if bias is not None:
             bias = check_bias(torch.round(bias / multiplier), MOST_BIAS).int()
-        scale = torch.tensor(out_scale, dtype=torch.float32)
-        multiplier = multiplier / scale
-        cap, added_scale = (6.0 / scale).item(), (added_scale / scale).item()
+        # Divided as tensors: a number over a tensor would be a product with its reciprocal.
+        numbers = torch.tensor([cap, added_scale, out_scale], dtype=torch.float32)
+        multiplier = multiplier / numbers[2]
+        cap, added_scale, _ = (numbers / numbers[2]).tolist()
     elif bias is not None:
         check_bias(bias, torch.finfo(torch.float32).max)
     y = _new_output(x, problem, channels_last=True)
