@@ -5,7 +5,7 @@ import platform
 import torch
 
 from fastcnn import _C, plan
-from fastcnn.ops.conv2d_int8_pack import onednn_is_exact
+from fastcnn.ops.conv2d_int8_pack import pairs_saturate
 
 # By op: the kernels on the CPU and on CUDA.
 BACKENDS = {
@@ -36,8 +36,8 @@ def facts() -> dict[str, str]:
     }
     for op, (on_cpu, on_cuda) in BACKENDS.items():
         rows[op] = f"CPU: {on_cpu}; CUDA: {on_cuda if built_with_cuda else 'none in this build'}"
-    if not onednn_is_exact():
-        rows["conv2d_int8"] += "; oneDNN's 8-bit sums saturate here, float64 makes them: slow"
+    if pairs_saturate():
+        rows["conv2d_int8"] += "; without VNNI, each convolution in two: half as fast"
     return rows
 
 

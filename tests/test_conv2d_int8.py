@@ -156,15 +156,16 @@ def test_the_largest_sums(terms: tuple[int, int], x_dtype: torch.dtype) -> None:
 
 def test_digits_add_up() -> None:
     g = torch.Generator().manual_seed(0)
-    for c in (100, 2000, 12288):
+    for c, most in itertools.product((100, 2000, 12288), (64, 128)):
         for weight in (
             quantised((2, c, 1, 1), torch.int8, g),
             torch.full((2, c, 1, 1), -128, dtype=torch.int8),
             torch.full((2, c, 1, 1), 127, dtype=torch.int8),
         ):
-            parts = conv2d_int8_pack.digits(weight)
+            parts = conv2d_int8_pack.digits(weight, most)
             assert torch.equal(sum(part.int() * factor for part, factor in parts), weight.int())
             for part, _ in parts:
+                assert int(part.int().abs().max()) <= most
                 for sign in (1, -1):
                     assert 255 * int((sign * part.int()).clamp(min=0).sum((1, 2, 3)).max()) <= 2**24
 
@@ -193,13 +194,13 @@ def test_sums_of_random_problems() -> None:
         assert_same(conv2d_int8(**given), reference.conv2d_int8(**given), seed, case)
 
 
-def test_without_exact_sums_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv2d_int8_pack, "onednn_is_exact", lambda zero_point=0: False)
+def test_processors_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv2d_int8_pack, "pairs_saturate", lambda: True)
     for seed, case in enumerate(CASES):
         given = problem(case, INT8[seed % 2], torch.uint8, torch.int8, "relu", seed)
         assert_same(conv2d_int8(**given), reference.conv2d_int8(**given), case)
-    monkeypatch.setattr(info, "onednn_is_exact", lambda: False)
-    assert "saturate" in info.facts()["conv2d_int8"]
+    monkeypatch.setattr(info, "pairs_saturate", lambda: True)
+    assert "without VNNI" in info.facts()["conv2d_int8"]
 
 
 LEVELS = _C.cpu_levels.split(",")

@@ -82,6 +82,16 @@ NUMBERS: dict[str, list[Any]] = {
         for key in ("kernel_h", "kernel_w", "stride_h", "stride_w", "dilation_h", "dilation_w")
     },
     **{key: [-1, 2, 2**21, 2**62, None, "x"] for key in ("padding_h", "padding_w")},
+    **{
+        key: [0.0, -1.0, float("nan"), float("inf"), "x"] for key in ("out_scale", "residual_scale")
+    },
+    "x_scale": [0.0, -1.0, float("nan"), float("inf"), None, "x"],
+    **{key: [-1, 256, 2**62, None, "x"] for key in ("x_zero_point", "out_zero_point")},
+    **{key: [-1, 256, 2**62, None, "x"] for key in ("residual_zero_point", "zero_point")},
+    "cap": [0.0, -1.0, float("nan"), None, "x"],
+    "out_dtype": [torch.int32, torch.float64, None, "x"],
+    **{key: [[0, 1], [1], [2**40, 1], None, "x"] for key in ("stride", "dilation")},
+    "padding": [[-1, 1], [1], [2**40, 1], None, "x"],
     "channels_last": ["x"],  # None is False to the dispatcher
 }
 # Of one operator's, where others see sense in these.
@@ -91,6 +101,7 @@ NUMBERS_OF: dict[tuple[str, str], list[Any]] = {
     },
     ("augment", "dtype"): [-1, 3, 2**31, None, "x"],
     ("augment_mask", "fill"): [None],
+    ("conv2d_int8_epilogue", "residual_scale"): [0.0, -1.0, float("nan"), None, "x"],
 }
 SAME_NUMBER = ("expanded", "huge strides", "shorter", "strided")  # of a vector of one
 # One int64 in any shape and with any strides is a seed.
@@ -98,9 +109,10 @@ SEED = ["None", "no tensor", "a number", "bool", "complex", "other float", "anot
 SEED += ["sparse", "empty", "longer", "storage freed", "storage freed behind an offset"]
 SEED += ["storage halved"]
 OPTIONAL = ("residual", "saved", "weight", "bias", "skip")  # total is None already where it may be
-IMAGES = ("x", "residual", "saved", "dy", "skip")
+IMAGES = ("x", "residual", "saved", "dy", "skip", "y", "acc")
 ALONE = {"other float", "another half", "meta", "empty", "shorter", "longer"}
 ALONE |= {"channel less", "column less", "the other layout"}
+SOUND_STRIDES = {"expanded", "huge strides", "strided"}
 # Where no second tensor says how many channels or images there are, or which dtype.
 NO_NONSENSE = {
     ("group_norm_act_fwd", "x"): ALONE - {"other float", "meta", "channel less"},
@@ -109,6 +121,8 @@ NO_NONSENSE = {
     ("batch_norm_join_stats", "gathered"): ALONE,
     ("conv2d_bwd_weight", "dy"): {"channel less"},
     ("conv2d_bwd_weight", "x"): {"channel less"},
+    # Read by PyTorch's own operators, with any strides.
+    **{("conv2d_int8", key): SOUND_STRIDES for key in ("weight", "weight_scale", "bias")},
     ("upsample_fwd", "x"): {"channel less"},
     ("upsample_fwd", "skip"): {"channel less"},
     ("upsample_bwd", "dy"): ALONE - {"column less", "the other layout"},
@@ -169,6 +183,23 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
         how = {"kernel_h": 3, "kernel_w": 3, "stride_h": 1, "stride_w": 1}
         how |= {"padding_h": 1, "padding_w": 1, "dilation_h": 1, "dilation_w": 1}
         return {"dy": image(), "x": image(), **how}
+    if op.startswith("conv2d_int8"):
+        layout = "channels_last"
+        q = image().mul(20).to(torch.uint8)
+        scales = {"residual_scale": 0.1, "residual_zero_point": 3}
+        if op == "conv2d_int8_epilogue":
+            sums = {
+                "acc": image().float(),
+                "multiplier": torch.ones(6),
+                "bias": torch.ones(6).int(),
+            }
+            return {"y": q.clone(), **sums, "residual": q, **scales, "act": 2, "cap": 6.0,
+                    "zero_point": 3}  # fmt: skip
+        weight = {"weight": torch.ones(6, 6, 3, 3).char(), "weight_scale": torch.ones(6)}
+        how = {"out_scale": 0.1, "out_zero_point": 3, "out_dtype": torch.uint8}
+        how |= {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1, "act": 1}
+        return {"x": q, **weight, "bias": torch.ones(6), "residual": q.clone(), "x_scale": 0.1,
+                "x_zero_point": 3, **scales, **how}  # fmt: skip
     running = {"running_mean": c[0], "running_var": c[1], **stats}
     return {**running, "total": None, "momentum": 0.1, "count": 9}
 
@@ -177,6 +208,7 @@ OPS = ["batch_norm_act_fwd", "batch_norm_act_apply", "batch_norm_act_bwd", "batc
 OPS += ["batch_norm_act_reduce", "batch_norm_act_dx", "batch_norm_join_stats"]
 OPS += ["batch_norm_update_running"]
 OPS += ["conv2d_bwd_weight"] * _C.has_bf16_dot()  # elsewhere it raises in any case
+OPS += ["conv2d_int8", "conv2d_int8_epilogue"]
 OPS += ["upsample_fwd", "upsample_bwd"]
 OPS += ["augment", "augment_mask"]
 OPS += ["dropout_apply", "dropout_apply_"]

@@ -19,7 +19,14 @@ def declare(schema: str, fake: Callable[..., Any]) -> None:
     name = f"fastcnn::{schema[: schema.index('(')]}"
     torch.library.define(name, schema[schema.index("(") :], tags=_TAGS)
 
+    arguments = schema[schema.index("(") + 1 : schema.rindex(") ->")].split(", ")
+    required = [i for i, a in enumerate(arguments) if a.startswith(("Tensor ", "Tensor("))]
+
     def checked_fake(*args: Any) -> Any:
+        # The dispatcher takes None for any tensor; kernels refuse it by themselves.
+        for i in required:
+            if not isinstance(args[i], Tensor):
+                raise RuntimeError(f"{name}: {arguments[i]}: expected a tensor, got None")
         # Not only tracing comes here: the dispatcher sends a call to the fake as soon as one tensor
         # is on meta, and the others may hold data, for which there is no result.
         devices = {str(t.device) for t in args if isinstance(t, Tensor)}

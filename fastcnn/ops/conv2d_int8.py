@@ -113,7 +113,7 @@ def _cpu(
         multiplier = multiplier / numbers[2]
         cap, added_scale, _ = (numbers / numbers[2]).tolist()
     elif bias is not None:
-        check_bias(bias, torch.finfo(torch.float32).max)
+        bias = check_bias(bias, torch.finfo(torch.float32).max).contiguous()
     y = _new_output(x, problem, channels_last=True)
     if y.numel() > 0:
         parts = min(len(x), -(-4 * y.numel() // _CHUNK_BYTES))

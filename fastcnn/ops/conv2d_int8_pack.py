@@ -2,11 +2,11 @@
 
 With all scales 1 those return acc as float32, which is acc itself up to 2^24. A weight that could
 give more is cut into digits, w = 16 * high + low, each of which cannot: a convolution more. The
-rest is exact as it is, zero points, borders, groups, strides and dilations, with two exceptions
-that accumulator goes around: some convolutions of one channel a group, and zero points on
-processors without VNNI. oneDNN also says that pairs of products may saturate at 16 bits there. 3.12
-did not, limited to AVX2 or AVX512_CORE; whether this one does is tried, once a process. If so,
-float64 convolutions make the sums, exact and slow, and fastcnn.info says it.
+rest is exact as it is, zero points, borders, groups, strides and dilations, except for some
+convolutions of one channel a group, which accumulator goes around.
+
+Without VNNI oneDNN adds products in pairs, which saturate at 16 bits. Whether it does is tried once
+a process; every weight beyond 64 is then cut into digits, and fastcnn.info says so.
 """
 
 import functools
@@ -88,19 +88,20 @@ def pack_conv2d_int8(weight: Tensor) -> PackedConv2dInt8:
     return PackedConv2dInt8(weight)
 
 
-def digits(weight: Tensor, shift: int = 4) -> list[tuple[Tensor, int]]:
-    """Return int8 weights and factors that add up to a weight, whose sums float32 all holds.
+def digits(weight: Tensor, most: int = 128, shift: int = 4) -> list[tuple[Tensor, int]]:
+    """Return int8 weights of at most `most`, and factors, that add up to a weight.
 
-    A sum is at most 255 times that of a filter's positive weights, or of its negative ones.
+    float32 holds the sums of each: they are at most 255 times the sum of a filter's positive
+    weights, or of its negative ones.
     """
     rows = weight.int().flatten(1)
     largest = torch.maximum(rows.clamp(min=0).sum(1), -rows.clamp(max=0).sum(1)).max()
-    if 255 * int(largest) <= _EXACT:
+    if 255 * int(largest) <= _EXACT and int(rows.abs().max()) <= most:
         return [(weight.to(torch.int8), 1)]
     high = (weight.int() + (1 << (shift - 1))) >> shift
     low = weight.int() - (high << shift)
-    parts = [(part, factor << shift) for part, factor in digits(high, shift // 2)]
-    return parts + digits(low, shift // 2)
+    parts = [(part, factor << shift) for part, factor in digits(high, most, shift // 2)]
+    return parts + digits(low, most, shift // 2)
 
 
 def _pack(
@@ -113,24 +114,25 @@ def _pack(
 ) -> list[tuple[Tensor, int]]:
     ones = torch.ones(weight.shape[0])
     shape = [1, weight.shape[1] * groups, *size]  # the batch makes no difference
+    most = 64 if pairs_saturate() else 128  # 2 * 255 * 64 < 2^15
     return [
         (_prepack(part, ones, 1.0, 0, stride, padding, dilation, groups, shape), factor)
-        for part, factor in digits(weight)
+        for part, factor in digits(weight, most)
     ]
 
 
 @functools.cache
-def onednn_is_exact(zero_point: int = 0) -> bool:
-    """Whether oneDNN's 8-bit sums are exact here, tried with the largest products there are."""
-    plain = ((1, 1), (1, 1), (1, 1), 1)
-    x = torch.full((1, 64, 4, 4), 255, dtype=torch.uint8)
+def pairs_saturate() -> bool:
+    """Whether oneDNN's sums of two products saturate on this processor, tried with the largest."""
+    x = torch.full((1, 32, 4, 4), 255, dtype=torch.uint8)
     x = x.contiguous(memory_format=torch.channels_last)
+    plain = ((1, 1), (0, 0), (1, 1), 1)
     for value in (-128, 127):
-        weight = torch.full((16, 64, 3, 3), value, dtype=torch.int8)
-        sums = _by_onednn(x, zero_point, _pack(weight, (4, 4), *plain), 16, *plain)
-        if not torch.equal(sums.int(), _by_float64(x, zero_point, weight, *plain)):
-            return False
-    return True
+        weight = torch.full((16, 32, 3, 3), value, dtype=torch.int8)
+        part = _prepack(weight, torch.ones(16), 1.0, 0, *plain, [1, 32, 4, 4])
+        if not (_by_onednn(x, 0, [(part, 1)], 16, *plain) == 32 * 9 * 255 * value).all():
+            return True
+    return False
 
 
 def accumulator(
@@ -149,7 +151,7 @@ def accumulator(
     ]
     # Likewise wrong: one channel (a group), one column that it gives, and a stride along it.
     errs = weight.shape[1] == 1 and columns_out == 0 and stride[1] > 1
-    if errs or not onednn_is_exact() or onednn_crashes(x, weight, stride, padding, dilation):
+    if errs or onednn_crashes(x, weight, stride, padding, dilation):
         return lambda images: _by_float64(images, zero_point, weight, *geometry)
     known = _PACKED.get(weight.data_ptr())
     size = (x.shape[2], x.shape[3])
@@ -157,9 +159,9 @@ def accumulator(
     # PyTorch's operator takes uint8 alone: int8 + 128.
     shift = 128 if x.dtype is torch.int8 else 0
     zero = zero_point + shift
-    # Of one channel (a group) oneDNN 3.12 gets zero points wrong, not in every call; without VNNI
-    # in all convolutions. There the border is made here, and the zero point's share taken off.
-    by_hand = zero != 0 and (weight.shape[1] == 1 or not onednn_is_exact(zero_point=7))
+    # Of one channel (a group) oneDNN 3.12 gets zero points wrong, not in every call. There the
+    # border is made here, and the zero point's share taken off.
+    by_hand = zero != 0 and weight.shape[1] == 1
     share = zero * weight.int().sum((1, 2, 3))[:, None, None] if by_hand else None
     if by_hand:
         size = (size[0] + 2 * rows, size[1] + 2 * columns)
