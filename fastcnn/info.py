@@ -5,7 +5,7 @@ import platform
 import torch
 
 from fastcnn import _C, plan
-from fastcnn.ops.conv2d_int8_pack import pairs_saturate
+from fastcnn.ops.conv2d_int8_sums import pairs_saturate
 
 # By op: the kernels on the CPU and on CUDA.
 BACKENDS = {
@@ -37,7 +37,7 @@ def facts() -> dict[str, str]:
     for op, (on_cpu, on_cuda) in BACKENDS.items():
         rows[op] = f"CPU: {on_cpu}; CUDA: {on_cuda if built_with_cuda else 'none in this build'}"
     if pairs_saturate():
-        rows["conv2d_int8"] += "; without VNNI, each convolution in two: half as fast"
+        rows["conv2d_int8"] += "; without VNNI, by two convolutions each"
     return rows
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastcnn import _C, info, reference
 from fastcnn.functional import conv2d_int8
-from fastcnn.ops import conv2d_int8_pack
+from fastcnn.ops import conv2d_int8_sums
 
 INT8 = [torch.uint8, torch.int8]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -162,7 +162,7 @@ def test_digits_add_up() -> None:
             torch.full((2, c, 1, 1), -128, dtype=torch.int8),
             torch.full((2, c, 1, 1), 127, dtype=torch.int8),
         ):
-            parts = conv2d_int8_pack.digits(weight, most)
+            parts = conv2d_int8_sums.digits(weight, most)
             assert torch.equal(sum(part.int() * factor for part, factor in parts), weight.int())
             for part, _ in parts:
                 assert int(part.int().abs().max()) <= most
@@ -195,7 +195,7 @@ def test_sums_of_random_problems() -> None:
 
 
 def test_processors_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv2d_int8_pack, "pairs_saturate", lambda: True)
+    monkeypatch.setattr(conv2d_int8_sums, "pairs_saturate", lambda: True)
     for seed, case in enumerate(CASES):
         given = problem(case, INT8[seed % 2], torch.uint8, torch.int8, "relu", seed)
         assert_same(conv2d_int8(**given), reference.conv2d_int8(**given), case)

@@ -16,7 +16,7 @@ from torch.library import opcheck
 from fastcnn import reference
 from fastcnn.functional import PackedConv2dInt8, conv2d_int8, pack_conv2d_int8
 from fastcnn.models import resnet50
-from fastcnn.ops import conv2d_int8_pack, convolution
+from fastcnn.ops import conv2d_int8_pack, conv2d_int8_sums, convolution
 
 # Inductor imports parts of torch.jit.
 pytorchs_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -38,9 +38,9 @@ def test_packed_weights(case: Case) -> None:
 
 def test_packed_weights_are_prepared_once_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    prepack = conv2d_int8_pack._prepack
+    prepack = conv2d_int8_sums._prepack
     monkeypatch.setattr(
-        conv2d_int8_pack, "_prepack", lambda *args: calls.append(args) or prepack(*args)
+        conv2d_int8_sums, "_prepack", lambda *args: calls.append(args) or prepack(*args)
     )
     packed = pack_conv2d_int8(problem(PLAIN)["weight"])
     given = {**problem(PLAIN), "weight": packed}

@@ -24,11 +24,11 @@ y in floating point:
 
 Without a residual a quantised y is what onnx.reference's QLinearConv computes: float64, and the
 zero point added before the rounding, which decides ties where it is odd. float32 would not do: it
-gave another integer for one element of some 30,000. A sum has at most 12288 terms and |b| is at
+gave other integers for 39 of 8 million elements. A sum has at most 12288 terms and |b| is at
 most 2^27, so that |acc + b| < 2^29 and each product with a 24-bit m is exact in float64: fused
 multiply-adds change no integer. They do change float results, and are not used there.
 
-On the CPU oneDNN makes the sums (conv2d_int8_pack.py), a few images at a time, so that they stay in
+On the CPU oneDNN makes the sums (conv2d_int8_sums.py), a few images at a time, so that they stay in
 the caches for csrc/cpu/conv2d_int8.cpp, which does the rest. It computes in channels_last: an NCHW
 x, residual or y is copied. int8 x are made uint8 by flipping a bit. Bytes: x + w + r + y.
 """
@@ -40,16 +40,14 @@ from torch import Tensor
 
 from fastcnn.ops._library import declare
 from fastcnn.ops.activation import ACT_NUMBER
-from fastcnn.ops.conv2d_int8_checks import (
+from fastcnn.ops.conv2d_int8_checks import check_call, check_types
+from fastcnn.ops.conv2d_int8_data import (
     MOST_BIAS,
     OP,
-    Problem,
     check_bias,
-    check_call,
     check_grad,
     check_scales,
     check_storage,
-    check_types,
     float32,
 )
 from fastcnn.ops.conv2d_int8_pack import PackedConv2dInt8, accumulator
@@ -58,6 +56,7 @@ from fastcnn.ops.conv_bn_act_step import pair
 # Sums of so many images at a time stay in the last-level cache. On a 2-core AMD EPYC with 32 MiB of
 # it, 16 images of 256x56x56: 2.66 ms by 3 MB, 2.22 by 13, 2.55 by 26.
 _CHUNK_BYTES = 16 << 20
+_OUT_DTYPE = 10  # its place behind x in the operator's arguments
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -68,13 +67,13 @@ def is_channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(3) == c and (c > 1 or h * w > 1)
 
 
-def _new_output(x: Tensor, problem: Problem, channels_last: bool) -> Tensor:
+def _new_output(x: Tensor, sizes: list[int], out_dtype: torch.dtype, channels_last: bool) -> Tensor:
     format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(problem.sizes, dtype=problem.dtype, device=x.device, memory_format=format)
+    return torch.empty(sizes, dtype=out_dtype, device=x.device, memory_format=format)
 
 
 def _fake(x: Tensor, *args: Any) -> Tensor:
-    return _new_output(x, check_call(x, *args), is_channels_last(x))
+    return _new_output(x, check_call(x, *args), args[_OUT_DTYPE], is_channels_last(x))
 
 
 def _cpu(
@@ -96,7 +95,7 @@ def _cpu(
     groups: int,
     act: int,
 ) -> Tensor:
-    problem = check_call(
+    sizes = check_call(
         x, weight, weight_scale, bias, residual, x_scale, x_zero_point, residual_scale,
         residual_zero_point, out_scale, out_zero_point, out_dtype, stride, padding, dilation,
         groups, act,
@@ -114,7 +113,7 @@ def _cpu(
         cap, added_scale, _ = (numbers / numbers[2]).tolist()
     elif bias is not None:
         bias = check_bias(bias, torch.finfo(torch.float32).max).contiguous()
-    y = _new_output(x, problem, channels_last=True)
+    y = _new_output(x, sizes, out_dtype, channels_last=True)
     if y.numel() > 0:
         parts = min(len(x), -(-4 * y.numel() // _CHUNK_BYTES))
         step = -(-len(x) // parts)

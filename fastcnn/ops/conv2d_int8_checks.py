@@ -1,41 +1,24 @@
 """What conv2d_int8 asks of its arguments.
 
 The operator itself asks all of it, in eager calls, while tracing and in compiled calls alike: it is
-Python on the CPU. What only a look at the data can tell comes last, and not while tracing.
+Python on the CPU. conv2d_int8_data.py looks at the data, which there is none of while tracing.
 """
 
 import math
-import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcnn.ops.checks import memory_format_of
+from fastcnn.ops.conv2d_int8_data import OP, float32
 
-OP = "conv2d_int8"
 INT8 = (torch.uint8, torch.int8)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-# 12288 products of at most 255 * 128, and this bias, stay below 2^29: see conv2d_int8.py.
+# 12288 products of at most 255 * 128, and a bias of MOST_BIAS, stay below 2^29: conv2d_int8.py.
 MOST_TERMS = 12288
-MOST_BIAS = 2**27
-
-
-class Problem(NamedTuple):
-    """What follows from the arguments: y's sizes and dtype."""
-
-    sizes: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def float32(value: float) -> float:
-    """Return the value as float32 has it; infinity where it is too large."""
-    try:
-        return struct.unpack("f", struct.pack("f", value))[0]
-    except OverflowError:
-        return math.inf
 
 
 def check_types(
@@ -64,16 +47,6 @@ def check_types(
             raise ValueError(f"{OP}: {name}: expected a CPU tensor: {why}, got one on {t.device}")
 
 
-def check_grad(tensors: dict[str, Tensor | None]) -> None:
-    """Check that nobody expects a gradient, of which there is none."""
-    for name, t in tensors.items():
-        if t is not None and torch.is_grad_enabled() and t.requires_grad:
-            raise ValueError(
-                f"{OP}: {name}: expected a tensor that does not require grad, since there is no "
-                f"backward, got one that does; call {name}.detach() or use torch.no_grad()"
-            )
-
-
 def check_call(
     x: Tensor,
     weight: Tensor,
@@ -92,8 +65,8 @@ def check_call(
     dilation: Sequence[int],
     groups: int,
     act: int,
-) -> Problem:
-    """Check everything but the data of tensors."""
+) -> list[int]:
+    """Check everything but the data of tensors; return y's sizes."""
     _check_image("x", x, INT8, "uint8 or int8")
     _check_scale("x_scale", x_scale)
     _check_zero_point("x_zero_point", x_zero_point, x.dtype)
@@ -104,9 +77,8 @@ def check_call(
         raise ValueError(
             f"{OP}: out_dtype: expected uint8, int8, float32, bfloat16 or float16, got {out_dtype}"
         )
-    for name, value in (("out_scale", out_scale), ("out_zero_point", out_zero_point)):
-        if out_dtype not in INT8 and value is not None:
-            raise ValueError(f"{OP}: {name}: expected None beside {out_dtype}, got {value}")
+    else:
+        _check_none(f"beside {out_dtype}", out_scale=out_scale, out_zero_point=out_zero_point)
     if not 0 <= act <= 2:
         raise ValueError(f"{OP}: act: expected 0, 1 or 2, got {act}")
     _check_weight(x, weight, groups)
@@ -128,19 +100,13 @@ def check_call(
         out.append(reach // s + 1)
     if residual is not None:
         _check_residual(residual, out, out_dtype, x)
-    quantised = residual is not None and residual.dtype in INT8
-    if quantised:
-        assert residual is not None
+    if residual is not None and residual.dtype in INT8:
         _check_scale("residual_scale", residual_scale)
         _check_zero_point("residual_zero_point", residual_zero_point, residual.dtype)
-    for name, value in (
-        ("residual_scale", residual_scale), ("residual_zero_point", residual_zero_point)
-    ):  # fmt: skip
-        if not quantised and value is not None:
-            raise ValueError(
-                f"{OP}: {name}: expected None without an 8-bit residual, got {value}"
-            )  # fmt: skip
-    return Problem(tuple(out), out_dtype)
+    else:
+        what = "without an 8-bit residual"
+        _check_none(what, residual_scale=residual_scale, residual_zero_point=residual_zero_point)
+    return out
 
 
 def _check_image(name: str, t: Tensor, dtypes: Sequence[torch.dtype], expected: str) -> None:
@@ -220,52 +186,15 @@ def _check_scale(name: str, scale: float | None) -> None:
         raise ValueError(f"{OP}: {name}: expected a finite number above 0, got {scale}")
 
 
+def _check_none(why: str, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None:
+            raise ValueError(f"{OP}: {name}: expected None {why}, got {value}")
+
+
 def _check_zero_point(name: str, value: int | None, dtype: torch.dtype) -> None:
     info = torch.iinfo(dtype)
     if value is None or not info.min <= value <= info.max:
         raise ValueError(
             f"{OP}: {name}: expected {info.min} to {info.max} beside {dtype}, got {value}"
         )
-
-
-def check_scales(weight_scale: Tensor, x_scale: float, out_scale: float | None) -> None:
-    """Check the data of weight_scale, and that its products are numbers of float32's full range."""
-    ends = torch.stack(weight_scale.aminmax()).tolist()
-    if not (ends[0] > 0 and ends[1] < math.inf):
-        raise ValueError(
-            f"{OP}: weight_scale: expected finite numbers above 0, got {ends[0]} to {ends[1]}"
-        )
-    tiny = torch.finfo(torch.float32).tiny
-    for end in ends:
-        product = float32(end * float32(x_scale))
-        factors = [product] if out_scale is None else [product, product / float32(out_scale)]
-        if not all(tiny <= float32(factor) < math.inf for factor in factors):
-            raise ValueError(
-                f"{OP}: x_scale: expected scales whose product is a normal float32 number, got "
-                f"x_scale {x_scale}, weight_scale {end}, out_scale {out_scale}"
-            )
-
-
-def check_bias(bias: Tensor, most: float) -> Tensor:
-    """Check the data of a bias, or of one in units of the sums; return it."""
-    low, high = torch.stack(bias.aminmax()).tolist()
-    if not (-most <= low and high <= most):
-        unit = " in units of x_scale * weight_scale" if most == MOST_BIAS else ""
-        raise ValueError(
-            f"{OP}: bias: expected finite numbers of at most {most:g}{unit}, got {low} to {high}"
-        )
-    return bias
-
-
-def check_storage(**tensors: Tensor | None) -> None:
-    """Check that nobody has shrunk the storage under a tensor, whose sizes do not show it."""
-    for name, t in tensors.items():
-        if t is None or t.numel() == 0:
-            continue
-        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        needed = (t.storage_offset() + last + 1) * t.element_size()
-        if t.untyped_storage().nbytes() < needed:
-            raise ValueError(
-                f"{OP}: {name}: expected a storage of at least {needed} bytes, got "
-                f"{t.untyped_storage().nbytes()}"
-            )
