@@ -2,8 +2,9 @@
 
     python triton_compile.py 80 90 100
 
-A line of JSON a kernel and card: name, arch, which matrix instructions, whether tiles are copied by
-the TMA unit, registers and bytes of local memory a thread. Runs where the interpreter is off.
+A line of JSON a kernel and card: name, arch, which matrix instructions, whether of 8-bit integers,
+whether tiles are copied by the TMA unit, registers and bytes of local memory a thread. Runs where
+the interpreter is off.
 """
 
 import json
@@ -21,8 +22,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastcnn.ops.activation import ACT_NUMBER
-from fastcnn.triton import conv2d_bwd_kernels, conv2d_kernels
-from fastcnn.triton.launch import blocks, default_tile, is_lean
+from fastcnn.triton import (
+    conv2d_bwd_kernels,
+    conv2d_int8_kernels,
+    conv2d_kernels,
+    depthwise_kernels,
+)
+from fastcnn.triton.conv2d_int8 import default_tile as default_int8_tile
+from fastcnn.triton.launch import blocks, default_tile, depthwise_blocks, depthwise_tile, is_lean
 
 MATRIX = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 POINTWISE = {
@@ -56,6 +63,9 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], set[str]]]:
         yield f"{name} in training", kernel, constants, affine
     yield "dx of 3x3", bwd.conv2d_bwd_input_kernel, three, set()
     yield "dx of 1x1, stride 2", bwd.conv2d_bwd_input_kernel, window(1, 2), set()
+    int8 = {**three, "ACT": 1, "QUANTISED": True, "LEAST": -128, "MOST": 127}
+    yield "int8 3x3", conv2d_int8_kernels.conv2d_int8_kernel, int8, {"bias_ptr"}
+    yield "depthwise", depthwise_kernels.depthwise_kernel, {**three, "MULTIPLIER": 1}, set()
     yield "dw of 3x3", bwd.conv2d_bwd_weight_kernel, three, set()
     yield "dw of the stem", bwd.conv2d_bwd_weight_kernel, stem, prologue
 
@@ -70,8 +80,13 @@ def compile_one(
         given = {"pre_scale_ptr", "residual_ptr"} - absent
         by_descriptors = kernel is conv2d_kernels.pointwise_kernel
         lean = is_lean("pre_scale_ptr" in given, "residual_ptr" in given, by_descriptors, arch)
-    tile = default_tile(256 * 56 * 56, 256, 256, torch.bfloat16, lean)
-    options = blocks(tile)
+    int8, depthwise = "QUANTISED" in constants, "MULTIPLIER" in constants
+    if int8:
+        tile = default_int8_tile(256 * 56 * 56, 256)
+    else:
+        tile = default_tile(256 * 56 * 56, 256, 256, torch.bfloat16, lean)
+    tile = depthwise_tile(256) if depthwise else tile
+    options = depthwise_blocks(tile) if depthwise else blocks(tile)
     known = {**options, **POINTWISE, **constants}
     images = {
         "x_ptr",
@@ -93,8 +108,14 @@ def compile_one(
             rows = tile.m if name == "x_matrix" else tile.n
             signature[name] = f"tensordesc<{half}[{rows}, {tile.k}]>"
             continue
-        pointer = f"*{half if name in images else 'fp32'}"
-        signature[name] = pointer if name.endswith("_ptr") else "i32"
+        image = "i8" if int8 else half
+        other = "fp32" if name != "start_ptr" else "i32"
+        signature[name] = f"*{image if name in images else other}"
+        if name in ("residual_scale", "six"):
+            signature[name] = "fp32"
+            continue
+        if not name.endswith("_ptr"):
+            signature[name] = "i32"
         divisible[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=divisible)
     options = {k: v for k, v in options.items() if k not in values and k.islower()}
@@ -103,6 +124,7 @@ def compile_one(
     return {
         "arch": arch,
         "matrix": [name for name, word in MATRIX.items() if word in ptx],
+        "int8": ".s8.s8" in ptx or "kind::i8" in ptx,
         "tma": "cp.async.bulk.tensor" in ptx,
         "shared": made.metadata.shared,
         **resources(made.asm["cubin"]),

@@ -1,0 +1,137 @@
+"""Convolutions of 8-bit integers, to the same integers as fastcnn/ops/conv2d_int8.py's formula.
+
+    acc[p, o] = sum over taps and channels of (x - x_zero_point) * w        int32, exact
+
+x is signed by taking 128 from unsigned ones and their zero point. The zero point is not taken from
+each x: outside the image x is the zero point, and `start`, the whole numbers that are added to a
+channel, holds minus the zero point times the sum of its weights, and the bias if y is quantised.
+Then, in float64 for quantised y, whose products are exact, and float32 else, in the formula's
+order: scale, bias (floating y), residual, act, zero point, rounding to nearest even, saturation.
+
+The walk over tiles, taps and channels is conv2d_kernels.py's. Floor: x, w, residual, y once.
+"""
+
+# Constexpr parameters have capitals: a kernel is compiled anew for each of their values.
+import triton
+import triton.language as tl
+
+from fastcnn.triton.conv2d_kernels import tile_of
+
+# Added to a float64 below 2^51 and taken away again, it leaves the nearest even whole number.
+ROUND = tl.constexpr(1.5 * 2.0**52)
+
+
+@triton.jit
+def _signed(x):
+    """Return int8: x, or x - 128 of an unsigned one."""
+    return x if x.dtype == tl.int8 else (x.to(tl.int16) - 128).to(tl.int8)
+
+
+@triton.jit
+def write_int8_tile(
+    acc, at, in_p, channels, in_o, y_ptr, start_ptr, scale_ptr, bias_ptr, residual_ptr,
+    residual_scale, residual_zero_point, six, out_zero_point,
+    ACT: tl.constexpr, QUANTISED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of y. ACT: 0 none, 1 relu, 2 relu6."""
+    mask = in_p[:, None] & in_o[None, :]
+    acc += tl.load(start_ptr + channels, mask=in_o, other=0)[None, :]
+    scale = tl.load(scale_ptr + channels, mask=in_o, other=0.0)[None, :]
+    z = acc.to(tl.float64) * scale.to(tl.float64) if QUANTISED else acc.to(tl.float32) * scale
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + channels, mask=in_o, other=0.0)[None, :]
+    if residual_ptr is not None:
+        r = tl.load(residual_ptr + at, mask=mask, other=0)
+        z += (r.to(tl.float32) - residual_zero_point).to(z.dtype) * residual_scale
+    if ACT >= 1:
+        z = tl.where(z < 0, 0.0, z)
+    if ACT == 2:
+        z = tl.where(z > six, six, z)
+    if QUANTISED:
+        z = z + out_zero_point
+        z = tl.where(z < LEAST, LEAST, tl.where(z > MOST, MOST, z))
+        z = (z + ROUND) - ROUND
+        tl.store(y_ptr + at, z.to(tl.int32).to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(y_ptr + at, z.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def conv2d_int8_kernel(
+    x_ptr, w_ptr, y_ptr, start_ptr, scale_ptr, bias_ptr, residual_ptr,
+    residual_scale, residual_zero_point, six, out_zero_point, x_zero_point,
+    n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out_group,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr, ACT: tl.constexpr, QUANTISED: tl.constexpr, LEAST: tl.constexpr,
+    MOST: tl.constexpr, FLAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Any convolution but depthwise ones. Grid: the tiles of a group, the groups."""
+    pixels = n * h_out * w_out
+    tiles_n = tl.cdiv(c_out_group, BLOCK_N)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(pixels, BLOCK_M), tiles_n, GROUP_M)
+    group = tl.program_id(1)
+    p = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_p, in_o = p < pixels, o < c_out_group
+    image = (p // (h_out * w_out)).to(tl.int64)[:, None]
+    top = (p // w_out % h_out * STRIDE_H - PADDING_H)[:, None]
+    left = (p % w_out * STRIDE_W - PADDING_W)[:, None]
+    channels = group * c_out_group + o
+    taps = KERNEL_H * KERNEL_W
+    weights = w_ptr + channels.to(tl.int64)[None, :] * (taps * c_in_group)
+    range_k = taps * c_in_group if FLAT else c_in_group
+    steps = tl.cdiv(range_k, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for step in range(steps if FLAT else taps * steps):
+        tap = 0 if FLAT else step // steps
+        k = (step if FLAT else step % steps) * BLOCK_K + tl.arange(0, BLOCK_K)
+        in_k = k < range_k
+        place, i = (k // c_in_group)[None, :] if FLAT else tap, k % c_in_group
+        row = top + place // KERNEL_W * DILATION_H
+        column = left + place % KERNEL_W * DILATION_W
+        inside = in_p[:, None] & (row >= 0) & (row < h) & (column >= 0) & (column < w)
+        at = ((image * h + row) * w + column) * c_in + (group * c_in_group + i)[None, :]
+        a = tl.load(x_ptr + at, mask=inside & in_k[None, :], other=x_zero_point)
+        b_at = weights + (tap * c_in_group + k)[:, None]
+        b = tl.load(b_at, mask=in_k[:, None] & in_o[None, :], other=0)
+        acc = tl.dot(_signed(a), b, acc, out_dtype=tl.int32)
+    write_int8_tile(
+        acc, p.to(tl.int64)[:, None] * c_out + channels[None, :], in_p, channels, in_o,
+        y_ptr, start_ptr, scale_ptr, bias_ptr, residual_ptr,
+        residual_scale, residual_zero_point, six, out_zero_point, ACT, QUANTISED, LEAST, MOST,
+    )  # fmt: skip
+
+
+@triton.jit
+def depthwise_int8_kernel(
+    x_ptr, w_ptr, y_ptr, start_ptr, scale_ptr, bias_ptr, residual_ptr,
+    residual_scale, residual_zero_point, six, out_zero_point, x_zero_point,
+    n, h, w, c_in, h_out, w_out, c_out,
+    MULTIPLIER: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    ACT: tl.constexpr, QUANTISED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A channel of the output has one of the input. Grid: tiles of pixels, blocks of channels."""
+    p = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_p, in_o, i = p < n * h_out * w_out, o < c_out, o // MULTIPLIER
+    image = (p // (h_out * w_out)).to(tl.int64)
+    top = p // w_out % h_out * STRIDE_H - PADDING_H
+    left = p % w_out * STRIDE_W - PADDING_W
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for tap in range(KERNEL_H * KERNEL_W):
+        row, column = top + tap // KERNEL_W * DILATION_H, left + tap % KERNEL_W * DILATION_W
+        inside = in_p & (row >= 0) & (row < h) & (column >= 0) & (column < w)
+        at = ((image * h + row) * w + column)[:, None] * c_in + i[None, :]
+        a = tl.load(x_ptr + at, mask=inside[:, None] & in_o[None, :], other=x_zero_point)
+        weights = tl.load(w_ptr + o * (KERNEL_H * KERNEL_W) + tap, mask=in_o, other=0)
+        acc += _signed(a).to(tl.int32) * weights.to(tl.int32)[None, :]
+    write_int8_tile(
+        acc, p.to(tl.int64)[:, None] * c_out + o[None, :], in_p, o, in_o,
+        y_ptr, start_ptr, scale_ptr, bias_ptr, residual_ptr,
+        residual_scale, residual_zero_point, six, out_zero_point, ACT, QUANTISED, LEAST, MOST,
+    )  # fmt: skip
