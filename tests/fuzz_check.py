@@ -151,7 +151,7 @@ def norm_scales(
     """
     if dy.numel() == 0:
         return dict.fromkeys(("y", "dx", "dresidual", "dweight", "dbias"), 0.0)
-    x, c = tensors["x"].double(), dy.shape[1]
+    x_dtype, x, c = tensors["x"].dtype, tensors["x"].double(), dy.shape[1]
     weight = tensors["weight"].double().abs() if "weight" in tensors else torch.ones(c)
     weight = weight.reshape(1, c, 1, 1)
     centred = 1 + (x.abs() + mean.abs()) / std
@@ -160,9 +160,13 @@ def norm_scales(
     largest, total = dy.abs().max().item(), dy.double().abs().sum((0, 2, 3)).max().item()
     normalised = ((x - mean) / std).abs().max().item()
     gain, slope = (weight / std).max().item(), largest * z_error
+    # dx is computed from dresidual, which is dz rounded to x's type, as eager's is: half an ulp of
+    # it, told in float32's. No slope is above hardswish's 1.5.
+    dz_ulps = torch.finfo(x_dtype).eps / 2 / torch.finfo(torch.float32).eps
+    rounded = 1.5 * largest * dz_ulps if "residual" in tensors else 0.0
     return {
         "y": z_error,
-        "dx": (weight / std * centred).max().item() * largest + gain * slope,
+        "dx": (weight / std * centred).max().item() * largest + gain * (slope + rounded),
         "dresidual": largest + slope,
         "dweight": total * (centred.max().item() + z_error * normalised),
         "dbias": total * (1 + z_error),
