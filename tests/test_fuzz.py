@@ -276,4 +276,7 @@ def test_interpolate(
     scale["dx"] *= largest_dy
     check(ours, eager, tensors, dy, scale, 4, kind, exact)
     if mode != "bilinear" and n > 0:
-        assert torch.equal(ours(tensors), eager({k: t.float() for k, t in tensors.items()}).to(dy))
+        y, single = ours(tensors), {k: t.float() for k, t in tensors.items()}
+        assert torch.equal(y, exact(single).to(dy))
+        if sum(out) <= 128:  # beyond, PyTorch has two definitions: csrc/common/source_index.h
+            assert torch.equal(y, eager(single).to(dy))
