@@ -171,6 +171,7 @@ def test_the_same_bits_twice() -> None:
     [
         ({"dy": channels_last(1, 8, 5, 4)}, r"dy: expected \(1, 8, 4, 4\)"),
         ({"dy": channels_last(1, 8, 4, 4).half()}, "dy and weight of one type"),
+        ({"groups": 3}, "groups: expected a divisor of 48 and 8, got 3"),
         ({"add": channels_last(1, 4, 4, 4)}, r"add: expected \(1, 16, 4, 4\)"),
         ({"norm": BatchNormGradient(*[torch.ones(8)] * 5)}, r"norm.raw: expected"),
     ],

@@ -20,6 +20,7 @@ from fastcnn.triton.launch import (
     arch_of,
     blocks,
     check_numbers,
+    check_sizes,
     check_tensors,
     current_device,
     default_tile,
@@ -86,8 +87,8 @@ def conv2d(
     y = torch.empty(
         (n, c_out, h_out, w_out), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
-    _check_residual(epilogue.residual, y)
-    pixels = n * h_out * w_out
+    check_sizes("residual", epilogue.residual, y.shape)
+    pixels, asked = n * h_out * w_out, epilogue.statistics
     by_descriptors = (
         groups == 1
         and (window, stride, padding) == ([1, 1], (1, 1), (0, 0))
@@ -105,8 +106,8 @@ def conv2d(
     tiles_m, tiles_n = triton.cdiv(pixels, tile.m), triton.cdiv(c_out // groups, tile.n)
     numbers = [epilogue.scale, epilogue.bias, epilogue.residual]
     numbers += [None, None] if prologue is None else [prologue.scale, prologue.bias]
-    parts = [x.new_empty((tiles_m, c_out), dtype=torch.float32) for _ in range(2)]
-    numbers += parts if epilogue.statistics else [None, None]
+    parts = [x.new_empty((tiles_m, c_out), dtype=torch.float32) for _ in range(2 * asked)]
+    numbers += parts or [None, None]
     acts = {
         "PRE_ACT": act_number("conv2d", prologue.act if prologue else "none"),
         "ACT": act_number("conv2d", epilogue.act),
@@ -137,14 +138,14 @@ def conv2d(
                 *window, *stride, *padding, *dilation,
                 FLAT=c_in_group < tile.k and window != [1, 1], **options,
             )  # fmt: skip
-        return y, _joined(parts, pixels, tile.m) if epilogue.statistics else None
+        return y, _joined(parts, pixels, tile.m) if asked else None
 
 
 def _joined(parts: list[Tensor], pixels: int, rows: int) -> Statistics:
     means, squares = parts
     tiles, c_out = means.shape
     mean, var = (means.new_empty(c_out) for _ in range(2))
-    # 16 lanes of channels, 64 bytes of a row: 4 programs a cache line's worth would be fewer.
+    # 16 channels: 64 bytes of a row, two sectors.
     join_statistics_kernel[(triton.cdiv(c_out, 16),)](
         mean, var, means, squares, pixels, tiles, c_out, ROWS=rows, BLOCK_T=64, BLOCK_C=16
     )
@@ -161,14 +162,4 @@ def _check_groups(x: Tensor, weight: Tensor, groups: int) -> None:
         raise ValueError(
             f"conv2d: expected weight [c_out, c / groups, kh, kw] with groups dividing c_out and "
             f"c = {x.shape[1]}, got {tuple(weight.shape)} with groups={groups}"
-        )
-
-
-def _check_residual(residual: Tensor | None, y: Tensor) -> None:
-    if residual is not None and (
-        residual.shape != y.shape or not residual.is_contiguous(memory_format=torch.channels_last)
-    ):
-        raise ValueError(
-            f"conv2d: residual: expected {tuple(y.shape)} in channels_last, got "
-            f"{tuple(residual.shape)} with strides {residual.stride()}"
         )

@@ -22,7 +22,9 @@ from fastcnn.triton.launch import (
     Pair,
     Tile,
     blocks,
+    check_groups,
     check_numbers,
+    check_sizes,
     check_tensors,
     current_device,
     default_tile,
@@ -88,16 +90,16 @@ def conv2d_bwd_input(
     check_tensors(dy, weight, "dy")
     c_out, c_in_group, *window = weight.shape
     n, c_in, (h, w) = dy.shape[0], c_in_group * groups, size
+    check_groups(c_in, c_out, groups)
     h_out, w_out = output_size(size, window, stride, padding, dilation)
-    _check_sizes("dy", dy, (n, c_out, h_out, w_out))
+    check_sizes("dy", dy, (n, c_out, h_out, w_out))
     _check_norm(norm, dy)
     dx = torch.empty(
         (n, c_in, h, w), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last
     )
-    for name, t in (("add", add), ("activated.raw", activated and activated.raw)):
-        if t is not None:
-            _check_sizes(name, t, tuple(dx.shape))
+    check_sizes("add", add, dx.shape)
     if activated is not None:
+        check_sizes("activated.raw", activated.raw, dx.shape)
         check_numbers(
             c_in, **{f"activated.{k}": getattr(activated, k) for k in activated._fields[1:5]}
         )
@@ -113,7 +115,8 @@ def conv2d_bwd_input(
         lean = activated is None
         tile = default_tile(pixels, c_in_group, c_out // groups, dy.dtype, lean)
     tiles = triton.cdiv(pixels, tile.m)
-    parts = [dy.new_zeros((phases * tiles, c_in), dtype=torch.float32) for _ in range(2)]
+    count = 2 if activated else 0
+    parts = [dy.new_empty((phases * tiles, c_in), dtype=torch.float32) for _ in range(count)]
     tensors = [dy, weight, dx, *(norm or [None] * 5), add]
     tensors += [*activated[:5], *parts] if activated else [None] * 7
     sizes = (n, h, w, c_in, h_out, w_out, c_out)
@@ -157,12 +160,9 @@ def conv2d_bwd_weight(
     check_tensors(dy, x, "dy", "x")
     (n, c_in, h, w), c_out = x.shape, dy.shape[1]
     h_out, w_out = output_size((h, w), window, stride, padding, dilation)
-    _check_sizes("dy", dy, (n, c_out, h_out, w_out))
+    check_sizes("dy", dy, (n, c_out, h_out, w_out))
     _check_norm(norm, dy)
-    if groups < 1 or c_in % groups != 0 or c_out % groups != 0:
-        raise ValueError(
-            f"conv2d_bwd_weight: groups: expected a divisor of {c_in} and {c_out}, got {groups}"
-        )
+    check_groups(c_in, c_out, groups)
     if prologue is not None:
         check_numbers(c_in, **{"prologue.scale": prologue.scale, "prologue.bias": prologue.bias})
     c_in_group, c_out_group, taps = c_in // groups, c_out // groups, math.prod(window)
@@ -212,15 +212,7 @@ def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return total
 
 
-def _check_sizes(name: str, t: Tensor, sizes: tuple[int, ...]) -> None:
-    if tuple(t.shape) != sizes or not t.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(
-            f"conv2d backward: {name}: expected {sizes} in channels_last, got {tuple(t.shape)} "
-            f"with strides {t.stride()}"
-        )
-
-
 def _check_norm(norm: BatchNormGradient | None, dy: Tensor) -> None:
     if norm is not None:
-        _check_sizes("norm.raw", norm.raw, tuple(dy.shape))
+        check_sizes("norm.raw", norm.raw, dy.shape)
         check_numbers(dy.shape[1], **{f"norm.{k}": getattr(norm, k) for k in norm._fields[1:]})

@@ -69,7 +69,7 @@ def conv2d_int8(
     pixels, by_channel = n * h_out * w_out, groups > 1 and c_in_group == 1
     if tile is None:
         tile = depthwise_tile(c_out) if by_channel else default_tile(pixels, c_out // groups)
-    tensors = (x, weight, y, start.int(), scale.contiguous(), bias, residual)
+    tensors = (x, weight, y, start, scale.contiguous(), bias, residual)
     numbers = (
         1.0 if added_scale is None else added_scale, residual_zero_point or 0, six.item(),
         out_zero_point or 0, x_zero_point,

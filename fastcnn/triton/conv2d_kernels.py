@@ -94,7 +94,7 @@ def conv2d_kernel(
     p = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_p, in_o = p < pixels, o < c_out_group
-    image = p // (h_out * w_out)
+    image = (p // (h_out * w_out)).to(tl.int64)[:, None]
     top = p // w_out % h_out * STRIDE_H - PADDING_H
     left = p % w_out * STRIDE_W - PADDING_W
     channels = group * c_out_group + o
@@ -112,15 +112,13 @@ def conv2d_kernel(
             place, i = (k // c_in_group)[None, :], k % c_in_group
             row = top[:, None] + place // KERNEL_W * DILATION_H
             column = left[:, None] + place % KERNEL_W * DILATION_W
-            pixel = image[:, None].to(tl.int64)
         else:
             i = k
             row = (top + tap // KERNEL_W * DILATION_H)[:, None]
             column = (left + tap % KERNEL_W * DILATION_W)[:, None]
-            pixel = image.to(tl.int64)[:, None]
         inside = in_p[:, None] & (row >= 0) & (row < h) & (column >= 0) & (column < w)
         inside = inside & in_k[None, :]
-        at = ((pixel * h + row) * w + column) * c_in + (group * c_in_group + i)[None, :]
+        at = ((image * h + row) * w + column) * c_in + (group * c_in_group + i)[None, :]
         a = tl.load(x_ptr + at, mask=inside, other=0.0)
         b_at = weights + (tap * c_in_group + k)[:, None]
         b = tl.load(b_at, mask=in_k[:, None] & in_o[None, :], other=0.0)

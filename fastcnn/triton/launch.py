@@ -54,7 +54,7 @@ def depthwise_blocks(tile: Tile) -> dict[str, Any]:
 def is_lean(prologue: bool, residual: bool, by_descriptors: bool, arch: int) -> bool:
     """Whether 128 x 128 results a program leave registers for what stands before and behind.
 
-    tests/test_triton_compile.py looks for spills with every combination.
+    tests/test_conv2d_triton_compiled.py looks for spills.
     """
     if by_descriptors and arch >= 100:
         return False
@@ -124,6 +124,23 @@ def check_tensors(x: Tensor, weight: Tensor, *names: str) -> None:
                 f"{tuple(t.shape)} with strides {t.stride()}: use "
                 f".contiguous(memory_format=torch.channels_last)"
             )
+
+
+def check_sizes(name: str, t: Tensor | None, sizes: Sequence[int]) -> None:
+    """Raise ValueError for an image of other sizes or another layout."""
+    if t is not None and (
+        list(t.shape) != list(sizes) or not t.is_contiguous(memory_format=torch.channels_last)
+    ):
+        raise ValueError(
+            f"conv2d: {name}: expected {tuple(sizes)} in channels_last, got {tuple(t.shape)} with "
+            f"strides {t.stride()}"
+        )
+
+
+def check_groups(c_in: int, c_out: int, groups: int) -> None:
+    """Raise ValueError for groups that do not divide the channels."""
+    if groups < 1 or c_in % groups != 0 or c_out % groups != 0:
+        raise ValueError(f"conv2d: groups: expected a divisor of {c_in} and {c_out}, got {groups}")
 
 
 def check_numbers(channels: int, **numbers: Tensor | None) -> None:
