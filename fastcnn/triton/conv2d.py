@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastcnn.ops.activation import act_number
+from fastcnn.ops.norm import Norm
 from fastcnn.triton.conv2d_kernels import (
     conv2d_kernel,
     join_statistics_kernel,
@@ -19,6 +19,7 @@ from fastcnn.triton.launch import (
     Tile,
     arch_of,
     blocks,
+    check_norm,
     check_numbers,
     check_sizes,
     check_tensors,
@@ -33,21 +34,20 @@ from fastcnn.triton.launch import (
 
 
 class Prologue(NamedTuple):
-    """act(x * scale + bias), per channel, in place of x: a batch norm that was not written."""
+    """act(norm(x)) in place of x, 0 outside the image: a batch norm's output, not written."""
 
-    scale: Tensor
-    bias: Tensor
-    act: str
+    norm: Norm
+    act: int  # the schema's number, fastcnn/ops/activation.py, as everywhere here
 
 
 class Epilogue(NamedTuple):
-    """act(product * scale + bias + residual), and the product's statistics."""
+    """act(norm(product) + residual), and the product's statistics; without a norm plus bias."""
 
-    scale: Tensor | None = None
-    bias: Tensor | None = None
+    norm: Norm | None = None
     residual: Tensor | None = None
-    act: str = "none"
+    act: int = 0
     statistics: bool = False
+    bias: Tensor | None = None
 
 
 class Statistics(NamedTuple):
@@ -71,23 +71,24 @@ def conv2d(
     """Return the convolution with what stands before and behind it, and its statistics if asked.
 
     x is [n, c, h, w], weight [c_out, c / groups, kh, kw], both channels_last and of one type of
-    DTYPES; float32 is multiplied as torch.backends.cudnn.allow_tf32 says. tile: another than
-    default_tile() would take.
+    DTYPES; float32 is multiplied as allows_tf32() says. tile: another than default_tile() would
+    take.
     """
     check_tensors(x, weight)
     _check_groups(x, weight, groups)
-    check_numbers(weight.shape[0], scale=epilogue.scale, bias=epilogue.bias)
-    if prologue is not None:
-        check_numbers(
-            x.shape[1], **{"prologue.scale": prologue.scale, "prologue.bias": prologue.bias}
-        )
+    pre_norm, pre_act = prologue or (None, 0)
+    check_norm(x.shape[1], "prologue.", pre_norm, pre_act)
+    check_norm(weight.shape[0], "epilogue.", epilogue.norm, epilogue.act)
+    check_numbers(weight.shape[0], **{"epilogue.bias": epilogue.bias})
+    if epilogue.norm is not None and epilogue.bias is not None:
+        raise ValueError("conv2d: epilogue: expected a norm or a bias, got both")
     n, c_in, h, w = x.shape
     c_out, c_in_group, *window = weight.shape
     h_out, w_out = output_size((h, w), window, stride, padding, dilation)
     y = torch.empty(
         (n, c_out, h_out, w_out), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
-    check_sizes("residual", epilogue.residual, y.shape)
+    check_sizes("epilogue.residual", epilogue.residual, y.shape)
     pixels, asked = n * h_out * w_out, epilogue.statistics
     by_descriptors = (
         groups == 1
@@ -104,14 +105,9 @@ def conv2d(
         )
         tile = default_tile(pixels, c_out // groups, c_in_group, x.dtype, lean)
     tiles_m, tiles_n = triton.cdiv(pixels, tile.m), triton.cdiv(c_out // groups, tile.n)
-    numbers = [epilogue.scale, epilogue.bias, epilogue.residual]
-    numbers += [None, None] if prologue is None else [prologue.scale, prologue.bias]
     parts = [x.new_empty((tiles_m, c_out), dtype=torch.float32) for _ in range(2 * asked)]
-    numbers += parts or [None, None]
-    acts = {
-        "PRE_ACT": act_number("conv2d", prologue.act if prologue else "none"),
-        "ACT": act_number("conv2d", epilogue.act),
-    }
+    around = (pre_norm, epilogue.norm, epilogue.bias, epilogue.residual, *(parts or (None, None)))
+    acts = {"PRE_ACT": pre_act, "ACT": epilogue.act}
     options = {**acts, **blocks(tile), "GROUP_M": tile.group}
     with current_device(x):
         if pixels == 0:
@@ -124,16 +120,16 @@ def conv2d(
             ]
             sizes = (pixels, c_in, c_out)
             pointwise_kernel[(programs,)](
-                *matrices, y, *numbers, *sizes, PROGRAMS=programs, **options
+                *matrices, y, *around, *sizes, PROGRAMS=programs, **options
             )
         elif by_channel:
             depthwise_kernel[(tiles_m, triton.cdiv(c_out, tile.n))](
-                x, weight, y, *numbers, n, h, w, c_in, h_out, w_out, c_out, c_out // groups,
+                x, weight, y, *around, n, h, w, c_in, h_out, w_out, c_out, c_out // groups,
                 *window, *stride, *padding, *dilation, **acts, **depthwise_blocks(tile),
             )  # fmt: skip
         else:
             conv2d_kernel[(tiles_m * tiles_n, groups)](
-                x, weight, y, *numbers,
+                x, weight, y, *around,
                 n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out // groups,
                 *window, *stride, *padding, *dilation,
                 FLAT=c_in_group < tile.k and window != [1, 1], **options,

@@ -1,13 +1,13 @@
 """Launches the convolution's gradients: tiles, phases, parts."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from fastcnn.ops.activation import act_number
+from fastcnn.ops.norm import Norm
 from fastcnn.triton.conv2d import Prologue
 from fastcnn.triton.conv2d_bwd_kernels import (
     conv2d_bwd_input_kernel,
@@ -23,6 +23,7 @@ from fastcnn.triton.launch import (
     Tile,
     blocks,
     check_groups,
+    check_norm,
     check_numbers,
     check_sizes,
     check_tensors,
@@ -35,38 +36,39 @@ from fastcnn.triton.launch import (
 )
 
 
-class BatchNormGradient(NamedTuple):
-    """What batch norm's backward makes of dz, per channel, in place of dz.
-
-    slope * dz + offset + factor * (raw - mean), raw being the batch norm's input.
-    """
-
-    raw: Tensor
-    slope: Tensor
-    offset: Tensor
-    factor: Tensor
-    mean: Tensor
-
-
-class Activated(NamedTuple):
-    """The convolution's input was act(raw * scale + bias): dx is taken back to that act's input.
-
-    mean and rstd are raw's: with them come the sums of dx and dx * (raw - mean) * rstd.
-    """
-
-    raw: Tensor
-    scale: Tensor
-    bias: Tensor
-    mean: Tensor
-    rstd: Tensor
-    act: str
-
-
 class Sums(NamedTuple):
     """Per channel, in float32: of the gradient, and of the gradient times the normalised input."""
 
     gradient: Tensor
     times_xhat: Tensor
+
+
+class BatchNormGradient(NamedTuple):
+    """A batch norm and its act behind the convolution: their gradient is taken while loading dy.
+
+    With dz = dy * act'(norm(raw)), raw being the convolution's output, in place of dy stands
+
+        rstd * weight * (dz - (sums.gradient + (raw - mean) * rstd * sums.times_xhat) / count)
+
+    with sums of dz over all count pixels of the batch, and without, for fixed statistics, rstd *
+    weight * dz. act 0: dy is dz; raw is not read if there are no sums either.
+    """
+
+    raw: Tensor
+    norm: Norm
+    act: int
+    sums: Sums | None
+
+
+class Activated(NamedTuple):
+    """The convolution's input was act(norm(raw)): dx is taken back to dx * act'(norm(raw)).
+
+    With it come its sums, of itself and times (raw - mean) * rstd.
+    """
+
+    raw: Tensor
+    norm: Norm
+    act: int
 
 
 def conv2d_bwd_input(
@@ -85,7 +87,7 @@ def conv2d_bwd_input(
     """Return dx [n, c, *size] of a convolution, channels_last, and its sums where `activated`.
 
     dy is [n, c_out, h_out, w_out], weight [c_out, c / groups, kh, kw], both channels_last and of
-    one type. norm: dy is dz, see BatchNormGradient. add is added to dx, then `activated` goes on.
+    one type. norm: see BatchNormGradient. add is added to dx, then `activated` goes on.
     """
     check_tensors(dy, weight, "dy")
     c_out, c_in_group, *window = weight.shape
@@ -93,16 +95,14 @@ def conv2d_bwd_input(
     check_groups(c_in, c_out, groups)
     h_out, w_out = output_size(size, window, stride, padding, dilation)
     check_sizes("dy", dy, (n, c_out, h_out, w_out))
-    _check_norm(norm, dy)
+    before, dy_act = _before(norm, dy)
     dx = torch.empty(
         (n, c_in, h, w), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last
     )
     check_sizes("add", add, dx.shape)
     if activated is not None:
         check_sizes("activated.raw", activated.raw, dx.shape)
-        check_numbers(
-            c_in, **{f"activated.{k}": getattr(activated, k) for k in activated._fields[1:5]}
-        )
+        check_norm(c_in, "activated.", activated.norm, activated.act)
     by_channel = groups > 1 and c_in_group == 1
     phases = 1 if by_channel else stride[0] * stride[1]
     # Of the phase that has most pixels.
@@ -117,22 +117,22 @@ def conv2d_bwd_input(
     tiles = triton.cdiv(pixels, tile.m)
     count = 2 if activated else 0
     parts = [dy.new_empty((phases * tiles, c_in), dtype=torch.float32) for _ in range(count)]
-    tensors = [dy, weight, dx, *(norm or [None] * 5), add]
-    tensors += [*activated[:5], *parts] if activated else [None] * 7
+    behind = (*activated[:2], *parts) if activated else (None,) * 4
+    tensors = (dy, weight, dx, *before, add, *behind)
     sizes = (n, h, w, c_in, h_out, w_out, c_out)
-    act = act_number("conv2d_bwd_input", activated.act if activated else "none")
+    acts = {"DY_ACT": dy_act, "ACT": activated.act if activated else 0}
     with current_device(dy):
         if dx.numel() > 0 and by_channel:
             depthwise_bwd_input_kernel[(tiles, triton.cdiv(c_in, tile.n))](
                 *tensors, *sizes, c_out // groups, *window, *stride, *padding, *dilation,
-                ACT=act, **depthwise_blocks(tile),
+                **acts, **depthwise_blocks(tile),
             )  # fmt: skip
         elif dx.numel() > 0:
             conv2d_bwd_input_kernel[(tiles * triton.cdiv(c_in_group, tile.n), groups, phases)](
                 *tensors, *sizes, c_in_group, c_out // groups, tiles,
                 *window, *stride, *padding, *dilation,
                 *(math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)),
-                ACT=act, **blocks(tile), GROUP_M=tile.group,
+                **acts, **blocks(tile), GROUP_M=tile.group,
             )  # fmt: skip
         sums = Sums(*(_sum(part, torch.float32) for part in parts)) if activated else None
     return dx, sums
@@ -153,18 +153,18 @@ def conv2d_bwd_weight(
 ) -> Tensor:
     """Return dweight [c_out, c / groups, *window] of a convolution, channels_last, in x's type.
 
-    dy is [n, c_out, h_out, w_out], x [n, c, h, w], both channels_last and of one type. norm: dy is
-    dz, see BatchNormGradient. prologue: what the convolution multiplied in place of x. parts: of
-    how many the pixels' sum is made, else enough for the card's processors.
+    dy is [n, c_out, h_out, w_out], x [n, c, h, w], both channels_last and of one type. norm: see
+    BatchNormGradient. prologue: what the convolution multiplied in place of x. parts: of how many
+    the pixels' sum is made, else enough for the card's processors.
     """
     check_tensors(dy, x, "dy", "x")
     (n, c_in, h, w), c_out = x.shape, dy.shape[1]
     h_out, w_out = output_size((h, w), window, stride, padding, dilation)
     check_sizes("dy", dy, (n, c_out, h_out, w_out))
-    _check_norm(norm, dy)
+    before, dy_act = _before(norm, dy)
     check_groups(c_in, c_out, groups)
-    if prologue is not None:
-        check_numbers(c_in, **{"prologue.scale": prologue.scale, "prologue.bias": prologue.bias})
+    pre_norm, pre_act = prologue or (None, 0)
+    check_norm(c_in, "prologue.", pre_norm, pre_act)
     c_in_group, c_out_group, taps = c_in // groups, c_out // groups, math.prod(window)
     pixels = n * h_out * w_out
     by_channel = groups > 1 and c_in_group == 1
@@ -183,19 +183,19 @@ def conv2d_bwd_weight(
     pixels_a_part = triton.cdiv(triton.cdiv(max(pixels, 1), max(parts, 1)), step) * step
     parts = max(1, triton.cdiv(pixels, pixels_a_part))
     sums = dy.new_empty((parts, c_out, *window, c_in_group), dtype=torch.float32)
-    tensors = [dy, x, sums, *(norm or [None] * 5), *(prologue[:2] if prologue else [None] * 2)]
+    tensors = (dy, x, sums, *before, pre_norm)
     image, geometry = (n, h, w, c_in, h_out, w_out, c_out), (*window, *stride, *padding, *dilation)
-    act = act_number("conv2d_bwd_weight", prologue.act if prologue else "none")
+    acts = {"DY_ACT": dy_act, "PRE_ACT": pre_act}
     with current_device(dy):
         if by_channel:
             depthwise_bwd_weight_kernel[(*grid, parts)](
                 *tensors, *image, pixels_a_part, c_out_group, *geometry,
-                PRE_ACT=act, **depthwise_blocks(tile),
+                **acts, **depthwise_blocks(tile),
             )  # fmt: skip
         else:
             conv2d_bwd_weight_kernel[(*grid, parts)](
                 *tensors, *image, c_in_group, c_out_group, pixels_a_part, *geometry,
-                PRE_ACT=act, FLAT=flat, **blocks(tile),
+                **acts, FLAT=flat, **blocks(tile),
             )  # fmt: skip
         dweight = _sum(sums.flatten(1), x.dtype)
     return dweight.view(c_out, *window, c_in_group).permute(0, 3, 1, 2)
@@ -212,7 +212,14 @@ def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return total
 
 
-def _check_norm(norm: BatchNormGradient | None, dy: Tensor) -> None:
-    if norm is not None:
-        check_sizes("norm.raw", norm.raw, dy.shape)
-        check_numbers(dy.shape[1], **{f"norm.{k}": getattr(norm, k) for k in norm._fields[1:]})
+def _before(norm: BatchNormGradient | None, dy: Tensor) -> tuple[tuple[Any, ...], int]:
+    """What the kernels take of a batch norm behind the convolution: raw, norm, sums, share; act."""
+    if norm is None:
+        return (None, None, None, 1.0), 0
+    check_sizes("norm.raw", norm.raw, dy.shape)
+    check_norm(dy.shape[1], "norm.", norm.norm, norm.act)
+    if norm.sums is not None:
+        check_numbers(dy.shape[1], **{f"norm.sums.{k}": t for k, t in norm.sums._asdict().items()})
+    needed = norm.act != 0 or norm.sums is not None
+    count = max(dy.numel() // dy.shape[1], 1)
+    return (norm.raw if needed else None, norm.norm, norm.sums, 1 / count), norm.act

@@ -3,21 +3,23 @@
     dx[q, i]    = sum over taps t and channels o of g[pixel(q, t), o] * w[o, t, i]
     dw[o, t, i] = sum over output pixels p of g[p, o] * a[pixel(p, t), i]
 
-g is the gradient of the convolution's output: dy, or with a prologue what batch norm's backward
-makes of dz, the gradient behind it, and of the product `raw` in front of it, per channel
+g is the gradient of the convolution's output: dy, or where a batch norm and its act stand behind
+the convolution what their backward makes of dy and of the output `raw`, so that it is not written:
 
-    g = slope[o] * dz + offset[o] + factor[o] * (raw - mean[o])
+    dz = dy * act'(norm(raw))                                      xhat = (raw - mean[o]) * rstd[o]
+    g  = scale[o] * (dz - (sum of dz + xhat * (sum of dz * xhat)) / count)
 
-so that neither is written. a is the convolution's input as in conv2d_kernels.py, prologue included.
+with sums over the batch's `count` pixels; without them (fixed statistics) g = scale[o] * dz. norm,
+scale and a, the convolution's input with its prologue, are as in conv2d_kernels.py.
 
 dx with a stride: an input pixel meets only the taps that lie a multiple of the stride from it. The
 pixels of one phase, (row + padding) modulo the stride, meet the same ones, so a program's pixels
 are of one phase, and no tap is walked in vain: see _taps.
 
 dx's epilogue, in float32, each part optional, in this order: plus `add`, the gradient that comes by
-another way; times the slope of the activation that made the input, at z = raw * scale + bias; and
-the two sums that batch norm's backward needs of the result d, for each tile and channel: d and
-d * xhat, with xhat = (raw - mean) * rstd. sum_tiles adds the tiles up in a fixed order.
+another way; times the slope of the activation that made the input, at norm(raw); and the two sums
+that batch norm's backward needs of the result d, for each tile and channel: d and d * xhat.
+sum_tiles adds the tiles up in a fixed order.
 
 dw: each program sums a part of the pixels; sum_tiles adds the parts.
 
@@ -29,47 +31,59 @@ its pixels in a cache.
 import triton
 import triton.language as tl
 
-from fastcnn.triton.activation import act_bwd
-from fastcnn.triton.conv2d_kernels import apply_prologue, numbers, tile_of
+from fastcnn.triton.activation import NONE, act_bwd
+from fastcnn.triton.conv2d_kernels import apply_prologue, numbers, per_channel, tile_of
 
 
 @triton.jit
-def gradient(
-    dy_ptr, raw_ptr, slope_ptr, offset_ptr, factor_ptr, mean_ptr, at, inside, channels, in_o,
-):  # fmt: skip
-    """Return g at [pixels, channels], 0 where not inside."""
+def gradient_per_channel(norm, sums, share, channels, mask):
+    """Return mean, scale and bias of norm, and the offset and factor of g: see gradient()."""
+    mean, rstd, scale, bias = per_channel(norm, channels, mask)
+    offset, factor = tl.zeros_like(mean), tl.zeros_like(mean)
+    if sums is not None:
+        offset = scale * (numbers(sums.gradient, channels, mask) * share)
+        factor = scale * rstd * (numbers(sums.times_xhat, channels, mask) * share)
+    return mean, scale, bias, offset, factor
+
+
+@triton.jit
+def gradient(dy_ptr, raw_ptr, sums, at, inside, at_channels, ACT: tl.constexpr):
+    """Return g at [pixels, channels], 0 where not inside.
+
+    at_channels is gradient_per_channel's, or None where g is dy. raw is read where it is needed.
+    """
     g = tl.load(dy_ptr + at, mask=inside, other=0.0)
-    if raw_ptr is not None:
-        raw = numbers(raw_ptr, at, inside)
-        z = g.to(tl.float32) * numbers(slope_ptr, channels, in_o)[None, :]
-        z += numbers(offset_ptr, channels, in_o)[None, :]
-        apart = raw - numbers(mean_ptr, channels, in_o)[None, :]
-        z += apart * numbers(factor_ptr, channels, in_o)[None, :]
-        g = tl.where(inside, z, 0.0).to(g.dtype)
+    if at_channels is not None:
+        mean, scale, bias, offset, factor = at_channels
+        dz = g.to(tl.float32)
+        if ACT != NONE or sums is not None:
+            apart = numbers(raw_ptr, at, inside) - mean[None, :]
+            dz = act_bwd(dz, apart * scale[None, :] + bias[None, :], ACT)
+        dz *= scale[None, :]
+        if sums is not None:
+            dz -= offset[None, :] + apart * factor[None, :]
+        g = tl.where(inside, dz, 0.0).to(g.dtype)
     return g
 
 
 @triton.jit
 def write_gradient(
-    acc, tile, at, in_q, channels, in_c, c, dx_ptr,
-    add_ptr, raw_ptr, scale_ptr, bias_ptr, mean_ptr, rstd_ptr, sum_ptr, sum_xhat_ptr,
+    acc, tile, at, in_q, channels, in_c, c, dx_ptr, add_ptr, raw_ptr, norm, sum_ptr, sum_xhat_ptr,
     ACT: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of dx at `at`, and its sums: the epilogue."""
     mask = in_q[:, None] & in_c[None, :]
     if add_ptr is not None:
         acc += numbers(add_ptr, at, mask)
-    if raw_ptr is not None:
-        raw = numbers(raw_ptr, at, mask)
-        z = raw * numbers(scale_ptr, channels, in_c)[None, :]
-        acc = act_bwd(acc, z + numbers(bias_ptr, channels, in_c)[None, :], ACT)
+    if norm is not None:
+        mean, rstd, scale, bias = per_channel(norm, channels, in_c)
+        apart = numbers(raw_ptr, at, mask) - mean[None, :]
+        acc = act_bwd(acc, apart * scale[None, :] + bias[None, :], ACT)
         # Summed as the next kernel will read it.
         d = tl.where(mask, acc, 0.0).to(dx_ptr.dtype.element_ty).to(tl.float32)
-        xhat = raw - numbers(mean_ptr, channels, in_c)[None, :]
-        xhat *= numbers(rstd_ptr, channels, in_c)[None, :]
         partial = (tl.zeros_like(channels).to(tl.int64) + tile) * c + channels
         tl.store(sum_ptr + partial, tl.sum(d, 0), mask=in_c)
-        tl.store(sum_xhat_ptr + partial, tl.sum(d * xhat, 0), mask=in_c)
+        tl.store(sum_xhat_ptr + partial, tl.sum(d * (apart * rstd[None, :]), 0), mask=in_c)
     tl.store(dx_ptr + at, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -93,14 +107,14 @@ def _taps(
 
 @triton.jit
 def conv2d_bwd_input_kernel(
-    dy_ptr, w_ptr, dx_ptr, dy_raw_ptr, slope_ptr, offset_ptr, factor_ptr, dy_mean_ptr,
-    add_ptr, raw_ptr, scale_ptr, bias_ptr, mean_ptr, rstd_ptr, sum_ptr, sum_xhat_ptr,
+    dy_ptr, w_ptr, dx_ptr, dy_raw_ptr, dy_norm, dy_sums, share,
+    add_ptr, raw_ptr, norm, sum_ptr, sum_xhat_ptr,
     n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out_group, tiles,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr, GCD_H: tl.constexpr, GCD_W: tl.constexpr, ACT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    DILATION_W: tl.constexpr, GCD_H: tl.constexpr, GCD_W: tl.constexpr,
+    DY_ACT: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Dx. Grid: a phase's tiles (tiles of pixels times tiles of channels), groups, phases."""
     group, phase = tl.program_id(1), tl.program_id(2)
@@ -134,10 +148,11 @@ def conv2d_bwd_input_kernel(
         inside = (row_out >= 0) & (row_out < h_out) & (column_out >= 0) & (column_out < w_out)
         inside = (in_q & inside)[:, None] & in_k[None, :]
         pixel = (image.to(tl.int64) * h_out + row_out) * w_out + column_out
-        g = gradient(
-            dy_ptr, dy_raw_ptr, slope_ptr, offset_ptr, factor_ptr, dy_mean_ptr,
-            pixel[:, None] * c_out + o[None, :], inside, o, in_k,
-        )  # fmt: skip
+        at_channels = None
+        if dy_norm is not None:
+            at_channels = gradient_per_channel(dy_norm, dy_sums, share, o, in_k)
+        at = pixel[:, None] * c_out + o[None, :]
+        g = gradient(dy_ptr, dy_raw_ptr, dy_sums, at, inside, at_channels, DY_ACT)
         tap = (tap_y + y * (STRIDE_H // GCD_H)) * KERNEL_W + tap_x + x * (STRIDE_W // GCD_W)
         w_at = (o.to(tl.int64) * (KERNEL_H * KERNEL_W) + tap) * c_in_group
         weights = tl.load(
@@ -149,18 +164,17 @@ def conv2d_bwd_input_kernel(
     at = ((image.to(tl.int64) * h + row) * w + column)[:, None] * c_in + channels[None, :]
     write_gradient(
         acc, phase * tiles + tile_m, at, in_q, channels, in_i, c_in, dx_ptr,
-        add_ptr, raw_ptr, scale_ptr, bias_ptr, mean_ptr, rstd_ptr, sum_ptr, sum_xhat_ptr, ACT,
+        add_ptr, raw_ptr, norm, sum_ptr, sum_xhat_ptr, ACT,
     )  # fmt: skip
 
 
 @triton.jit
 def conv2d_bwd_weight_kernel(
-    dy_ptr, x_ptr, parts_ptr, dy_raw_ptr, slope_ptr, offset_ptr, factor_ptr, dy_mean_ptr,
-    pre_scale_ptr, pre_bias_ptr,
+    dy_ptr, x_ptr, parts_ptr, dy_raw_ptr, dy_norm, dy_sums, share, pre_norm,
     n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out_group, pixels_a_part,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr, PRE_ACT: tl.constexpr, FLAT: tl.constexpr,
+    DILATION_W: tl.constexpr, DY_ACT: tl.constexpr, PRE_ACT: tl.constexpr, FLAT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A part of dw, in float32 [parts, c_out, taps, c_in_group].
@@ -184,6 +198,11 @@ def conv2d_bwd_weight_kernel(
         in_i = i < c_in_group
         column = tap * c_in_group + i
     channels = group * c_in_group + i
+    g_numbers, a_numbers = None, None
+    if dy_norm is not None:
+        g_numbers = gradient_per_channel(dy_norm, dy_sums, share, o, in_o)
+    if pre_norm is not None:
+        a_numbers = per_channel(pre_norm, channels, in_i)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = part * pixels_a_part
@@ -191,18 +210,18 @@ def conv2d_bwd_weight_kernel(
     for start in range(first, last, BLOCK_K):
         p = start + tl.arange(0, BLOCK_K)
         in_p = p < last
+        at = p.to(tl.int64)[:, None] * c_out + o[None, :]
         g = gradient(
-            dy_ptr, dy_raw_ptr, slope_ptr, offset_ptr, factor_ptr, dy_mean_ptr,
-            p.to(tl.int64)[:, None] * c_out + o[None, :], in_p[:, None] & in_o[None, :], o, in_o,
-        )  # fmt: skip
+            dy_ptr, dy_raw_ptr, dy_sums, at, in_p[:, None] & in_o[None, :], g_numbers, DY_ACT
+        )
         row = (p // w_out % h_out * STRIDE_H - PADDING_H)[:, None] + tap // KERNEL_W * DILATION_H
         left = (p % w_out * STRIDE_W - PADDING_W)[:, None] + tap % KERNEL_W * DILATION_W
         inside = in_p[:, None] & (row >= 0) & (row < h) & (left >= 0) & (left < w)
         inside = inside & in_i[None, :]
         pixel = ((p // (h_out * w_out)).to(tl.int64)[:, None] * h + row) * w + left
         a = tl.load(x_ptr + pixel * c_in + channels[None, :], mask=inside, other=0.0)
-        if pre_scale_ptr is not None:
-            a = apply_prologue(a, inside, pre_scale_ptr, pre_bias_ptr, channels, in_i, PRE_ACT)
+        if pre_norm is not None:
+            a = apply_prologue(a, inside, a_numbers, PRE_ACT)
         acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
     at = (part.to(tl.int64) * c_out + o)[:, None] * (taps * c_in_group) + column[None, :]
     tl.store(parts_ptr + at, acc, mask=in_o[:, None] & in_i[None, :])

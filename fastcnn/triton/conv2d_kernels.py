@@ -3,8 +3,13 @@
     product[p, o] = sum over taps t and channels i of a[pixel(p, t), i] * w[o, t, i]
 
 p counts the output's pixels, n * h_out * w_out of them; a tap is one place of the kernel window. a
-is x, or with a prologue act(x * scale[i] + bias[i]): the batch norm of the layer before, applied
-while loading. Where a tap lies outside the image a is 0, prologue or not.
+is x, or with a prologue act(norm(x)): the batch norm of the layer before, applied while loading.
+Where a tap lies outside the image a is 0, prologue or not. A norm, forward and backward, is
+
+    norm(t) = (t - mean[c]) * scale[c] + bias[c]   scale = rstd * weight, rstd = 1 / sqrt(var + eps)
+
+in float32, centred first; rstd and scale are made in the kernel, of vectors. Kernels take it as
+fastcnn/ops/norm.py has it.
 
 A program makes a tile of BLOCK_M pixels and BLOCK_N channels of one group. It walks the taps, and
 for each the channels in steps of BLOCK_K; with few channels (FLAT) it walks both as one range, so
@@ -14,9 +19,9 @@ L2 cache: GROUP_M tiles below each other, then the next column.
 Floor: x, w and the residual read once, y written once. A tap beyond the first finds x in a cache.
 
 Epilogue, in float32, each part optional, in this order: the product is rounded to y's type, as the
-next kernel will read it, and its statistics taken; times scale plus bias, a number per channel;
-plus residual; act. The statistics are a mean and centred squares for each tile and channel, two
-passes over registers, so nothing cancels; join_statistics joins the tiles in a fixed order.
+next kernel will read it, and its statistics taken; norm, or plus bias; plus residual; act. The
+statistics are a mean and centred squares for each tile and channel, two passes over registers, so
+nothing cancels; join_statistics joins the tiles in a fixed order.
 """
 
 # Constexpr parameters have capitals: a kernel is compiled anew for each of their values.
@@ -42,9 +47,23 @@ def numbers(pointer, at, mask):
 
 
 @triton.jit
+def per_channel(norm, channels, mask):
+    """Return a norm's mean, rstd, scale and bias at the channels, in float32."""
+    mean = numbers(norm.mean, channels, mask)
+    var = tl.load(norm.var + channels, mask=mask, other=1.0).to(tl.float32)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + norm.eps))
+    scale, bias = rstd, tl.zeros_like(rstd)
+    if norm.weight is not None:
+        scale = rstd * numbers(norm.weight, channels, mask)
+    if norm.bias is not None:
+        bias = numbers(norm.bias, channels, mask)
+    return mean, rstd, scale, bias
+
+
+@triton.jit
 def write_tile(
     acc, tile_m, p, in_p, channels, in_o, c_out,
-    y_ptr, scale_ptr, bias_ptr, residual_ptr, mean_ptr, square_ptr, ACT: tl.constexpr,
+    y_ptr, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr, ACT: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of y, and its statistics: the epilogue."""
     dtype = y_ptr.dtype.element_ty
@@ -58,8 +77,9 @@ def write_tile(
         partial = (tl.zeros_like(channels).to(tl.int64) + tile_m) * c_out + channels
         tl.store(mean_ptr + partial, mean, mask=in_o)
         tl.store(square_ptr + partial, tl.sum(centred * centred, 0), mask=in_o)
-    if scale_ptr is not None:
-        acc = acc * numbers(scale_ptr, channels, in_o)[None, :]
+    if norm is not None:
+        mean, _, scale, bias = per_channel(norm, channels, in_o)
+        acc = (acc - mean[None, :]) * scale[None, :] + bias[None, :]
     if bias_ptr is not None:
         acc = acc + numbers(bias_ptr, channels, in_o)[None, :]
     if residual_ptr is not None:
@@ -68,17 +88,16 @@ def write_tile(
 
 
 @triton.jit
-def apply_prologue(a, inside, scale_ptr, bias_ptr, channels, in_k, ACT: tl.constexpr):
-    """Return act(a * scale + bias) in a's type, 0 where not inside."""
-    scale = numbers(scale_ptr, channels, in_k)[None, :]
-    z = act_fwd(a.to(tl.float32) * scale + numbers(bias_ptr, channels, in_k)[None, :], ACT)
-    return tl.where(inside, z, 0.0).to(a.dtype)
+def apply_prologue(a, inside, at_channels, ACT: tl.constexpr):
+    """Return act(norm(a)) in a's type, 0 where not inside; at_channels is per_channel's."""
+    mean, _, scale, bias = at_channels
+    z = (a.to(tl.float32) - mean[None, :]) * scale[None, :] + bias[None, :]
+    return tl.where(inside, act_fwd(z, ACT), 0.0).to(a.dtype)
 
 
 @triton.jit
 def conv2d_kernel(
-    x_ptr, w_ptr, y_ptr, scale_ptr, bias_ptr, residual_ptr, pre_scale_ptr, pre_bias_ptr,
-    mean_ptr, square_ptr,
+    x_ptr, w_ptr, y_ptr, pre_norm, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr,
     n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out_group,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr,
@@ -122,21 +141,20 @@ def conv2d_kernel(
         a = tl.load(x_ptr + at, mask=inside, other=0.0)
         b_at = weights + (tap * c_in_group + k)[:, None]
         b = tl.load(b_at, mask=in_k[:, None] & in_o[None, :], other=0.0)
-        if pre_scale_ptr is not None:
-            a = apply_prologue(
-                a, inside, pre_scale_ptr, pre_bias_ptr, group * c_in_group + i, in_k, PRE_ACT
-            )
+        if pre_norm is not None:
+            at_channels = per_channel(pre_norm, group * c_in_group + i, in_k)
+            a = apply_prologue(a, inside, at_channels, PRE_ACT)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     write_tile(
         acc, tile_m, p, in_p, channels, in_o, c_out,
-        y_ptr, scale_ptr, bias_ptr, residual_ptr, mean_ptr, square_ptr, ACT,
+        y_ptr, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr, ACT,
     )  # fmt: skip
 
 
 @triton.jit
 def pointwise_kernel(
-    x_matrix, w_matrix, y_ptr, scale_ptr, bias_ptr, residual_ptr, pre_scale_ptr, pre_bias_ptr,
-    mean_ptr, square_ptr, pixels, c_in, c_out,
+    x_matrix, w_matrix, y_ptr, pre_norm, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr,
+    pixels, c_in, c_out,
     PRE_ACT: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -156,15 +174,15 @@ def pointwise_kernel(
         for step in range(tl.cdiv(c_in, BLOCK_K)):
             a = x_matrix.load([tile_m * BLOCK_M, step * BLOCK_K])
             b = w_matrix.load([tile_n * BLOCK_N, step * BLOCK_K])
-            if pre_scale_ptr is not None:
+            if pre_norm is not None:
                 i = step * BLOCK_K + tl.arange(0, BLOCK_K)
                 in_k = i < c_in
                 inside = in_p[:, None] & in_k[None, :]
-                a = apply_prologue(a, inside, pre_scale_ptr, pre_bias_ptr, i, in_k, PRE_ACT)
+                a = apply_prologue(a, inside, per_channel(pre_norm, i, in_k), PRE_ACT)
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
         write_tile(
             acc, tile_m, p, in_p, o, in_o, c_out,
-            y_ptr, scale_ptr, bias_ptr, residual_ptr, mean_ptr, square_ptr, ACT,
+            y_ptr, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr, ACT,
         )  # fmt: skip
 
 

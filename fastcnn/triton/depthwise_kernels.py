@@ -13,14 +13,14 @@ floors too: a tap beyond the first finds its pixels in a cache.
 import triton
 import triton.language as tl
 
-from fastcnn.triton.conv2d_bwd_kernels import gradient, write_gradient
-from fastcnn.triton.conv2d_kernels import apply_prologue, numbers, write_tile
+from fastcnn.triton.conv2d_bwd_kernels import gradient, gradient_per_channel, write_gradient
+from fastcnn.triton.conv2d_kernels import apply_prologue, numbers, per_channel, write_tile
 
 
 @triton.jit
 def depthwise_kernel(
-    x_ptr, w_ptr, y_ptr, scale_ptr, bias_ptr, residual_ptr, pre_scale_ptr, pre_bias_ptr,
-    mean_ptr, square_ptr, n, h, w, c_in, h_out, w_out, c_out,
+    x_ptr, w_ptr, y_ptr, pre_norm, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr,
+    n, h, w, c_in, h_out, w_out, c_out,
     MULTIPLIER: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PADDING_H: tl.constexpr,
     PADDING_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
@@ -34,6 +34,9 @@ def depthwise_kernel(
     image = (p // (h_out * w_out)).to(tl.int64)
     top = p // w_out % h_out * STRIDE_H - PADDING_H
     left = p % w_out * STRIDE_W - PADDING_W
+    at_channels = None
+    if pre_norm is not None:
+        at_channels = per_channel(pre_norm, i, in_o)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tap in range(KERNEL_H * KERNEL_W):
         row, column = top + tap // KERNEL_W * DILATION_H, left + tap % KERNEL_W * DILATION_W
@@ -41,25 +44,25 @@ def depthwise_kernel(
         inside = inside[:, None] & in_o[None, :]
         at = ((image * h + row) * w + column)[:, None] * c_in + i[None, :]
         a = tl.load(x_ptr + at, mask=inside, other=0.0)
-        if pre_scale_ptr is not None:
-            a = apply_prologue(a, inside, pre_scale_ptr, pre_bias_ptr, i, in_o, PRE_ACT)
+        if pre_norm is not None:
+            a = apply_prologue(a, inside, at_channels, PRE_ACT)
         weights = numbers(w_ptr, o * (KERNEL_H * KERNEL_W) + tap, in_o)
         acc += a.to(tl.float32) * weights[None, :]
     write_tile(
         acc, tile_m, p, in_p, o, in_o, c_out,
-        y_ptr, scale_ptr, bias_ptr, residual_ptr, mean_ptr, square_ptr, ACT,
+        y_ptr, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr, ACT,
     )  # fmt: skip
 
 
 @triton.jit
 def depthwise_bwd_input_kernel(
-    dy_ptr, w_ptr, dx_ptr, dy_raw_ptr, slope_ptr, offset_ptr, factor_ptr, dy_mean_ptr,
-    add_ptr, raw_ptr, scale_ptr, bias_ptr, mean_ptr, rstd_ptr, sum_ptr, sum_xhat_ptr,
+    dy_ptr, w_ptr, dx_ptr, dy_raw_ptr, dy_norm, dy_sums, share,
+    add_ptr, raw_ptr, norm, sum_ptr, sum_xhat_ptr,
     n, h, w, c_in, h_out, w_out, c_out,
     MULTIPLIER: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PADDING_H: tl.constexpr,
     PADDING_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DY_ACT: tl.constexpr, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Make dx. Grid: tiles of pixels, blocks of channels. Taps between strides are masked."""
     tile_m = tl.program_id(0)
@@ -77,27 +80,27 @@ def depthwise_bwd_input_kernel(
         pixel = ((image * h_out + y) * w_out + x)[:, None] * c_out
         for j in range(MULTIPLIER):
             o = i * MULTIPLIER + j
-            g = gradient(
-                dy_ptr, dy_raw_ptr, slope_ptr, offset_ptr, factor_ptr, dy_mean_ptr,
-                pixel + o[None, :], inside, o, in_i,
-            )  # fmt: skip
+            at_channels = None
+            if dy_norm is not None:
+                at_channels = gradient_per_channel(dy_norm, dy_sums, share, o, in_i)
+            at = pixel + o[None, :]
+            g = gradient(dy_ptr, dy_raw_ptr, dy_sums, at, inside, at_channels, DY_ACT)
             weights = numbers(w_ptr, o * (KERNEL_H * KERNEL_W) + tap, in_i)
             acc += g.to(tl.float32) * weights[None, :]
     write_gradient(
         acc, tile_m, q.to(tl.int64)[:, None] * c_in + i[None, :], in_q, i, in_i, c_in, dx_ptr,
-        add_ptr, raw_ptr, scale_ptr, bias_ptr, mean_ptr, rstd_ptr, sum_ptr, sum_xhat_ptr, ACT,
+        add_ptr, raw_ptr, norm, sum_ptr, sum_xhat_ptr, ACT,
     )  # fmt: skip
 
 
 @triton.jit
 def depthwise_bwd_weight_kernel(
-    dy_ptr, x_ptr, parts_ptr, dy_raw_ptr, slope_ptr, offset_ptr, factor_ptr, dy_mean_ptr,
-    pre_scale_ptr, pre_bias_ptr,
+    dy_ptr, x_ptr, parts_ptr, dy_raw_ptr, dy_norm, dy_sums, share, pre_norm,
     n, h, w, c_in, h_out, w_out, c_out, pixels_a_part,
     MULTIPLIER: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PADDING_H: tl.constexpr,
     PADDING_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    PRE_ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DY_ACT: tl.constexpr, PRE_ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A part of dw, in float32 [parts, c_out, taps]. Grid: blocks of channels, taps, parts."""
     o = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -105,6 +108,11 @@ def depthwise_bwd_weight_kernel(
     in_o, i = o < c_out, o // MULTIPLIER
     first = part * pixels_a_part
     last = tl.minimum(first + pixels_a_part, n * h_out * w_out)
+    g_numbers, a_numbers = None, None
+    if dy_norm is not None:
+        g_numbers = gradient_per_channel(dy_norm, dy_sums, share, o, in_o)
+    if pre_norm is not None:
+        a_numbers = per_channel(pre_norm, i, in_o)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, last, BLOCK_M):
         p = start + tl.arange(0, BLOCK_M)
@@ -115,12 +123,10 @@ def depthwise_bwd_weight_kernel(
         inside = inside[:, None] & in_o[None, :]
         pixel = ((p // (h_out * w_out)).to(tl.int64) * h + row) * w + column
         a = tl.load(x_ptr + pixel[:, None] * c_in + i[None, :], mask=inside, other=0.0)
-        if pre_scale_ptr is not None:
-            a = apply_prologue(a, inside, pre_scale_ptr, pre_bias_ptr, i, in_o, PRE_ACT)
-        g = gradient(
-            dy_ptr, dy_raw_ptr, slope_ptr, offset_ptr, factor_ptr, dy_mean_ptr,
-            p.to(tl.int64)[:, None] * c_out + o[None, :], inside, o, in_o,
-        )  # fmt: skip
+        if pre_norm is not None:
+            a = apply_prologue(a, inside, a_numbers, PRE_ACT)
+        at = p.to(tl.int64)[:, None] * c_out + o[None, :]
+        g = gradient(dy_ptr, dy_raw_ptr, dy_sums, at, inside, g_numbers, DY_ACT)
         acc += a.to(tl.float32) * g.to(tl.float32)
     at = (part.to(tl.int64) * c_out + o) * (KERNEL_H * KERNEL_W) + tap
     tl.store(parts_ptr + at, tl.sum(acc, 0), mask=in_o)

@@ -8,6 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
+from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.ops.norm import Norm
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 Pair = tuple[int, int]
 
@@ -61,10 +64,19 @@ def is_lean(prologue: bool, residual: bool, by_descriptors: bool, arch: int) -> 
     return not prologue or not (residual or by_descriptors)
 
 
+def allows_tf32() -> bool:
+    """Whether float32 may be multiplied as TF32.
+
+    torch.backends.cudnn.allow_tf32 sets the same, but raises when read once convolutions and
+    recurrent layers differ.
+    """
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
 def blocks(tile: Tile) -> dict[str, Any]:
     """Return the tile as options of a launch."""
     return {
-        "PRECISION": "tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+        "PRECISION": "tf32" if allows_tf32() else "ieee",
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
         "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
     }  # fmt: skip
@@ -144,10 +156,23 @@ def check_groups(c_in: int, c_out: int, groups: int) -> None:
 
 
 def check_numbers(channels: int, **numbers: Tensor | None) -> None:
-    """Raise ValueError for numbers that are not one a channel."""
+    """Raise ValueError for numbers that are not one a channel, or of another type."""
     for name, t in numbers.items():
-        if t is not None and (tuple(t.shape) != (channels,) or not t.is_contiguous()):
+        if t is not None and (
+            tuple(t.shape) != (channels,) or not t.is_contiguous() or t.dtype not in DTYPES
+        ):
             raise ValueError(
-                f"conv2d: {name}: expected [{channels}], contiguous, got {tuple(t.shape)} with "
-                f"strides {t.stride()}"
+                f"conv2d: {name}: expected [{channels}], contiguous, of float16, bfloat16 or "
+                f"float32, got {tuple(t.shape)} with strides {t.stride()} of {t.dtype}"
             )
+
+
+def check_norm(channels: int, name: str, norm: Norm | None, act: int) -> None:
+    """Raise ValueError for a batch norm of other channels, or an act behind it that is none."""
+    if norm is not None:
+        tensors = {f"{name}norm.{k}": getattr(norm, k) for k in norm._fields[:4]}
+        check_numbers(channels, **tensors)
+    if act not in ACT_NUMBER.values():
+        raise ValueError(
+            f"conv2d: {name}act: expected a number from 0 to {len(ACT_NUMBER) - 1}, got {act!r}"
+        )
