@@ -45,8 +45,8 @@ def raises(_: Problem, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
-        (lambda _, x: x * 2.001, r"output 0: error \S+, limit 0"),
-        (nan_in_one_place, r"output 0: error nan, limit 0"),
+        (lambda _, x: x * 2.001, r"output 0: error \S+, limit \S+ where the yardstick errs by 0"),
+        (nan_in_one_place, "output 0: error nan, where the reference is finite"),
         (
             lambda _, x: (x * 2)[:, :4],
             r"outputs: expected \[\[1, 8, 4, 4\]\], got \[\[1, 4, 4, 4\]",
@@ -63,7 +63,7 @@ def raises(_: Problem, x: Tensor) -> Tensor:
 def test_a_wrong_candidate_is_refused_and_shown(run: object, reason: str, tmp_path: Path) -> None:
     clock = Clock()
     wrong = candidate("wrong", clock, 0.1, run)  # type: ignore[arg-type]
-    ways = [wrong, candidate("right", clock, 5.0)]
+    ways = [candidate("right", clock, 5.0), wrong]
     with pytest.warns(UserWarning, match=f"double: wrong refused: {reason}"):
         plan = planner("tune", clock, tmp_path, *ways).choose(problem())
     assert plan.name == "right"

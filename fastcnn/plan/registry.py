@@ -35,8 +35,8 @@ class Op:
     tensors: Callable[[Problem, torch.Generator], tuple[Tensor, ...]]
     # reference(problem, *tensors) -> the outputs, more exact than any candidate's
     reference: Callable[..., Tensor | tuple[Tensor, ...]]
-    # By output: the largest error that is right, as a share of the largest value. 0: all bits.
-    tolerances: Callable[[Problem], Sequence[float]]
+    # The candidate that is PyTorch's own way: the others may err a few times as much (check.py).
+    yardstick: str
     candidates: dict[str, Candidate] = field(default_factory=dict)
 
     def supporting(self, problem: Problem) -> list[Candidate]:

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastcnn.plan import check
 from fastcnn.plan.file import Entry
 from fastcnn.plan.problem import Problem
 from fastcnn.plan.registry import Candidate, Op
@@ -81,26 +82,41 @@ def tune(op: Op, problem: Problem, candidates: Sequence[Candidate], timer: Timer
 
     Raises:
         RuntimeError: none is right; or the device is out of order since one ran.
+        ValueError: the op's yardstick is not registered.
     """
     from fastcnn.lab.measure import interleaved  # lab imports models, and they ops that are planned
 
+    if op.yardstick not in op.candidates:
+        names = ", ".join(op.candidates)
+        raise ValueError(f"yardstick: expected one of {names}, got {op.yardstick}")
     device = problem.device
     generator = torch.Generator(device).manual_seed(0)
     # Events and kernels go to the current device.
     current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with current, torch.no_grad(), torch.autocast(device.type, enabled=False):
         tensors = op.tensors(problem, generator)
-        expected = _outputs(op.reference(problem, *tensors))
-        right: dict[str, Callable[[], object]] = {}
+        expected = _tuple(op.reference(problem, *tensors))
+        errors: dict[str, list[check.Error]] = {}
         refused: dict[str, str] = {}
         for candidate in candidates:
-            reason = _refusal(op, problem, candidate, tensors, expected, timer)
-            if reason is None:
-                right[candidate.name] = functools.partial(candidate.run, problem, *tensors)
-            else:
-                refused[candidate.name] = reason
-                warnings.warn(f"{op.name}: {candidate.name} refused: {reason}", stacklevel=2)
+            try:
+                errors[candidate.name] = _errors(problem, candidate, tensors, expected, timer)
+            except check.Wrong as reason:
+                refused[candidate.name] = str(reason)
+        scales = [check.largest(exact.double().nan_to_num(0.0, 0.0, 0.0)) for exact in expected]
         del expected
+        yardstick = errors.get(op.yardstick)
+        for name, found in errors.items():
+            why = check.difference(problem, found, scales, yardstick)
+            if why is not None and name != op.yardstick:
+                refused[name] = why
+        for name, why in refused.items():
+            warnings.warn(f"{op.name}: {name} refused: {why}", stacklevel=2)
+        right: dict[str, Callable[[], object]] = {
+            candidate.name: functools.partial(candidate.run, problem, *tensors)
+            for candidate in candidates
+            if candidate.name not in refused
+        }
         if not right:
             raise RuntimeError(f"{op.name}: no candidate is right for {problem}: {refused}")
         times = interleaved(right, REPEATS, WARMUP, timer.seconds)
@@ -108,44 +124,31 @@ def tune(op: Op, problem: Problem, candidates: Sequence[Candidate], timer: Timer
     return Entry(min(milliseconds, key=milliseconds.__getitem__), milliseconds, refused)
 
 
-def _refusal(
-    op: Op,
+def _errors(
     problem: Problem,
     candidate: Candidate,
     tensors: tuple[Tensor, ...],
     expected: tuple[Tensor, ...],
     timer: Timer,
-) -> str | None:
-    """Run a candidate on its own copies of the inputs, and say what is wrong with it."""
+) -> list[check.Error]:
+    """Run a candidate on its own copies of the inputs, and return the errors of its outputs.
+
+    Raises:
+        check.Wrong: it raised, changed its inputs, or its outputs cannot be right.
+    """
     inputs = tuple(tensor.clone() for tensor in tensors)
     try:
-        outputs = _outputs(candidate.run(problem, *inputs))
+        outputs = _tuple(candidate.run(problem, *inputs))
         timer.synchronize()
     except torch.OutOfMemoryError:
         raise  # that says nothing about the candidate: another time there is room
     except Exception as error:
         timer.synchronize()  # raises where the device is lost, which no other candidate can mend
-        return f"{type(error).__name__}: {error}"
+        raise check.Wrong(f"{type(error).__name__}: {error}") from error
     if not all(map(torch.equal, inputs, tensors)):
-        return "it changed its inputs"
-    return _difference(outputs, expected, op.tolerances(problem))
+        raise check.Wrong("it changed its inputs")
+    return check.errors(outputs, expected)
 
 
-def _outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else result
-
-
-def _difference(
-    outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerances: Sequence[float]
-) -> str | None:
-    shapes, right = ([list(y.shape) for y in ys] for ys in (outputs, expected))
-    if shapes != right:
-        return f"outputs: expected {right}, got {shapes}"
-    for i, (y, exact, tolerance) in enumerate(zip(outputs, expected, tolerances, strict=True)):
-        if y.numel() == 0:
-            continue
-        error = (y.double() - exact.double()).abs().max().item()
-        limit = tolerance * exact.double().abs().max().item()
-        if not error <= limit:  # a NaN is refused too
-            return f"output {i}: error {error:.3g}, limit {limit:.3g}"
-    return None
