@@ -12,7 +12,7 @@ from torch import Tensor
 from fastcnn.plan.file import PlanFile, environment_of
 from fastcnn.plan.planner import Planner
 from fastcnn.plan.problem import Device, Problem
-from fastcnn.plan.registry import Candidate, Kernel, Op
+from fastcnn.plan.registry import Candidate, Finish, Kernel, Op
 
 H200 = Device("NVIDIA H200", "sm_90", "CUDA 13000, 580.95.05")
 
@@ -48,6 +48,7 @@ def candidate(
     run: Callable[[Problem, Tensor], Tensor] = lambda _, x: x * 2,
     supports: Callable[[Problem], str | None] = lambda _: None,
     passes: int = 1,
+    finish: Finish | None = None,
 ) -> Candidate:
     """Takes these milliseconds, the last of them for ever; the model is told of `passes` over x."""
     times = iter([milliseconds] if isinstance(milliseconds, float) else milliseconds)
@@ -67,7 +68,7 @@ def candidate(
     def kernels(problem: Problem) -> list[Kernel]:
         return [Kernel(1e9)] * passes
 
-    return Candidate(name, timed, supports, kernels)
+    return Candidate(name, timed, supports, kernels, finish)
 
 
 def op(*candidates: Candidate, yardstick: str | None = None) -> Op:

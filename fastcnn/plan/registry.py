@@ -11,6 +11,8 @@ from fastcnn.plan.problem import Problem
 
 __all__ = ["OPS", "Candidate", "Op", "register"]
 
+Finish = Callable[[Problem, tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -24,6 +26,9 @@ class Candidate:
     supports: Callable[[Problem], str | None]
     # The kernels that it runs one after another, for the model of cards.py.
     kernels: Callable[[Problem], Sequence[Kernel]]
+    # finish(problem, inputs, outputs) -> the outputs as the op has them, for the check. It takes no
+    # time: what a candidate may leave to its consumer, who does it on the way.
+    finish: Finish | None = None
 
 
 @dataclass(frozen=True)
