@@ -116,8 +116,15 @@ def test_who_cannot_do_it_does_not_take_part(tmp_path: Path) -> None:
     )
     ways = [picky, candidate("plain", clock, 1.0)]
     plans = planner("tune", clock, tmp_path, *ways)
-    assert plans.choose(problem(1)).name == "plain"
+    plan = plans.choose(problem(1))
+    assert plan[:3] == ("plain", "tuned", "plain 1 ms; picky: n: 1 is too few")
     assert plans.choose(problem(2)).name == "picky"
+    # From the file, and without it.
+    assert planner("read", clock, tmp_path, *ways).choose(problem(1)) == plan
+    plan = planner("off", clock, None, *ways).choose(problem(1))
+    assert plan.source == "model"
+    assert plan.reason.startswith("predicted from the numbers of CPU: plain ")
+    assert plan.reason.endswith(" ms; picky: n: 1 is too few")
     with pytest.raises(ValueError, match=r"double: no candidate for .*: picky: n: 1 is too few"):
         planner("tune", clock, tmp_path, picky).choose(problem(1))
 
@@ -151,7 +158,8 @@ def test_a_new_candidate_is_tuned_and_a_lost_one_replaced(tmp_path: Path) -> Non
     a, b = candidate("a", clock, 2.0), candidate("b", clock, 1.0)
     planner("tune", clock, tmp_path, a).choose(problem())
     # Reading keeps to what is known; tuning asks the new one as well.
-    assert planner("read", clock, tmp_path, a, b).choose(problem()).name == "a"
+    plan = planner("read", clock, tmp_path, a, b).choose(problem())
+    assert plan[:3] == ("a", "tuned", "a 2 ms; b: not timed")
     assert planner("tune", clock, tmp_path, a, b).choose(problem()).name == "b"
     assert planner("read", clock, tmp_path, a).choose(problem()).source == "model"
     assert planner("tune", clock, tmp_path, a).choose(problem())[:2] == ("a", "tuned")

@@ -37,7 +37,7 @@ class Plan(NamedTuple):
 
     name: str  # of the candidate
     source: str  # "tuned", "measured" or "model"
-    reason: str
+    reason: str  # times, who was refused, who did not take part
     milliseconds: float | None  # measured; None from the model
 
 
@@ -130,7 +130,7 @@ class Planner:
                 return self._plans[problem]
             device = self._describe(problem.device)
             key = problem.key(device)
-            able = {candidate.name: candidate for candidate in op.supporting(problem)}
+            able, unable = op.supporting(problem)
             entry = None if self.mode == "off" else self._file(device).entries.get(key)
             untuned = None
             if self.mode == "tune" and not _complete(entry, able):
@@ -138,11 +138,13 @@ class Planner:
                 if busy is None:
                     entry, untuned = self._tune(op, problem, key, able, self._file(device))
             if entry is not None and entry.plan in able:
-                plan = _of_entry(entry, "tuned")
+                plan = _of_entry(entry, "tuned", able)
             else:
                 plan = self._default(problem, key, device, able)
-            if why := busy or untuned:
-                plan = plan._replace(reason=f"not tuned {why}; {plan.reason}")
+            reason = f"not tuned {why}; {plan.reason}" if (why := busy or untuned) else plan.reason
+            # Who did not take part is shown: nothing falls back silently.
+            reason += "".join(f"; {name}: {why}" for name, why in unable.items())
+            plan = plan._replace(reason=reason)
             (self._passing if busy else self._plans)[problem] = plan
             return plan
 
@@ -175,7 +177,7 @@ class Planner:
     ) -> Plan:
         entry = self._defaults.get(key)
         if entry is not None and entry.plan in able:
-            return _of_entry(entry, "measured")
+            return _of_entry(entry, "measured", able)
         card, which = card_of(device)
         seconds = {
             name: predicted_seconds(card, problem.dtype, one.kernels(problem))
@@ -191,8 +193,9 @@ def _complete(entry: Entry | None, able: Mapping[str, Candidate]) -> bool:
     return entry is not None and entry.plan in able and set(able) <= entry.names()
 
 
-def _of_entry(entry: Entry, source: str) -> Plan:
+def _of_entry(entry: Entry, source: str, able: Mapping[str, Candidate]) -> Plan:
     reason = ", ".join(f"{name} {ms:.4g} ms" for name, ms in entry.milliseconds.items())
     for name, why in entry.refused.items():
         reason += f"; {name} refused: {why}"
+    reason += "".join(f"; {name}: not timed" for name in able if name not in entry.names())
     return Plan(entry.plan, source, reason, entry.milliseconds[entry.plan])

@@ -44,18 +44,19 @@ class Op:
     yardstick: str
     candidates: dict[str, Candidate] = field(default_factory=dict)
 
-    def supporting(self, problem: Problem) -> list[Candidate]:
-        """Return the candidates that can do a problem, in the order of their registration.
+    def supporting(self, problem: Problem) -> tuple[dict[str, Candidate], dict[str, str]]:
+        """Return who can do a problem, in the order of registration, and why the others cannot.
 
         Raises:
-            ValueError: there is none; it says why not, by candidate.
+            ValueError: nobody can; it says why not, by candidate.
         """
         reasons = {name: one.supports(problem) for name, one in self.candidates.items()}
-        able = [one for name, one in self.candidates.items() if reasons[name] is None]
+        able = {name: one for name, one in self.candidates.items() if reasons[name] is None}
+        unable = {name: reason for name, reason in reasons.items() if reason is not None}
         if not able:
-            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            why = "; ".join(f"{name}: {reason}" for name, reason in unable.items())
             raise ValueError(f"{self.name}: no candidate for {problem}: {why or 'none registered'}")
-        return able
+        return able, unable
 
 
 OPS: dict[str, Op] = {}
