@@ -74,10 +74,16 @@ _reduce = torch.ops.fastcnn.batch_norm_act_reduce.default
 _dx = torch.ops.fastcnn.batch_norm_act_dx.default
 
 
-def joined_statistics(x: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+def joined_statistics(x: Tensor, group: Group | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean, biased variance and the number of values a channel, over all ranks."""
-    mean, var, total = _join(gather(_stats(x), group))
+    own = _stats(x)
+    mean, var, total = _join(own[None] if group is None else gather(own, group))
     return mean, var, total
+
+
+def shared_sums(dweight: Tensor, dbias: Tensor, group: Group) -> Tensor:
+    """Return the ranks' sums added up, as [2, c]."""
+    return gather(torch.stack((dweight, dbias)), group).sum(0)
 
 
 def synced_bwd(
@@ -100,7 +106,7 @@ def synced_bwd(
     dresidual, dweight, dbias = _reduce(dy, x, saved, *fixed, eps, act, want_dresidual)
     if not want_dx:
         return None, dresidual, dweight, dbias
-    sums = gather(torch.stack((dweight, dbias)), group).sum(0)
+    sums = shared_sums(dweight, dbias, group)
     if want_dresidual:  # dz lies there
         dy, saved, act = dresidual, None, ACT_NUMBER["none"]
     dx = _dx(dy, x, saved, *fixed, *sums.unbind(), total, eps, act, True)

@@ -21,28 +21,31 @@ residual that came as a tensor:
                convolutions to more channels
 
 Eager keeps every a_i beside every r_i, and a pooling's indices. What is rebuilt has the same bits:
-the kernels that made it run again. The convolutions are PyTorch's own. In evaluation, where nobody
-asks for a gradient, each step is one convolution of oneDNN on the CPU (ops/convolution.py).
+the kernels that made it run again. The convolutions are PyTorch's own; on CUDA those of a step are
+Triton's where the planner finds them faster, and what stands before and behind is fused into them
+(conv_bn_act_fused.py, conv_bn_act_plan.py). In evaluation, where nobody asks for a gradient, each
+step is one convolution of oneDNN on the CPU (convolution.py), on CUDA what conv_bn_act_eval.py
+offers.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from fastcnn.ops._library import apply, distinct
-from fastcnn.ops.batch_norm_calls import update_running
 from fastcnn.ops.checks import check_image, check_image_of
+from fastcnn.ops.conv_bn_act_check import Check
+from fastcnn.ops.conv_bn_act_eval import convolve_planned
 from fastcnn.ops.conv_bn_act_function import ConvBnActFunction
-from fastcnn.ops.conv_bn_act_step import (
-    BlockGeometry,
-    ConvBnActBlock,
-    ConvBnActStep,
-    Geometry,
-    check_memory,
-    check_step,
+from fastcnn.ops.conv_bn_act_problem import is_planned
+from fastcnn.ops.conv_bn_act_step import ConvBnActBlock, ConvBnActStep, Geometry, check_memory
+from fastcnn.ops.convolution import (
+    autocast_dtype,
+    cast,
+    convolve_folded,
+    folds,
+    is_inference,
 )
-from fastcnn.ops.convolution import autocast_dtype, cast, convolve_folded, folds
 
 OP = "conv_bn_act"
 
@@ -86,92 +89,26 @@ def _run(
     dtype = autocast_dtype(x)
     x, residual = cast(x, dtype), cast(residual, dtype)
     check_image(OP, "input", x)
-    check = _Check(x, dtype, memory)
+    check = Check(x, dtype, memory)
     sizes = list(x.shape)
     for name, block in blocks.items():
         sizes = check.block(name, block, sizes, residual is not None)
     if residual is not None:
         check_image_of(OP, "residual", residual, sizes, x)
-    if folds(x, check.steps, residual):
-        return _evaluate(x, residual, blocks.values(), iter(check.geometry))
+    if is_inference(x, check.steps, residual):
+        if folds(x):
+            return _evaluate(x, residual, blocks.values(), iter(check.geometry), convolve_folded)
+        if is_planned(x) and x.numel() > 0:
+            return _evaluate(x, residual, blocks.values(), iter(check.geometry), convolve_planned)
+    if is_planned(x) and x.numel() > 0:
+        check.plan()
     tensors: list[Tensor | None] = []
-    for s in check.steps:
-        fixed = (None, None) if s.training else (s.running_mean, s.running_var)
-        tensors += s.weight, s.conv_bias, s.bn_weight, s.bn_bias, *fixed
+    for i, s in enumerate(check.steps):
+        tensors += s.weight, s.conv_bias, s.bn_weight, s.bn_bias, *check.fixed(i)
     image, added, *tensors = distinct(x, residual, *tensors)
     y, *kept = apply(ConvBnActFunction, image, added, tuple(check.blocks), *tensors)
     check.update_running(kept)
     return y
-
-
-class _Check:
-    """Checks blocks one after the other, and holds what the Function needs of them."""
-
-    def __init__(self, x: Tensor, dtype: torch.dtype | None, memory: str) -> None:
-        self.x, self.dtype, self.memory = x, dtype, memory
-        self.blocks: list[BlockGeometry] = []
-        # Of all blocks' steps, in the order in which they run.
-        self.steps: list[ConvBnActStep] = []
-        self.geometry: list[Geometry] = []
-        self.counts: list[int] = []  # values a channel
-
-    def block(self, op: str, block: ConvBnActBlock, sizes: list[int], adds: bool) -> list[int]:
-        """Check a block whose input has these sizes; return its output's."""
-        if not isinstance(block, ConvBnActBlock):
-            raise TypeError(f"{op}: blocks: expected ConvBnActBlocks, got {type(block).__name__}")
-        shortcut, added = None, sizes
-        if block.shortcut is not None:
-            shortcut, added = self._chain(op, "shortcut", block.shortcut, sizes)
-        steps, out = self._chain(op, "steps", block.steps, sizes)
-        if not steps:
-            raise ValueError(f"{op}: steps: expected at least one, got none")
-        if shortcut is not None and added != out:
-            raise ValueError(f"{op}: shortcut: expected sizes {out} as the steps give, got {added}")
-        if (adds or shortcut is not None) and steps[-1].pool is not None:
-            raise ValueError(
-                f"{op}: pool: expected None in the last step of a block with a residual, "
-                f"got {block.steps[-1].pool}"
-            )
-        self.blocks.append(BlockGeometry(steps, shortcut))
-        return out
-
-    def _chain(
-        self, op: str, name: str, steps: Sequence[ConvBnActStep], sizes: list[int]
-    ) -> tuple[tuple[Geometry, ...], list[int]]:
-        found = []
-        if not isinstance(steps, (tuple, list)) or isinstance(steps, ConvBnActStep):
-            raise TypeError(
-                f"{op}: {name}: expected a tuple or list of steps, got {type(steps).__name__}"
-            )
-        if name != "steps":
-            op = f"{op}: {name}"
-        for i, step in enumerate(steps):
-            if not isinstance(step, ConvBnActStep):
-                raise TypeError(
-                    f"{op}: step {i}: expected a ConvBnActStep, got {type(step).__name__}"
-                )
-            if self.dtype is not None:
-                step = step._replace(
-                    weight=cast(step.weight, self.dtype),
-                    conv_bias=cast(step.conv_bias, self.dtype),
-                )
-            g, raw, sizes = check_step(f"{op}: step {i}", step, self.x, sizes, self.memory)
-            found.append(g)
-            self.steps.append(step)
-            self.counts.append(raw[0] * raw[2] * raw[3])
-        self.geometry += found
-        return tuple(found), sizes
-
-    def update_running(self, kept: Sequence[Tensor]) -> None:
-        """Move the running statistics by what the Function has returned beside y."""
-        values = iter(kept)
-        for g, s, count in zip(self.geometry, self.steps, self.counts, strict=True):
-            if not g.rerun:
-                next(values)
-            if g.training:
-                mean, var = next(values), next(values)
-                total = None if g.group is None else next(values)
-                update_running(s.running_mean, s.running_var, mean, var, s.momentum, count, total)
 
 
 def _evaluate(
@@ -179,15 +116,15 @@ def _evaluate(
     residual: Tensor | None,
     blocks: Iterable[ConvBnActBlock],
     geometry: Iterator[Geometry],
+    run_step: Callable[..., Tensor],
 ) -> Tensor:
-    """One convolution a step, from the weights as they came: cast once, after folding."""
+    """One call a step, with the weights as they came: cast once, after folding."""
 
     def run(
         x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None, own: bool
     ) -> Tensor:
         for i, step in enumerate(steps, start=1):
-            added = residual if i == len(steps) else None
-            x = convolve_folded(x, step, next(geometry), added, own)
+            x = run_step(x, step, next(geometry), residual if i == len(steps) else None, own)
         return x
 
     for block in blocks:

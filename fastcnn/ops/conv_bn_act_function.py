@@ -20,9 +20,12 @@ from fastcnn.ops.batch_norm_calls import (
     image_to_save,
 )
 from fastcnn.ops.checks import check_like, in_format_of
+from fastcnn.ops.conv2d_fused import Input, conv2d_fused
+from fastcnn.ops.conv_bn_act_fused import batch_statistics, written
 from fastcnn.ops.conv_bn_act_saved import FIRST, TENSORS, saved_blocks, saves_y
 from fastcnn.ops.conv_bn_act_step import BlockGeometry, Geometry
 from fastcnn.ops.convolution import convolve, max_pool
+from fastcnn.ops.norm import Norm
 
 Tensors = Iterator[Tensor | None]
 
@@ -36,26 +39,43 @@ def _steps_fwd(
     own: bool,
 ) -> Tensor:
     """Run a chain; own: the residual is of the block's making, not a tensor of the caller's."""
+    a = Input(x)
     for i, g in enumerate(steps):
         weight, conv_bias, bn_weight, bn_bias, mean, var = (next(tensors) for _ in range(TENSORS))
         added = residual if i == len(steps) - 1 else None
+        # The next convolution applies this step's batch norm and activation itself.
+        leaves = i + 1 < len(steps) and steps[i + 1].fused and g.pool is None
         assert weight is not None
-        raw = convolve(x, weight, conv_bias, g)
+        found: tuple[Tensor, ...] = ()
+        if g.fused:
+            raw, *stats = conv2d_fused(a, weight, g, statistics=g.training and g.group is None)
+            found = tuple(stats) if g.training and g.group is None else ()
+        else:
+            raw = convolve(written(a), weight, conv_bias, g)
         if added is not None and own:
             added = in_format_of(added, raw)
         elif added is not None:
             check_like("conv_bn_act", "residual", added, raw)
         if not g.rerun:
             kept.append(raw)
-        if g.training:
-            x, *stats = batch_norm_act_fwd(raw, added, bn_weight, bn_bias, g.eps, g.act, g.group)
-            kept += stats
-        else:
+        if g.training and not found and (leaves or g.group is not None):
+            found = batch_statistics(raw, g.group)
+        if not g.training:
             assert mean is not None
             assert var is not None
-            x = batch_norm_act_apply(raw, added, bn_weight, bn_bias, mean, var, g.eps, g.act)
-        x = max_pool(x, g)
-    return x
+        elif found:
+            mean, var = found[:2]
+        if mean is None or var is None:
+            y, *stats = batch_norm_act_fwd(raw, added, bn_weight, bn_bias, g.eps, g.act)
+            found, a = tuple(stats), Input(y)
+        elif leaves:
+            a = Input(raw, Norm(mean, var, bn_weight, bn_bias, g.eps), g.act)
+        else:
+            a = Input(batch_norm_act_apply(raw, added, bn_weight, bn_bias, mean, var, g.eps, g.act))
+        kept += found
+        if g.pool is not None:
+            a = Input(max_pool(a.x, g))
+    return a.x
 
 
 class ConvBnActFunction(torch.autograd.Function):
@@ -116,11 +136,11 @@ class ConvBnActFunction(torch.autograd.Function):
             if block.shortcut is not None:
                 wants_dresidual = x_needs or any(needs[block.first : block.steps.first])
             dx, dresidual = block.steps.backward(
-                dy, x, image, wants_dresidual, x_needs, needs, grads
+                dy, x, image, wants_dresidual, x_needs, needs, grads, adds=block.is_identity()
             )
             if block.shortcut is None:
                 grads[1] = dresidual
-            elif dresidual is not None:
+            elif dresidual is not None and not block.is_identity():
                 by_shortcut = block.shortcut.backward(
                     dresidual, x, None, False, x_needs, needs, grads
                 )[0]

@@ -14,8 +14,11 @@ from fastcnn.ops._library import afresh
 from fastcnn.ops.activation import ACT_NUMBER, slope_is_in_y
 from fastcnn.ops.batch_norm_calls import batch_norm_act_apply, batch_norm_act_bwd
 from fastcnn.ops.checks import in_format_of
+from fastcnn.ops.conv2d_fused import Gradient, Input, Sums, conv2d_fused
+from fastcnn.ops.conv_bn_act_fused import batch_norm_gradient, convolution_bwd, written
 from fastcnn.ops.conv_bn_act_step import BlockGeometry, Geometry
-from fastcnn.ops.convolution import convolve, convolve_bwd, max_pool, max_pool_bwd
+from fastcnn.ops.convolution import convolve, max_pool, max_pool_bwd
+from fastcnn.ops.norm import Norm
 
 # Of a step: weight, conv_bias, bn_weight, bn_bias, and the fixed mean and var, which are None where
 # the batch's own are used.
@@ -49,13 +52,35 @@ class SavedSteps:
         """Return step i's raw output, kept or from its convolution once more."""
         step = self.saved[i]
         if step.raw is None:
-            weight = afresh(step.weight) if i == 0 else step.weight
-            step.raw = convolve(self.input(i, x), weight, step.conv_bias, self.geometry[i])
+            self._run_again(i, self.input(i, x))
+        assert step.raw is not None
         return step.raw
 
-    def input(self, i: int, x: Tensor) -> Tensor:
-        """Return step i's input, rebuilt by the kernel that made it: the same bits."""
-        return x if i == 0 else self.output(i - 1, x)
+    def _run_again(self, i: int, a: Input) -> Input:
+        """Run step i's convolution again; return its input as far as that had to be written."""
+        step, g = self.saved[i], self.geometry[i]
+        weight = afresh(step.weight) if i == 0 else step.weight
+        if g.fused:
+            step.raw = conv2d_fused(a, weight, g)[0]
+            return a
+        image = written(a)
+        step.raw = convolve(image, weight, step.conv_bias, g)
+        return Input(image)
+
+    def input(self, i: int, x: Tensor) -> Input:
+        """Return step i's input. What is rebuilt of it has the same bits, by the same kernel."""
+        if i == 0:
+            return Input(x)
+        if self.geometry[i - 1].pool is not None:
+            return Input(self.output(i - 1, x))
+        return Input(self.raw(i - 1, x), self.norm(i - 1), self.geometry[i - 1].act)
+
+    def norm(self, i: int) -> Norm:
+        """Return step i's batch norm."""
+        step, g = self.saved[i], self.geometry[i]
+        # In training the forward has run another operator.
+        mean = step.mean if g.training else afresh(step.mean)
+        return Norm(mean, step.var, step.bn_weight, step.bn_bias, g.eps)
 
     def output(self, i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return step i's output: its activation, pooled where it pools."""
@@ -63,16 +88,11 @@ class SavedSteps:
 
     def activation(self, i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return act(batch_norm(raw) + residual) of step i."""
-        step, g = self.saved[i], self.geometry[i]
-        # In training the forward has run another operator.
-        mean = step.mean if g.training else afresh(step.mean)
-        raw = self.raw(i, x)
+        raw, act = self.raw(i, x), self.geometry[i].act
         if residual is not None:
             residual = in_format_of(residual, raw)
-        return batch_norm_act_apply(
-            raw, residual, step.bn_weight, step.bn_bias, mean, step.var,
-            g.eps, g.act,
-        )  # fmt: skip
+        mean, var, weight, bias, eps = self.norm(i)
+        return batch_norm_act_apply(raw, residual, weight, bias, mean, var, eps, act)
 
     def backward(
         self,
@@ -83,57 +103,62 @@ class SavedSteps:
         x_needs: bool,
         needs: tuple[bool, ...],
         grads: list[Tensor | None],
+        adds: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Fill in the gradients of the steps' tensors; return dx and dresidual.
 
-        image: image_to_save(...) of the last step. Stops where nothing further up needs a
-        gradient; then dx is None. Drops what it has used.
+        image: image_to_save(...) of the last step. adds: x is the residual, so that dx has
+        dresidual in it. Stops where nothing further up needs a gradient; then dx is None. Drops
+        what it has used.
         """
         dresidual: Tensor | None = None
-        if not self.saved:  # the shortcut that is x itself
-            return dy, None
+        sums: Sums | None = None  # of dy, which is in front of the activation then
         while self.saved:
             i = len(self.saved) - 1
             g, step, last = self.geometry[i], self.saved[i], i == len(self.geometry) - 1
             at = self.first + i * TENSORS
             input_needs = x_needs or any(needs[self.first : at])
-            conv_input, dx = None, None
-            if step.raw is None:
-                conv_input = self.input(i, x)
-                weight = afresh(step.weight) if i == 0 else step.weight
-                step.raw = convolve(conv_input, weight, step.conv_bias, g)
+            a = self._run_again(i, self.input(i, x)) if step.raw is None else None
+            assert step.raw is not None
             if g.pool is not None:
                 dy = max_pool_bwd(dy, self.activation(i, x), g)
             if image is not None:
                 image = in_format_of(image, step.raw)
             want = (input_needs, needs[at], needs[at + 1])
-            draw, added, dbn_weight, dbn_bias = batch_norm_act_bwd(
-                dy, step.raw, image if last else None, step.bn_weight, step.bn_bias, step.mean,
-                step.var, g.eps, g.act, g.training, last and wants_dresidual,
-                any(want), needs[at + 2] or needs[at + 3], step.total, g.group,
-            )  # fmt: skip
+            of_parameters = needs[at + 2] or needs[at + 3]
+            want_dz = last and wants_dresidual
+            d: Tensor | Gradient | None
+            dbias: Tensor | None = None
+            if sums is not None or g.dx_fused or g.dw_fused:
+                d, added, *dbn, dbias = batch_norm_gradient(
+                    dy, step.raw, image if last else None, self.norm(i), step.conv_bias, g, sums,
+                    want_dz, of_parameters or want[2], step.total,
+                )  # fmt: skip
+            else:
+                d, added, *dbn = batch_norm_act_bwd(
+                    dy, step.raw, image if last else None, step.bn_weight, step.bn_bias, step.mean,
+                    step.var, g.eps, g.act, g.training, want_dz, any(want), of_parameters,
+                    step.total, g.group,
+                )  # fmt: skip
             dresidual = added if last else dresidual
-            grads[at + 2 : at + 4] = dbn_weight, dbn_bias
+            grads[at + 1 : at + 4] = dbias, *dbn
             self.saved.pop()
             step.raw = image = None
-            if conv_input is None and any(want):
-                conv_input = self._conv_input(i, x, needs[at])
-            if conv_input is not None and draw is not None:
-                dx, *grads[at : at + 2] = convolve_bwd(
-                    draw, conv_input, step.weight, step.conv_bias, g, want
-                )
-            del conv_input, step, draw
+            if d is None or not any(want):
+                return None, dresidual
+            if a is None:
+                a = self.input(i, x)
+            added = dresidual if adds and i == 0 else None
+            dx, sums, grads[at], by_torch = convolution_bwd(
+                d, a, step.weight, step.conv_bias, g, want, added
+            )
+            if dbias is None:
+                grads[at + 1] = by_torch
+            del a, step, d, added
             if dx is None:
                 return None, dresidual
             dy = dx
         return dy, dresidual
-
-    def _conv_input(self, i: int, x: Tensor, needs_weight: bool) -> Tensor:
-        """Return step i's input; for a frozen weight only its sizes matter, and raw has them."""
-        before = self.saved[i - 1].raw if i > 0 else None
-        if not needs_weight and before is not None and self.geometry[i - 1].pool is None:
-            return before
-        return self.input(i, x)
 
 
 def saves_y(block: BlockGeometry) -> bool:
@@ -150,6 +175,10 @@ class SavedBlock:
     steps: SavedSteps
     shortcut: SavedSteps | None
     first: int
+
+    def is_identity(self) -> bool:
+        """Whether the shortcut is the block's input itself."""
+        return self.geometry.shortcut == ()
 
     def residual(self, x: Tensor) -> Tensor | None:
         """Return what the shortcut adds, rebuilt from the block's input."""

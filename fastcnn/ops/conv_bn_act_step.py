@@ -75,6 +75,10 @@ class Geometry(NamedTuple):
     group: Group | None
     pool: tuple[Pair, Pair, Pair] | None
     rerun: bool  # the raw output is not kept: backward runs the convolution again
+    # The plan: what of the convolution Triton runs (conv_bn_act_fused.py).
+    fused: bool = False
+    dx_fused: bool = False
+    dw_fused: bool = False
 
 
 class BlockGeometry(NamedTuple):

@@ -164,12 +164,9 @@ def max_pool_bwd(dy: Tensor, x: Tensor, g: Geometry) -> Tensor:
     return _max_pool_backward(dy, x, *g.pool, (1, 1), False, indices)
 
 
-def folds(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None) -> bool:
-    """Whether oneDNN runs each of these steps as one convolution.
-
-    In evaluation where nobody asks for a gradient, in the types that oneDNN has on this processor.
-    """
-    if x.device.type != "cpu" or any(step.training for step in steps):
+def is_inference(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None) -> bool:
+    """Whether all statistics are fixed, and nobody asks for a gradient."""
+    if any(step.training for step in steps):
         return False
     grads = torch.is_grad_enabled()
     tensors = [x, residual, *(t for step in steps for t in step if isinstance(t, Tensor))]
@@ -177,7 +174,14 @@ def folds(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None) ->
         # oneDNN's operators would drop the tangents of forward-mode differentiation in silence.
         if t is not None and ((grads and t.requires_grad) or unpack_dual(t).tangent is not None):
             return False
-    return x.dtype in _ONEDNN_TYPES and not torch.compiler.is_exporting()
+    return True
+
+
+def folds(x: Tensor) -> bool:
+    """Whether oneDNN runs a step in inference as one convolution: its types on this processor."""
+    if x.device.type != "cpu" or torch.compiler.is_exporting():
+        return False
+    return x.dtype in _ONEDNN_TYPES
 
 
 def convolve_folded(

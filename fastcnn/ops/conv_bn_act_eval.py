@@ -1,0 +1,146 @@
+"""A step with fixed statistics where nobody asks for a gradient, on CUDA: the planner chooses.
+
+    y = act(batch_norm(conv2d(x)) + residual)
+
+    cudnn         cuDNN's convolution, a pass for the rest
+    cudnn_fused   cuDNN's convolution + bias + ReLU (+ residual), batch norm folded into the weights
+    triton        one kernel
+
+Bytes: x, weight, residual and y once; cudnn writes and reads the raw output besides. The weights
+are folded at every call, as parameters may change.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.ops.batch_norm_calls import batch_norm_act_apply
+from fastcnn.ops.checks import check_like, in_format_of
+from fastcnn.ops.conv2d_fused import Input, conv2d_fused
+from fastcnn.ops.conv_bn_act_problem import (
+    MadeUp,
+    Sizes,
+    act_of,
+    geometry_of,
+    norm_of,
+    normalised,
+    problem,
+    without_triton,
+    word,
+)
+from fastcnn.ops.conv_bn_act_step import ConvBnActStep, Geometry
+from fastcnn.ops.convolution import convolve, max_pool
+from fastcnn.ops.norm import Norm
+from fastcnn.plan import Candidate, Kernel, Op, Problem, choose, register
+from fastcnn.reference.batch_norm_act import activation
+
+EVAL = "conv_bn_act_eval"
+_relu = torch.ops.aten.cudnn_convolution_relu.default
+_add_relu = torch.ops.aten.cudnn_convolution_add_relu.default
+
+
+def convolve_planned(
+    x: Tensor, step: ConvBnActStep, g: Geometry, residual: Tensor | None, own: bool
+) -> Tensor:
+    """Return the step's output, pooled where it pools.
+
+    own: the residual is of the block's making, and may come in the other layout.
+    """
+    assert step.running_mean is not None
+    assert step.running_var is not None
+    words = [word("out", g.act), *(["residual"] if residual is not None else [])]
+    mean = step.running_mean if step.conv_bias is None else step.running_mean - step.conv_bias
+    norm = Norm(mean, step.running_var, step.bn_weight, step.bn_bias, step.eps)
+    if residual is not None and own:
+        residual = in_format_of(residual, x)
+    run = _RUN[choose(problem(EVAL, x, x.shape, step.weight.shape, g, *words))]
+    return max_pool(run(x, step.weight, g, norm, g.act, residual), g)
+
+
+def _cudnn(
+    x: Tensor, weight: Tensor, g: Geometry, norm: Norm, act: int, residual: Tensor | None
+) -> Tensor:
+    raw = convolve(x, weight, None, g)
+    if residual is not None:
+        check_like("conv_bn_act", "residual", residual, raw)
+    mean, var, bn_weight, bn_bias, eps = norm
+    return batch_norm_act_apply(raw, residual, bn_weight, bn_bias, mean, var, eps, act)
+
+
+def _cudnn_fused(
+    x: Tensor, weight: Tensor, g: Geometry, norm: Norm, act: int, residual: Tensor | None
+) -> Tensor:
+    scale = torch.rsqrt(norm.var.float() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    bias = -norm.mean * scale
+    if norm.bias is not None:
+        bias = bias + norm.bias
+    weight = (weight * scale[:, None, None, None]).to(x.dtype)
+    geometry = (g.stride, g.padding, g.dilation, g.groups)
+    if residual is None:
+        return _relu(x, weight, bias.to(x.dtype), *geometry)
+    y = _add_relu(x, weight, residual, 1.0, bias.to(x.dtype), *geometry)
+    check_like("conv_bn_act", "residual", residual, y)  # PyTorch has copied another layout
+    return y
+
+
+def _triton(
+    x: Tensor, weight: Tensor, g: Geometry, norm: Norm, act: int, residual: Tensor | None
+) -> Tensor:
+    return conv2d_fused(Input(x), weight, g, norm, residual, act)[0]
+
+
+_RUN = {"cudnn": _cudnn, "cudnn_fused": _cudnn_fused, "triton": _triton}
+
+
+def _tensors(problem: Problem, generator: torch.Generator) -> tuple[Tensor, ...]:
+    made = MadeUp(problem, generator)
+    residual = [made.image(problem.y)] if "residual" in problem.options else []
+    return made.image(problem.x), made.weight(), *made.norm(problem.y[1]), *residual
+
+
+def _exact(problem: Problem, x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+    z = normalised(convolve(x.double(), weight.double(), None, geometry_of(problem)), rest[:4])
+    act = act_of(problem, "out")
+    assert act is not None
+    return activation(z + rest[4].double() if len(rest) > 4 else z, act)
+
+
+def _run(plan: str, problem: Problem, x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+    act = act_of(problem, "out")
+    assert act is not None
+    residual = rest[4] if len(rest) > 4 else None
+    norm = norm_of(rest[:4])
+    return _RUN[plan](x, weight, geometry_of(problem), norm, ACT_NUMBER[act], residual)
+
+
+def _kernels(plan: str, problem: Problem) -> list[Kernel]:
+    size = Sizes(problem)
+    residual = size.y if "residual" in problem.options else 0
+    if plan == "cudnn":
+        return [size.cudnn(), Kernel(2 * size.y + residual)]
+    # Folding: six small kernels, of which two read or write the weights.
+    folding = [Kernel(2 * size.weight)] * 2 + [Kernel(0)] * 4
+    return [*folding, size.cudnn(residual)] if plan == "cudnn_fused" else [size.triton(residual)]
+
+
+def _supports(plan: str, problem: Problem) -> str | None:
+    if plan == "cudnn":
+        return None
+    if plan == "triton":
+        return without_triton(problem)
+    if problem.device.type != "cuda" or not torch.backends.cudnn.is_available():
+        return "cuDNN only"
+    return None if act_of(problem, "out") == "relu" else "relu only"
+
+
+register(
+    Op(EVAL, _tensors, _exact, "cudnn"),
+    *(
+        Candidate(plan, partial(_run, plan), partial(_supports, plan), partial(_kernels, plan))
+        for plan in _RUN
+    ),
+)

@@ -1,0 +1,245 @@
+"""How the steps of a chain that is trained run on CUDA, for the planner to choose from.
+
+    conv_bn_act_fwd    from the raw output before the step to its own, and the statistics of that
+        cudnn                 the activation written, cuDNN's convolution, a pass for statistics
+        triton                one kernel
+    conv_bn_act_bwd    from dz and its sums behind the step to those before it, and dweight
+        cudnn                 passes around cuDNN's two convolutions
+        triton                one kernel each
+        triton_dx, triton_dw  that one by Triton, the other by cuDNN
+
+dz is the gradient in front of an activation. The first step of a chain, and one behind a pooling,
+reads an image instead. The passes and who needs which: fastcnn/ops/conv_bn_act_fused.py.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.ops.conv2d_fused import Gradient, Input, conv2d_fused
+from fastcnn.ops.conv_bn_act_fused import (
+    batch_statistics,
+    convolution_bwd,
+    gradient_sums,
+    written,
+)
+from fastcnn.ops.conv_bn_act_problem import (
+    EPS,
+    MadeUp,
+    Sizes,
+    act_of,
+    geometry_of,
+    norm_of,
+    normalised,
+    problem,
+    without_triton,
+    word,
+)
+from fastcnn.ops.conv_bn_act_step import Geometry
+from fastcnn.ops.convolution import convolve
+from fastcnn.plan import Candidate, Kernel, Op, Problem, choose, register
+from fastcnn.reference.batch_norm_act import activation
+
+FWD, BWD = "conv_bn_act_fwd", "conv_bn_act_bwd"
+_BWD_PLANS = {
+    "cudnn": (False, False),
+    "triton": (True, True),
+    "triton_dx": (True, False),
+    "triton_dw": (False, True),
+}
+
+
+def planned(
+    g: Geometry,
+    x: Tensor,
+    sizes: Sequence[int],
+    weight: Tensor,
+    before: Geometry | None,
+    wants_dx: bool,
+) -> Geometry:
+    """Return a step with its plan. Its input has these sizes, and x's dtype and layout.
+
+    before: the step before it, None for the first, which wants_dx or not.
+    """
+    words = [] if before is None or before.pool is not None else [word("in", before.act)]
+    words += ["training"] if g.training else []
+    how = problem(FWD, x, sizes, weight.shape, g, *words)
+    fused = choose(how) == "triton"
+    if not torch.is_grad_enabled():
+        return g._replace(fused=fused)
+    words += [] if before is not None or wants_dx else ["no_dx"]
+    how = problem(BWD, x, sizes, weight.shape, g, *words)
+    dx_fused, dw_fused = _BWD_PLANS[choose(how)]
+    return g._replace(fused=fused, dx_fused=dx_fused, dw_fused=dw_fused)
+
+
+def _input(problem: Problem, x: Tensor, norm: Sequence[Tensor]) -> Input:
+    act = act_of(problem, "in")
+    return Input(x) if act is None else Input(x, norm_of(norm), ACT_NUMBER[act])
+
+
+def _exact_input(problem: Problem, x: Tensor, norm: Sequence[Tensor]) -> tuple[Tensor, str]:
+    """Return what stands before the activation in front of the convolution, and its name."""
+    act = act_of(problem, "in")
+    return (x.double(), "none") if act is None else (normalised(x, norm), act)
+
+
+def _fwd_tensors(problem: Problem, generator: torch.Generator) -> tuple[Tensor, ...]:
+    made = MadeUp(problem, generator)
+    norm = () if act_of(problem, "in") is None else made.norm(problem.x[1])
+    return made.image(problem.x), made.weight(), *norm
+
+
+def _fwd_exact(problem: Problem, x: Tensor, weight: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
+    g, a = geometry_of(problem), activation(*_exact_input(problem, x, norm))
+    raw = convolve(a, weight.double(), None, g)
+    of_channels = raw.transpose(0, 1).flatten(1)
+    found = raw, of_channels.mean(1), of_channels.var(1, correction=0)
+    return found if g.training else found[:1]
+
+
+def _fwd_cudnn(problem: Problem, x: Tensor, weight: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
+    g = geometry_of(problem)
+    raw = convolve(written(_input(problem, x, norm)), weight, None, g)
+    return (raw, *batch_statistics(raw, None)) if g.training else (raw,)
+
+
+def _fwd_triton(problem: Problem, x: Tensor, weight: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
+    g = geometry_of(problem)
+    found = conv2d_fused(_input(problem, x, norm), weight, g, statistics=g.training)
+    return found if g.training else found[:1]
+
+
+def _fwd_kernels(problem: Problem, fused: bool) -> list[Kernel]:
+    size, join = Sizes(problem), [Kernel(0)] * ("training" in problem.options)
+    if fused:
+        return [size.triton(), *join]
+    before = [] if act_of(problem, "in") is None else [Kernel(2 * size.x)]
+    return [*before, size.cudnn(), *([Kernel(size.y), *join] if join else [])]
+
+
+def _bwd_tensors(problem: Problem, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Return dz, raw, x, weight, the norm behind, its sums, and the norm before where there is."""
+    made, c_out = MadeUp(problem, generator), problem.y[1]
+    images = made.image(problem.y), made.image(problem.y), made.image(problem.x)
+    # Sums of as many values as there are, of deviation 1 each.
+    sums = [made.numbers(c_out) * _values(problem) ** 0.5 for _ in range(2)]
+    norm = () if act_of(problem, "in") is None else made.norm(problem.x[1])
+    return *images, made.weight(), *made.norm(c_out), *sums, *norm
+
+
+def _values(problem: Problem) -> int:
+    n, _, h, w = problem.y
+    return n * h * w
+
+
+def _bwd_exact(
+    problem: Problem, dz: Tensor, raw: Tensor, x: Tensor, weight: Tensor, *rest: Tensor
+) -> tuple[Tensor, ...]:
+    g = geometry_of(problem)
+    mean, var, slope, _, gradient, times_xhat = (t.double()[:, None, None] for t in rest[:6])
+    rstd, d = 1 / (var + EPS).sqrt(), dz.double()
+    if g.training:
+        xhat = (raw.double() - mean) * rstd
+        d = d - (gradient + xhat * times_xhat) / _values(problem)
+    z, act = _exact_input(problem, x, rest[6:])
+    leaves = [weight.double().requires_grad_()]
+    if "no_dx" not in problem.options:
+        leaves.insert(0, z.requires_grad_())
+    with torch.enable_grad():
+        y = convolve(activation(z, act), leaves[-1], None, g)
+    found = torch.autograd.grad(y, leaves, d * rstd * slope)
+    return *found, *_exact_sums(problem, found[0], x, rest[6:])
+
+
+def _exact_sums(
+    problem: Problem, dz: Tensor, x: Tensor, norm: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    if not norm:
+        return ()
+    mean, var = (t.double()[:, None, None] for t in norm[:2])
+    xhat = (x.double() - mean) / (var + EPS).sqrt()
+    return dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3))
+
+
+def _bwd(
+    plan: str,
+    problem: Problem,
+    dz: Tensor,
+    raw: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *rest: Tensor,
+) -> tuple[Tensor, ...]:
+    dx_fused, dw_fused = _BWD_PLANS[plan]
+    g = geometry_of(problem, dx_fused=dx_fused, dw_fused=dw_fused)
+    sums = (rest[4], rest[5]) if g.training else None
+    d, a = Gradient(dz, raw, norm_of(rest[:4]), 0, sums), _input(problem, x, rest[6:])
+    want = ("no_dx" not in problem.options, True, False)
+    dx, found, dweight, _ = convolution_bwd(d, a, weight, None, g, want)
+    if dx is not None and found is None and a.norm is not None:
+        found = gradient_sums(dx, x, a.norm, a.act)
+    return tuple(t for t in (dx, dweight, *(found or ())) if t is not None)
+
+
+def _bwd_finish(
+    problem: Problem, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Return dx in front of the activation: the next pass over it takes the derivative itself."""
+    z, act = _exact_input(problem, inputs[2], inputs[10:])
+    if act == "none" or "no_dx" in problem.options:
+        return outputs
+    with torch.enable_grad():
+        y = activation(z.requires_grad_(), act)
+    return *torch.autograd.grad(y, z, outputs[0].double()), *outputs[1:]
+
+
+def _bwd_kernels(problem: Problem, plan: str) -> list[Kernel]:
+    size, (dx_fused, dw_fused) = Sizes(problem), _BWD_PLANS[plan]
+    before, wants_dx = act_of(problem, "in") is not None, "no_dx" not in problem.options
+    kernels = []
+    if not (dx_fused or not wants_dx) or not dw_fused:
+        kernels.append(Kernel(3 * size.y))
+    raw = 0 if kernels else size.y  # read beside dz where the gradient is not written
+    if dw_fused:
+        kernels.append(size.triton(raw))
+    else:
+        kernels += [Kernel(2 * size.x)] * before + [size.cudnn()]
+    if wants_dx and dx_fused:
+        kernels.append(size.triton(raw + size.x * before))
+    elif wants_dx:
+        kernels += [size.cudnn()] + [Kernel(2 * size.x)] * before
+    return kernels
+
+
+def _bwd_supports(problem: Problem, plan: str) -> str | None:
+    if plan == "triton_dx" and "no_dx" in problem.options:
+        return "there is no dx"
+    if plan == "triton_dw" and "no_dx" in problem.options:
+        return "it is triton where there is no dx"
+    return without_triton(problem)
+
+
+def _always(_: Problem) -> None:
+    return None
+
+
+register(
+    Op(FWD, _fwd_tensors, _fwd_exact, "cudnn"),
+    Candidate("cudnn", _fwd_cudnn, _always, partial(_fwd_kernels, fused=False)),
+    Candidate("triton", _fwd_triton, without_triton, partial(_fwd_kernels, fused=True)),
+)
+register(
+    Op(BWD, _bwd_tensors, _bwd_exact, "cudnn"),
+    *(
+        Candidate(
+            plan, partial(_bwd, plan),
+            _always if plan == "cudnn" else partial(_bwd_supports, plan=plan),
+            partial(_bwd_kernels, plan=plan), None if dx_fused else _bwd_finish,
+        )
+        for plan, (dx_fused, _) in _BWD_PLANS.items()
+    ),
+)  # fmt: skip

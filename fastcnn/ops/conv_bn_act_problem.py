@@ -1,0 +1,158 @@
+"""What the planned ops of conv_bn_act have in common: problems, made-up tensors, bytes, who can.
+
+Words of a problem's options: in=ACT and out=ACT, a batch norm with that activation before or behind
+the convolution; training, with statistics of the batch; residual; no_dx, where nobody asks for the
+input's gradient; channels_last; and how PyTorch is set: tf32, benchmark, deterministic.
+"""
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.ops.checks import memory_format_of
+from fastcnn.ops.conv2d_fused import DTYPES, interpreted
+from fastcnn.ops.conv_bn_act_step import Geometry
+from fastcnn.ops.norm import Norm
+from fastcnn.plan import Kernel, Problem
+
+EPS = 1e-5
+# Of cuDNN's rate: predicted, since the other kernels load by pointers and not by the TMA unit
+# (docs/gpu-notes.md). No card has told yet.
+TRITON_SHARE = 0.7
+
+_ACT_NAMES = list(ACT_NUMBER)
+
+
+def is_planned(x: Tensor) -> bool:
+    """Whether there is a choice for x: on CUDA, and not in a graph that leaves this machine."""
+    return x.is_cuda and not torch.compiler.is_exporting()
+
+
+def problem(
+    op: str, x: Tensor, sizes: Sequence[int], weight: Sequence[int], g: Geometry, *words: str
+) -> Problem:
+    """Return the problem of a step whose input has these sizes, and x's dtype, device, layout."""
+    options = list(words)
+    if memory_format_of(x) is torch.channels_last:
+        options.append("channels_last")
+    cudnn: Any = torch.backends.cudnn
+    if x.dtype is torch.float32 and cudnn.conv.fp32_precision == "tf32":
+        options.append("tf32")
+    if cudnn.benchmark:
+        options.append("benchmark")
+    if cudnn.deterministic:
+        options.append("deterministic")
+    return Problem(
+        op, tuple(sizes), tuple(weight), x.dtype, x.device, g.stride, g.padding, g.dilation,
+        g.groups, tuple(options),
+    )  # fmt: skip
+
+
+def word(before: str, act: int) -> str:
+    """Return the option that says which activation stands before or behind the convolution."""
+    return f"{before}={_ACT_NAMES[act]}"
+
+
+def act_of(problem: Problem, before: str) -> str | None:
+    """Return the activation of that option, None without."""
+    found = (option.split("=") for option in problem.options if option.startswith(f"{before}="))
+    return next((act for _, act in found), None)
+
+
+def geometry_of(problem: Problem, **plan: bool) -> Geometry:
+    """Return the problem's convolution as a step's."""
+    return Geometry(
+        problem.stride, problem.padding, problem.dilation, problem.groups,
+        "training" in problem.options, EPS, 0, None, None, False, **plan,
+    )  # fmt: skip
+
+
+class MadeUp:
+    """Tensors of a problem from a generator: values of order 1, in the problem's layout.
+
+    Images hold eighths, and a norm's mean odd sixteenths: what it makes of an image is never near
+    0, where the derivative of an activation jumps and rounding would decide.
+    """
+
+    def __init__(self, problem: Problem, generator: torch.Generator) -> None:
+        self.problem, self._generator = problem, generator
+        self._format = torch.contiguous_format
+        if "channels_last" in problem.options:
+            self._format = torch.channels_last
+
+    def numbers(self, channels: int) -> Tensor:
+        """Return float32 numbers of mean 0 and deviation 1."""
+        return torch.randn(channels, generator=self._generator, device=self.problem.device)
+
+    def image(self, sizes: Sequence[int]) -> Tensor:
+        """Return an image of the problem's dtype."""
+        flat = self.numbers(math.prod(sizes)).mul_(8).round_().div_(8).to(self.problem.dtype)
+        return flat.view(list(sizes)).contiguous(memory_format=self._format)
+
+    def weight(self) -> Tensor:
+        """Return a weight whose products have deviation 1."""
+        flat = self.numbers(math.prod(self.problem.weight)).to(self.problem.dtype)
+        flat *= math.prod(self.problem.weight[1:]) ** -0.5
+        return flat.view(self.problem.weight).contiguous(memory_format=self._format)
+
+    def norm(self, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return mean, var, weight and bias."""
+        quarters = [self.numbers(channels).mul_(2).round_() / 4 for _ in range(2)]
+        var, weight = (self.numbers(channels).abs() + 0.5 for _ in range(2))
+        return quarters[0] + 1 / 16, var, weight, quarters[1] * weight / (var + EPS).sqrt()
+
+
+def norm_of(tensors: Sequence[Tensor]) -> Norm:
+    """Return the batch norm that MadeUp.norm has made."""
+    mean, var, weight, bias = tensors
+    return Norm(mean, var, weight, bias, EPS)
+
+
+def normalised(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Return what it makes of x, in float64."""
+    mean, var, weight, bias = (t.double()[:, None, None] for t in tensors)
+    return (x.double() - mean) / (var + EPS).sqrt() * weight + bias
+
+
+def without_triton(problem: Problem) -> str | None:
+    """Return why Triton's kernels cannot do a problem, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if problem.dtype not in DTYPES:
+        return f"float16, bfloat16 and float32 only, not {problem.dtype}"
+    if "channels_last" not in problem.options:
+        return "channels_last only"
+    if problem.device.type != "cuda":
+        return None if interpreted() else "NVIDIA GPUs only"
+    if torch.cuda.get_device_capability(problem.device) < (8, 0):
+        return "sm_80 and later only"
+    return None
+
+
+class Sizes:
+    """Bytes of a problem's tensors, and the convolution as kernels of the model."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.x, self.weight, self.y = (
+            math.prod(sizes) * problem.dtype.itemsize
+            for sizes in (problem.x, problem.weight, problem.y)
+        )
+        self._flops = problem.flops
+        self._arithmetic = "tf32" if "tf32" in problem.options else ""
+        # The walk of a 1x1 convolution is a plain product's.
+        plain = problem.weight[2:] == (1, 1) and problem.stride == (1, 1) and problem.groups == 1
+        self._share = 1.0 if plain else TRITON_SHARE
+
+    def cudnn(self, more: float = 0.0) -> Kernel:
+        """Return one of the three convolutions: all of them read and write x, weight and y."""
+        return Kernel(self.x + self.weight + self.y + more, self._flops, self._arithmetic)
+
+    def triton(self, more: float = 0.0) -> Kernel:
+        """Return one of Triton's, with more bytes for what is fused."""
+        bytes = self.x + self.weight + self.y + more
+        return Kernel(bytes / self._share, self._flops / self._share, self._arithmetic)
