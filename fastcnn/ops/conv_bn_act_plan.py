@@ -194,7 +194,8 @@ def _bwd_finish(
         return outputs
     with torch.enable_grad():
         y = activation(z.requires_grad_(), act)
-    return *torch.autograd.grad(y, z, outputs[0].double()), *outputs[1:]
+    (dz,) = torch.autograd.grad(y, z, outputs[0].double())
+    return dz.to(outputs[0].dtype), *outputs[1:]
 
 
 def _bwd_kernels(problem: Problem, plan: str) -> list[Kernel]:

@@ -1,0 +1,221 @@
+"""Chains whose convolutions are Triton's, in its interpreter, beside eager PyTorch in float64.
+
+The plan of each step is forced here: forward, input's gradient and weight's gradient each by
+PyTorch's convolution or by Triton's, in every combination and next to every other one.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import triton_proof  # noqa: F401 (mends the interpreter)
+from activations import ACTS
+from chains import Chain, Stage, conv_bn, results, stage, twin
+from tolerance import assert_as_exact_over_draws, error_ratio
+from torch import Tensor, nn
+
+from fastcnn.nn import BatchNormAct2d
+from fastcnn.ops import conv_bn_act, conv_bn_act_check, conv_bn_act_eval
+from fastcnn.ops.conv_bn_act_step import Geometry
+
+Plan = tuple[bool, bool, bool]  # fused, dx_fused, dw_fused
+Force = Callable[..., None]
+NONE, ALL = (False, False, False), (True, True, True)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def force(monkeypatch: pytest.MonkeyPatch) -> Force:
+    """Gives the steps of all chains these plans, in turn."""
+
+    def set_plans(*plans: Plan) -> None:
+        turn = itertools.cycle(plans)
+
+        def planned(g: Geometry, *_: object) -> Geometry:
+            fused, dx_fused, dw_fused = next(turn)
+            return g._replace(fused=fused, dx_fused=dx_fused, dw_fused=dw_fused)
+
+        monkeypatch.setattr(conv_bn_act, "is_planned", lambda x: True)
+        monkeypatch.setattr(conv_bn_act_check, "planned", planned)
+
+    return set_plans
+
+
+def image(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(sizes).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+class Draws:
+    """Error ratios by result: a chain amplifies roundings, so several draws tell (tolerance.py)."""
+
+    def __init__(self) -> None:
+        self.ratios: dict[str, list[float]] = {}
+
+    def check(self, model: Stage, x: Tensor, residual: Tensor | None = None, **how: bool) -> None:
+        """Run fused, as eager PyTorch, and that in float64."""
+        exact = None if residual is None else residual.double()
+        wanted = results(twin(model).double(), x.double(), exact, **how)
+        eager, found = (results(m, x, residual, **how) for m in (twin(model), model))
+        assert found.keys() == wanted.keys()
+        for name, want in wanted.items():
+            assert (found[name] is None) == (want is None), name
+            if want is None:
+                continue
+            if want.dtype.is_floating_point:
+                ratio = error_ratio(found[name], eager[name], want)
+                self.ratios.setdefault(name, []).append(ratio)
+            else:
+                assert torch.equal(found[name], want), name
+
+    def judge(self) -> None:
+        assert self.ratios
+        for name, ratios in self.ratios.items():
+            assert_as_exact_over_draws(name, ratios)
+
+
+@pytest.fixture
+def draws() -> Iterator[Draws]:
+    found = Draws()
+    yield found
+    found.judge()
+
+
+def chain(act: str = "silu", bias: bool = True) -> Chain:
+    """1x1, 3x3 with a stride, 1x1 that widens; a smooth activation has no kink to keep from."""
+    steps = [
+        conv_bn(16, 8, 1, act, bias=bias),
+        conv_bn(8, 8, 3, act, stride=2, bias=bias),
+        conv_bn(8, 24, 1, act, bias=bias),
+    ]
+    return Chain(*steps)
+
+
+ONE_FOR_ALL = [(p,) for p in itertools.product((False, True), repeat=3)]
+BESIDE_EACH_OTHER = [
+    (ALL, NONE, ALL), (NONE, ALL, NONE), (ALL, (True, False, True), (False, True, False)),
+    (NONE, (True, False, False), (False, False, True)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize("plans", [*ONE_FOR_ALL, *BESIDE_EACH_OTHER], ids=str)
+def test_every_plan(plans: tuple[Plan, ...], training: bool, force: Force, draws: Draws) -> None:
+    force(*plans)
+    for residual in (None, image(2, 24, 3, 4)):
+        draws.check(chain().train(training), image(2, 16, 6, 7), residual)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_activations(act: str, force: Force, draws: Draws) -> None:
+    # relu and its kin: the seed's values keep away from the kinks, or the gradients would differ.
+    force(ALL, (True, False, True), ALL)
+    for residual in (None, image(2, 24, 3, 4)):
+        draws.check(chain(act), image(2, 16, 6, 7), residual)
+
+
+def test_blocks(force: Force, draws: Draws) -> None:
+    # Identity, whose gradient is added in dx's epilogue, and projections.
+    for plans in ((ALL,), (NONE, ALL), (ALL, NONE), ((True, False, True),)):
+        force(*plans)
+        for shortcut in ("none", "identity", "projection", "two steps"):
+            draws.check(stage(shortcut, act="silu"), image(2, 4, 6, 7))
+
+
+def test_pooling_grouped_and_depthwise(force: Force, draws: Draws) -> None:
+    # A pooled activation is written: the step behind it has an image before it.
+    for plans in ((ALL,), (ALL, NONE), (NONE, ALL)):
+        force(*plans)
+        pooled = (*conv_bn(16, 8, 3, "silu"), nn.MaxPool2d(3, 2, 1))
+        wide = nn.Conv2d(8, 16, 3, padding=1, groups=2), BatchNormAct2d(16, act="gelu")
+        deep = nn.Conv2d(16, 32, (3, 1), padding=(1, 0), groups=16), BatchNormAct2d(32, act="silu")
+        draws.check(Chain(pooled, wide, deep, conv_bn(32, 8, 1, "none")), image(2, 16, 6, 7))
+
+
+@pytest.mark.parametrize(
+    "kind", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"eps": 0.1}],
+    ids=str,
+)  # fmt: skip
+def test_batch_norms_of_other_kinds(kind: dict[str, object], force: Force, draws: Draws) -> None:
+    force(ALL)
+    for training in (True, False):
+        steps = [(nn.Conv2d(8, 8, 1), BatchNormAct2d(8, act="silu", **kind)) for _ in range(2)]
+        draws.check(Chain(*steps).train(training), image(2, 8, 4, 5))
+
+
+def test_frozen_parts(force: Force, draws: Draws) -> None:
+    # Without a gradient for x, for weights, for batch norms; some statistics fixed.
+    for plans in ((ALL,), ((True, True, False), (True, False, True), ALL)):
+        force(*plans)
+        for part in ("convs.0.weight", "convs.1.weight", "bns.1.weight", "bns.2.bias"):
+            model = chain()
+            model.get_parameter(part).requires_grad_(False)
+            model.bns[1].eval()
+            draws.check(model, image(2, 16, 6, 7))
+        draws.check(chain(), image(2, 16, 6, 7), x_needs_grad=False)
+
+
+@pytest.mark.parametrize("memory", ["low", "lowest"])
+def test_memory_levels_give_the_same_bits(memory: str, force: Force) -> None:
+    for training in (True, False):
+        model = stage("projection", "identity", act="silu").train(training)
+        other, x = copy.deepcopy(model), image(2, 4, 6, 7)
+        other.memory = memory
+        force(ALL)
+        expected = results(model, x, None)
+        for name, t in results(other, x, None).items():
+            assert t is None or torch.equal(t, expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves(dtype: torch.dtype, force: Force, draws: Draws) -> None:
+    for plans in ((ALL,), (NONE, ALL, NONE), ((True, False, True),)):
+        force(*plans)
+        model = chain(bias=False)
+        model.convs.to(dtype)
+        draws.check(model, image(2, 16, 6, 7, dtype=dtype))
+
+
+def test_gradients_in_any_layout(force: Force) -> None:
+    # A sum's gradient has strides of 0; another consumer's may be NCHW.
+    force(ALL)
+    model, x = chain(), image(2, 16, 6, 7).requires_grad_()
+    weights = list(model.parameters())
+    dense = torch.autograd.grad(model(x), weights, torch.ones(2, 24, 3, 4))
+    expanded = torch.autograd.grad(model(x).sum(), weights)
+    for a, b in zip(dense, expanded, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_same_bits_twice(force: Force) -> None:
+    force(ALL)
+    model, x = chain(), image(2, 16, 6, 7)
+    first, second = (results(copy.deepcopy(model), x, None) for _ in range(2))
+    for name in ("y", "dx", "dconvs.1.weight", "dbns.0.weight"):
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("plan", ["cudnn", "triton"])
+@pytest.mark.parametrize("act", ACTS)
+def test_inference(
+    act: str, plan: str, force: Force, draws: Draws, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(NONE)
+    monkeypatch.setattr(conv_bn_act, "folds", lambda x: False)
+    monkeypatch.setattr(conv_bn_act_eval, "choose", lambda problem: plan)
+    model = chain(act).eval()
+    with torch.no_grad():
+        for residual in (None, image(2, 24, 3, 4)):
+            draws.check(model, image(2, 16, 6, 7), residual)
+        draws.check(stage("projection", "identity", act=act).eval(), image(2, 4, 6, 7))
+
+
+def test_an_empty_batch_takes_pytorchs_way(force: Force) -> None:
+    force(ALL)
+    y = chain().eval()(image(0, 16, 6, 7))
+    assert y.shape == (0, 24, 3, 4)
