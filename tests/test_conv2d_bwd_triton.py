@@ -1,34 +1,35 @@
 """Triton's gradients of a convolution against float64; limits as in tests/tolerance.py."""
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from activations import ACTS
-from test_conv2d_triton import DTYPES, GEOMETRIES, SMALL, normalised
+from test_conv2d_triton import DTYPES, GEOMETRIES, NAMES, SMALL, normalised
 from tolerance import assert_as_exact_as_torch
 from torch import Tensor
-from triton_proof import DEVICE, channels_last
+from triton_proof import channels_last, norm_of, normed, without_tf32
 
+from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.ops.norm import Norm
 from fastcnn.triton.conv2d import Prologue
 from fastcnn.triton.conv2d_bwd import (
     Activated,
     BatchNormGradient,
+    Sums,
     conv2d_bwd_input,
     conv2d_bwd_weight,
 )
 
 
 @pytest.fixture(autouse=True)
-def seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def seed() -> Iterator[None]:
     torch.manual_seed(0)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
-def numbers(channels: int) -> Tensor:
-    return torch.randn(channels).to(DEVICE)
+    with without_tf32():
+        yield
 
 
 def gradients(
@@ -91,58 +92,119 @@ def test_parts_of_the_pixels(dtype: torch.dtype) -> None:
         assert_as_exact_as_torch(f"{parts} parts", dweight, eager, exact)
 
 
-def batch_norm_gradient(dz: Tensor) -> tuple[BatchNormGradient, Tensor]:
-    """One, and what it makes of dz in dz's type."""
-    raw, four = channels_last(*dz.shape, dtype=dz.dtype), [numbers(dz.shape[1]) for _ in range(4)]
-    slope, offset, factor, mean = (t[:, None, None] for t in four)
-    g = slope * dz.float() + offset + factor * (raw.float() - mean)
-    return BatchNormGradient(raw, *four), g.to(dz.dtype)
+def batch_norm_gradient(
+    dy: Tensor, raw: Tensor, act: str, training: bool
+) -> tuple[BatchNormGradient, Tensor, Tensor]:
+    """One, and what it makes of dy: its formula in float32, in dy's type, and exact by autograd.
+
+    In half types the exact one is rounded as the convolution's operands are.
+    """
+    norm = norm_of(dy.shape[1], dy.dtype)
+    t = raw.double().requires_grad_()
+    if training:
+        var, mean = torch.var_mean(t.detach(), (0, 2, 3), correction=0)
+        norm = norm._replace(mean=mean.float(), var=var.float())
+    fixed = (None, None) if training else (norm.mean.double(), norm.var.double())
+    assert norm.weight is not None
+    assert norm.bias is not None
+    z = F.batch_norm(t, *fixed, norm.weight.double(), norm.bias.double(), training, 0, norm.eps)
+    [exact] = torch.autograd.grad(ACTS[act](z), t, dy.double(), retain_graph=True)
+
+    def of_dz(t: Tensor, sums: Sums | None) -> tuple[Tensor, Tensor, Tensor]:
+        bare = norm._replace(weight=torch.ones_like(norm.mean), bias=None)
+        dz, xhat = behind(Activated(t, norm, ACT_NUMBER[act]), dy.to(t.dtype)), normed(t, bare)
+        g = dz
+        if sums is not None:
+            first, second = (v.to(t.dtype)[:, None, None] / (t.numel() / t.shape[1]) for v in sums)
+            g = dz - first - xhat * second
+        scale = norm.weight.to(t.dtype) / (norm.var.to(t.dtype) + norm.eps).sqrt()
+        return dz, xhat, scale[:, None, None] * g
+
+    dz, xhat, _ = of_dz(raw.double(), None)
+    sums = Sums(*(v.sum((0, 2, 3)).float() for v in (dz, dz * xhat))) if training else None
+    eager = of_dz(raw.float(), sums)[2].to(dy.dtype)
+    exact = exact if dy.dtype is torch.float32 else exact.to(dy.dtype).double()
+    return BatchNormGradient(raw, norm, ACT_NUMBER[act], sums), eager, exact
 
 
 def behind(activated: Activated, dy: Tensor) -> Tensor:
     """dy taken back to the activation's input, in dy's type."""
-    scale, bias = (t.to(dy.dtype)[:, None, None] for t in activated[1:3])
-    z = (activated.raw.to(dy.dtype) * scale + bias).requires_grad_()
-    return torch.autograd.grad(ACTS[activated.act](z), z, dy)[0]
+    z = normed(activated.raw.to(dy.dtype), activated.norm).requires_grad_()
+    return torch.autograd.grad(ACTS[NAMES[activated.act]](z), z, dy)[0]
+
+
+def check_batch_norms(
+    x: Tensor, raw: Tensor, prologue: Prologue, training: bool, geometry: dict[str, Any]
+) -> None:
+    """Both gradients of conv2d(prologue(x)) with a batch norm and the same act behind it."""
+    dtype, size = x.dtype, x.shape[2:]
+    weight = channels_last(32, 16 // geometry.get("groups", 1), 3, 3, dtype=dtype)
+    dy, add = channels_last(*raw.shape, dtype=dtype), channels_last(*x.shape, dtype=dtype)
+    norm, g, exact_g = batch_norm_gradient(dy, raw, NAMES[prologue.act], training)
+    a, exact_a = normalised(x, prologue)
+    dweight = conv2d_bwd_weight(
+        dy, x, (3, 3), **geometry, norm=norm, prologue=prologue, tile=SMALL, parts=2
+    )
+    activated = Activated(x, *prologue)
+    d, sums = conv2d_bwd_input(
+        dy, weight, size, **geometry, norm=norm, add=add, activated=activated, tile=SMALL
+    )
+
+    eager = gradients(g, a, weight, geometry)
+    exact = gradients(exact_g, exact_a, weight.double(), geometry)
+    assert_as_exact_as_torch("dweight", dweight, eager[1], exact[1])
+    exact_d = behind(activated, exact[0] + add.double())
+    eager_d = behind(activated, eager[0].float() + add.float()).to(dtype)
+    assert_as_exact_as_torch("d", d, eager_d, exact_d)
+    # Sums of the rounded d, which is at hand: float32's roundings of 60 terms remain.
+    bare = Norm(*prologue.norm[:2], eps=prologue.norm.eps)
+    xhat = normed(x.double(), bare)
+    assert sums is not None
+    for total, terms in ((sums.gradient, d.double()), (sums.times_xhat, d.double() * xhat)):
+        limit = 60 * torch.finfo(torch.float32).eps * terms.abs().sum((0, 2, 3))
+        assert ((total - terms.sum((0, 2, 3))).abs() <= limit).all()
 
 
 HALF = [("relu", torch.bfloat16), ("gelu", torch.bfloat16), ("silu", torch.float16)]
+STRIDED = {"stride": (2, 2), "padding": (1, 1)}
 
 
 @pytest.mark.parametrize(("act", "dtype"), [*((act, torch.float32) for act in ACTS), *HALF])
 def test_batch_norms_on_both_sides(act: str, dtype: torch.dtype) -> None:
     # Padding: where no window reaches, g and a are 0, not the offset of a batch norm.
-    strided = {"stride": (2, 2), "padding": (1, 1)}
-    for geometry in ({"padding": (1, 1)}, strided, {**strided, "groups": 16}):
+    for geometry, training in (
+        ({"padding": (1, 1)}, True), (STRIDED, False), ({**STRIDED, "groups": 16}, True)
+    ):  # fmt: skip
         x = channels_last(2, 16, 6, 5, dtype=dtype)
-        weight = channels_last(32, 16 // geometry.get("groups", 1), 3, 3, dtype=dtype)
-        prologue = Prologue(numbers(16), numbers(16), act)
-        dz = output_like(x, weight, geometry)
-        norm, g = batch_norm_gradient(dz)
-        a = normalised(x, prologue)
-        dweight = conv2d_bwd_weight(
-            dz, x, (3, 3), **geometry, norm=norm, prologue=prologue, tile=SMALL, parts=2
-        )
-        add = channels_last(2, 16, 6, 5, dtype=dtype)
-        mean, rstd = numbers(16), numbers(16).abs()
-        activated = Activated(x, *prologue[:2], mean, rstd, act)
-        d, sums = conv2d_bwd_input(
-            dz, weight, (6, 5), **geometry, norm=norm, add=add, activated=activated, tile=SMALL
-        )
+        raw = channels_last(2, 32, *((3, 3) if "stride" in geometry else (6, 5)), dtype=dtype)
+        prologue = Prologue(norm_of(16, dtype), ACT_NUMBER[act])
+        check_batch_norms(x, raw, prologue, training, geometry)
 
-        eager = gradients(g, a, weight, geometry)
-        exact = gradients(g.double(), a.double(), weight.double(), geometry)
-        assert_as_exact_as_torch("dweight", dweight, eager[1], exact[1])
-        exact_d = behind(activated, exact[0] + add.double())
-        assert_as_exact_as_torch(
-            "d", d, behind(activated, eager[0].float() + add.float()).to(dtype), exact_d
-        )
-        # Sums of the rounded d, which is at hand: float32's roundings of 60 terms remain.
-        xhat = (x.double() - mean[:, None, None]) * rstd[:, None, None]
-        assert sums is not None
-        for total, terms in ((sums.gradient, d.double()), (sums.times_xhat, d.double() * xhat)):
-            limit = 60 * torch.finfo(torch.float32).eps * terms.abs().sum((0, 2, 3))
-            assert ((total - terms.sum((0, 2, 3))).abs() <= limit).all()
+
+def test_nothing_cancels() -> None:
+    # Mean 1e4, deviation 1, in float32. A batch's mean is 1e4 exactly, since the second image
+    # mirrors the first: else its rounding, half an ulp of 1e4, would be seen in each xhat.
+    half = (channels_last(1, 32, 6, 5) * 256).round() / 256
+    raw = (torch.cat([half, -half]) + 1e4).contiguous(memory_format=torch.channels_last)
+    norm = norm_of(16)
+    prologue = Prologue(norm._replace(mean=norm.mean + 1e4), ACT_NUMBER["silu"])
+    check_batch_norms(channels_last(2, 16, 6, 5) + 1e4, raw, prologue, True, {"padding": (1, 1)})
+
+
+@pytest.mark.parametrize("groups", [1, 16])
+def test_raw_is_not_read_in_vain(groups: int) -> None:
+    # Fixed statistics and no act: g = scale * dy, whatever came out of the convolution.
+    geometry = {"padding": (1, 1), "groups": groups}
+    x, weight = channels_last(2, 16, 6, 5), channels_last(16, 16 // groups, 3, 3)
+    dy, norm = channels_last(2, 16, 6, 5), norm_of(16)._replace(weight=None)
+    made = []
+    for raw in (torch.zeros_like(dy), torch.full_like(dy, float("inf"))):
+        fixed = BatchNormGradient(raw, norm, 0, None)
+        made.append(conv2d_bwd_input(dy, weight, (6, 5), **geometry, norm=fixed, tile=SMALL)[0])
+        made.append(conv2d_bwd_weight(dy, x, (3, 3), **geometry, norm=fixed, tile=SMALL))
+    assert torch.equal(made[0], made[2])
+    assert torch.equal(made[1], made[3])
+    assert all(t.isfinite().all() for t in made)
 
 
 def test_empty_batch() -> None:
@@ -166,6 +228,9 @@ def test_the_same_bits_twice() -> None:
     assert all(itertools.starmap(torch.equal, zip(*both, strict=True)))
 
 
+DY = channels_last(1, 8, 4, 4)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -173,7 +238,20 @@ def test_the_same_bits_twice() -> None:
         ({"dy": channels_last(1, 8, 4, 4).half()}, "dy and weight of one type"),
         ({"groups": 3}, "groups: expected a divisor of 48 and 8, got 3"),
         ({"add": channels_last(1, 4, 4, 4)}, r"add: expected \(1, 16, 4, 4\)"),
-        ({"norm": BatchNormGradient(*[torch.ones(8)] * 5)}, r"norm.raw: expected"),
+        ({"norm": BatchNormGradient(torch.ones(8), norm_of(8), 0, None)}, "norm.raw: expected"),
+        ({"norm": BatchNormGradient(DY, norm_of(4), 0, None)}, r"norm.norm.mean: expected \[8\]"),
+        (
+            {"norm": BatchNormGradient(DY, norm_of(8), 8, None)},
+            "norm.act: expected a number from 0",
+        ),
+        (
+            {"norm": BatchNormGradient(DY, norm_of(8), 0, Sums(*[torch.ones(9)] * 2))},
+            r"norm.sums.gradient: expected \[8\]",
+        ),
+        (
+            {"activated": Activated(channels_last(1, 16, 4, 4), norm_of(16), 9)},
+            "activated.act: expected a number from 0 to 7, got 9",
+        ),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], said: str) -> None:

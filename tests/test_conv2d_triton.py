@@ -5,6 +5,7 @@ are small, so that each case has several, whole ones and ragged ones.
 """
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,26 +14,38 @@ import torch.nn.functional as F
 from activations import ACTS
 from tolerance import assert_as_exact_as_torch
 from torch import Tensor
-from triton_proof import DEVICE, channels_last
+from triton_proof import DEVICE, channels_last, norm_of, normed, without_tf32
 
+from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.ops.norm import Norm
 from fastcnn.triton.conv2d import Epilogue, Prologue, Tile, conv2d
+from fastcnn.triton.launch import allows_tf32
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = Tile(m=32, n=16, k=16, warps=4, stages=2, group=2)
 
 
 @pytest.fixture(autouse=True)
-def seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def seed() -> Iterator[None]:
     torch.manual_seed(0)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with without_tf32():
+        yield
 
 
-def normalised(x: Tensor, prologue: Prologue | None) -> Tensor:
-    """What the convolution multiplies, in x's type."""
+NAMES = list(ACT_NUMBER)
+
+
+def normalised(x: Tensor, prologue: Prologue | None) -> tuple[Tensor, Tensor]:
+    """What the convolution multiplies: made in float32, in x's type, and exact.
+
+    In half types the exact one is rounded as the convolution's operands are.
+    """
     if prologue is None:
-        return x
-    scale, bias = (t[:, None, None] for t in prologue[:2])
-    return ACTS[prologue.act](x.float() * scale + bias).to(x.dtype)
+        return x, x.double()
+    a, exact = (
+        ACTS[NAMES[prologue.act]](normed(t, prologue.norm)) for t in (x.float(), x.double())
+    )
+    return a.to(x.dtype), (exact if x.dtype is torch.float32 else exact.to(x.dtype).double())
 
 
 def check(
@@ -46,28 +59,31 @@ def check(
     **options: Any,
 ) -> None:
     geometry = (stride, padding, dilation, groups)
-    epilogue, a = Epilogue(**options.pop("epilogue", {})), normalised(x, options.get("prologue"))
+    prologue, epilogue = options.get("prologue"), Epilogue(**options.pop("epilogue", {}))
+    a, exact_a = normalised(x, prologue)
     y, statistics = conv2d(x, weight, *geometry, epilogue=epilogue, tile=tile, **options)
     product = F.conv2d(a, weight, None, *geometry)
-    exact = F.conv2d(a.double(), weight.double(), None, *geometry)
+    exact = F.conv2d(exact_a, weight.double(), None, *geometry)
     if statistics is not None:
-        # Of the product as it is rounded: half an ulp each, so as much in the mean at the most.
-        half_ulp = torch.finfo(x.dtype).eps / 2 * exact.abs().max().item()
+        # Of the product as it is rounded: half an ulp each, so as much in the mean at the most; and
+        # what the prologue multiplies by was rounded three times, the same for a whole channel.
+        roundings = 1 if prologue is None else 4
+        half_ulp = roundings * torch.finfo(x.dtype).eps / 2 * exact.abs().max().item()
         raw = exact.transpose(0, 1).flatten(1)
         assert (statistics.mean - raw.mean(1)).abs().max() <= half_ulp
         var, deviation = raw.var(1, correction=0), raw.std(1, correction=0).max().item()
         assert (statistics.var - var).abs().max() <= 2 * half_ulp * deviation + half_ulp**2
 
     def behind(t: Tensor) -> Tensor:
-        for k, join in (("scale", torch.mul), ("bias", torch.add)):
-            numbers = getattr(epilogue, k)
-            t = t if numbers is None else join(t, numbers.to(t.dtype)[:, None, None])
+        t = t if epilogue.norm is None else normed(t, epilogue.norm)
+        t = t if epilogue.bias is None else t + epilogue.bias.to(t.dtype)[:, None, None]
         t = t if epilogue.residual is None else t + epilogue.residual.to(t.dtype)
-        return ACTS[epilogue.act](t)
+        return ACTS[NAMES[epilogue.act]](t)
 
     assert y.dtype is x.dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert_as_exact_as_torch("y", y, behind(product), behind(exact))
+    eager = behind(product.float()).to(x.dtype)
+    assert_as_exact_as_torch("y", y, eager, behind(exact))
 
 
 GEOMETRIES = {
@@ -117,22 +133,23 @@ def test_activations_before_and_behind(act: str, dtype: torch.dtype) -> None:
             channels_last(2, 16, 4, 5, dtype=dtype),
             channels_last(8, 16, size, size, dtype=dtype),
         )
-        prologue = Prologue(*torch.randn(2, 16).to(DEVICE), act)
+        prologue = Prologue(norm_of(16, dtype), ACT_NUMBER[act])
         check(x, weight, padding=(size // 2, size // 2), prologue=prologue)
-        check(x, weight, padding=(size // 2, size // 2), epilogue={"act": act})
+        check(x, weight, padding=(size // 2, size // 2), epilogue={"act": ACT_NUMBER[act]})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_epilogue(dtype: torch.dtype) -> None:
     x = channels_last(2, 16, 5, 7, dtype=dtype)
-    for size, *used in itertools.product((1, 3), *[(False, True)] * 4):
-        numbers = {
-            "scale": torch.randn(24).to(DEVICE),
-            "bias": torch.randn(24).to(DEVICE),
-            "residual": channels_last(2, 24, 5, 7, dtype=dtype),
-            "statistics": True,
-        }
-        epilogue = {k: v for (k, v), on in zip(numbers.items(), used, strict=True) if on}
+    norm = norm_of(24, dtype)
+    affine: list[dict[str, Any]] = [
+        {}, {"norm": norm}, {"norm": norm._replace(weight=None, bias=None)},
+        {"bias": torch.randn(24).to(DEVICE, dtype)},
+    ]  # fmt: skip
+    residuals = [{}, {"residual": channels_last(2, 24, 5, 7, dtype=dtype)}]
+    statistics = [{}, {"statistics": True}]
+    for size, *three in itertools.product((1, 3), affine, residuals, statistics):
+        epilogue = {k: v for options in three for k, v in options.items()}
         weight = channels_last(24, 16, size, size, dtype=dtype)
         check(x, weight, padding=(size // 2, size // 2), epilogue=epilogue)
 
@@ -140,21 +157,25 @@ def test_every_epilogue(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_depthwise_before_and_behind(dtype: torch.dtype) -> None:
     x, weight = channels_last(2, 20, 6, 5, dtype=dtype), channels_last(20, 1, 3, 3, dtype=dtype)
-    prologue = Prologue(*torch.randn(2, 20).to(DEVICE), "silu")
+    prologue = Prologue(norm_of(20, dtype)._replace(weight=None), ACT_NUMBER["silu"])
     epilogue = {
-        "scale": torch.randn(20).to(DEVICE), "bias": torch.randn(20).to(DEVICE),
-        "residual": channels_last(2, 20, 6, 5, dtype=dtype), "act": "relu", "statistics": True,
+        "norm": norm_of(20)._replace(bias=None), "act": ACT_NUMBER["relu"], "statistics": True,
+        "residual": channels_last(2, 20, 6, 5, dtype=dtype),
     }  # fmt: skip
     check(x, weight, padding=(1, 1), groups=20, prologue=prologue, epilogue=epilogue)
     check(x, weight, padding=(1, 1), groups=20, tile=None)
 
 
-def test_statistics_do_not_cancel() -> None:
-    # Mean 1e4, deviation 1: E[x^2] - E[x]^2 in float32 has an error of 6 in a variance of 1.
-    x, weight = channels_last(2, 16, 7, 7), torch.zeros(16, 16, 1, 1)
+def test_nothing_cancels() -> None:
+    # Mean 1e4, deviation 1: x * scale + bias in float32 has an error of 6e-4, and E[x^2] - E[x]^2
+    # one of 6 in a variance of 1.
+    x, weight = channels_last(2, 16, 7, 7) + 1e4, torch.zeros(16, 16, 1, 1)
     weight[range(16), range(16)] = 1
     weight = weight.contiguous(memory_format=torch.channels_last).to(DEVICE)
-    x = x + 1e4
+    norm = norm_of(16)
+    norm = norm._replace(mean=norm.mean + 1e4)
+    check(x, weight, prologue=Prologue(norm, 0))
+    check(x, weight, epilogue={"norm": norm})
     _, statistics = conv2d(x, weight, epilogue=Epilogue(statistics=True), tile=SMALL)
     assert statistics is not None
     var = x.double().transpose(0, 1).flatten(1).var(1, correction=0)
@@ -184,6 +205,15 @@ def test_default_tiles() -> None:
             channels_last(8, c, 1, 1, dtype=dtype),
             tile=None,
         )
+
+
+def test_whether_tf32_is_allowed_is_read_where_it_is_set() -> None:
+    # In the mixture that without_tf32() makes.
+    with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+        print(torch.backends.cudnn.allow_tf32)
+    assert not allows_tf32()
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    assert allows_tf32()
 
 
 def test_empty_batch() -> None:
@@ -216,11 +246,17 @@ def test_what_is_refused(make: Any, said: str) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"epilogue": Epilogue(scale=torch.ones(7))}, r"scale: expected \[8\]"),
+        ({"epilogue": Epilogue(Norm(*[torch.ones(7)] * 2))}, r"epilogue.norm.mean: expected \[8\]"),
         ({"epilogue": Epilogue(bias=torch.ones(16)[::2])}, r"bias: expected \[8\], contiguous"),
+        ({"epilogue": Epilogue(bias=torch.ones(8).double())}, "bias: .* of torch.float64"),
+        ({"epilogue": Epilogue(norm_of(8), bias=torch.ones(8))}, "a norm or a bias, got both"),
         ({"epilogue": Epilogue(residual=torch.randn(X))}, "residual: expected"),
-        ({"epilogue": Epilogue(act="tanh")}, "act: expected one of none, relu"),
-        ({"prologue": Prologue(torch.ones(8), torch.ones(1), "relu")}, r"prologue.bias: expected"),
+        ({"epilogue": Epilogue(act=8)}, "epilogue.act: expected a number from 0 to 7, got 8"),
+        ({"prologue": Prologue(norm_of(8), -1)}, "prologue.act: expected a number from 0 to 7"),
+        (
+            {"prologue": Prologue(norm_of(8)._replace(bias=torch.ones(1)), 1)},
+            r"prologue.norm.bias: expected",
+        ),
         ({"stride": (0, 1)}, "stride: expected"),
         ({"padding": (-1, 0)}, "padding: expected"),
         ({"dilation": (5, 5), "weight": (8, 8, 2, 2)}, "larger than the padded image"),

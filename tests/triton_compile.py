@@ -22,22 +22,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.ops.norm import Norm
 from fastcnn.triton import (
     conv2d_bwd_kernels,
     conv2d_int8_kernels,
     conv2d_kernels,
     depthwise_kernels,
 )
+from fastcnn.triton.conv2d_bwd import Sums
 from fastcnn.triton.conv2d_int8 import default_tile as default_int8_tile
 from fastcnn.triton.launch import blocks, default_tile, depthwise_blocks, depthwise_tile, is_lean
 
 MATRIX = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
-POINTWISE = {
-    "ACT": ACT_NUMBER["relu"],
-    "PRE_ACT": ACT_NUMBER["relu"],
-    "PROGRAMS": 132,
-    "GROUP_M": 8,
-}
+RELU = ACT_NUMBER["relu"]
+POINTWISE = {"ACT": RELU, "PRE_ACT": RELU, "DY_ACT": RELU, "PROGRAMS": 132, "GROUP_M": 8}
+# Of floating point convolutions; the others are images.
+NUMBERS = {"bias_ptr", "mean_ptr", "square_ptr", "sum_ptr", "sum_xhat_ptr", "parts_ptr"}
+NORM: Any = Norm(*["*fp32"] * 4, "fp32")  # type: ignore[arg-type]
+STRUCTS = {"pre_norm": NORM, "norm": NORM, "dy_norm": NORM, "dy_sums": Sums(*["*fp32"] * 2)}
+SCALARS = {"share", "residual_scale", "six"}
 
 
 def window(size: int, stride: int) -> dict[str, int]:
@@ -49,25 +52,24 @@ def window(size: int, stride: int) -> dict[str, int]:
 
 
 def cases() -> Iterator[tuple[str, Any, dict[str, Any], set[str]]]:
-    """A name, a kernel, its constants, and the pointers that are None. Most have every epilogue."""
+    """A name, a kernel, its constants, and what is None. Most have every epilogue."""
     stem, three = {**window(7, 2), "FLAT": True}, {**window(3, 1), "FLAT": False}
     forward, bwd = conv2d_kernels, conv2d_bwd_kernels
-    prologue = {"pre_scale_ptr", "pre_bias_ptr"}
-    affine = {"scale_ptr", "bias_ptr", "residual_ptr"}
-    yield "stem", forward.conv2d_kernel, stem, prologue
+    bias, statistics = {"bias_ptr"}, {"mean_ptr", "square_ptr"}
+    yield "stem", forward.conv2d_kernel, stem, {"pre_norm", *bias}
     for name, kernel, constants in (
         ("3x3", forward.conv2d_kernel, three), ("1x1", forward.pointwise_kernel, {})
     ):  # fmt: skip
-        yield name, kernel, constants, set()
-        yield f"{name} in evaluation", kernel, constants, {*prologue, "mean_ptr", "square_ptr"}
-        yield f"{name} in training", kernel, constants, affine
+        yield name, kernel, constants, bias
+        yield f"{name} in evaluation", kernel, constants, {"pre_norm", *bias, *statistics}
+        yield f"{name} in training", kernel, constants, {"norm", "residual_ptr", *bias}
     yield "dx of 3x3", bwd.conv2d_bwd_input_kernel, three, set()
     yield "dx of 1x1, stride 2", bwd.conv2d_bwd_input_kernel, window(1, 2), set()
     int8 = {**three, "ACT": 1, "QUANTISED": True, "LEAST": -128, "MOST": 127}
-    yield "int8 3x3", conv2d_int8_kernels.conv2d_int8_kernel, int8, {"bias_ptr"}
-    yield "depthwise", depthwise_kernels.depthwise_kernel, {**three, "MULTIPLIER": 1}, set()
+    yield "int8 3x3", conv2d_int8_kernels.conv2d_int8_kernel, int8, bias
+    yield "depthwise", depthwise_kernels.depthwise_kernel, {**three, "MULTIPLIER": 1}, bias
     yield "dw of 3x3", bwd.conv2d_bwd_weight_kernel, three, set()
-    yield "dw of the stem", bwd.conv2d_bwd_weight_kernel, stem, prologue
+    yield "dw of the stem", bwd.conv2d_bwd_weight_kernel, stem, {"pre_norm"}
 
 
 def compile_one(
@@ -75,11 +77,11 @@ def compile_one(
 ) -> dict[str, Any]:
     """Compile for one card: bfloat16 or float16 images, float32 numbers per channel."""
     # As the launches choose.
-    lean = "rstd_ptr" not in kernel.arg_names
+    lean = "sum_ptr" not in kernel.arg_names
     if "residual_ptr" in kernel.arg_names:
-        given = {"pre_scale_ptr", "residual_ptr"} - absent
+        given = {"pre_norm", "residual_ptr"} - absent
         by_descriptors = kernel is conv2d_kernels.pointwise_kernel
-        lean = is_lean("pre_scale_ptr" in given, "residual_ptr" in given, by_descriptors, arch)
+        lean = is_lean("pre_norm" in given, "residual_ptr" in given, by_descriptors, arch)
     int8, depthwise = "QUANTISED" in constants, "MULTIPLIER" in constants
     if int8:
         tile = default_int8_tile(256 * 56 * 56, 256)
@@ -88,35 +90,23 @@ def compile_one(
     tile = depthwise_tile(256) if depthwise else tile
     options = depthwise_blocks(tile) if depthwise else blocks(tile)
     known = {**options, **POINTWISE, **constants}
-    images = {
-        "x_ptr",
-        "w_ptr",
-        "y_ptr",
-        "residual_ptr",
-        "dy_ptr",
-        "dx_ptr",
-        "dy_raw_ptr",
-        "add_ptr",
-    }
-    images |= {"raw_ptr"}
     signature, values, divisible = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in absent or name in known:
             signature[name], values[name] = "constexpr", known.get(name)
-            continue
-        if name.endswith("_matrix"):
+        elif name.endswith("_matrix"):
             rows = tile.m if name == "x_matrix" else tile.n
             signature[name] = f"tensordesc<{half}[{rows}, {tile.k}]>"
-            continue
-        image = "i8" if int8 else half
-        other = "fp32" if name != "start_ptr" else "i32"
-        signature[name] = f"*{image if name in images else other}"
-        if name in ("residual_scale", "six"):
+        elif name in STRUCTS:
+            signature[name] = STRUCTS[name]
+            for i, field in enumerate(STRUCTS[name]):
+                if field.startswith("*"):
+                    divisible[(place, i)] = [["tt.divisibility", 16]]
+        elif name in SCALARS:
             signature[name] = "fp32"
-            continue
-        if not name.endswith("_ptr"):
-            signature[name] = "i32"
-        divisible[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = _pointer(name, half, int8) if name.endswith("_ptr") else "i32"
+            divisible[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=divisible)
     options = {k: v for k, v in options.items() if k not in values and k.islower()}
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -129,6 +119,12 @@ def compile_one(
         "shared": made.metadata.shared,
         **resources(made.asm["cubin"]),
     }
+
+
+def _pointer(name: str, half: str, int8: bool) -> str:
+    if int8:
+        return {"start_ptr": "*i32", "scale_ptr": "*fp32"}.get(name, "*i8")
+    return "*fp32" if name in NUMBERS else f"*{half}"
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -3,11 +3,16 @@
 conftest.py sets TRITON_INTERPRET before Triton is imported, where there is no GPU.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
 from triton.runtime import interpreter
+
+from fastcnn.ops.norm import Norm
 
 INTERPRETED = knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -46,3 +51,31 @@ def channels_last(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random numbers on the device, in channels_last."""
     t = torch.randn(sizes).to(dtype).contiguous(memory_format=torch.channels_last)
     return t.to(DEVICE)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Float32 is multiplied as such, set by the new API: cudnn.allow_tf32 raises."""
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, conv.fp32_precision = conv.fp32_precision, "ieee"
+    yield
+    conv.fp32_precision = before
+
+
+def norm_of(channels: int, dtype: torch.dtype = torch.float32) -> Norm:
+    """A batch norm with statistics in float32, weight and bias in dtype, on the device."""
+    mean, weight, bias = torch.randn(3, channels).to(DEVICE)
+    var = torch.rand(channels).to(DEVICE) + 0.5
+    return Norm(mean, var, weight.to(dtype), bias.to(dtype), eps=1e-3)
+
+
+def normed(t: Tensor, norm: Norm) -> Tensor:
+    """norm(t) in t's type, centred first."""
+    mean, var, weight, bias = (
+        None if v is None else v.to(t.dtype)[:, None, None] for v in norm[:4]
+    )
+    assert mean is not None
+    assert var is not None
+    z = (t - mean) / (var + norm.eps).sqrt()
+    z = z if weight is None else z * weight
+    return z if bias is None else z + bias

@@ -51,7 +51,7 @@ def per_channel(norm, channels, mask):
     """Return a norm's mean, rstd, scale and bias at the channels, in float32."""
     mean = numbers(norm.mean, channels, mask)
     var = tl.load(norm.var + channels, mask=mask, other=1.0).to(tl.float32)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + norm.eps))
+    rstd = tl.rsqrt(var + norm.eps)
     scale, bias = rstd, tl.zeros_like(rstd)
     if norm.weight is not None:
         scale = rstd * numbers(norm.weight, channels, mask)
