@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 
 from fastcnn.plan.cards import card_of, predicted_seconds
-from fastcnn.plan.file import Entry, PlanFile, environment_of, folder, parse
+from fastcnn.plan.environment import environment_of
+from fastcnn.plan.file import Entry, PlanFile, folder, parse
 from fastcnn.plan.problem import Device, Problem, describe
 from fastcnn.plan.registry import Candidate, Op
 from fastcnn.plan.tune import Timer, timer_for, tune
