@@ -3,7 +3,8 @@
 Each benchmark gives candidates, the bytes that the op must move at least, and rotating inputs (so
 that nothing is read from a warm cache). The table at the end shows medians; `speedup` is the median
 of ratios of neighbouring calls, and `of copy` is the floor's bytes over the time, as a share of the
-bandwidth that a copy of the same tensor reached in the same rounds.
+bandwidth that a copy of the same tensor reached in the same rounds. CUDA is timed by events, with
+its L2 cleared before each call.
 """
 
 import itertools
@@ -16,9 +17,13 @@ import torch
 from torch import Tensor
 
 from fastcnn.lab import interleaved, ratio
+from fastcnn.lab.measure import clock_of
+from fastcnn.plan.environment import environment_of
+from fastcnn.plan.problem import describe
 
 ROUNDS, WARMUP = 12, 3
 ROWS: list[list[str]] = []
+DEVICES: set[torch.device] = set()  # that the rows were measured on
 HEADER = ["case", "fastcnn ms", "PyTorch ms", "speedup", "copy ms", "of copy"]
 
 Candidate = Callable[[Any], object]
@@ -51,7 +56,9 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
             },
             ROUNDS,
             WARMUP,
+            clock_of(image.device),
         )
+        DEVICES.add(image.device)
         ms = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
         speedup = ratio(times["eager"], times["ours"])
         of_copy = floor_passes / 2 * ratio(times["copy"], times["ours"])
@@ -62,10 +69,10 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
         ROWS.append(
             [
                 request.node.callspec.id,
-                f"{ms['ours']:.2f}",
-                f"{ms['eager']:.2f}",
+                digits(ms["ours"]),
+                digits(ms["eager"]),
                 f"{speedup:.2f}x",
-                f"{ms['copy']:.2f}",
+                digits(ms["copy"]),
                 f"{of_copy:.0%}" if floor_passes else "-",
             ]
         )
@@ -76,12 +83,28 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
     return run
 
 
+def digits(milliseconds: float) -> str:
+    """Return milliseconds, where short kernels still differ."""
+    return f"{milliseconds:.{2 if milliseconds >= 1 else 4}f}"
+
+
+def conditions(device: torch.device) -> str:
+    """Return the device and the versions that times depend on, in a line."""
+    found = environment_of(describe(device))
+    line = f"{found['device']}, torch {found['torch']}"
+    if device.type == "cuda":
+        return (
+            f"{line}, CUDA {torch.version.cuda}, driver {found['driver']}, triton {found['triton']}"
+        )
+    return f"{line} with {torch.backends.cpu.get_cpu_capability()}"
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print the table."""
     if not ROWS:
         return
-    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-    terminalreporter.write_line(f"torch {torch.__version__}, {capability}, {threads} threads")
+    for device in sorted(DEVICES, key=str):
+        terminalreporter.write_line(conditions(device))
     widths = [max(map(len, column)) for column in zip(HEADER, *ROWS, strict=True)]
     for row in [HEADER, *ROWS]:
         first, *rest = (

@@ -10,8 +10,18 @@ check_torch(torch.__version__, _C.version)
 from fastcnn import augment, functional, models, nn, plan  # noqa: E402
 from fastcnn.memory import keep_freed_memory  # noqa: E402
 from fastcnn.ops._library import load_kernels  # noqa: E402
+from fastcnn.plan import report  # noqa: E402
 
 load_kernels()
 
 __version__: str = _C.version
-__all__ = ["__version__", "augment", "functional", "keep_freed_memory", "models", "nn", "plan"]
+__all__ = [
+    "__version__",
+    "augment",
+    "functional",
+    "keep_freed_memory",
+    "models",
+    "nn",
+    "plan",
+    "report",
+]

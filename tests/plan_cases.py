@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastcnn.plan.file import PlanFile, environment_of
+from fastcnn.plan.environment import environment_of
+from fastcnn.plan.file import PlanFile
 from fastcnn.plan.planner import Planner
 from fastcnn.plan.problem import Device, Problem
 from fastcnn.plan.registry import Candidate, Finish, Kernel, Op

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from plan_cases import H200, Clock, candidate, planner, problem
 
+import fastcnn
 from fastcnn.plan import file as plan_file
-from fastcnn.plan.file import Entry, PlanFile, environment_of, folder
+from fastcnn.plan.environment import environment_of, hash_of
+from fastcnn.plan.file import Entry, PlanFile, folder
 
 HERE = Path(__file__).parent
 ENTRY = Entry("a", {"a": 1.0, "b": 2.0}, {"c": "wrong"})
@@ -35,15 +37,40 @@ def test_what_is_kept_is_read(tmp_path: Path) -> None:
     assert {path.suffix for path in where.iterdir()} == {".json", ".lock"}
 
 
-@pytest.mark.parametrize("what", ["device", "driver", "torch", "triton", "fastcnn"])
+ENVIRONMENT = ["device", "driver", "torch", "triton", "fastcnn", "kernels"]
+
+
+@pytest.mark.parametrize("what", ENVIRONMENT)
 def test_an_outdated_file_is_never_read(what: str, tmp_path: Path) -> None:
-    assert set(environment_of(H200)) == {"device", "driver", "torch", "triton", "fastcnn"}
+    assert list(environment_of(H200)) == ENVIRONMENT
     old = new(tmp_path, **{what: "another"})
     old.keep("p", ENTRY)
     file = new(tmp_path)
     assert not file.entries
     file.keep("q", ENTRY)
     assert new(tmp_path, **{what: "another"}).entries == {"p": ENTRY}  # nor written
+
+
+def test_changed_kernels_have_another_hash(tmp_path: Path) -> None:
+    def hashed(**files: str) -> str:
+        for path in tmp_path.iterdir():
+            path.unlink()
+        for name, text in files.items():
+            (tmp_path / f"{name}.py").write_text(text)
+        (tmp_path / "compiled.pyc").write_text(str(files))  # comes and goes by itself
+        return hash_of(tmp_path)
+
+    first = hashed(a="x", b="y")
+    assert hashed(b="y", a="x") == first
+    changes: list[dict[str, str]] = [
+        {"a": "x", "b": "z"}, {"a": "x", "c": "y"}, {"a": "xy", "b": ""}, {"a": "y", "b": "x"},
+        {"a": "x"}, {"a": "x", "b": "y", "c": ""}, {},
+    ]  # fmt: skip
+    assert len({first, *(hashed(**files) for files in changes)}) == 1 + len(changes)
+    # The one of this checkout is of its own kernels.
+    triton = Path(fastcnn.__file__).with_name("triton")
+    assert (triton / "conv2d_kernels.py").exists()
+    assert environment_of(H200)["kernels"] == hash_of(triton)
 
 
 def damages() -> dict[str, bytes]:

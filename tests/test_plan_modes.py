@@ -12,9 +12,9 @@ import fastcnn.plan
 from fastcnn import info
 from fastcnn.plan import OPS, Candidate, choose, register
 from fastcnn.plan import problem as plan_problem
+from fastcnn.plan.clock import timer_for
 from fastcnn.plan.planner import mode_of_environment
 from fastcnn.plan.problem import describe
-from fastcnn.plan.tune import timer_for
 
 
 def test_modes(tmp_path: Path) -> None:
@@ -79,16 +79,19 @@ def test_report_and_info(
         assert choose(problem(2)) == choose(problem(1)) == "a"
         assert info.facts()["plans"].startswith(f"tune; 2 in {tmp_path}/plans/")
         assert [row.plan for row in fastcnn.plan.rows()] == ["a", "a"]
-        fastcnn.plan.report()
+        returned = fastcnn.report()
+        assert returned == fastcnn.plan.rows()
     finally:
         fastcnn.plan._planner.cache_clear()
     device = describe(torch.device("cpu"))
-    expected = "".join(
-        f"double x={n}x8x4x4 weight=8x8x1x1 stride=1x1 padding=0x0 dilation=1x1 groups=1 float32 "
-        f"on {device.name} {device.capability}\n    a (tuned, 1.5 ms): a 1.5 ms, b 2.5 ms\n"
-        for n in (1, 2)
-    )
-    assert capsys.readouterr().out == expected
+    assert capsys.readouterr().out.splitlines() == [
+        f"{'problem':39}  plan  source   ms",
+        f"on {device.name} {device.capability}",
+        "double x=1x8x4x4 weight=8x8x1x1 float32  a     tuned   1.5",
+        "    a 1.5 ms, b 2.5 ms",
+        "double x=2x8x4x4 weight=8x8x1x1 float32  a     tuned   1.5",
+        "    a 1.5 ms, b 2.5 ms",
+    ]
     monkeypatch.setenv("FASTCNN_PLAN", "off")
     assert info.facts()["plans"] == "off"
 

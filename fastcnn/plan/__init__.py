@@ -9,7 +9,6 @@ plan file (file.py), or predicts it (cards.py).
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from fastcnn.plan.cards import Kernel
 from fastcnn.plan.planner import Planner, measured, mode_of_environment, open_file
 from fastcnn.plan.problem import Problem, describe
 from fastcnn.plan.registry import OPS, Candidate, Op, register
+from fastcnn.plan.table import Row, table
 
 __all__ = [
     "Candidate",
@@ -67,27 +67,17 @@ def run(problem: Problem, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
     return OPS[problem.op].candidates[choose(problem)].run(problem, *tensors)
 
 
-class Row(NamedTuple):
-    """A line of the report."""
-
-    problem: str
-    plan: str
-    source: str
-    reason: str
-    milliseconds: float | None
-
-
 def rows() -> list[Row]:
     """Return what was chosen in this process, sorted by problem."""
     chosen = _planner().plans().items()
     return sorted(Row(problem.key(describe(problem.device)), *plan) for problem, plan in chosen)
 
 
-def report() -> None:
-    """Print what was chosen in this process, and why."""
-    for row in rows():
-        took = "" if row.milliseconds is None else f", {row.milliseconds:.4g} ms"
-        print(f"{row.problem}\n    {row.plan} ({row.source}{took}): {row.reason}")
+def report() -> list[Row]:
+    """Print what was chosen in this process, and why, as a table; return its rows."""
+    chosen = rows()
+    print(table(chosen))
+    return chosen
 
 
 def summary() -> str:

@@ -1,7 +1,7 @@
 """The plan file: what tuning found, one JSON for each device and set of versions.
 
-Its name is made of the environment's hash: where the driver, torch, triton or fastcnn changes,
-another file is read, and the outdated one never.
+Its name is made of the environment's hash (environment.py): where the driver, torch, triton,
+fastcnn or its kernels change, another file is read, and the outdated one never.
 
 Several processes may write at once. Each takes a lock, reads what the others wrote, adds its own
 and renames a finished file into place; readers need no lock. Without one (no fcntl, a network disk)
@@ -17,21 +17,15 @@ import re
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
-
-from fastcnn import _C
-from fastcnn.plan.problem import Device
 
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Entry", "PlanFile", "environment_of", "folder", "parse"]
+__all__ = ["Entry", "PlanFile", "folder", "parse"]
 
 SCHEMA = 1
 
@@ -60,22 +54,6 @@ def folder() -> Path | None:
         return (cache if cache.is_absolute() else Path.home() / ".cache") / "fastcnn" / "plans"
     except RuntimeError:  # a user without a home
         return None
-
-
-def environment_of(device: Device) -> dict[str, str]:
-    """Return what must be the same for times to be comparable."""
-    triton = "none"
-    for name in ("triton", "pytorch-triton"):  # the second comes with torch's nightly builds
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            triton = metadata.version(name)
-            break
-    return {
-        "device": f"{device.name} {device.capability}",
-        "driver": device.driver,
-        "torch": str(torch.__version__),
-        "triton": triton,
-        "fastcnn": _C.version,
-    }
 
 
 def parse(data: bytes, environment: Mapping[str, str]) -> dict[str, Entry]:

@@ -22,10 +22,12 @@ from typing import NamedTuple
 import torch
 
 from fastcnn.plan.cards import card_of, predicted_seconds
-from fastcnn.plan.file import Entry, PlanFile, environment_of, folder, parse
+from fastcnn.plan.clock import Timer, timer_for
+from fastcnn.plan.environment import environment_of
+from fastcnn.plan.file import Entry, PlanFile, folder, parse
 from fastcnn.plan.problem import Device, Problem, describe
 from fastcnn.plan.registry import Candidate, Op
-from fastcnn.plan.tune import Timer, timer_for, tune
+from fastcnn.plan.tune import tune
 
 __all__ = ["MODES", "Plan", "Planner", "measured", "mode_of_environment", "open_file"]
 
@@ -141,20 +143,15 @@ class Planner:
                 plan = _of_entry(entry, "tuned", able)
             else:
                 plan = self._default(problem, key, device, able)
-            reason = f"not tuned {why}; {plan.reason}" if (why := busy or untuned) else plan.reason
+            before = [f"not tuned {why}"] if (why := busy or untuned) else []
             # Who did not take part is shown: nothing falls back silently.
-            reason += "".join(f"; {name}: {why}" for name, why in unable.items())
-            plan = plan._replace(reason=reason)
+            after = [f"{name}: {why}" for name, why in unable.items()]
+            plan = plan._replace(reason="; ".join([*before, plan.reason, *after]))
             (self._passing if busy else self._plans)[problem] = plan
             return plan
 
     def _tune(
-        self,
-        op: Op,
-        problem: Problem,
-        key: str,
-        able: Mapping[str, Candidate],
-        file: PlanFile,
+        self, op: Op, problem: Problem, key: str, able: Mapping[str, Candidate], file: PlanFile
     ) -> tuple[Entry | None, str | None]:
         """Return the problem's entry, and why it was not tuned."""
         file.reload()  # another process may have tuned it meanwhile

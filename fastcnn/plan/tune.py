@@ -7,74 +7,22 @@ would have been. Candidates take turns, each call finds cold caches, and the med
 import contextlib
 import functools
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastcnn.plan import check
+from fastcnn.plan.clock import Timer
 from fastcnn.plan.file import Entry
 from fastcnn.plan.problem import Problem
 from fastcnn.plan.registry import Candidate, Op
 
-__all__ = ["Timer", "timer_for", "tune"]
+__all__ = ["tune"]
 
 WARMUP = 2
 REPEATS = 9
-
-
-class Timer(Protocol):
-    """A device's clock."""
-
-    def synchronize(self) -> None:
-        """Wait until the device has done what it was asked for; raise what went wrong there."""
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        """Call `run` once, and return how long the device took."""
-
-
-class _CpuTimer:
-    def __init__(self) -> None:
-        # Above the 32 MiB of cache that 2 cores of an EPYC have for themselves.
-        self._flush = torch.empty(64 << 20, dtype=torch.uint8)
-
-    def synchronize(self) -> None:
-        pass
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        self._flush.zero_()
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-
-class _CudaTimer:
-    """Events around the call; clearing memory keeps the device busy while kernels are queued."""
-
-    def __init__(self, device: torch.device) -> None:
-        # Above the largest L2 so far, 126 MB (B200).
-        self._flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
-        self._device = device
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize(self._device)
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-
-def timer_for(device: torch.device) -> Timer:
-    """Return the clock of a device."""
-    return _CudaTimer(device) if device.type == "cuda" else _CpuTimer()
 
 
 def tune(op: Op, problem: Problem, candidates: Sequence[Candidate], timer: Timer) -> Entry:
