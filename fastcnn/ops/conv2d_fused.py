@@ -82,9 +82,9 @@ def _fwd_fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Te
 def _bwd_input_fake(
     dy: Tensor, weight: Tensor, h: int, w: int, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    groups, activated = args[-1], args[9]
+    groups, in_raw = args[-1], args[10]
     c_in = weight.shape[1] * groups
-    c = 0 if activated is None else c_in
+    c = 0 if in_raw is None else c_in
     return _new(dy, dy.shape[0], c_in, h, w), _channels(dy, c), _channels(dy, c)
 
 

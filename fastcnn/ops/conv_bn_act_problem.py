@@ -33,23 +33,28 @@ def is_planned(x: Tensor) -> bool:
     return x.is_cuda and not torch.compiler.is_exporting()
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _settings(float32: bool) -> tuple[str, ...]:
+    """Return how PyTorch is set; under torch.compile, how it was while that traced."""
+    cudnn: Any = torch.backends.cudnn
+    on = {
+        "tf32": float32 and cudnn.conv.fp32_precision == "tf32",
+        "benchmark": cudnn.benchmark,
+        "deterministic": cudnn.deterministic,
+    }
+    return tuple(name for name in on if on[name])
+
+
 def problem(
     op: str, x: Tensor, sizes: Sequence[int], weight: Sequence[int], g: Geometry, *words: str
 ) -> Problem:
     """Return the problem of a step whose input has these sizes, and x's dtype, device, layout."""
-    options = list(words)
+    options = (*words, *_settings(x.dtype is torch.float32))
     if memory_format_of(x) is torch.channels_last:
-        options.append("channels_last")
-    cudnn: Any = torch.backends.cudnn
-    if x.dtype is torch.float32 and cudnn.conv.fp32_precision == "tf32":
-        options.append("tf32")
-    if cudnn.benchmark:
-        options.append("benchmark")
-    if cudnn.deterministic:
-        options.append("deterministic")
+        options = (*options, "channels_last")
     return Problem(
         op, tuple(sizes), tuple(weight), x.dtype, x.device, g.stride, g.padding, g.dilation,
-        g.groups, tuple(options),
+        g.groups, options,
     )  # fmt: skip
 
 
