@@ -50,6 +50,7 @@ def candidate(
     supports: Callable[[Problem], str | None] = lambda _: None,
     passes: int = 1,
     finish: Finish | None = None,
+    only_tuned: bool = False,
 ) -> Candidate:
     """Takes these milliseconds, the last of them for ever; the model is told of `passes` over x."""
     times = iter([milliseconds] if isinstance(milliseconds, float) else milliseconds)
@@ -69,7 +70,7 @@ def candidate(
     def kernels(problem: Problem) -> list[Kernel]:
         return [Kernel(1e9)] * passes
 
-    return Candidate(name, timed, supports, kernels, finish)
+    return Candidate(name, timed, supports, kernels, finish, only_tuned)
 
 
 def op(*candidates: Candidate, yardstick: str | None = None) -> Op:
@@ -82,7 +83,8 @@ def op(*candidates: Candidate, yardstick: str | None = None) -> Op:
         return x.double() * 2
 
     by_name = {c.name: c for c in candidates}
-    return Op("double", tensors, reference, yardstick or next(iter(by_name), ""), by_name)
+    first = yardstick or next(iter(by_name), "")
+    return Op("double", tensors, reference, first, candidates=by_name)
 
 
 def planner(

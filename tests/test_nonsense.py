@@ -67,7 +67,8 @@ CHANNELS: dict[str, Callable[[Tensor], Any]] = {"strided": lambda t: t.repeat_in
 NUMBERS: dict[str, list[Any]] = {
     "act": [-1, 8, 2**31, -(2**63), 2**63 - 1, None, "relu"],
     "count": [1, 0, -5, -(2**63), None, "x"],  # without a total
-    "eps": [None, "x"],
+    **{key: [None, "x"] for key in ("eps", "in_eps", "out_eps")},
+    **{key: [-1, 8, 2**31, 2**62, None, "x"] for key in ("in_act", "out_act")},
     "groups": [0, -1, 4, 7, 2**62, -(2**63), None, "x"],
     "momentum": [None, "x"],
     "total": [torch.ones(2), torch.ones(()), torch.ones(1, dtype=torch.int64), "x"],
@@ -108,8 +109,9 @@ SAME_NUMBER = ("expanded", "huge strides", "shorter", "strided")  # of a vector 
 SEED = ["None", "no tensor", "a number", "bool", "complex", "other float", "another half", "meta"]
 SEED += ["sparse", "empty", "longer", "storage freed", "storage freed behind an offset"]
 SEED += ["storage halved"]
-OPTIONAL = ("residual", "saved", "weight", "bias", "skip")  # total is None already where it may be
-IMAGES = ("x", "residual", "saved", "dy", "skip", "y", "acc")
+OPTIONAL = ("residual", "saved", "weight", "bias", "skip", "add")  # total is None already
+OPTIONAL += ("in_weight", "in_bias", "out_weight", "out_bias")
+IMAGES = ("x", "residual", "saved", "dy", "skip", "y", "acc", "add", "in_raw", "out_raw")
 ALONE = {"other float", "another half", "meta", "empty", "shorter", "longer"}
 ALONE |= {"channel less", "column less", "the other layout"}
 SOUND_STRIDES = {"expanded", "huge strides", "strided"}
@@ -123,6 +125,18 @@ NO_NONSENSE = {
     ("conv2d_bwd_weight", "x"): {"channel less"},
     # Read by PyTorch's own operators, with any strides.
     **{("conv2d_int8", key): SOUND_STRIDES for key in ("weight", "weight_scale", "bias")},
+    # A batch norm's numbers are of any type below float64, each.
+    **{
+        (op, f"{side}_{key}"): {"another half"}
+        for op in ("conv2d_fused", "conv2d_fused_bwd_input", "conv2d_fused_bwd_weight")
+        for side in ("in", "out")
+        for key in ("mean", "var", "weight", "bias")
+    },
+    # A weight is copied into channels_last.
+    **{
+        (op, "weight"): SOUND_STRIDES | {"the other layout"}
+        for op in ("conv2d_fused", "conv2d_fused_bwd_input")
+    },
     ("upsample_fwd", "x"): {"channel less"},
     ("upsample_fwd", "skip"): {"channel less"},
     ("upsample_bwd", "dy"): ALONE - {"column less", "the other layout"},
@@ -183,6 +197,32 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
         how = {"kernel_h": 3, "kernel_w": 3, "stride_h": 1, "stride_w": 1}
         how |= {"padding_h": 1, "padding_w": 1, "dilation_h": 1, "dilation_w": 1}
         return {"dy": image(), "x": image(), **how}
+    if op.startswith("conv2d_fused"):
+        dtype = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
+        layout = "channels_last"
+        before, behind = (
+            {f"{side}_{key}": torch.ones(6) for key in ("mean", "var", "weight", "bias")}
+            | {f"{side}_eps": 1e-5, f"{side}_act": 1}
+            for side in ("in", "out")
+        )
+        how = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}
+        weight = {"weight": torch.ones(6, 6, 3, 3, dtype=dtype)}
+        if op == "conv2d_fused":
+            act = {"residual": image(), "out_act": behind.pop("out_act"), "statistics": True}
+            return {"x": image(), **weight, **before, **behind, **act, **how}
+        behind = {"out_raw": image(), **behind, "sum": torch.ones(6), "sum_xhat": torch.ones(6)}
+        if op == "conv2d_fused_bwd_weight":
+            return {
+                "dy": image(),
+                "x": image(),
+                "kernel_h": 3,
+                "kernel_w": 3,
+                **behind,
+                **before,
+                **how,
+            }
+        before = {"in_raw": image(), **before}
+        return {"dy": image(), **weight, "h": 4, "w": 4, **behind, "add": image(), **before, **how}
     if op.startswith("conv2d_int8"):
         layout = "channels_last"
         q = image().mul(20).to(torch.uint8)
@@ -209,6 +249,7 @@ OPS += ["batch_norm_act_reduce", "batch_norm_act_dx", "batch_norm_join_stats"]
 OPS += ["batch_norm_update_running"]
 OPS += ["conv2d_bwd_weight"] * _C.has_bf16_dot()  # elsewhere it raises in any case
 OPS += ["conv2d_int8", "conv2d_int8_epilogue"]
+OPS += ["conv2d_fused", "conv2d_fused_bwd_input", "conv2d_fused_bwd_weight"]
 OPS += ["upsample_fwd", "upsample_bwd"]
 OPS += ["augment", "augment_mask"]
 OPS += ["dropout_apply", "dropout_apply_"]
@@ -277,8 +318,8 @@ def test_every_operator_is_here() -> None:
     # One that is registered later and not named above would go without nonsense unnoticed.
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.split("::")[1] for name in names if name.startswith("fastcnn::")}
-    # afresh is torch.clone, which protects itself; conv2d_bwd_weight is not there on all machines.
-    assert registered - set(OPS) <= {"afresh", "conv2d_bwd_weight"}
+    # afresh and conv2d_relu are PyTorch's own; conv2d_bwd_weight is not there on all machines.
+    assert registered - set(OPS) <= {"afresh", "conv2d_relu", "conv2d_bwd_weight"}
     assert set(OPS) <= registered
 
 

@@ -149,6 +149,19 @@ def test_default_plans_say_where_they_come_from() -> None:
     assert not clock.calls
 
 
+def test_what_may_refuse_is_only_chosen_where_tuned(tmp_path: Path) -> None:
+    clock = Clock()
+    ways = [
+        candidate("sure", clock, 2.0, passes=2),
+        candidate("unsure", clock, 1.0, only_tuned=True),
+    ]
+    plan = planner("read", clock, tmp_path, *ways).choose(problem())
+    assert (plan.name, plan.source) == ("sure", "model")
+    assert "unsure" in plan.reason
+    assert "ms (only where tuned)" in plan.reason
+    assert planner("tune", clock, tmp_path, *ways).choose(problem()).name == "unsure"
+
+
 def test_the_packaged_measurements_can_be_read() -> None:
     assert measured() == {}
 

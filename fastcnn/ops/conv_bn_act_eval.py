@@ -3,7 +3,8 @@
     y = act(batch_norm(conv2d(x)) + residual)
 
     cudnn         cuDNN's convolution, a pass for the rest
-    cudnn_fused   cuDNN's convolution + bias + ReLU (+ residual), batch norm folded into the weights
+    cudnn_fused   cuDNN's convolution + bias + ReLU (+ residual), batch norm folded into the
+                  weights; cuDNN refuses some, so that only tuning chooses it
     triton        one kernel
 
 Bytes: x, weight, residual and y once; cudnn writes and reads the raw output besides. The weights
@@ -11,10 +12,13 @@ are folded at every call, as parameters may change.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fastcnn.ops._library import declare
 from fastcnn.ops.activation import ACT_NUMBER
 from fastcnn.ops.batch_norm_calls import batch_norm_act_apply
 from fastcnn.ops.checks import check_like, in_format_of
@@ -37,8 +41,39 @@ from fastcnn.plan import Candidate, Kernel, Op, Problem, choose, register
 from fastcnn.reference.batch_norm_act import activation
 
 EVAL = "conv_bn_act_eval"
-_relu = torch.ops.aten.cudnn_convolution_relu.default
-_add_relu = torch.ops.aten.cudnn_convolution_add_relu.default
+
+
+def _relu_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *geometry: Any
+) -> Tensor:
+    return torch.ops.aten.convolution.default(
+        x, weight, None, *geometry[:3], False, (0, 0), geometry[3]
+    )
+
+
+def _relu_cuda(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *geometry: Any
+) -> Tensor:
+    if residual is None:
+        return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *geometry)
+    return torch.ops.aten.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+
+
+def _relu_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *geometry: Any
+) -> Tensor:
+    y = F.conv2d(x, weight, bias, *geometry)
+    return F.relu_(y if residual is None else y.add_(residual))
+
+
+# PyTorch's own operators of cuDNN have no fakes for torch.compile.
+declare(
+    "conv2d_relu(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[2] stride, "
+    "int[2] padding, int[2] dilation, int groups) -> Tensor",
+    _relu_fake,
+)
+torch.library.impl("fastcnn::conv2d_relu", "cuda")(_relu_cuda)
+torch.library.impl("fastcnn::conv2d_relu", "cpu")(_relu_cpu)
 
 
 def convolve_planned(
@@ -79,11 +114,11 @@ def _cudnn_fused(
     if norm.bias is not None:
         bias = bias + norm.bias
     weight = (weight * scale[:, None, None, None]).to(x.dtype)
-    geometry = (g.stride, g.padding, g.dilation, g.groups)
-    if residual is None:
-        return _relu(x, weight, bias.to(x.dtype), *geometry)
-    y = _add_relu(x, weight, residual, 1.0, bias.to(x.dtype), *geometry)
-    check_like("conv_bn_act", "residual", residual, y)  # PyTorch has copied another layout
+    y = torch.ops.fastcnn.conv2d_relu.default(
+        x, weight, bias.to(x.dtype), residual, g.stride, g.padding, g.dilation, g.groups
+    )
+    if residual is not None:
+        check_like("conv_bn_act", "residual", residual, y)  # PyTorch has copied another layout
     return y
 
 
@@ -132,15 +167,18 @@ def _supports(plan: str, problem: Problem) -> str | None:
         return None
     if plan == "triton":
         return without_triton(problem)
-    if problem.device.type != "cuda" or not torch.backends.cudnn.is_available():
-        return "cuDNN only"
+    if problem.device.type == "cuda" and not torch.backends.cudnn.is_available():
+        return "there is no cuDNN"
     return None if act_of(problem, "out") == "relu" else "relu only"
 
 
 register(
     Op(EVAL, _tensors, _exact, "cudnn"),
     *(
-        Candidate(plan, partial(_run, plan), partial(_supports, plan), partial(_kernels, plan))
+        Candidate(
+            plan, partial(_run, plan), partial(_supports, plan), partial(_kernels, plan),
+            only_tuned=plan == "cudnn_fused",
+        )
         for plan in _RUN
     ),
-)
+)  # fmt: skip

@@ -229,7 +229,7 @@ def _always(_: Problem) -> None:
 
 
 register(
-    Op(FWD, _fwd_tensors, _fwd_exact, "cudnn"),
+    Op(FWD, _fwd_tensors, _fwd_exact, "cudnn", scale_of=(0, 0, 0)),
     Candidate("cudnn", _fwd_cudnn, _always, partial(_fwd_kernels, fused=False)),
     Candidate("triton", _fwd_triton, without_triton, partial(_fwd_kernels, fused=True)),
 )

@@ -180,9 +180,14 @@ class Planner:
             name: predicted_seconds(card, problem.dtype, one.kernels(problem))
             for name, one in able.items()
         }
-        times = ", ".join(f"{name} {1e3 * s:.4g} ms" for name, s in seconds.items())
+        untried = [name for name, one in able.items() if one.only_tuned]
+        times = ", ".join(
+            f"{name} {1e3 * s:.4g} ms" + " (only where tuned)" * (name in untried)
+            for name, s in seconds.items()
+        )
         reason = f"predicted from the {which}: {times}"
-        return Plan(min(seconds, key=seconds.__getitem__), "model", reason, None)
+        sure = [name for name in seconds if name not in untried] or seconds
+        return Plan(min(sure, key=seconds.__getitem__), "model", reason, None)
 
 
 def _complete(entry: Entry | None, able: Mapping[str, Candidate]) -> bool:

@@ -29,6 +29,8 @@ class Candidate:
     # finish(problem, inputs, outputs) -> the outputs as the op has them, for the check. It takes no
     # time: what a candidate may leave to its consumer, who does it on the way.
     finish: Finish | None = None
+    # It may refuse when it runs: only tuning, which finds that out, chooses it.
+    only_tuned: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class Op:
     reference: Callable[..., Tensor | tuple[Tensor, ...]]
     # The candidate that is PyTorch's own way: the others may err a few times as much (check.py).
     yardstick: str
+    # By output, of which output's values it is a sum that may cancel: that one's largest value says
+    # what is right for it. None: each is its own.
+    scale_of: tuple[int, ...] | None = None
     candidates: dict[str, Candidate] = field(default_factory=dict)
 
     def supporting(self, problem: Problem) -> tuple[dict[str, Candidate], dict[str, str]]:

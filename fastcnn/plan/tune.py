@@ -52,6 +52,8 @@ def tune(op: Op, problem: Problem, candidates: Sequence[Candidate], timer: Timer
             except check.Wrong as reason:
                 refused[candidate.name] = str(reason)
         scales = [check.largest(exact.double().nan_to_num(0.0, 0.0, 0.0)) for exact in expected]
+        if op.scale_of is not None:
+            scales = [scales[op.scale_of[i]] for i in range(len(scales))]
         del expected
         yardstick = errors.get(op.yardstick)
         for name, found in errors.items():

@@ -1,0 +1,121 @@
+"""The operators of Triton's convolutions: as PyTorch wants operators, and what they refuse."""
+
+from typing import Any
+
+import pytest
+import torch
+import triton_proof  # noqa: F401 (mends the interpreter)
+from chains import Stage, results, stage
+from test_conv_bn_act_frozen import Operators
+from torch import Tensor
+from torch.library import opcheck
+
+from fastcnn.ops import conv2d_fused, conv_bn_act, conv_bn_act_check
+from fastcnn.ops.conv_bn_act_step import Geometry
+
+ops = torch.ops.fastcnn
+GEOMETRY = ([1, 1], [1, 1], [1, 1], 1)
+NONE = (None, None, None, None, 0.0)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def image(*sizes: int) -> Tensor:
+    return torch.randn(sizes).contiguous(memory_format=torch.channels_last)
+
+
+def norm(c: int) -> tuple[Any, ...]:
+    return torch.randn(c), torch.rand(c) + 0.5, torch.randn(c), torch.randn(c), 1e-5
+
+
+X, Y, WEIGHT = (2, 8, 4, 5), (2, 6, 4, 5), (6, 8, 3, 3)
+
+
+def test_opcheck() -> None:
+    # Schema, fake results against real ones (sizes, strides, dtypes), symbolic sizes.
+    x, y, weight = image(*X), image(*Y), image(*WEIGHT)
+    sums = torch.randn(6), torch.randn(6)
+    for statistics in (True, False):
+        args = (x, weight, *norm(8), 1, *norm(6), y, 1, statistics, *GEOMETRY)
+        opcheck(ops.conv2d_fused, args)
+        opcheck(ops.conv2d_fused, (x, weight, *NONE, 0, *NONE, None, 0, statistics, *GEOMETRY))
+    behind, plain = (y, *norm(6), 1, *sums), (None, *NONE, 0, None, None)
+    for gradient in (behind, plain):
+        for before in ((x, *norm(8), 1), (None, *NONE, 0)):
+            args = (y, weight, 4, 5, *gradient, image(*X), *before, *GEOMETRY)
+            opcheck(ops.conv2d_fused_bwd_input, args)
+            args = (y, x, 3, 3, *gradient, *before[1:], *GEOMETRY)
+            opcheck(ops.conv2d_fused_bwd_weight, args)
+    opcheck(ops.conv2d_relu, (x, weight, torch.randn(6), y, *GEOMETRY))
+    opcheck(ops.conv2d_relu, (x, weight, torch.randn(6), None, *GEOMETRY))
+
+
+def test_a_weight_in_the_other_layout() -> None:
+    # As a model has it that nobody converted: copied, since it is small; images never are.
+    x, weight = image(*X), torch.randn(WEIGHT)
+    rest = (*NONE, 0, *NONE, None, 0, False, *GEOMETRY)
+    y, _, _ = ops.conv2d_fused(x, weight, *rest)
+    same, _, _ = ops.conv2d_fused(x, weight.contiguous(memory_format=torch.channels_last), *rest)
+    assert torch.equal(y, same)
+    with pytest.raises(ValueError, match="x: expected 4 dimensions in channels_last"):
+        ops.conv2d_fused(x.contiguous(), weight, *rest)
+
+
+def test_without_a_gpu_and_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv2d_fused, "interpreted", lambda: False)
+    with pytest.raises(ValueError, match=r"x: expected a CUDA tensor, .* got one on cpu"):
+        ops.conv2d_fused(image(*X), image(*WEIGHT), *NONE, 0, *NONE, None, 0, False, *GEOMETRY)
+
+
+def all_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def planned(g: Geometry, *_: object) -> Geometry:
+        return g._replace(fused=True, dx_fused=True, dw_fused=True)
+
+    monkeypatch.setattr(conv_bn_act, "is_planned", lambda x: True)
+    monkeypatch.setattr(conv_bn_act_check, "planned", planned)
+
+
+def blocks() -> Stage:
+    return stage("projection", "identity", act="silu")
+
+
+def test_what_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two blocks: 4 + 3 convolutions. Written beside raw outputs are the blocks' outputs and the
+    # projection's; statistics and sums come with the convolutions, but for each block's last sums,
+    # behind an addition, and the projection's.
+    all_fused(monkeypatch)
+    x = image(2, 4, 6, 7).requires_grad_()
+    model = blocks()
+    with Operators() as forward:
+        y = model(x).sum()
+    assert forward.calls[ops.conv2d_fused] == 7
+    assert forward.calls[ops.batch_norm_act_apply] == 3
+    assert not forward.calls[torch.ops.aten.convolution]
+    assert not forward.calls[ops.batch_norm_act_fwd] + forward.calls[ops.batch_norm_act_stats]
+    with Operators() as backward:
+        y.backward()
+    assert backward.calls[ops.conv2d_fused_bwd_input] == 7
+    assert backward.calls[ops.conv2d_fused_bwd_weight] == 7
+    assert backward.calls[ops.batch_norm_act_reduce] == 3
+    written = (ops.batch_norm_act_apply, ops.batch_norm_act_dx, ops.batch_norm_act_bwd)
+    assert not any(backward.calls[op] for op in (*written, torch.ops.aten.convolution_backward))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_whole(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # By the planner itself, with the default plans. The same bits: the same operators.
+    monkeypatch.setattr(conv_bn_act, "is_planned", lambda x: True)
+    torch._dynamo.reset()
+    model, x = blocks().train(training), image(2, 4, 6, 7)
+    expected = results(model, x, None)
+    other = blocks().train(training)
+    other.load_state_dict({k: v for k, v in model.state_dict().items()})
+    for module, same in zip(other.bns, blocks().bns, strict=True):
+        module.load_state_dict(same.state_dict())
+    found = results(torch.compile(other, fullgraph=True), x, None)
+    for name in ("y", "dx"):
+        assert torch.equal(found[name], expected[name]), name
