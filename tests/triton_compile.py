@@ -31,7 +31,14 @@ from fastcnn.triton import (
 )
 from fastcnn.triton.conv2d_bwd import Sums
 from fastcnn.triton.conv2d_int8 import default_tile as default_int8_tile
-from fastcnn.triton.launch import blocks, default_tile, depthwise_blocks, depthwise_tile, is_lean
+from fastcnn.triton.launch import (
+    blocks,
+    default_tile,
+    depthwise_blocks,
+    depthwise_tile,
+    is_lean,
+    weight_tile,
+)
 
 MATRIX = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 RELU = ACT_NUMBER["relu"]
@@ -85,6 +92,8 @@ def compile_one(
     int8, depthwise = "QUANTISED" in constants, "MULTIPLIER" in constants
     if int8:
         tile = default_int8_tile(256 * 56 * 56, 256)
+    elif "parts_ptr" in kernel.arg_names:
+        tile = weight_tile(2048, 2048, 256 * 56 * 56, torch.bfloat16, "pre_norm" not in absent)
     else:
         tile = default_tile(256 * 56 * 56, 256, 256, torch.bfloat16, lean)
     tile = depthwise_tile(256) if depthwise else tile

@@ -33,6 +33,7 @@ from fastcnn.triton.launch import (
     depthwise_tile,
     output_size,
     processors,
+    weight_tile,
 )
 
 
@@ -169,8 +170,9 @@ def conv2d_bwd_weight(
     pixels = n * h_out * w_out
     by_channel = groups > 1 and c_in_group == 1
     if tile is None:
+        both = norm is not None and prologue is not None
         sizes = (c_out_group, c_in_group, pixels)
-        tile = depthwise_tile(c_out) if by_channel else default_tile(*sizes, dy.dtype, lean=True)
+        tile = depthwise_tile(c_out) if by_channel else weight_tile(*sizes, dy.dtype, both)
     flat = c_in_group < tile.n and taps > 1  # a tile's columns are of several taps
     if by_channel:
         grid, step = (triton.cdiv(c_out, tile.n), taps), tile.m
