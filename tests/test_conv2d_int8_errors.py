@@ -134,10 +134,3 @@ def test_weights_that_cannot_be_packed() -> None:
     ):
         with pytest.raises(error, match=f"^pack_conv2d_int8: weight: .*{message}"):
             pack_conv2d_int8(weight)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_tensors() -> None:
-    given = problem(CASE)
-    with pytest.raises(ValueError, match=r"x: expected a CPU tensor: there is no CUDA kernel yet"):
-        conv2d_int8(**{**given, "x": given["x"].cuda()})

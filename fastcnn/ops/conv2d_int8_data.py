@@ -28,7 +28,7 @@ class Ranges(NamedTuple):
 
 # By weight_scale and bias, with the versions that were looked at. A reference to a tensor that is
 # gone equals no other, wherever the new one lies.
-_KNOWN: dict[tuple[WeakIdRef | None, ...], tuple[tuple[int | None, ...], Ranges]] = {}
+_KNOWN: dict[tuple[bool | WeakIdRef, ...], tuple[tuple[int | None, ...], Ranges]] = {}
 
 
 def check_data(call: Call) -> None:
@@ -66,14 +66,16 @@ def _ranges(call: Call) -> Ranges:
     tensors = (call.weight_scale, call.bias)
     if tensors == (None, None):
         return Ranges(_ONE, _ZERO, _ZERO)
-    refs = tuple(None if t is None else WeakIdRef(t) for t in tensors)
+    # Which there are comes first: a reference can be compared with references alone.
+    refs: tuple[bool | WeakIdRef, ...] = tuple(t is not None for t in tensors)
+    refs += tuple(WeakIdRef(t) for t in tensors if t is not None)
     versions = tuple(None if t is None or t.is_inference() else t._version for t in tensors)
     known = _KNOWN.get(refs)
     if known is not None and known[0] == versions:
         return known[1]
     check_not_capturing("weight_scale and bias", call.x)
     for key in list(_KNOWN):
-        if any(ref is not None and ref() is None for ref in key):
+        if any(isinstance(ref, WeakIdRef) and ref() is None for ref in key):
             _KNOWN.pop(key, None)
     ranges = _look(*tensors)
     _KNOWN[refs] = (versions, ranges)
