@@ -203,7 +203,7 @@ def conv2d_int8(
     Args:
         x: [n, c, h, w] uint8 or int8, dense in channels_last or NCHW. channels_last is faster: NCHW
             is copied to and fro. An empty batch gives an empty output.
-        weight: [c_out, c / groups, kh, kw] int8, at most 12288 products in a sum; or what
+        weight: [c_out, c / groups, kh, kw] int8, at most 14336 products in a sum; or what
             pack_conv2d_int8 made of it, which saves preparing it in every call. On CUDA that is a
             kernel that adds up each channel's weights, and a copy of one not in channels_last.
         x_scale: above 0; a float32, as all scales.
@@ -214,7 +214,7 @@ def conv2d_int8(
             in inference mode, which do not count their changes, in the first call alone. Other
             calls wait for nothing.
         bias: [c_out] float32. Where y is quantised it is rounded to x_scale * weight_scale[o] first
-            and at most 2^27 of that.
+            and at most 2^26 of that.
         stride: of torch.nn.functional.conv2d, a number or a pair.
         padding: likewise.
         dilation: likewise.

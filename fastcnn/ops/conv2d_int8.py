@@ -24,8 +24,8 @@ y in floating point:
 
 Without a residual a quantised y is what onnx.reference's QLinearConv computes: float64, and the
 zero point added before the rounding, which decides ties where it is odd. float32 would not do: it
-gave other integers for 39 of 8 million elements. A sum has at most 12288 terms and |b| is at
-most 2^27, so that |acc + b| < 2^29 and each product with a 24-bit m is exact in float64: fused
+gave other integers for 39 of 8 million elements. A sum has at most 14336 terms and |b| is at
+most 2^26, so that |acc + b| < 2^29 and each product with a 24-bit m is exact in float64: fused
 multiply-adds change no integer. They do change float results, and are not used there.
 
 On the CPU oneDNN makes the sums (conv2d_int8_sums.py), a few images at a time, so that they stay in

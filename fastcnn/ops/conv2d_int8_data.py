@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdRef
 
 from fastcnn.ops.conv2d_int8_call import OP, Call, float32, quotient
 
-MOST_BIAS = 2**27
+MOST_BIAS = 2**26
 _ZERO, _ONE = (0.0, 0.0), (1.0, 1.0)
 
 
