@@ -47,6 +47,8 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"out_zero_point": 128}, ValueError, r"out_zero_point: expected -128 to 127 beside torch.i"),
     ({"out_zero_point": None}, ValueError, r"out_zero_point: expected -128 to 127 .*, got None"),
     ({"out_scale": None}, ValueError, r"out_scale: expected a finite number above 0, got None"),
+    ({"residual_scale": 1e30, "out_scale": 1e-30}, ValueError, r"residual_scale: .* units of out"),
+    ({"residual_scale": 1e-30, "out_scale": 1e30}, ValueError, r"residual_scale: .* units of out"),
     ({"residual_scale": None}, ValueError, r"residual_scale: expected a finite number above 0"),
     ({"residual_zero_point": 256}, ValueError, r"residual_zero_point: expected 0 to 255 beside"),
     ({"residual": None}, ValueError, r"residual_scale: expected None without an 8-bit residual"),

@@ -2,7 +2,7 @@
 
 Data is looked at once for a tensor and its version, that is after each change in place, since on
 CUDA looking means waiting for the device. A tensor made in inference mode does not count its
-changes: it is looked at once.
+changes: it is looked at once. `t.data = other` changes no version, but the address.
 """
 
 import math
@@ -26,9 +26,9 @@ class Ranges(NamedTuple):
     units: tuple[float, float]
 
 
-# By weight_scale and bias, with the versions that were looked at. A reference to a tensor that is
-# gone equals no other, wherever the new one lies.
-_KNOWN: dict[tuple[bool | WeakIdRef, ...], tuple[tuple[int | None, ...], Ranges]] = {}
+# By weight_scale and bias, with the versions and addresses that were looked at. A reference to a
+# tensor that is gone equals no other, wherever the new one lies.
+_KNOWN: dict[tuple[bool | WeakIdRef, ...], tuple[list[tuple[int, int]], Ranges]] = {}
 
 
 def check_data(call: Call) -> None:
@@ -63,13 +63,13 @@ def check_data(call: Call) -> None:
 
 
 def _ranges(call: Call) -> Ranges:
-    tensors = (call.weight_scale, call.bias)
-    if tensors == (None, None):
+    tensors = [t for t in (call.weight_scale, call.bias) if t is not None]
+    if not tensors:
         return Ranges(_ONE, _ZERO, _ZERO)
     # Which there are comes first: a reference can be compared with references alone.
-    refs: tuple[bool | WeakIdRef, ...] = tuple(t is not None for t in tensors)
-    refs += tuple(WeakIdRef(t) for t in tensors if t is not None)
-    versions = tuple(None if t is None or t.is_inference() else t._version for t in tensors)
+    there: list[bool | WeakIdRef] = [call.weight_scale is None, call.bias is None]
+    refs = (*there, *map(WeakIdRef, tensors))
+    versions = [(-1 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
     known = _KNOWN.get(refs)
     if known is not None and known[0] == versions:
         return known[1]
@@ -77,7 +77,7 @@ def _ranges(call: Call) -> Ranges:
     for key in list(_KNOWN):
         if any(isinstance(ref, WeakIdRef) and ref() is None for ref in key):
             _KNOWN.pop(key, None)
-    ranges = _look(*tensors)
+    ranges = _look(call.weight_scale, call.bias)
     _KNOWN[refs] = (versions, ranges)
     return ranges
 

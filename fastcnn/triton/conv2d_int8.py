@@ -20,12 +20,9 @@ def launch(call: Call, sums: Tensor, y: Tensor, tile: Tile | None = None) -> Non
     The arguments are that op's, which has checked them; sums are those of each output channel's
     weights, int32. y is channels_last; x, weight and residual that are not are copied.
     """
-    x, weight, residual = (
-        None if t is None else t.contiguous(memory_format=torch.channels_last)
-        for t in (call.x, call.weight, call.residual)
-    )
-    assert x is not None
-    assert weight is not None
+    last = torch.channels_last
+    x, weight = (t.contiguous(memory_format=last) for t in (call.x, call.weight))
+    residual = None if call.residual is None else call.residual.contiguous(memory_format=last)
     (n, c_in, h, w), (c_out, c_in_group, *window) = x.shape, weight.shape
     h_out, w_out = y.shape[2:]
     groups, quantised = call.groups, call.out_scale is not None
