@@ -1,7 +1,7 @@
-"""ResNet-50's convolutions with bias and ReLU in 8 bits, packed weights, beside PyTorch's bf16.
+"""ResNet-50's and U-Net's convolutions with bias and ReLU in 8 bits, beside PyTorch's in bf16.
 
-PyTorch runs conv2d with the bias and ReLU in place, in channels_last. There is no floor in bytes to
-compare a convolution with.
+Weights are packed. PyTorch runs conv2d with the bias and ReLU in place, in channels_last, on CUDA
+by the fastest algorithm that cuDNN finds. There is no floor in bytes to compare a convolution with.
 """
 
 from typing import Any
@@ -9,29 +9,39 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from shapes import RESNET50_CONVS, Conv
+from shapes import RESNET50_CONVS, UNET_CONVS, Conv
 from torch import Tensor
 
 from fastcnn.functional import conv2d_int8, pack_conv2d_int8
 
-BATCH = 16
 INPUTS = 4  # in turn: most are beyond the L2 caches, and all outputs replace each other
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+BATCH = {"resnet50": {"cpu": 16, "cuda": 128}, "unet": {"cpu": 1, "cuda": 16}}
+CASES = [
+    pytest.param(conv, BATCH[network], id=f"{network}-{conv}")
+    for network, convs in (("resnet50", RESNET50_CONVS), ("unet", UNET_CONVS))
+    for conv in convs
+]
+
+
+@pytest.fixture(autouse=True)
+def fastest_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("conv", RESNET50_CONVS, ids=str)
-def test_convolutions(compare: Any, conv: Conv, device: str) -> None:
-    if device == "cuda":
-        pytest.skip("no CUDA kernel yet")
-    last, sizes = torch.channels_last, (BATCH, conv.c_in, conv.side, conv.side)
+@pytest.mark.parametrize(("conv", "batch"), CASES)
+def test_convolutions(compare: Any, conv: Conv, batch: dict[str, int], device: str) -> None:
+    last, sizes = torch.channels_last, (batch[device], conv.c_in, conv.side, conv.side)
     # Half of what ReLU gives is 0; weights as those of trained networks: few are large.
-    images = [torch.randint(-127, 128, sizes).clamp(min=0) for _ in range(INPUTS)]
+    numbers = {"dtype": torch.int8, "device": device}
+    images = [torch.randint(-127, 128, sizes, **numbers).clamp_(min=0) for _ in range(INPUTS)]
     weight = torch.randn(conv.c_out, conv.c_in, conv.kernel, conv.kernel).mul(30).clamp(-127, 127)
     weight_scale, bias = torch.rand(conv.c_out) * 0.01 + 1e-3, torch.randn(conv.c_out)
-    packed = pack_conv2d_int8(weight.to(torch.int8))
+    packed = pack_conv2d_int8(weight.to(device, torch.int8))
     weight16 = weight.to(device, torch.bfloat16, memory_format=last)
-    bias16 = bias.to(device, torch.bfloat16)
+    bias, weight_scale = bias.to(device), weight_scale.to(device)
+    bias16 = bias.bfloat16()
     padding = conv.kernel // 2
 
     def ours(pair: tuple[Tensor, Tensor]) -> Tensor:
@@ -44,10 +54,7 @@ def test_convolutions(compare: Any, conv: Conv, device: str) -> None:
         return F.conv2d(pair[1], weight16, bias16, conv.stride, padding).relu_()
 
     inputs = [
-        (
-            image.to(device, torch.uint8, memory_format=last),
-            image.to(device, torch.bfloat16, memory_format=last),
-        )
+        tuple(image.to(dtype, memory_format=last) for dtype in (torch.uint8, torch.bfloat16))
         for image in images
     ]
     with torch.inference_mode():

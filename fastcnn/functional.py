@@ -201,15 +201,20 @@ def conv2d_int8(
     without a residual those of onnx.reference's QLinearConv. There is no backward.
 
     Args:
-        x: [n, c, h, w] uint8 or int8, dense in channels_last or NCHW. On the CPU channels_last is
-            faster: NCHW is copied to and fro. An empty batch gives an empty output.
-        weight: [c_out, c / groups, kh, kw] int8, at most 12288 products in a sum; or what
-            pack_conv2d_int8 made of it, which saves preparing it in every call.
+        x: [n, c, h, w] uint8 or int8, dense in channels_last or NCHW. channels_last is faster: NCHW
+            is copied to and fro. An empty batch gives an empty output.
+        weight: [c_out, c / groups, kh, kw] int8, at most 14336 products in a sum; or what
+            pack_conv2d_int8 made of it, which saves preparing it in every call. On CUDA that is a
+            kernel that adds up each channel's weights, and a copy of one not in channels_last.
         x_scale: above 0; a float32, as all scales.
         x_zero_point: the number in x that stands for 0, in x's range, and what padding adds.
-        weight_scale: [c_out] float32, or one number.
+        weight_scale: [c_out] float32, or one number. The data of weight_scale and bias is checked
+            in the first call with them and in the first after either changed in place, which on
+            CUDA waits for the device and cannot be while a CUDA graph is captured; of tensors made
+            in inference mode, which do not count their changes, in the first call alone. Other
+            calls wait for nothing.
         bias: [c_out] float32. Where y is quantised it is rounded to x_scale * weight_scale[o] first
-            and at most 2^27 of that.
+            and at most 2^26 of that.
         stride: of torch.nn.functional.conv2d, a number or a pair.
         padding: likewise.
         dilation: likewise.
@@ -229,8 +234,9 @@ def conv2d_int8(
     Raises:
         TypeError: an argument that is no Tensor or number, or of another dtype.
         ValueError: sizes, groups, layouts or devices that do not fit; a scale that is no finite
-            number above 0; a zero point out of range; a tensor that requires grad; a CUDA tensor,
-            for which there is no kernel yet.
+            number above 0; a zero point out of range; a tensor that requires grad; on CUDA 2^31
+            pixels or more, or above 65535 groups of several channels.
+        RuntimeError: data that was not checked before a CUDA graph is captured.
 
     Source: ONNX's QLinearConv; Jacob et al. 2018, arXiv:1712.05877; torch.nn.functional.conv2d.
     """
@@ -243,12 +249,14 @@ def conv2d_int8(
 def pack_conv2d_int8(weight: Tensor) -> PackedConv2dInt8:
     """Copy a weight of conv2d_int8 into an object that keeps what the backend makes of it.
 
-    It takes the weight's place in any number of calls, also compiled ones. The first call with a
-    size of images and a geometry prepares the weight for it; the last 8 are kept, each of the size
-    of the weight. ``packed.weight`` is the copied weight. Copying and pickling copy that alone.
+    It takes the weight's place in any number of calls, also compiled ones. On CUDA that is the sum
+    of each output channel's weights. On the CPU the first call with a size of images and a geometry
+    prepares the weight for it; the last 8 are kept, each of the size of the weight.
+    ``packed.weight`` is the copied weight, in channels_last; after a change in place it is prepared
+    anew. Copying and pickling copy that alone. ``packed.to(device)`` packs it on another device.
 
     Args:
-        weight: [c_out, c / groups, kh, kw] int8.
+        weight: [c_out, c / groups, kh, kw] int8, on the device of the images.
 
     Raises:
         TypeError: a weight that is no int8 Tensor.

@@ -84,6 +84,19 @@ RESNET50_CONVS = [
     Conv(1024, 2048, 1, 2, 14, 1), Conv(2048, 512, 1, 1, 7, 2), Conv(512, 512, 3, 1, 7, 2),
 ]  # fmt: skip
 
+# U-Net (Ronneberger et al. 2015) on 256x256 RGB images, with padding, so that sizes stay: levels of
+# 64, 128, 256, 512 and 1024 channels, with two 3x3 convolutions in each, down and up again. The
+# first on the way up gets the skip and the level below, upsampled bilinearly: the widest inputs of
+# all. A 1x1 convolution at the end, to two classes.
+UNET_CONVS = [
+    Conv(3, 64, 3, 1, 256, 1), Conv(64, 64, 3, 1, 256, 2), Conv(64, 128, 3, 1, 128, 1),
+    Conv(128, 128, 3, 1, 128, 2), Conv(128, 256, 3, 1, 64, 1), Conv(256, 256, 3, 1, 64, 2),
+    Conv(256, 512, 3, 1, 32, 1), Conv(512, 512, 3, 1, 32, 2), Conv(512, 1024, 3, 1, 16, 1),
+    Conv(1024, 1024, 3, 1, 16, 1),
+    Conv(1024 + 512, 512, 3, 1, 32, 1), Conv(512 + 256, 256, 3, 1, 64, 1),
+    Conv(256 + 128, 128, 3, 1, 128, 1), Conv(128 + 64, 64, 3, 1, 256, 1), Conv(64, 2, 1, 1, 256, 1),
+]  # fmt: skip
+
 # For group norms, with the number of groups: each at an edge of some kernel.
 GROUPED = [
     (Image(37, 5, 1, 1, "1x1 images, one group"), 1),

@@ -9,8 +9,9 @@ from test_conv2d_triton import GEOMETRIES
 from torch import Tensor
 from triton_proof import DEVICE
 
+from fastcnn.ops.conv2d_int8_call import Call
 from fastcnn.reference.conv2d_int8 import conv2d_int8 as reference
-from fastcnn.triton.conv2d_int8 import conv2d_int8
+from fastcnn.triton.conv2d_int8 import launch
 from fastcnn.triton.launch import Tile
 
 SMALL = Tile(m=32, n=16, k=32, warps=4, stages=2, group=2)
@@ -28,16 +29,24 @@ def integers(*sizes: int, dtype: torch.dtype = torch.int8) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last).to(DEVICE)
 
 
+PLAIN = {
+    "bias": None, "residual": None, "residual_scale": None, "residual_zero_point": None,
+    "out_dtype": torch.uint8, "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1,
+    "act": "none",
+}  # fmt: skip
+
+
 def check(x: Tensor, weight: Tensor, tile: Tile | None = SMALL, **options: Any) -> None:
     weight_scale = (torch.rand(weight.shape[0]) / 100 + 1e-3).to(DEVICE)
     arguments: dict[str, Any] = {
         "weight_scale": weight_scale, "x_scale": 0.037, "out_scale": 0.21, "out_zero_point": 117,
-        "x_zero_point": 3 if x.dtype is torch.int8 else 131, **options,
+        "x_zero_point": 3 if x.dtype is torch.int8 else 131, **PLAIN, **options,
     }  # fmt: skip
-    y = conv2d_int8(x, weight, **arguments, tile=tile)
     want = reference(x, weight, **arguments)
-    assert y.dtype is want.dtype
-    assert y.is_contiguous(memory_format=torch.channels_last)
+    arguments["act"] = ("none", "relu", "relu6").index(arguments["act"])
+    y = torch.empty_like(want, memory_format=torch.channels_last)
+    sums = weight.cpu().int().numpy().sum((1, 2, 3))
+    launch(Call(x, weight, **arguments), torch.tensor(sums).int().to(DEVICE), y, tile)
     assert torch.equal(y, want)
 
 

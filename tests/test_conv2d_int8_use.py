@@ -16,7 +16,7 @@ from torch.library import opcheck
 from fastcnn import reference
 from fastcnn.functional import PackedConv2dInt8, conv2d_int8, pack_conv2d_int8
 from fastcnn.models import resnet50
-from fastcnn.ops import conv2d_int8_pack, conv2d_int8_sums, convolution
+from fastcnn.ops import conv2d_int8_data, conv2d_int8_pack, conv2d_int8_sums, convolution
 
 # Inductor imports parts of torch.jit.
 pytorchs_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -71,6 +71,42 @@ def test_copies_of_packed_weights(duplicate: Any) -> None:
     assert torch.equal(conv2d_int8(**{**given, "weight": again}), expected)
     again.weight.zero_()
     assert torch.equal(conv2d_int8(**{**given, "weight": packed}), expected)
+
+
+def test_a_packed_weight_whose_memory_is_another() -> None:
+    given = problem(PLAIN)
+    packed = pack_conv2d_int8(given["weight"])
+    old = packed.weight.data
+    conv2d_int8(**{**given, "weight": packed})
+    packed.weight.data = given["weight"].flip(0).contiguous(memory_format=torch.channels_last)
+    for weight in (packed, old, old.mT):  # the address of `old` is known, and not its weight's
+        plain = packed.weight if weight is packed else weight
+        expected = reference.conv2d_int8(**{**given, "weight": plain})
+        assert torch.equal(conv2d_int8(**{**given, "weight": weight}), expected)
+    assert packed.to("cpu") is packed
+    moved = packed.to("meta")
+    assert (moved.weight.device.type, moved.sums().shape) == ("meta", (24,))
+
+
+def test_data_is_looked_at_once_a_tensor_also_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, look = [], conv2d_int8_data._look
+    monkeypatch.setattr(conv2d_int8_data, "_look", lambda *args: looks.append(0) or look(*args))
+    network, x = Network(), problem(PLAIN)["x"]
+    run = torch.compile(network, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        network(x)
+        run(x)
+    assert len(looks) == 1  # the second convolution's scale is a number
+    with torch.inference_mode():
+        network.scale.mul_(2)
+    network(x)
+    assert len(looks) == 2
+    conv2d_int8_data._KNOWN.clear()
+    for _ in range(3):
+        network.scale = network.scale.clone()
+        network(x)
+    assert len(looks) == 5
+    assert len(conv2d_int8_data._KNOWN) == 1  # nothing is kept of what is gone
 
 
 def test_nothing_is_left_of_packed_weights() -> None:

@@ -47,7 +47,7 @@ POINTWISE = {"ACT": RELU, "PRE_ACT": RELU, "DY_ACT": RELU, "PROGRAMS": 132, "GRO
 NUMBERS = {"bias_ptr", "mean_ptr", "square_ptr", "sum_ptr", "sum_xhat_ptr", "parts_ptr"}
 NORM: Any = Norm(*["*fp32"] * 4, "fp32")  # type: ignore[arg-type]
 STRUCTS = {"pre_norm": NORM, "norm": NORM, "dy_norm": NORM, "dy_sums": Sums(*["*fp32"] * 2)}
-SCALARS = {"share", "residual_scale", "six"}
+SCALARS = {"share", "residual_scale", "six", "x_scale", "out_scale"}
 
 
 def window(size: int, stride: int) -> dict[str, int]:
@@ -73,7 +73,7 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], set[str]]]:
     yield "dx of 3x3", bwd.conv2d_bwd_input_kernel, three, set()
     yield "dx of 1x1, stride 2", bwd.conv2d_bwd_input_kernel, window(1, 2), set()
     int8 = {**three, "ACT": 1, "QUANTISED": True, "LEAST": -128, "MOST": 127}
-    yield "int8 3x3", conv2d_int8_kernels.conv2d_int8_kernel, int8, bias
+    yield "int8 3x3", conv2d_int8_kernels.conv2d_int8_kernel, int8, set()
     yield "depthwise", depthwise_kernels.depthwise_kernel, {**three, "MULTIPLIER": 1}, bias
     yield "dw of 3x3", bwd.conv2d_bwd_weight_kernel, three, set()
     yield "dw of the stem", bwd.conv2d_bwd_weight_kernel, stem, {"pre_norm"}
@@ -115,7 +115,8 @@ def compile_one(
             signature[name] = "fp32"
         else:
             signature[name] = _pointer(name, half, int8) if name.endswith("_ptr") else "i32"
-            divisible[(place,)] = [["tt.divisibility", 16]]
+            if name not in conv2d_int8_kernels.ZERO_POINTS:
+                divisible[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=divisible)
     options = {k: v for k, v in options.items() if k not in values and k.islower()}
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -132,7 +133,8 @@ def compile_one(
 
 def _pointer(name: str, half: str, int8: bool) -> str:
     if int8:
-        return {"start_ptr": "*i32", "scale_ptr": "*fp32"}.get(name, "*i8")
+        vectors = {"sum_ptr": "*i32", "weight_scale_ptr": "*fp32", "bias_ptr": "*fp32"}
+        return vectors.get(name, "*i8")
     return "*fp32" if name in NUMBERS else f"*{half}"
 
 

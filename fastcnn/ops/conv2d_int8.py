@@ -24,13 +24,15 @@ y in floating point:
 
 Without a residual a quantised y is what onnx.reference's QLinearConv computes: float64, and the
 zero point added before the rounding, which decides ties where it is odd. float32 would not do: it
-gave other integers for 39 of 8 million elements. A sum has at most 12288 terms and |b| is at
-most 2^27, so that |acc + b| < 2^29 and each product with a 24-bit m is exact in float64: fused
+gave other integers for 39 of 8 million elements. A sum has at most 14336 terms and |b| is at
+most 2^26, so that |acc + b| < 2^29 and each product with a 24-bit m is exact in float64: fused
 multiply-adds change no integer. They do change float results, and are not used there.
 
 On the CPU oneDNN makes the sums (conv2d_int8_sums.py), a few images at a time, so that they stay in
-the caches for csrc/cpu/conv2d_int8.cpp, which does the rest. It computes in channels_last: an NCHW
-x, residual or y is copied. int8 x are made uint8 by flipping a bit. Bytes: x + w + r + y.
+the caches for csrc/cpu/conv2d_int8.cpp, which does the rest. int8 x are made uint8 by flipping a
+bit. On CUDA one Triton kernel does all (fastcnn/triton/conv2d_int8_kernels.py); it is given the sum
+of each output channel's weights, which a packed weight keeps. Both compute in channels_last: an
+NCHW x, residual or y is copied. Bytes: x + w + r + y.
 """
 
 from typing import Any
@@ -40,23 +42,15 @@ from torch import Tensor
 
 from fastcnn.ops._library import declare
 from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.ops.conv2d_int8_call import OP, Call, float32, quotient
 from fastcnn.ops.conv2d_int8_checks import check_call, check_types
-from fastcnn.ops.conv2d_int8_data import (
-    MOST_BIAS,
-    OP,
-    check_bias,
-    check_grad,
-    check_scales,
-    check_storage,
-    float32,
-)
-from fastcnn.ops.conv2d_int8_pack import PackedConv2dInt8, accumulator
+from fastcnn.ops.conv2d_int8_data import check_data, check_grad, check_storage
+from fastcnn.ops.conv2d_int8_pack import PackedConv2dInt8, accumulator, channel_sums, packed_of
 from fastcnn.ops.conv_bn_act_step import pair
 
 # Sums of so many images at a time stay in the last-level cache. On a 2-core AMD EPYC with 32 MiB of
 # it, 16 images of 256x56x56: 2.66 ms by 3 MB, 2.22 by 13, 2.55 by 26.
 _CHUNK_BYTES = 16 << 20
-_OUT_DTYPE = 10  # its place behind x in the operator's arguments
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -67,77 +61,78 @@ def is_channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(3) == c and (c > 1 or h * w > 1)
 
 
-def _new_output(x: Tensor, sizes: list[int], out_dtype: torch.dtype, channels_last: bool) -> Tensor:
+def _new_output(call: Call, sizes: list[int], channels_last: bool) -> Tensor:
     format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(sizes, dtype=out_dtype, device=x.device, memory_format=format)
+    return torch.empty(sizes, dtype=call.out_dtype, device=call.x.device, memory_format=format)
 
 
-def _fake(x: Tensor, *args: Any) -> Tensor:
-    return _new_output(x, check_call(x, *args), args[_OUT_DTYPE], is_channels_last(x))
+def _fake(*args: Any) -> Tensor:
+    call = Call(*args)
+    return _new_output(call, check_call(call), is_channels_last(call.x))
 
 
-def _cpu(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    x_scale: float,
-    x_zero_point: int,
-    residual_scale: float | None,
-    residual_zero_point: int | None,
-    out_scale: float | None,
-    out_zero_point: int | None,
-    out_dtype: torch.dtype,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    act: int,
-) -> Tensor:
-    sizes = check_call(
-        x, weight, weight_scale, bias, residual, x_scale, x_zero_point, residual_scale,
-        residual_zero_point, out_scale, out_zero_point, out_dtype, stride, padding, dilation,
-        groups, act,
+def _checked(*args: Any) -> tuple[Call, Tensor]:
+    """Return the arguments, and y to be filled, in channels_last."""
+    call = Call(*args)
+    sizes = check_call(call)
+    check_storage(
+        x=call.x, weight=call.weight, weight_scale=call.weight_scale, bias=call.bias,
+        residual=call.residual,
     )  # fmt: skip
-    check_storage(x=x, weight=weight, weight_scale=weight_scale, bias=bias, residual=residual)
-    check_scales(weight_scale, x_scale, out_scale)
-    multiplier = weight_scale * float32(x_scale)
-    cap, added_scale = 6.0, 1.0 if residual_scale is None else float32(residual_scale)
-    if out_scale is not None:
-        if bias is not None:
-            bias = check_bias(torch.round(bias / multiplier), MOST_BIAS).int()
-        # Divided as tensors: a number over a tensor would be a product with its reciprocal.
-        numbers = torch.tensor([cap, added_scale, out_scale], dtype=torch.float32)
-        multiplier = multiplier / numbers[2]
-        cap, added_scale, _ = (numbers / numbers[2]).tolist()
-    elif bias is not None:
-        bias = check_bias(bias, torch.finfo(torch.float32).max).contiguous()
-    y = _new_output(x, sizes, out_dtype, channels_last=True)
+    check_data(call)
+    return call, _new_output(call, sizes, channels_last=True)
+
+
+def _cpu(*args: Any) -> Tensor:
+    call, y = _checked(*args)
+    x, bias, multiplier = call.x, call.bias, call.weight_scale
+    if multiplier is None:
+        multiplier = torch.full((y.shape[1],), call.weight_scale_number or 1.0, dtype=torch.float32)
+    multiplier = multiplier.contiguous() * float32(call.x_scale)
+    if bias is not None:
+        bias = bias.contiguous()
+    if call.out_scale is not None:
+        bias = None if bias is None else torch.round(bias / multiplier).int()
+        # Divided by a tensor: divided by a number it would be a product with the reciprocal.
+        multiplier = multiplier / torch.tensor(call.out_scale, dtype=torch.float32)
     if y.numel() > 0:
+        added_scale, cap = call.added_scale(), quotient(6.0, call.out_scale)
         parts = min(len(x), -(-4 * y.numel() // _CHUNK_BYTES))
         step = -(-len(x) // parts)
-        sums = accumulator(x, x_zero_point, weight, stride, padding, dilation, groups)
+        sums = accumulator(x, call.x_zero_point, call.weight, call.stride, call.padding,
+                           call.dilation, call.groups)  # fmt: skip
         for first in range(0, len(x), step):
             part = slice(first, first + step)
-            added = residual
-            if residual is not None:
-                added = residual[part].contiguous(memory_format=torch.channels_last)
+            added = call.residual
+            if added is not None:
+                added = added[part].contiguous(memory_format=torch.channels_last)
             torch.ops.fastcnn.conv2d_int8_epilogue(
                 y[part], sums(x[part]), multiplier, bias, added, added_scale,
-                residual_zero_point or 0, act, cap, out_zero_point or 0,
+                call.residual_zero_point or 0, call.act, cap, call.out_zero_point or 0,
             )  # fmt: skip
     return y if is_channels_last(x) else y.contiguous()
 
 
+def _cuda(*args: Any) -> Tensor:
+    from fastcnn.triton.conv2d_int8 import launch  # Triton, where it is needed
+    from fastcnn.triton.launch import current_device
+
+    with current_device(args[0]):
+        call, y = _checked(*args)
+        known = packed_of(call.weight)
+        launch(call, channel_sums(call.weight) if known is None else known.sums(), y)
+        return y if is_channels_last(call.x) else y.contiguous()
+
+
 declare(
-    "conv2d_int8(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? residual, "
+    "conv2d_int8(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, Tensor? residual, "
     "float x_scale, int x_zero_point, float? residual_scale, int? residual_zero_point, "
     "float? out_scale, int? out_zero_point, ScalarType out_dtype, int[2] stride, int[2] padding, "
-    "int[2] dilation, int groups, int act) -> Tensor",
+    "int[2] dilation, int groups, int act, float? weight_scale_number=None) -> Tensor",
     _fake,
 )
 torch.library.impl("fastcnn::conv2d_int8", "cpu")(_cpu)
+torch.library.impl("fastcnn::conv2d_int8", "cuda")(_cuda)
 declare(
     "conv2d_int8_epilogue(Tensor(a!) y, Tensor acc, Tensor multiplier, Tensor? bias, "
     "Tensor? residual, float residual_scale, int residual_zero_point, int act, float cap, "
@@ -168,12 +163,14 @@ def conv2d_int8(
     """Check and apply: see fastcnn.functional.conv2d_int8."""
     if isinstance(weight, PackedConv2dInt8):
         weight = weight.weight
-    if isinstance(weight_scale, (int, float)) and isinstance(weight, Tensor) and weight.dim() > 0:
-        weight_scale = torch.full(
-            (weight.shape[0],), weight_scale, dtype=torch.float32, device=weight.device
-        )
+    tensors = {"x": x, "weight": weight}
+    if isinstance(weight_scale, (int, float)):
+        scale, number = None, weight_scale
+    else:
+        scale, number = weight_scale, None
+        tensors["weight_scale"] = weight_scale
     check_types(
-        {"x": x, "weight": weight, "weight_scale": weight_scale},
+        tensors,
         {"bias": bias, "residual": residual},
         {"x_scale": x_scale, "residual_scale": residual_scale, "out_scale": out_scale},
         {
@@ -182,15 +179,14 @@ def conv2d_int8(
         },
         out_dtype,
     )  # fmt: skip
-    assert isinstance(weight_scale, Tensor)
-    check_grad({"weight_scale": weight_scale, "bias": bias, "residual": residual})
+    check_grad({"weight_scale": scale, "bias": bias, "residual": residual})
     if act not in ("none", "relu", "relu6"):
         raise ValueError(f"{OP}: act: expected one of none, relu, relu6, got {act!r}")
     geometry = [pair(OP, *item) for item in
                 (("stride", stride), ("padding", padding), ("dilation", dilation))]  # fmt: skip
     arguments = (
-        weight, weight_scale, bias, residual, x_scale, x_zero_point, residual_scale,
+        weight, scale, bias, residual, x_scale, x_zero_point, residual_scale,
         residual_zero_point, out_scale, out_zero_point, out_dtype, *geometry, groups,
-        ACT_NUMBER[act],
+        ACT_NUMBER[act], number,
     )  # fmt: skip
     return torch.ops.fastcnn.conv2d_int8.default(x, *arguments)

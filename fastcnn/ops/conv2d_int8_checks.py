@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from fastcnn.ops.checks import memory_format_of
-from fastcnn.ops.conv2d_int8_data import OP, float32
+from fastcnn.ops.conv2d_int8_call import OP, Call, float32, quotient
 
 INT8 = (torch.uint8, torch.int8)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ("cpu", "cuda", "meta")
 
-# 12288 products of at most 255 * 128, and a bias of MOST_BIAS, stay below 2^29: conv2d_int8.py.
-MOST_TERMS = 12288
+# So many products of at most 255 * 128, and a bias of MOST_BIAS, stay below 2^29: conv2d_int8.py.
+# U-Net has 13824 of them, 3x3 over 1536 channels.
+MOST_TERMS = 14336
 
 
 def check_types(
@@ -42,70 +44,62 @@ def check_types(
     if not isinstance(out_dtype, torch.dtype):
         raise TypeError(f"{OP}: out_dtype: expected a torch.dtype, got {type(out_dtype).__name__}")
     for name, t in tensors.items():
-        if t.device.type not in ("cpu", "meta"):
-            why = "there is no CUDA kernel yet" if t.is_cuda else "there is a CPU kernel only"
-            raise ValueError(f"{OP}: {name}: expected a CPU tensor: {why}, got one on {t.device}")
+        if t.device.type not in DEVICES:
+            raise ValueError(f"{OP}: {name}: expected a CPU or CUDA tensor, got one on {t.device}")
 
 
-def check_call(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    x_scale: float,
-    x_zero_point: int,
-    residual_scale: float | None,
-    residual_zero_point: int | None,
-    out_scale: float | None,
-    out_zero_point: int | None,
-    out_dtype: torch.dtype,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    act: int,
-) -> list[int]:
+def check_call(call: Call) -> list[int]:
     """Check everything but the data of tensors; return y's sizes."""
+    x, weight, residual, out_dtype = call.x, call.weight, call.residual, call.out_dtype
     _check_image("x", x, INT8, "uint8 or int8")
-    _check_scale("x_scale", x_scale)
-    _check_zero_point("x_zero_point", x_zero_point, x.dtype)
+    _check_scale("x_scale", call.x_scale)
+    _check_zero_point("x_zero_point", call.x_zero_point, x.dtype)
     if out_dtype in INT8:
-        _check_scale("out_scale", out_scale)
-        _check_zero_point("out_zero_point", out_zero_point, out_dtype)
+        _check_scale("out_scale", call.out_scale)
+        _check_zero_point("out_zero_point", call.out_zero_point, out_dtype)
     elif out_dtype not in FLOATS:
         raise ValueError(
             f"{OP}: out_dtype: expected uint8, int8, float32, bfloat16 or float16, got {out_dtype}"
         )
     else:
-        _check_none(f"beside {out_dtype}", out_scale=out_scale, out_zero_point=out_zero_point)
-    if not 0 <= act <= 2:
-        raise ValueError(f"{OP}: act: expected 0, 1 or 2, got {act}")
-    _check_weight(x, weight, groups)
+        outs = {"out_scale": call.out_scale, "out_zero_point": call.out_zero_point}
+        _check_none(f"beside {out_dtype}", **outs)
+    if not 0 <= call.act <= 2:
+        raise ValueError(f"{OP}: act: expected 0, 1 or 2, got {call.act}")
+    _check_weight(x, weight, call.groups)
     c_out = weight.shape[0]
-    for name, t in (("weight_scale", weight_scale), ("bias", bias)):
+    if call.weight_scale is None:
+        _check_scale("weight_scale", call.weight_scale_number)
+    else:
+        _check_none("beside a tensor", weight_scale_number=call.weight_scale_number)
+    for name, t in (("weight_scale", call.weight_scale), ("bias", call.bias)):
         if t is not None:
             _check_channels(name, t, c_out, x)
     out = [x.shape[0], c_out]
-    for size, k, s, p, d in zip(
-        x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
-    ):
+    geometry = (call.stride, call.padding, call.dilation)
+    for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], *geometry, strict=True):
         reach = size + 2 * p - d * (k - 1) - 1
         if s < 1 or p < 0 or d < 1 or size < 1 or reach < 0 or max(s, p, d) >= 2**20:
             raise ValueError(
                 f"{OP}: weight: expected a kernel that fits into the padded input, got kernel "
-                f"{list(weight.shape[2:])}, stride {stride}, padding {padding}, dilation "
-                f"{dilation} for an input of {list(x.shape)}"
+                f"{list(weight.shape[2:])}, stride {call.stride}, padding {call.padding}, dilation "
+                f"{call.dilation} for an input of {list(x.shape)}"
             )
         out.append(reach // s + 1)
     if residual is not None:
         _check_residual(residual, out, out_dtype, x)
     if residual is not None and residual.dtype in INT8:
-        _check_scale("residual_scale", residual_scale)
-        _check_zero_point("residual_zero_point", residual_zero_point, residual.dtype)
+        _check_scale("residual_scale", call.residual_scale)
+        _check_zero_point("residual_zero_point", call.residual_zero_point, residual.dtype)
+        if not 0 < quotient(call.residual_scale or 0.0, call.out_scale) < math.inf:
+            raise ValueError(
+                f"{OP}: residual_scale: expected a scale that float32 holds in units of out_scale, "
+                f"got {call.residual_scale} with out_scale {call.out_scale}"
+            )
     else:
         what = "without an 8-bit residual"
-        _check_none(what, residual_scale=residual_scale, residual_zero_point=residual_zero_point)
+        numbers = {"residual_scale": call.residual_scale}
+        _check_none(what, **numbers, residual_zero_point=call.residual_zero_point)
     return out
 
 

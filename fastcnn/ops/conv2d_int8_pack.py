@@ -9,40 +9,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcnn.ops.conv2d_int8_data import OP
+from fastcnn.ops.conv2d_int8_call import OP
+from fastcnn.ops.conv2d_int8_checks import DEVICES
+from fastcnn.ops.conv2d_int8_data import check_not_capturing
 from fastcnn.ops.conv2d_int8_sums import by_float64, by_onednn, prepack
 from fastcnn.ops.convolution import onednn_crashes
 
 _MOST_SIZES = 8  # packed copies that one weight keeps
 
-# By the address of a packed weight's own copy, which the operator gets: nobody else has it as long
-# as the PackedConv2dInt8 lives, and with it the entry goes.
+# By the address of a packed weight's own copy, which the operator gets, on every device. packed_of
+# makes sure of what it finds: `packed.weight.data = t` and its like leave an entry behind.
 _PACKED: "WeakValueDictionary[int, PackedConv2dInt8]" = WeakValueDictionary()
 
 
 class PackedConv2dInt8:
-    """A weight of conv2d_int8, copied, with what oneDNN has made of it for the inputs it has met.
+    """A weight of conv2d_int8, copied to channels_last, with what the backend makes of it.
 
-    Made by fastcnn.functional.pack_conv2d_int8. What is packed is neither copied nor pickled with
-    it: a copy packs its own at its first call.
+    That is the sum of each output channel's weights, and what oneDNN has made of it for the inputs
+    it has met. Made by fastcnn.functional.pack_conv2d_int8. What is packed is neither copied nor
+    pickled with it: a copy packs its own.
     """
 
     def __init__(self, weight: Tensor) -> None:
         # Outside of inference mode, where tensors do not count their changes.
         with torch.inference_mode(False), torch.no_grad():
-            self.weight = weight.detach().clone(memory_format=torch.contiguous_format)
+            self.weight = weight.detach().clone(memory_format=torch.channels_last)
+            self._sums = channel_sums(self.weight)
         self._parts: dict[Any, list[tuple[Tensor, int]]] = {}
         self._version = self.weight._version
         self._lock = threading.Lock()
-        if self.weight.device.type == "cpu" and self.weight.numel() > 0:
+        if self.weight.device.type != "meta":
             _PACKED[self.weight.data_ptr()] = self
+
+    def to(self, device: torch.device | str | int) -> "PackedConv2dInt8":
+        """Return it packed on a device: itself where it is there already."""
+        moved = self.weight.to(device)
+        return self if moved is self.weight else PackedConv2dInt8(moved)
+
+    def _look_for_changes(self) -> None:
+        if self._version != self.weight._version:  # somebody wrote into it
+            check_not_capturing("weight", self.weight)
+            self._parts.clear()
+            # Into the same memory, which a captured CUDA graph reads.
+            self._sums.copy_(channel_sums(self.weight))
+            self._version = self.weight._version
+
+    def sums(self) -> Tensor:
+        """Return the sum of each output channel's weights."""
+        with self._lock:
+            self._look_for_changes()
+            return self._sums
 
     def parts(self, size: tuple[int, int], *geometry: Any) -> list[tuple[Tensor, int]]:
         """Return the packed digits, with the factor of each, for images of a size."""
         with self._lock:
-            if self._version != self.weight._version:  # somebody wrote into it
-                self._parts.clear()
-                self._version = self.weight._version
+            self._look_for_changes()
             key = (size, *geometry)
             if key not in self._parts:
                 while len(self._parts) >= _MOST_SIZES:
@@ -68,12 +89,26 @@ def pack_conv2d_int8(weight: Tensor) -> PackedConv2dInt8:
             f"pack_{OP}: weight: expected 4 dimensions [c_out, c_in / groups, kh, kw], none of "
             f"them 0, got {list(weight.shape)}"
         )
-    if weight.device.type not in ("cpu", "meta"):
-        why = "there is no CUDA kernel yet" if weight.is_cuda else "there is a CPU kernel only"
+    if weight.device.type not in DEVICES:
         raise ValueError(
-            f"pack_{OP}: weight: expected a CPU tensor: {why}, got one on {weight.device}"
+            f"pack_{OP}: weight: expected a CPU or CUDA tensor, got one on {weight.device}"
         )
     return PackedConv2dInt8(weight)
+
+
+def packed_of(weight: Tensor) -> PackedConv2dInt8 | None:
+    """Return what has packed this very weight."""
+    known = _PACKED.get(weight.data_ptr())
+    if known is None:
+        return None
+    own = known.weight
+    same = own.data_ptr() == weight.data_ptr() and own.device == weight.device
+    return known if same and own.shape == weight.shape and own.stride() == weight.stride() else None
+
+
+def channel_sums(weight: Tensor) -> Tensor:
+    """Return the sum of each output channel's weights, int32."""
+    return weight.sum((1, 2, 3), dtype=torch.int32)
 
 
 def accumulator(
@@ -92,7 +127,7 @@ def accumulator(
     errs = weight.shape[1] == 1 and stride[1] > 1 and reach < stride[1]
     if errs or onednn_crashes(x, weight, stride, padding, dilation):
         return lambda images: by_float64(images, zero_point, weight, *geometry)
-    known = _PACKED.get(weight.data_ptr())
+    known = packed_of(weight)
     size = (x.shape[2], x.shape[3])
     rows, columns = padding
     # PyTorch's operator takes uint8 alone: int8 + 128.
@@ -100,15 +135,12 @@ def accumulator(
     zero = zero_point + shift
     # And it gets zero points wrong there, in some calls and not in others, with more columns too:
     # the border is made here, and the zero point's share taken off.
-    by_hand = zero != 0 and weight.shape[1] == 1
-    share = zero * weight.int().sum((1, 2, 3))[:, None, None] if by_hand else None
+    by_hand, share = zero != 0 and weight.shape[1] == 1, None
     if by_hand:
+        share = zero * (channel_sums(weight) if known is None else known.sums())[:, None, None]
         size = (size[0] + 2 * rows, size[1] + 2 * columns)
         geometry = (tuple(stride), (0, 0), tuple(dilation), groups)
-    if known is not None and known.weight.shape == weight.shape and weight.is_contiguous():
-        parts = known.parts(size, *geometry)
-    else:
-        parts = prepack(weight, size, *geometry)
+    parts = known.parts(size, *geometry) if known else prepack(weight, size, *geometry)
 
     def sums(images: Tensor) -> Tensor:
         images = images.contiguous(memory_format=torch.channels_last)

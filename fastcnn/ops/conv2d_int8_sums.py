@@ -51,7 +51,7 @@ def prepack(
     most = 64 if pairs_saturate() else 128  # 2 * 255 * 64 < 2^15
     return [
         (_prepack(part, ones, 1.0, 0, stride, padding, dilation, groups, shape), factor)
-        for part, factor in digits(weight, most)
+        for part, factor in digits(weight.contiguous(), most)
     ]
 
 

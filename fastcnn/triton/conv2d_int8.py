@@ -1,4 +1,4 @@
-"""Launches the 8-bit convolutions: what is made of the scales and zero points, which kernel."""
+"""Launches the 8-bit convolutions: which kernel, which tile."""
 
 from typing import Any
 
@@ -6,87 +6,55 @@ import torch
 import triton
 from torch import Tensor
 
+from fastcnn.ops.conv2d_int8_call import OP, Call, quotient
 from fastcnn.triton.conv2d_int8_kernels import conv2d_int8_kernel, depthwise_int8_kernel
-from fastcnn.triton.launch import (
-    Pair,
-    Tile,
-    blocks,
-    current_device,
-    depthwise_blocks,
-    depthwise_tile,
-    output_size,
-)
+from fastcnn.triton.launch import Tile, blocks, current_device, depthwise_blocks, depthwise_tile
 
-ACTS = ("none", "relu", "relu6")
+_MOST_GROUPS = 65535  # of CUDA's second grid dimension
+_MOST_PIXELS = 2**31 - 2**16  # of int32, with the rest of the last tile
 
 
-def conv2d_int8(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    x_scale: float,
-    x_zero_point: int,
-    bias: Tensor | None = None,
-    stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
-    dilation: Pair = (1, 1),
-    groups: int = 1,
-    residual: Tensor | None = None,
-    residual_scale: float | None = None,
-    residual_zero_point: int | None = None,
-    act: str = "none",
-    out_dtype: torch.dtype = torch.uint8,
-    out_scale: float | None = None,
-    out_zero_point: int | None = None,
-    tile: Tile | None = None,
-) -> Tensor:
-    """Return y by the formula at the top of fastcnn/ops/conv2d_int8.py, bit for bit.
+def launch(call: Call, sums: Tensor, y: Tensor, tile: Tile | None = None) -> None:
+    """Write y by the formula at the top of fastcnn/ops/conv2d_int8.py, bit for bit.
 
-    x is uint8 or int8 [n, c, h, w], weight int8 [c_out, c / groups, kh, kw], both channels_last, as
-    is a residual. The arguments are that op's, which checks them.
+    The arguments are that op's, which has checked them; sums are those of each output channel's
+    weights, int32. y is channels_last; x, weight and residual that are not are copied.
     """
+    last = torch.channels_last
+    x, weight = (t.contiguous(memory_format=last) for t in (call.x, call.weight))
+    residual = None if call.residual is None else call.residual.contiguous(memory_format=last)
     (n, c_in, h, w), (c_out, c_in_group, *window) = x.shape, weight.shape
-    h_out, w_out = output_size((h, w), window, stride, padding, dilation)
-    y = torch.empty(
-        (n, c_out, h_out, w_out),
-        dtype=out_dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
-    scale = weight_scale * _float32(x_scale)
-    signed_zero = x_zero_point - (128 if x.dtype == torch.uint8 else 0)
-    start = -signed_zero * weight.sum((1, 2, 3), dtype=torch.int32)
-    added_scale, six, limits = residual_scale, torch.tensor(6.0), (0, 0)
-    if out_scale is not None:
-        if bias is not None:
-            start += torch.round(bias / scale).int()
-            bias = None
-        scale = scale / _float32(out_scale)
-        six = six / _float32(out_scale)
-        if residual_scale is not None:
-            added_scale = float(torch.tensor(residual_scale) / _float32(out_scale))
-        limits = (torch.iinfo(out_dtype).min, torch.iinfo(out_dtype).max)
+    h_out, w_out = y.shape[2:]
+    groups, quantised = call.groups, call.out_scale is not None
     pixels, by_channel = n * h_out * w_out, groups > 1 and c_in_group == 1
+    if pixels == 0:
+        return
+    _check_sizes(call, y, by_channel)
     if tile is None:
         tile = depthwise_tile(c_out) if by_channel else default_tile(pixels, c_out // groups)
-    tensors = (x, weight, y, start, scale.contiguous(), bias, residual)
+    vectors = (None if t is None else t.contiguous() for t in (call.weight_scale, call.bias))
+    # fl32 of products and quotients of one number each; those of channels are the kernel's.
     numbers = (
-        1.0 if added_scale is None else added_scale, residual_zero_point or 0, six.item(),
-        out_zero_point or 0, x_zero_point,
+        call.scale(), call.out_scale if quantised else 1.0, call.added_scale(),
+        quotient(6.0, call.out_scale), call.x_zero_point, call.residual_zero_point or 0,
+        call.out_zero_point or 0,
     )  # fmt: skip
-    sizes, geometry = (n, h, w, c_in, h_out, w_out, c_out), (*window, *stride, *padding, *dilation)
+    tensors = (x, weight, y, sums, *vectors, residual)
+    sizes = (n, h, w, c_in, h_out, w_out, c_out)
+    geometry = (*window, *call.stride, *call.padding, *call.dilation)
+    limits = torch.iinfo(y.dtype) if quantised else None
     # No fused multiply-add: floating y are rounded after each operation.
     options: dict[str, Any] = {
-        "ACT": ACTS.index(act), "QUANTISED": out_scale is not None, "LEAST": limits[0],
-        "MOST": limits[1],
+        "ACT": call.act, "QUANTISED": quantised, "LEAST": limits.min if limits else 0,
+        "MOST": limits.max if limits else 0,
     }  # fmt: skip
     with current_device(x):
-        if pixels > 0 and by_channel:
+        if by_channel:
             options |= {**depthwise_blocks(tile), "enable_fp_fusion": False}
             depthwise_int8_kernel[(triton.cdiv(pixels, tile.m), triton.cdiv(c_out, tile.n))](
                 *tensors, *numbers, *sizes, c_out // groups, *geometry, **options
             )
-        elif pixels > 0:
+        else:
             options |= {**blocks(tile), "enable_fp_fusion": False, "GROUP_M": tile.group}
             del options["PRECISION"]
             tiles = triton.cdiv(pixels, tile.m) * triton.cdiv(c_out // groups, tile.n)
@@ -94,11 +62,21 @@ def conv2d_int8(
                 *tensors, *numbers, *sizes, c_in_group, c_out // groups, *geometry,
                 FLAT=c_in_group < tile.k and window != [1, 1], **options,
             )  # fmt: skip
-    return y
 
 
-def _float32(number: float) -> Tensor:
-    return torch.tensor(number, dtype=torch.float32)
+def _check_sizes(call: Call, y: Tensor, by_channel: bool) -> None:
+    n, _, h_out, w_out = y.shape
+    sides = [size + 2 * p for size, p in zip(call.x.shape[2:], call.padding, strict=True)]
+    if max(n * h_out * w_out, *sides) > _MOST_PIXELS:
+        raise ValueError(
+            f"{OP}: x: expected at most {_MOST_PIXELS} pixels in y, and rows and columns in a "
+            f"padded image, on CUDA, got {list(call.x.shape)} for {list(y.shape)}"
+        )
+    if call.groups > _MOST_GROUPS and not by_channel:
+        raise ValueError(
+            f"{OP}: groups: expected at most {_MOST_GROUPS} on CUDA, or one input channel each, "
+            f"got {call.groups}"
+        )
 
 
 def default_tile(pixels: int, c_out: int) -> Tile:

@@ -3,10 +3,10 @@
     acc[p, o] = sum over taps and channels of (x - x_zero_point) * w        int32, exact
 
 x is signed by taking 128 from unsigned ones and their zero point. The zero point is not taken from
-each x: outside the image x is the zero point, and `start`, the whole numbers that are added to a
-channel, holds minus the zero point times the sum of its weights, and the bias if y is quantised.
-Then, in float64 for quantised y, whose products are exact, and float32 else, in the formula's
-order: scale, bias (floating y), residual, act, zero point, rounding to nearest even, saturation.
+each x: outside the image x is the zero point, and what is added to a channel's sum holds minus the
+zero point times the sum of its weights, and the bias if y is quantised. Then, in float64 for
+quantised y, whose products are exact, and float32 else, in the formula's order: scale, bias
+(floating y), residual, act, zero point, rounding to nearest even, saturation.
 
 The walk over tiles, taps and channels is conv2d_kernels.py's. Floor: x, w, residual, y once.
 """
@@ -19,6 +19,8 @@ from fastcnn.triton.conv2d_kernels import tile_of
 
 # Added to a float64 below 2^51 and taken away again, it leaves the nearest even whole number.
 ROUND = tl.constexpr(1.5 * 2.0**52)
+# Triton would compile anew for a 1, and for the multiples of 16.
+ZERO_POINTS = ["x_zero_point", "residual_zero_point", "out_zero_point"]
 
 
 @triton.jit
@@ -28,17 +30,43 @@ def _signed(x):
 
 
 @triton.jit
+def _signed_zero(x_ptr, x_zero_point):
+    return x_zero_point if x_ptr.dtype.element_ty == tl.int8 else x_zero_point - 128
+
+
+@triton.jit
+def _of_channels(
+    channels, in_o, sum_ptr, weight_scale_ptr, bias_ptr, x_scale, out_scale, zero,
+    QUANTISED: tl.constexpr,
+):  # fmt: skip
+    """Return what is added to each channel's sums, and what they are multiplied by then."""
+    start = -zero * tl.load(sum_ptr + channels, mask=in_o, other=0)
+    scale = tl.full(channels.shape, 1.0, tl.float32)
+    if weight_scale_ptr is not None:
+        scale = tl.load(weight_scale_ptr + channels, mask=in_o, other=1.0)
+    scale = scale * x_scale
+    if QUANTISED:
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + channels, mask=in_o, other=0.0)
+            start += ((tl.div_rn(bias, scale).to(tl.float64) + ROUND) - ROUND).to(tl.int32)
+        scale = tl.div_rn(scale, out_scale)
+    return start, scale
+
+
+@triton.jit
 def write_int8_tile(
-    acc, at, in_p, channels, in_o, y_ptr, start_ptr, scale_ptr, bias_ptr, residual_ptr,
-    residual_scale, residual_zero_point, six, out_zero_point,
+    acc, at, in_p, channels, in_o, y_ptr, sum_ptr, weight_scale_ptr, bias_ptr, residual_ptr,
+    x_scale, out_scale, residual_scale, six, zero, residual_zero_point, out_zero_point,
     ACT: tl.constexpr, QUANTISED: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of y. ACT: 0 none, 1 relu, 2 relu6."""
+    """Write a tile of y. ACT: 0 none, 1 relu, 2 relu6. zero: x's zero point, as x is signed."""
     mask = in_p[:, None] & in_o[None, :]
-    acc += tl.load(start_ptr + channels, mask=in_o, other=0)[None, :]
-    scale = tl.load(scale_ptr + channels, mask=in_o, other=0.0)[None, :]
+    start, scale = _of_channels(
+        channels, in_o, sum_ptr, weight_scale_ptr, bias_ptr, x_scale, out_scale, zero, QUANTISED
+    )
+    acc, scale = acc + start[None, :], scale[None, :]
     z = acc.to(tl.float64) * scale.to(tl.float64) if QUANTISED else acc.to(tl.float32) * scale
-    if bias_ptr is not None:
+    if bias_ptr is not None and not QUANTISED:
         z += tl.load(bias_ptr + channels, mask=in_o, other=0.0)[None, :]
     if residual_ptr is not None:
         r = tl.load(residual_ptr + at, mask=mask, other=0)
@@ -56,10 +84,10 @@ def write_int8_tile(
         tl.store(y_ptr + at, z.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ZERO_POINTS)
 def conv2d_int8_kernel(
-    x_ptr, w_ptr, y_ptr, start_ptr, scale_ptr, bias_ptr, residual_ptr,
-    residual_scale, residual_zero_point, six, out_zero_point, x_zero_point,
+    x_ptr, w_ptr, y_ptr, sum_ptr, weight_scale_ptr, bias_ptr, residual_ptr,
+    x_scale, out_scale, residual_scale, six, x_zero_point, residual_zero_point, out_zero_point,
     n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out_group,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr,
@@ -99,15 +127,16 @@ def conv2d_int8_kernel(
         acc = tl.dot(_signed(a), b, acc, out_dtype=tl.int32)
     write_int8_tile(
         acc, p.to(tl.int64)[:, None] * c_out + channels[None, :], in_p, channels, in_o,
-        y_ptr, start_ptr, scale_ptr, bias_ptr, residual_ptr,
-        residual_scale, residual_zero_point, six, out_zero_point, ACT, QUANTISED, LEAST, MOST,
+        y_ptr, sum_ptr, weight_scale_ptr, bias_ptr, residual_ptr, x_scale, out_scale,
+        residual_scale, six, _signed_zero(x_ptr, x_zero_point), residual_zero_point,
+        out_zero_point, ACT, QUANTISED, LEAST, MOST,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ZERO_POINTS)
 def depthwise_int8_kernel(
-    x_ptr, w_ptr, y_ptr, start_ptr, scale_ptr, bias_ptr, residual_ptr,
-    residual_scale, residual_zero_point, six, out_zero_point, x_zero_point,
+    x_ptr, w_ptr, y_ptr, sum_ptr, weight_scale_ptr, bias_ptr, residual_ptr,
+    x_scale, out_scale, residual_scale, six, x_zero_point, residual_zero_point, out_zero_point,
     n, h, w, c_in, h_out, w_out, c_out,
     MULTIPLIER: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PADDING_H: tl.constexpr,
@@ -128,10 +157,11 @@ def depthwise_int8_kernel(
         inside = in_p & (row >= 0) & (row < h) & (column >= 0) & (column < w)
         at = ((image * h + row) * w + column)[:, None] * c_in + i[None, :]
         a = tl.load(x_ptr + at, mask=inside[:, None] & in_o[None, :], other=x_zero_point)
-        weights = tl.load(w_ptr + o * (KERNEL_H * KERNEL_W) + tap, mask=in_o, other=0)
+        weights = tl.load(w_ptr + o.to(tl.int64) * (KERNEL_H * KERNEL_W) + tap, mask=in_o, other=0)
         acc += _signed(a).to(tl.int32) * weights.to(tl.int32)[None, :]
     write_int8_tile(
         acc, p.to(tl.int64)[:, None] * c_out + o[None, :], in_p, o, in_o,
-        y_ptr, start_ptr, scale_ptr, bias_ptr, residual_ptr,
-        residual_scale, residual_zero_point, six, out_zero_point, ACT, QUANTISED, LEAST, MOST,
+        y_ptr, sum_ptr, weight_scale_ptr, bias_ptr, residual_ptr, x_scale, out_scale,
+        residual_scale, six, _signed_zero(x_ptr, x_zero_point), residual_zero_point,
+        out_zero_point, ACT, QUANTISED, LEAST, MOST,
     )  # fmt: skip

@@ -1,0 +1,184 @@
+"""conv2d_int8's CUDA implementation gives the reference's integers, and refuses what it cannot do.
+
+Without a GPU the calls are led to it with CPU tensors, and its kernels run in the interpreter.
+"""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from conv2d_int8_cases import CASES, Case, problem
+from shapes import LAYOUTS
+from test_conv2d_int8 import ACTS, FLOATS, INT8, assert_same, onnx_qlinear_conv
+from test_conv2d_int8_errors import CASE, ERRORS
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
+from triton_proof import DEVICE, INTERPRETED
+
+from fastcnn import reference
+from fastcnn.functional import conv2d_int8, pack_conv2d_int8
+from fastcnn.ops import conv2d_int8 as operator
+from fastcnn.ops.conv2d_int8_call import Call
+from fastcnn.triton import conv2d_int8 as launches
+
+PLAIN = Case((2, 16, 5, 4), 24, 3, "for anything", padding=1)
+OUTPUTS = [
+    (out_dtype, residual_dtype, act)
+    for out_dtype in (*INT8, *FLOATS)
+    for residual_dtype in (None, *INT8, *([out_dtype] if out_dtype in FLOATS else []))
+    for act in ACTS
+]
+
+
+class OnCuda(TorchDispatchMode):
+    """Leads the operator to its CUDA implementation; what else was called is in `others`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.fastcnn.conv2d_int8.default and INTERPRETED:
+            with self:
+                return operator._cuda(*args)
+        if func is not torch.ops.fastcnn.conv2d_int8.default:
+            self.others.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def on_device(given: dict[str, Any]) -> dict[str, Any]:
+    return {k: t.to(DEVICE) if isinstance(t, Tensor) else t for k, t in given.items()}
+
+
+def call(**given: Any) -> Tensor:
+    with OnCuda():
+        return conv2d_int8(**on_device(given)).cpu()
+
+
+@pytest.mark.parametrize("x_dtype", INT8, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_packed_and_unpacked(case: Case, x_dtype: torch.dtype) -> None:
+    # Fewer options a case than there are; their number shares no factor with the step.
+    first = 7 * CASES.index(case)
+    for seed in range(first, first + 4):
+        out_dtype, residual_dtype, act = OUTPUTS[seed % len(OUTPUTS)]
+        given = problem(case, x_dtype, out_dtype, residual_dtype, act, seed)
+        expected = reference.conv2d_int8(**given)
+        y = call(**given)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert_same(y, expected, out_dtype, residual_dtype, act)
+        given["weight"] = pack_conv2d_int8(given["weight"].to(DEVICE))
+        assert_same(call(**given), expected, out_dtype, residual_dtype, act)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_every_output(groups: int) -> None:
+    case = Case((1, 8, 3, 4), 16, 3, "plain, grouped, depthwise", padding=1, groups=groups)
+    for seed, (out_dtype, residual_dtype, act) in enumerate(OUTPUTS):
+        given = problem(case, INT8[seed % 2], out_dtype, residual_dtype, act, seed)
+        expected = reference.conv2d_int8(**given)
+        assert_same(call(**given), expected, out_dtype, residual_dtype, act)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_onnx_reference(case: Case) -> None:
+    for seed, (x_dtype, out_dtype) in enumerate(itertools.product(INT8, INT8)):
+        units = torch.randint(-5000, 5000, (case.c_out,)).float()
+        given = problem(case, x_dtype, out_dtype, None, "none", seed, units)
+        assert_same(call(**given), onnx_qlinear_conv(given, units), x_dtype, out_dtype)
+
+
+def test_one_scale_for_all_channels() -> None:
+    for out_dtype, act in itertools.product((torch.int8, torch.bfloat16), ACTS):
+        given = problem(PLAIN, out_dtype=out_dtype, act=act)
+        vector = {**given, "weight_scale": torch.full((24,), 0.0123)}
+        expected = reference.conv2d_int8(**vector)
+        assert_same(call(**{**given, "weight_scale": 0.0123}), expected)
+        assert_same(conv2d_int8(**{**given, "weight_scale": 0.0123}), expected)
+
+
+def test_the_largest_biases_and_scales_far_apart() -> None:
+    # rne(bias / s) at 2^26, ties among them, and products of scales near both ends of float32.
+    units = torch.tensor([2.0**26, -(2.0**26), 0.5, 1.5, -2.5, 2.0**25 + 1, 3.5, 1e-20])
+    for x_scale, out_scale in ((1.0, 2.0**20), (1e-30, 1e-25), (1e30, 1e35)):
+        given = problem(PLAIN._replace(c_out=8), out_dtype=torch.int8)
+        given |= {"x_scale": x_scale, "out_scale": out_scale, "weight_scale": torch.ones(8)}
+        given["bias"] = units * torch.tensor(x_scale)
+        assert_same(call(**given), reference.conv2d_int8(**given), x_scale)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_strides_and_an_empty_batch(layout: str) -> None:
+    given = problem(PLAIN, residual_dtype=torch.int8)
+    expected = reference.conv2d_int8(**given)
+    for name in ("x", "residual", "weight"):
+        given[name] = given[name].clone(memory_format=LAYOUTS[layout])
+    for name in ("weight_scale", "bias"):
+        given[name] = given[name].repeat_interleave(2)[::2]
+    y = call(**given)
+    assert_same(y, expected)
+    assert y.is_contiguous(memory_format=LAYOUTS[layout])
+    y = call(**{**given, "x": given["x"][:0], "residual": given["residual"][:0]})
+    assert y.shape == (0, 24, 5, 4)
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), ERRORS)
+def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = problem(CASE, torch.uint8, torch.int8, torch.uint8)
+    for name, change in changes.items():
+        given[name] = change(given[name]) if callable(change) else change
+    with pytest.raises(error, match=f"^conv2d_int8: {message}"):
+        call(**given)
+
+
+def test_sizes_beyond_a_kernel_s() -> None:
+    def at(sizes: tuple[int, ...], weight: tuple[int, ...], groups: int) -> Call:
+        x, w = (torch.empty(s, dtype=torch.int8, device="meta") for s in (sizes, weight))
+        zero = {"x_zero_point": 0, "residual_zero_point": None, "out_zero_point": 0}
+        return Call(
+            x, w, None, None, None, 1.0, residual_scale=None, out_scale=1.0, out_dtype=torch.int8,
+            stride=[1, 1], padding=[0, 0], dilation=[1, 1], groups=groups, act=0, **zero,
+        )  # fmt: skip
+
+    y = torch.empty(0, 0, 0, 0, device="meta")
+    many = at((2**31 - 1, 1, 1, 1), (1, 1, 1, 1), 1)
+    with pytest.raises(ValueError, match=r"^conv2d_int8: x: expected at most \d+ pixels in y"):
+        launches.launch(many, y, y.new_empty(2**31 - 1, 1, 1, 1))
+    grouped = at((1, 2 * 65536, 1, 1), (65536, 2, 1, 1), 65536)
+    with pytest.raises(ValueError, match=r"^conv2d_int8: groups: expected at most 65535 on CUDA"):
+        launches.launch(grouped, y, y.new_empty(1, 65536, 1, 1))
+
+
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_a_gpu
+def test_numbers_compile_no_kernel_anew() -> None:
+    given = {**problem(PLAIN), "x_zero_point": 7, "out_zero_point": 5}
+    call(**given)
+    compiled: list[Any] = []
+    hook = knobs.runtime.jit_post_compile_hook
+    knobs.runtime.jit_post_compile_hook = lambda **about: compiled.append(about)
+    try:
+        for zero, scale in itertools.product((0, 1, 16, 255), (0.01, 0.02)):
+            zeros = {"x_zero_point": zero, "out_zero_point": zero}
+            now = {**given, **zeros, "x_scale": scale}
+            assert_same(call(**now), reference.conv2d_int8(**now))
+    finally:
+        knobs.runtime.jit_post_compile_hook = hook
+    assert not compiled
+
+
+@needs_a_gpu
+def test_tensors_of_two_devices() -> None:
+    given = problem(PLAIN)
+    there = {k: t.cuda() if isinstance(t, Tensor) else t for k, t in given.items()}
+    for name in ("weight", "weight_scale", "bias"):
+        with pytest.raises(ValueError, match=rf"{name}: expected device cuda:0, got cpu"):
+            conv2d_int8(**{**there, name: given[name]})
+    packed = pack_conv2d_int8(given["weight"])
+    assert packed.to("cpu") is packed
+    expected = reference.conv2d_int8(**given)
+    assert_same(conv2d_int8(**{**there, "weight": packed.to("cuda")}).cpu(), expected)
