@@ -1,5 +1,6 @@
 """The operators of Triton's convolutions: as PyTorch wants operators, and what they refuse."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -100,8 +101,10 @@ def test_what_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backward.calls[ops.conv2d_fused_bwd_input] == 7
     assert backward.calls[ops.conv2d_fused_bwd_weight] == 7
     assert backward.calls[ops.batch_norm_act_reduce] == 3
-    written = (ops.batch_norm_act_apply, ops.batch_norm_act_dx, ops.batch_norm_act_bwd)
-    assert not any(backward.calls[op] for op in (*written, torch.ops.aten.convolution_backward))
+    # The projection's output once more: silu's slope behind the addition asks for it.
+    assert backward.calls[ops.batch_norm_act_apply] == 1
+    written = (ops.batch_norm_act_dx, ops.batch_norm_act_bwd, torch.ops.aten.convolution_backward)
+    assert not any(backward.calls[op] for op in written)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
@@ -111,11 +114,8 @@ def test_compiled_whole(training: bool, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(conv_bn_act, "is_planned", lambda x: True)
     torch._dynamo.reset()
     model, x = blocks().train(training), image(2, 4, 6, 7)
+    other = copy.deepcopy(model)
     expected = results(model, x, None)
-    other = blocks().train(training)
-    other.load_state_dict({k: v for k, v in model.state_dict().items()})
-    for module, same in zip(other.bns, blocks().bns, strict=True):
-        module.load_state_dict(same.state_dict())
     found = results(torch.compile(other, fullgraph=True), x, None)
     for name in ("y", "dx"):
         assert torch.equal(found[name], expected[name]), name

@@ -132,6 +132,11 @@ NO_NONSENSE = {
         for side in ("in", "out")
         for key in ("mean", "var", "weight", "bias")
     },
+    **{
+        (f"conv2d_fused_bwd_{of}", key): {"another half"}
+        for of in ("input", "weight")
+        for key in ("sum", "sum_xhat")
+    },
     # A weight is copied into channels_last.
     **{
         (op, "weight"): SOUND_STRIDES | {"the other layout"}

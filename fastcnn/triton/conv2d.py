@@ -88,7 +88,7 @@ def conv2d(
     y = torch.empty(
         (n, c_out, h_out, w_out), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
-    check_sizes("epilogue.residual", epilogue.residual, y.shape)
+    check_sizes("epilogue.residual", epilogue.residual, y.shape, x.dtype)
     pixels, asked = n * h_out * w_out, epilogue.statistics
     by_descriptors = (
         groups == 1

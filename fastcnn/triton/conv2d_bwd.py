@@ -95,14 +95,14 @@ def conv2d_bwd_input(
     n, c_in, (h, w) = dy.shape[0], c_in_group * groups, size
     check_groups(c_in, c_out, groups)
     h_out, w_out = output_size(size, window, stride, padding, dilation)
-    check_sizes("dy", dy, (n, c_out, h_out, w_out))
+    check_sizes("dy", dy, (n, c_out, h_out, w_out), dy.dtype)
     before, dy_act = _before(norm, dy)
     dx = torch.empty(
         (n, c_in, h, w), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last
     )
-    check_sizes("add", add, dx.shape)
+    check_sizes("add", add, dx.shape, dy.dtype)
     if activated is not None:
-        check_sizes("activated.raw", activated.raw, dx.shape)
+        check_sizes("activated.raw", activated.raw, dx.shape, dy.dtype)
         check_norm(c_in, "activated.", activated.norm, activated.act)
     by_channel = groups > 1 and c_in_group == 1
     phases = 1 if by_channel else stride[0] * stride[1]
@@ -161,7 +161,7 @@ def conv2d_bwd_weight(
     check_tensors(dy, x, "dy", "x")
     (n, c_in, h, w), c_out = x.shape, dy.shape[1]
     h_out, w_out = output_size((h, w), window, stride, padding, dilation)
-    check_sizes("dy", dy, (n, c_out, h_out, w_out))
+    check_sizes("dy", dy, (n, c_out, h_out, w_out), dy.dtype)
     before, dy_act = _before(norm, dy)
     check_groups(c_in, c_out, groups)
     pre_norm, pre_act = prologue or (None, 0)
@@ -218,7 +218,7 @@ def _before(norm: BatchNormGradient | None, dy: Tensor) -> tuple[tuple[Any, ...]
     """What the kernels take of a batch norm behind the convolution: raw, norm, sums, share; act."""
     if norm is None:
         return (None, None, None, 1.0), 0
-    check_sizes("norm.raw", norm.raw, dy.shape)
+    check_sizes("norm.raw", norm.raw, dy.shape, dy.dtype)
     check_norm(dy.shape[1], "norm.", norm.norm, norm.act)
     if norm.sums is not None:
         check_numbers(dy.shape[1], **{f"norm.sums.{k}": t for k, t in norm.sums._asdict().items()})

@@ -149,14 +149,15 @@ def check_tensors(x: Tensor, weight: Tensor, *names: str) -> None:
             )
 
 
-def check_sizes(name: str, t: Tensor | None, sizes: Sequence[int]) -> None:
-    """Raise ValueError for an image of other sizes or another layout."""
-    if t is not None and (
-        list(t.shape) != list(sizes) or not t.is_contiguous(memory_format=torch.channels_last)
-    ):
+def check_sizes(name: str, t: Tensor | None, sizes: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise ValueError for an image of other sizes, another type or layout."""
+    if t is None:
+        return
+    dense = t.is_contiguous(memory_format=torch.channels_last)
+    if list(t.shape) != list(sizes) or t.dtype is not dtype or not dense:
         raise ValueError(
-            f"conv2d: {name}: expected {tuple(sizes)} in channels_last, got {tuple(t.shape)} with "
-            f"strides {t.stride()}"
+            f"conv2d: {name}: expected {tuple(sizes)} of {dtype} in channels_last, got "
+            f"{tuple(t.shape)} of {t.dtype} with strides {t.stride()}"
         )
 
 
