@@ -183,3 +183,20 @@ def check_parameters(
             f"{op}: input: expected more than 1 value per channel when training, "
             f"got sizes {list(sizes)}"
         )
+
+
+def check_storage(op: str, **tensors: Tensor | None) -> None:
+    """Check that nobody has shrunk the storage under a tensor, whose sizes do not show it."""
+    for name, t in tensors.items():
+        if t is None or t.numel() == 0:
+            continue
+        end = t.storage_offset() + 1
+        if memory_format_of(t) is not None if t.dim() == 4 else t.is_contiguous():
+            end += t.numel() - 1
+        else:
+            end += sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+        if t.untyped_storage().nbytes() < end * t.element_size():
+            raise ValueError(
+                f"{op}: {name}: expected a storage of at least {end * t.element_size()} bytes, "
+                f"got {t.untyped_storage().nbytes()}"
+            )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.ops._library import declare
-from fastcnn.ops.conv2d_int8_data import check_storage
+from fastcnn.ops.checks import check_storage
 from fastcnn.ops.conv_bn_act_step import Geometry, Pair
 from fastcnn.ops.norm import Norm
 
@@ -118,7 +118,7 @@ _bwd_weight = torch.ops.fastcnn.conv2d_fused_bwd_weight.default
 
 def _protect(**tensors: Tensor | None) -> None:
     """Check what would let a kernel read elsewhere: one device, dense memory that is there."""
-    check_storage(**tensors)
+    check_storage("conv2d_fused", **tensors)
     first, *others = [(name, t) for name, t in tensors.items() if t is not None]
     for name, t in others:
         if t.device != first[1].device or t.layout is not torch.strided:

@@ -42,9 +42,10 @@ from torch import Tensor
 
 from fastcnn.ops._library import declare
 from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.ops.checks import check_storage
 from fastcnn.ops.conv2d_int8_call import OP, Call, float32, quotient
 from fastcnn.ops.conv2d_int8_checks import check_call, check_types
-from fastcnn.ops.conv2d_int8_data import check_data, check_grad, check_storage
+from fastcnn.ops.conv2d_int8_data import check_data, check_grad
 from fastcnn.ops.conv2d_int8_pack import PackedConv2dInt8, accumulator, channel_sums, packed_of
 from fastcnn.ops.conv_bn_act_step import pair
 
@@ -76,7 +77,7 @@ def _checked(*args: Any) -> tuple[Call, Tensor]:
     call = Call(*args)
     sizes = check_call(call)
     check_storage(
-        x=call.x, weight=call.weight, weight_scale=call.weight_scale, bias=call.bias,
+        OP, x=call.x, weight=call.weight, weight_scale=call.weight_scale, bias=call.bias,
         residual=call.residual,
     )  # fmt: skip
     check_data(call)

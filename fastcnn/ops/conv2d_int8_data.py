@@ -102,20 +102,6 @@ def check_not_capturing(name: str, t: Tensor) -> None:
         )
 
 
-def check_storage(**tensors: Tensor | None) -> None:
-    """Check that nobody has shrunk the storage under a tensor, whose sizes do not show it."""
-    for name, t in tensors.items():
-        if t is None or t.numel() == 0:
-            continue
-        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        needed = (t.storage_offset() + last + 1) * t.element_size()
-        if t.untyped_storage().nbytes() < needed:
-            raise ValueError(
-                f"{OP}: {name}: expected a storage of at least {needed} bytes, got "
-                f"{t.untyped_storage().nbytes()}"
-            )
-
-
 def check_grad(tensors: dict[str, Tensor | None]) -> None:
     """Check that nobody expects a gradient, of which there is none."""
     for name, t in tensors.items():

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -19,6 +18,7 @@ from fastcnn.triton.launch import (
     Tile,
     arch_of,
     blocks,
+    cdiv,
     check_norm,
     check_numbers,
     check_sizes,
@@ -104,7 +104,7 @@ def conv2d(
             prologue is not None, epilogue.residual is not None, by_descriptors, arch_of(x)
         )
         tile = default_tile(pixels, c_out // groups, c_in_group, x.dtype, lean)
-    tiles_m, tiles_n = triton.cdiv(pixels, tile.m), triton.cdiv(c_out // groups, tile.n)
+    tiles_m, tiles_n = cdiv(pixels, tile.m), cdiv(c_out // groups, tile.n)
     parts = [x.new_empty((tiles_m, c_out), dtype=torch.float32) for _ in range(2 * asked)]
     around = (pre_norm, epilogue.norm, epilogue.bias, epilogue.residual, *(parts or (None, None)))
     acts = {"PRE_ACT": pre_act, "ACT": epilogue.act}
@@ -123,7 +123,7 @@ def conv2d(
                 *matrices, y, *around, *sizes, PROGRAMS=programs, **options
             )
         elif by_channel:
-            depthwise_kernel[(tiles_m, triton.cdiv(c_out, tile.n))](
+            depthwise_kernel[(tiles_m, cdiv(c_out, tile.n))](
                 x, weight, y, *around, n, h, w, c_in, h_out, w_out, c_out, c_out // groups,
                 *window, *stride, *padding, *dilation, **acts, **depthwise_blocks(tile),
             )  # fmt: skip
@@ -142,7 +142,7 @@ def _joined(parts: list[Tensor], pixels: int, rows: int) -> Statistics:
     tiles, c_out = means.shape
     mean, var = (means.new_empty(c_out) for _ in range(2))
     # 16 channels: 64 bytes of a row, two sectors.
-    join_statistics_kernel[(triton.cdiv(c_out, 16),)](
+    join_statistics_kernel[(cdiv(c_out, 16),)](
         mean, var, means, squares, pixels, tiles, c_out, ROWS=rows, BLOCK_T=64, BLOCK_C=16
     )
     return Statistics(mean, var)

@@ -4,7 +4,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from fastcnn.ops.norm import Norm
@@ -22,6 +21,7 @@ from fastcnn.triton.launch import (
     Pair,
     Tile,
     blocks,
+    cdiv,
     check_groups,
     check_norm,
     check_numbers,
@@ -32,6 +32,7 @@ from fastcnn.triton.launch import (
     depthwise_blocks,
     depthwise_tile,
     output_size,
+    power_of_2,
     processors,
     weight_tile,
 )
@@ -109,13 +110,13 @@ def conv2d_bwd_input(
     # Of the phase that has most pixels.
     pixels = n * h * w
     if not by_channel:
-        pixels = n * math.prod(triton.cdiv(a, s) for a, s in zip(size, stride, strict=True))
+        pixels = n * math.prod(cdiv(a, s) for a, s in zip(size, stride, strict=True))
     if tile is None and by_channel:
         tile = depthwise_tile(c_in)
     elif tile is None:
         lean = activated is None
         tile = default_tile(pixels, c_in_group, c_out // groups, dy.dtype, lean)
-    tiles = triton.cdiv(pixels, tile.m)
+    tiles = cdiv(pixels, tile.m)
     count = 2 if activated else 0
     parts = [dy.new_empty((phases * tiles, c_in), dtype=torch.float32) for _ in range(count)]
     behind = (*activated[:2], *parts) if activated else (None,) * 4
@@ -124,12 +125,12 @@ def conv2d_bwd_input(
     acts = {"DY_ACT": dy_act, "ACT": activated.act if activated else 0}
     with current_device(dy):
         if dx.numel() > 0 and by_channel:
-            depthwise_bwd_input_kernel[(tiles, triton.cdiv(c_in, tile.n))](
+            depthwise_bwd_input_kernel[(tiles, cdiv(c_in, tile.n))](
                 *tensors, *sizes, c_out // groups, *window, *stride, *padding, *dilation,
                 **acts, **depthwise_blocks(tile),
             )  # fmt: skip
         elif dx.numel() > 0:
-            conv2d_bwd_input_kernel[(tiles * triton.cdiv(c_in_group, tile.n), groups, phases)](
+            conv2d_bwd_input_kernel[(tiles * cdiv(c_in_group, tile.n), groups, phases)](
                 *tensors, *sizes, c_in_group, c_out // groups, tiles,
                 *window, *stride, *padding, *dilation,
                 *(math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)),
@@ -175,15 +176,15 @@ def conv2d_bwd_weight(
         tile = depthwise_tile(c_out) if by_channel else weight_tile(*sizes, dy.dtype, both)
     flat = c_in_group < tile.n and taps > 1  # a tile's columns are of several taps
     if by_channel:
-        grid, step = (triton.cdiv(c_out, tile.n), taps), tile.m
+        grid, step = (cdiv(c_out, tile.n), taps), tile.m
     else:
-        columns = triton.cdiv(taps * c_in_group, tile.n)
-        columns = columns if flat else taps * triton.cdiv(c_in_group, tile.n)
-        grid, step = (triton.cdiv(c_out_group, tile.m) * columns, groups), tile.k
+        columns = cdiv(taps * c_in_group, tile.n)
+        columns = columns if flat else taps * cdiv(c_in_group, tile.n)
+        grid, step = (cdiv(c_out_group, tile.m) * columns, groups), tile.k
     if parts is None:  # a program for each processor, and at least 8 steps for each of them
-        parts = min(triton.cdiv(pixels, 8 * step), processors(dy) // math.prod(grid))
-    pixels_a_part = triton.cdiv(triton.cdiv(max(pixels, 1), max(parts, 1)), step) * step
-    parts = max(1, triton.cdiv(pixels, pixels_a_part))
+        parts = min(cdiv(pixels, 8 * step), processors(dy) // math.prod(grid))
+    pixels_a_part = cdiv(cdiv(max(pixels, 1), max(parts, 1)), step) * step
+    parts = max(1, cdiv(pixels, pixels_a_part))
     sums = dy.new_empty((parts, c_out, *window, c_in_group), dtype=torch.float32)
     tensors = (dy, x, sums, *before, pre_norm)
     image, geometry = (n, h, w, c_in, h_out, w_out, c_out), (*window, *stride, *padding, *dilation)
@@ -206,9 +207,9 @@ def conv2d_bwd_weight(
 def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
     count = parts.shape[1]
     total = parts.new_empty(count, dtype=dtype)
-    rows = min(64, triton.next_power_of_2(parts.shape[0]))
+    rows = min(64, power_of_2(parts.shape[0]))
     block = max(16, 1024 // rows)
-    sum_tiles_kernel[(triton.cdiv(count, block),)](
+    sum_tiles_kernel[(cdiv(count, block),)](
         total, parts, parts.shape[0], count, BLOCK_T=rows, BLOCK_C=block
     )
     return total

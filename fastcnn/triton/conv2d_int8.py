@@ -3,12 +3,19 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fastcnn.ops.conv2d_int8_call import OP, Call, quotient
 from fastcnn.triton.conv2d_int8_kernels import conv2d_int8_kernel, depthwise_int8_kernel
-from fastcnn.triton.launch import Tile, blocks, current_device, depthwise_blocks, depthwise_tile
+from fastcnn.triton.launch import (
+    Tile,
+    blocks,
+    cdiv,
+    current_device,
+    depthwise_blocks,
+    depthwise_tile,
+    power_of_2,
+)
 
 _MOST_GROUPS = 65535  # of CUDA's second grid dimension
 _MOST_PIXELS = 2**31 - 2**16  # of int32, with the rest of the last tile
@@ -51,13 +58,13 @@ def launch(call: Call, sums: Tensor, y: Tensor, tile: Tile | None = None) -> Non
     with current_device(x):
         if by_channel:
             options |= {**depthwise_blocks(tile), "enable_fp_fusion": False}
-            depthwise_int8_kernel[(triton.cdiv(pixels, tile.m), triton.cdiv(c_out, tile.n))](
+            depthwise_int8_kernel[(cdiv(pixels, tile.m), cdiv(c_out, tile.n))](
                 *tensors, *numbers, *sizes, c_out // groups, *geometry, **options
             )
         else:
             options |= {**blocks(tile), "enable_fp_fusion": False, "GROUP_M": tile.group}
             del options["PRECISION"]
-            tiles = triton.cdiv(pixels, tile.m) * triton.cdiv(c_out // groups, tile.n)
+            tiles = cdiv(pixels, tile.m) * cdiv(c_out // groups, tile.n)
             conv2d_int8_kernel[(tiles, groups)](
                 *tensors, *numbers, *sizes, c_in_group, c_out // groups, *geometry,
                 FLAT=c_in_group < tile.k and window != [1, 1], **options,
@@ -85,5 +92,5 @@ def default_tile(pixels: int, c_out: int) -> Tile:
     A matrix instruction takes 32 channels; 128 x 64 results, since their float64 in the epilogue
     take two registers each.
     """
-    n = min(64, max(16, triton.next_power_of_2(c_out)))
+    n = min(64, max(16, power_of_2(c_out)))
     return Tile(128 if pixels * c_out >= 128 * 64 * 132 else 64, n, 64, warps=8, stages=3)
