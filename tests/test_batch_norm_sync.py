@@ -30,6 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastcnn import functional
 from fastcnn.nn import BatchNormAct2d, conv_bn_act, convert_sync_batchnorm
+from fastcnn.ops import conv_bn_act as conv_bn_act_op
+from fastcnn.ops import conv_bn_act_check
+from fastcnn.ops.conv_bn_act_step import Geometry
 
 WORLD = 2
 SECONDS = 120  # far more than the processes need; a hang then fails instead of lasting
@@ -149,7 +152,27 @@ def too_few(rank: int) -> Results:
     return found
 
 
-SCENARIOS: list[Callable[[int], Results]] = [cases, network, compiled, without_others, too_few]
+def fused(rank: int) -> Results:
+    # One rank's convolutions are all Triton's, the other's PyTorch's: plans are each machine's own.
+    def planned(g: Geometry, *_: object) -> Geometry:
+        return g._replace(fused=rank == 0, dx_fused=rank == 0, dw_fused=rank == 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conv_bn_act_op, "is_planned", lambda x: True)
+        patch.setattr(conv_bn_act_check, "planned", planned)
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        found = {}
+        for name, parts in (("uneven", CHAIN_PARTS), ("empty", (sum(CHAIN_PARTS), 0))):
+            model = convert_sync_batchnorm(Network().float())
+            x = chain_images().float().split(parts)[rank]
+            x = x.contiguous(memory_format=torch.channels_last)
+            found[name] = trained(DistributedDataParallel(model), x)
+    return found
+
+
+SCENARIOS: list[Callable[[int], Results]] = [
+    cases, network, compiled, fused, without_others, too_few
+]  # fmt: skip
 
 
 def work(rank: int, folder: str) -> None:
@@ -228,6 +251,20 @@ def test_a_network_in_ddp(ranks: list[Results]) -> None:
             got = part[name] * WORLD if name.startswith("d") else part[name]
             got = y if name == "y" else got
             assert_same(name, got, want)
+
+
+@pytest.mark.parametrize("parts", ["uneven", "empty"])
+def test_ranks_with_different_plans(ranks: list[Results], parts: str) -> None:
+    exact, found = trained(Network(), chain_images()), [rank["fused"][parts] for rank in ranks]
+    eager = trained(Network().float(), chain_images().float())
+    y = torch.cat([part["y"] for part in found])
+    for part in found:
+        for name, want in exact.items():
+            got = part[name] * WORLD if name.startswith("d") else part[name]
+            if want.dtype.is_floating_point:
+                # A bias that batch norm takes off again: what cancels are terms of y's size.
+                got = y if name == "y" else got
+                assert_as_exact_as_torch(name, got, eager[name], want, scale=y.numel())
 
 
 def test_compiled_as_one_graph(ranks: list[Results]) -> None:

@@ -40,9 +40,12 @@ def test_opcheck() -> None:
     x, y, weight = image(*X), image(*Y), image(*WEIGHT)
     sums = torch.randn(6), torch.randn(6)
     for statistics in (True, False):
-        args = (x, weight, *norm(8), 1, *norm(6), y, 1, statistics, *GEOMETRY)
+        args = (x, weight, None, *norm(8), 1, *norm(6), y, 1, statistics, *GEOMETRY)
         opcheck(ops.conv2d_fused, args)
-        opcheck(ops.conv2d_fused, (x, weight, *NONE, 0, *NONE, None, 0, statistics, *GEOMETRY))
+        opcheck(
+            ops.conv2d_fused,
+            (x, weight, y[0, :, 0, 0].clone(), *NONE, 0, *NONE, None, 0, statistics, *GEOMETRY),
+        )
     behind, plain = (y, *norm(6), 1, *sums), (None, *NONE, 0, None, None)
     for gradient in (behind, plain):
         for before in ((x, *norm(8), 1), (None, *NONE, 0)):
@@ -57,7 +60,7 @@ def test_opcheck() -> None:
 def test_a_weight_in_the_other_layout() -> None:
     # As a model has it that nobody converted: copied, since it is small; images never are.
     x, weight = image(*X), torch.randn(WEIGHT)
-    rest = (*NONE, 0, *NONE, None, 0, False, *GEOMETRY)
+    rest = (None, *NONE, 0, *NONE, None, 0, False, *GEOMETRY)
     y, _, _ = ops.conv2d_fused(x, weight, *rest)
     same, _, _ = ops.conv2d_fused(x, weight.contiguous(memory_format=torch.channels_last), *rest)
     assert torch.equal(y, same)
@@ -68,7 +71,9 @@ def test_a_weight_in_the_other_layout() -> None:
 def test_without_a_gpu_and_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv2d_fused, "interpreted", lambda: False)
     with pytest.raises(ValueError, match=r"x: expected a CUDA tensor, .* got one on cpu"):
-        ops.conv2d_fused(image(*X), image(*WEIGHT), *NONE, 0, *NONE, None, 0, False, *GEOMETRY)
+        ops.conv2d_fused(
+            image(*X), image(*WEIGHT), None, *NONE, 0, *NONE, None, 0, False, *GEOMETRY
+        )
 
 
 def all_fused(monkeypatch: pytest.MonkeyPatch) -> None:

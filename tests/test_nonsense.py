@@ -214,7 +214,7 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
         weight = {"weight": torch.ones(6, 6, 3, 3, dtype=dtype)}
         if op == "conv2d_fused":
             act = {"residual": image(), "out_act": behind.pop("out_act"), "statistics": True}
-            return {"x": image(), **weight, **before, **behind, **act, **how}
+            return {"x": image(), **weight, "bias": None, **before, **behind, **act, **how}
         behind = {"out_raw": image(), **behind, "sum": torch.ones(6), "sum_xhat": torch.ones(6)}
         if op == "conv2d_fused_bwd_weight":
             return {

@@ -1,7 +1,7 @@
 """Convolutions with batch norm and activation on either side, in one kernel: for CUDA, in Triton.
 
     conv2d_fused             a   = act(norm(x)), or x                      where norm is given
-                             y   = act(norm(conv2d(a, weight)) + residual)
+                             y   = act(norm(conv2d(a, weight)) + residual), or + bias without a norm
                              and mean and biased variance of conv2d(a, weight), where asked for
     conv2d_fused_bwd_input   g   = batch norm's gradient of dz             where norm is given
                              dz  = dy * act'(norm(raw))
@@ -93,7 +93,7 @@ def _bwd_weight_fake(dy: Tensor, x: Tensor, kernel_h: int, kernel_w: int, *args:
 
 
 declare(
-    f"conv2d_fused(Tensor x, Tensor weight, {_norm_arguments('in_')}, int in_act, "
+    f"conv2d_fused(Tensor x, Tensor weight, Tensor? bias, {_norm_arguments('in_')}, int in_act, "
     f"{_norm_arguments('out_')}, Tensor? residual, int out_act, bool statistics, {_GEOMETRY}) "
     "-> (Tensor y, Tensor mean, Tensor var)",
     _fwd_fake,
@@ -144,8 +144,8 @@ def _norm(
     name: str, mean: Tensor | None, var: Tensor | None, *rest: Any
 ) -> tuple[Norm | None, dict[str, Tensor | None]]:
     """Return the batch norm of an operator's five arguments, and its tensors by name."""
-    if (mean is None) != (var is None):
-        raise ValueError(f"conv2d_fused: {name}: expected mean and var or neither, got one")
+    if (mean is None) != (var is None) or (mean is None and rest[:2] != (None, None)):
+        raise ValueError(f"conv2d_fused: {name}: expected mean and var, or no batch norm at all")
     norm = None if mean is None or var is None else Norm(mean, var, *rest)
     tensors = dict(zip(Norm._fields, (mean, var, *rest[:2]), strict=False))
     return norm, {f"{name}_{key}": t for key, t in tensors.items()}
@@ -163,15 +163,17 @@ def _dense(weight: Tensor) -> Tensor:
     return weight.contiguous(memory_format=torch.channels_last)
 
 
-def _fwd_triton(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fwd_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     from fastcnn.triton.conv2d import Epilogue, Prologue, conv2d
 
     in_act, residual, out_act, statistics, *geometry = args[5], *args[11:]
     before, named = _norm("in", *args[:5])
     behind, also = _norm("out", *args[6:11])
-    _protect(x=x, weight=weight, residual=residual, **named, **also)
+    _protect(x=x, weight=weight, bias=bias, residual=residual, **named, **also)
     prologue = None if before is None else Prologue(before, in_act)
-    epilogue = Epilogue(behind, residual, out_act, statistics)
+    epilogue = Epilogue(behind, residual, out_act, statistics, bias)
     y, found = conv2d(x, _dense(weight), *_geometry(*geometry), prologue, epilogue)
     return y, *(found or (_channels(x, 0), _channels(x, 0)))
 
@@ -241,11 +243,15 @@ def conv2d_fused(
     residual: Tensor | None = None,
     act: int = 0,
     statistics: bool = False,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, and mean and variance of the convolution, which are empty where not asked for."""
+    """Return y, and mean and variance of the convolution, which are empty where not asked for.
+
+    bias: the convolution's own, not beside a norm, which would take it off again.
+    """
     return _fwd(
-        a.x, weight, *(a.norm or _NO_NORM), a.act, *(norm or _NO_NORM), residual, act, statistics,
-        g.stride, g.padding, g.dilation, g.groups,
+        a.x, weight, bias, *(a.norm or _NO_NORM), a.act, *(norm or _NO_NORM), residual, act,
+        statistics, g.stride, g.padding, g.dilation, g.groups,
     )  # fmt: skip
 
 

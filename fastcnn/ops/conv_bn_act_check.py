@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.ops.batch_norm_calls import update_running
+from fastcnn.ops.conv_bn_act_fused import leaves_out_bias
 from fastcnn.ops.conv_bn_act_plan import planned
 from fastcnn.ops.conv_bn_act_step import (
     BlockGeometry,
@@ -100,8 +101,8 @@ class Check:
         """Return the fixed mean and variance of a step's raw output, None in training."""
         s = self.steps[i]
         mean, var = (None, None) if s.training else (s.running_mean, s.running_var)
-        if mean is not None and s.conv_bias is not None and self.geometry[i].fused:
-            mean = mean - s.conv_bias.detach()  # which the raw output is without
+        if mean is not None and s.conv_bias is not None and leaves_out_bias(self.geometry[i]):
+            mean = mean - s.conv_bias.detach()
         return mean, var
 
     def update_running(self, kept: Sequence[Tensor]) -> None:
@@ -113,6 +114,6 @@ class Check:
             if g.training:
                 mean, var = next(values), next(values)
                 total = None if g.group is None else next(values)
-                if g.fused and s.conv_bias is not None:
-                    mean = mean + s.conv_bias.detach()  # which the raw output is without
+                if s.conv_bias is not None and leaves_out_bias(g):
+                    mean = mean + s.conv_bias.detach()
                 update_running(s.running_mean, s.running_var, mean, var, s.momentum, count, total)

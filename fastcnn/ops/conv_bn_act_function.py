@@ -20,8 +20,8 @@ from fastcnn.ops.batch_norm_calls import (
     image_to_save,
 )
 from fastcnn.ops.checks import check_like, in_format_of
-from fastcnn.ops.conv2d_fused import Input, conv2d_fused
-from fastcnn.ops.conv_bn_act_fused import batch_statistics, written
+from fastcnn.ops.conv2d_fused import Input
+from fastcnn.ops.conv_bn_act_fused import batch_statistics, fused_raw, written
 from fastcnn.ops.conv_bn_act_saved import FIRST, TENSORS, saved_blocks, saves_y
 from fastcnn.ops.conv_bn_act_step import BlockGeometry, Geometry
 from fastcnn.ops.convolution import convolve, max_pool
@@ -48,8 +48,9 @@ def _steps_fwd(
         assert weight is not None
         found: tuple[Tensor, ...] = ()
         if g.fused:
-            raw, *stats = conv2d_fused(a, weight, g, statistics=g.training and g.group is None)
-            found = tuple(stats) if g.training and g.group is None else ()
+            statistics = g.training and g.group is None
+            raw, *stats = fused_raw(a, weight, conv_bias, g, statistics)
+            found = tuple(stats) if statistics else ()
         else:
             raw = convolve(written(a), weight, conv_bias, g)
         if added is not None and own:

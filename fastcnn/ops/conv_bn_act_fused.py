@@ -17,6 +17,7 @@ pass. X and Y are the step's input and output, raw:
                     dw: read X, write a; read g, a        read dz, Y, X
 
 A convolution's bias is left out of a fused raw output: batch norm takes it off again with the mean.
+Not where processes share statistics, since not all of them need have the same plan.
 """
 
 import torch
@@ -31,6 +32,7 @@ from fastcnn.ops.conv2d_fused import (
     Gradient,
     Input,
     Sums,
+    conv2d_fused,
     conv2d_fused_bwd_input,
     conv2d_fused_bwd_weight,
 )
@@ -50,6 +52,19 @@ def written(a: Input) -> Tensor:
         return a.x
     mean, var, weight, bias, eps = a.norm
     return batch_norm_act_apply(a.x, None, weight, bias, mean, var, eps, a.act)
+
+
+def fused_raw(
+    a: Input, weight: Tensor, conv_bias: Tensor | None, g: Geometry, statistics: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a fused step's raw output, and its mean and variance where asked for."""
+    bias = None if g.group is None else conv_bias
+    return conv2d_fused(a, weight, g, statistics=statistics, bias=bias)
+
+
+def leaves_out_bias(g: Geometry) -> bool:
+    """Whether a step's raw output is without the convolution's bias."""
+    return g.fused and g.group is None
 
 
 def batch_statistics(raw: Tensor, group: Group | None) -> tuple[Tensor, ...]:
@@ -100,6 +115,7 @@ def batch_norm_gradient(
     sums: Sums | None,
     want_dz: bool,
     want_sums: bool,
+    want_any: bool,
     total: Tensor | None,
 ) -> tuple[Gradient, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradient in front of a step's batch norm, not written, and what comes with it.
@@ -107,7 +123,7 @@ def batch_norm_gradient(
     That is dz where it is wanted, and the gradients of norm's weight and bias and of conv_bias.
 
     sums: where dy is dz already. image, total: as in batch_norm_act_bwd. want_sums: whether fixed
-    statistics need them.
+    statistics need them; want_any: whether the convolution does, as in batch_norm_act_bwd.
     """
     act = g.act if sums is None else _NONE
     dy = in_format_of(dy, raw)
@@ -116,14 +132,17 @@ def batch_norm_gradient(
         dz, sums = _sums(dy, raw, image, norm, act, writes)
         if writes:
             dy, act = dz, _NONE
-    d = Gradient(dy, raw, norm, act, _over_all(sums, raw, g, total) if g.training else None)
+    shared = sums if g.training else None
+    if shared is not None and g.group is not None and total is not None and want_any:
+        shared = _over_all(shared, raw, g.group, total)
+    d = Gradient(dy, raw, norm, act, shared)
     added = dy if want_dz else None
     if sums is None:
         return d, added, None, None, None
     gradient, times_xhat = sums
     dconv_bias: Tensor | None = None
-    if conv_bias is not None:
-        # Statistics of the batch follow a bias: its gradient is 0.
+    if conv_bias is not None and g.group is None:
+        # Statistics of the batch follow a bias: its gradient is 0; of a part of it, it is not.
         slope = gradient if norm.weight is None else gradient * norm.weight
         slope = torch.zeros_like(slope) if g.training else slope * (norm.var + norm.eps).rsqrt()
         dconv_bias = slope.to(conv_bias.dtype)
@@ -136,13 +155,11 @@ def batch_norm_gradient(
     )
 
 
-def _over_all(sums: Sums | None, raw: Tensor, g: Geometry, total: Tensor | None) -> Sums | None:
+def _over_all(sums: Sums, raw: Tensor, group: Group, total: Tensor) -> Sums:
     """Return the sums over all parts of the batch, for kernels that divide by the values of one."""
-    if sums is None or g.group is None or total is None:
-        return sums
-    share = raw.numel() // raw.shape[1] / total
-    gradient, times_xhat = shared_sums(*sums, g.group) * share
-    return gradient, times_xhat
+    # In the order of every other way back: ranks may have different plans.
+    shared = shared_sums(sums[1], sums[0], group) * (raw.numel() // raw.shape[1] / total)
+    return shared[1], shared[0]
 
 
 def convolution_bwd(
@@ -157,13 +174,15 @@ def convolution_bwd(
     """Return dx and its sums, dweight and dbias, with None for what is not wanted or not there.
 
     d: the gradient of the raw output, written or not. With sums, dx is the gradient in front of
-    a.norm, else that of what the convolution read, plus `add`. dbias only where d is written.
+    a.norm, else that of what the convolution read, plus `add`. dbias where batch_norm_gradient has
+    not given it.
     """
     dx: Tensor | None = None
     dweight: Tensor | None = None
     sums: Sums | None = None
     fused = want[0] and g.dx_fused, want[1] and g.dw_fused
-    rest = (want[0] and not fused[0], want[1] and not fused[1], want[2] and isinstance(d, Tensor))
+    dbias = want[2] and (isinstance(d, Tensor) or g.group is not None)
+    rest = (want[0] and not fused[0], want[1] and not fused[1], dbias)
     if isinstance(d, Gradient) and any(rest):
         d = gradient_written(d)
     if fused[1]:

@@ -14,8 +14,13 @@ from fastcnn.ops._library import afresh
 from fastcnn.ops.activation import ACT_NUMBER, slope_is_in_y
 from fastcnn.ops.batch_norm_calls import batch_norm_act_apply, batch_norm_act_bwd
 from fastcnn.ops.checks import in_format_of
-from fastcnn.ops.conv2d_fused import Gradient, Input, Sums, conv2d_fused
-from fastcnn.ops.conv_bn_act_fused import batch_norm_gradient, convolution_bwd, written
+from fastcnn.ops.conv2d_fused import Gradient, Input, Sums
+from fastcnn.ops.conv_bn_act_fused import (
+    batch_norm_gradient,
+    convolution_bwd,
+    fused_raw,
+    written,
+)
 from fastcnn.ops.conv_bn_act_step import BlockGeometry, Geometry
 from fastcnn.ops.convolution import convolve, max_pool, max_pool_bwd
 from fastcnn.ops.norm import Norm
@@ -61,7 +66,7 @@ class SavedSteps:
         step, g = self.saved[i], self.geometry[i]
         weight = afresh(step.weight) if i == 0 else step.weight
         if g.fused:
-            step.raw = conv2d_fused(a, weight, g)[0]
+            step.raw = fused_raw(a, weight, step.conv_bias, g)[0]
             return a
         image = written(a)
         step.raw = convolve(image, weight, step.conv_bias, g)
@@ -132,7 +137,7 @@ class SavedSteps:
             if sums is not None or g.dx_fused or g.dw_fused:
                 d, added, *dbn, dbias = batch_norm_gradient(
                     dy, step.raw, image if last else None, self.norm(i), step.conv_bias, g, sums,
-                    want_dz, of_parameters or want[2], step.total,
+                    want_dz, of_parameters or want[2], any(want), step.total,
                 )  # fmt: skip
             else:
                 d, added, *dbn = batch_norm_act_bwd(
