@@ -98,6 +98,7 @@ def test_the_model_fuses_what_memory_bounds(h200: Planner) -> None:
             if conv.stride == 1:
                 assert plans[conv] == "triton", (op, conv)
         assert plans[Conv(512, 512, 3, 1, 7, 2)] == "cudnn"
+        assert plans[Conv(3, 64, 7, 2, 224, 1)] == "cudnn"  # a stem, read two bytes a lane
 
 
 def test_who_cannot_says_why(h200: Planner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,10 @@ from fastcnn.ops.norm import Norm
 from fastcnn.plan import Kernel, Problem
 
 EPS = 1e-5
-# Of cuDNN's rate: predicted, since the other kernels load by pointers and not by the TMA unit
-# (docs/gpu-notes.md). No card has told yet.
+# Of cuDNN's rate, predicted (docs/gpu-notes.md); no card has told yet. Kernels but those of a plain
+# 1x1 load by pointers and not by the TMA unit; a stem of few channels gathers them one by one.
 TRITON_SHARE = 0.7
+STEM_SHARE, STEM_CHANNELS = 0.25, 16
 
 _ACT_NAMES = list(ACT_NUMBER)
 
@@ -149,9 +150,10 @@ class Sizes:
         )
         self._flops = problem.flops
         self._arithmetic = "tf32" if "tf32" in problem.options else ""
-        # The walk of a 1x1 convolution is a plain product's.
-        plain = problem.weight[2:] == (1, 1) and problem.stride == (1, 1) and problem.groups == 1
-        self._share = 1.0 if plain else TRITON_SHARE
+        _, channels, *window = problem.weight
+        plain = window == [1, 1] and problem.stride == (1, 1) and problem.groups == 1
+        stem = channels < STEM_CHANNELS and window != [1, 1] and channels > 1
+        self._share = 1.0 if plain else STEM_SHARE if stem else TRITON_SHARE
 
     def cudnn(self, more: float = 0.0) -> Kernel:
         """Return one of the three convolutions: all of them read and write x, weight and y."""
