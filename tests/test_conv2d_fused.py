@@ -11,8 +11,9 @@ from test_conv_bn_act_frozen import Operators
 from torch import Tensor
 from torch.library import opcheck
 
-from fastcnn.ops import conv2d_fused, conv_bn_act, conv_bn_act_check
+from fastcnn.ops import conv_bn_act, conv_bn_act_check
 from fastcnn.ops.conv_bn_act_step import Geometry
+from fastcnn.triton import operators
 
 ops = torch.ops.fastcnn
 GEOMETRY = ([1, 1], [1, 1], [1, 1], 1)
@@ -69,7 +70,7 @@ def test_a_weight_in_the_other_layout() -> None:
 
 
 def test_without_a_gpu_and_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv2d_fused, "interpreted", lambda: False)
+    monkeypatch.setattr(operators, "interpreted", lambda: False)
     with pytest.raises(ValueError, match=r"x: expected a CUDA tensor, .* got one on cpu"):
         ops.conv2d_fused(
             image(*X), image(*WEIGHT), None, *NONE, 0, *NONE, None, 0, False, *GEOMETRY

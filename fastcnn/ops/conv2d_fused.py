@@ -15,15 +15,15 @@ Formulas, floors in bytes and kernels: fastcnn/triton/conv2d_kernels.py and conv
 They run on the CPU where Triton's interpreter is on.
 """
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastcnn.ops._library import declare
-from fastcnn.ops.checks import check_storage
-from fastcnn.ops.conv_bn_act_step import Geometry, Pair
+from fastcnn.ops.conv_bn_act_step import Geometry
 from fastcnn.ops.norm import Norm
 
 Sums = tuple[Tensor, Tensor]
@@ -116,23 +116,6 @@ _bwd_input = torch.ops.fastcnn.conv2d_fused_bwd_input.default
 _bwd_weight = torch.ops.fastcnn.conv2d_fused_bwd_weight.default
 
 
-def _protect(**tensors: Tensor | None) -> None:
-    """Check what would let a kernel read elsewhere: one device, dense memory that is there."""
-    check_storage("conv2d_fused", **tensors)
-    first, *others = [(name, t) for name, t in tensors.items() if t is not None]
-    for name, t in others:
-        if t.device != first[1].device or t.layout is not torch.strided:
-            raise ValueError(
-                f"conv2d_fused: {name}: expected a dense tensor on {first[1].device} as "
-                f"{first[0]}, got {t.layout} on {t.device}"
-            )
-    if not first[1].is_cuda and not interpreted():
-        raise ValueError(
-            f"conv2d_fused: {first[0]}: expected a CUDA tensor, since Triton's kernels run on "
-            f"NVIDIA GPUs, got one on {first[1].device}"
-        )
-
-
 def interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, on the CPU."""
     import triton
@@ -140,97 +123,17 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def _norm(
-    name: str, mean: Tensor | None, var: Tensor | None, *rest: Any
-) -> tuple[Norm | None, dict[str, Tensor | None]]:
-    """Return the batch norm of an operator's five arguments, and its tensors by name."""
-    if (mean is None) != (var is None) or (mean is None and rest[:2] != (None, None)):
-        raise ValueError(f"conv2d_fused: {name}: expected mean and var, or no batch norm at all")
-    norm = None if mean is None or var is None else Norm(mean, var, *rest)
-    tensors = dict(zip(Norm._fields, (mean, var, *rest[:2]), strict=False))
-    return norm, {f"{name}_{key}": t for key, t in tensors.items()}
+def _when_called(name: str) -> Callable[..., Any]:
+    """Return a function of fastcnn/triton/operators.py, which is imported when it is called."""
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module("fastcnn.triton.operators"), name)(*args)
+
+    return run
 
 
-def _geometry(
-    stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> tuple[Pair, Pair, Pair, int]:
-    """Return what the dispatcher has made lists of as pairs again."""
-    (a, b), (c, d), (e, f) = stride, padding, dilation
-    return (a, b), (c, d), (e, f), groups
-
-
-def _dense(weight: Tensor) -> Tensor:
-    return weight.contiguous(memory_format=torch.channels_last)
-
-
-def _fwd_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    from fastcnn.triton.conv2d import Epilogue, Prologue, conv2d
-
-    in_act, residual, out_act, statistics, *geometry = args[5], *args[11:]
-    before, named = _norm("in", *args[:5])
-    behind, also = _norm("out", *args[6:11])
-    _protect(x=x, weight=weight, bias=bias, residual=residual, **named, **also)
-    prologue = None if before is None else Prologue(before, in_act)
-    epilogue = Epilogue(behind, residual, out_act, statistics, bias)
-    y, found = conv2d(x, _dense(weight), *_geometry(*geometry), prologue, epilogue)
-    return y, *(found or (_channels(x, 0), _channels(x, 0)))
-
-
-def _gradient(dy: Tensor, raw: Tensor | None, args: Sequence[Any]) -> Any:
-    """Return Triton's BatchNormGradient of an operator's arguments from out_mean to sum_xhat."""
-    from fastcnn.triton.conv2d_bwd import BatchNormGradient, Sums
-
-    norm, named = _norm("out", *args[:5])
-    act, *sums = args[5:8]
-    _protect(dy=dy, out_raw=raw, sum=sums[0], sum_xhat=sums[1], **named)
-    if (norm is None) != (raw is None) or (sums[0] is None) != (sums[1] is None):
-        raise ValueError("conv2d_fused: expected out_raw with a norm, and both sums or neither")
-    if norm is None or raw is None:
-        return None
-    return BatchNormGradient(raw, norm, act, None if sums[0] is None else Sums(*sums))
-
-
-def _bwd_input_triton(
-    dy: Tensor, weight: Tensor, h: int, w: int, out_raw: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    from fastcnn.triton.conv2d_bwd import Activated, conv2d_bwd_input
-
-    gradient, (add, in_raw) = _gradient(dy, out_raw, args[:8]), args[8:10]
-    norm, named = _norm("in", *args[10:15])
-    act, *geometry = args[15:]
-    _protect(dy=dy, weight=weight, add=add, in_raw=in_raw, **named)
-    if (norm is None) != (in_raw is None):
-        raise ValueError("conv2d_fused: expected in_raw with a norm, got one of them")
-    activated = None if norm is None else Activated(in_raw, norm, act)
-    dx, sums = conv2d_bwd_input(
-        dy, _dense(weight), (h, w), *_geometry(*geometry), gradient, add, activated
-    )
-    return dx, *(sums or (_channels(dy, 0), _channels(dy, 0)))
-
-
-def _bwd_weight_triton(
-    dy: Tensor, x: Tensor, kernel_h: int, kernel_w: int, out_raw: Tensor | None, *args: Any
-) -> Tensor:
-    from fastcnn.triton.conv2d import Prologue
-    from fastcnn.triton.conv2d_bwd import conv2d_bwd_weight
-
-    gradient = _gradient(dy, out_raw, args[:8])
-    norm, named = _norm("in", *args[8:13])
-    act, *geometry = args[13:]
-    _protect(dy=dy, x=x, **named)
-    prologue = None if norm is None else Prologue(norm, act)
-    window = kernel_h, kernel_w
-    return conv2d_bwd_weight(dy, x, window, *_geometry(*geometry), gradient, prologue)
-
-
-for _name, _kernel in (
-    ("conv2d_fused", _fwd_triton),
-    ("conv2d_fused_bwd_input", _bwd_input_triton),
-    ("conv2d_fused_bwd_weight", _bwd_weight_triton),
-):
-    torch.library.impl(f"fastcnn::{_name}", ("cpu", "cuda"))(_kernel)
+for _name in ("conv2d_fused", "conv2d_fused_bwd_input", "conv2d_fused_bwd_weight"):
+    torch.library.impl(f"fastcnn::{_name}", ("cpu", "cuda"))(_when_called(_name))
 
 _NO_NORM = (None, None, None, None, 0.0)
 

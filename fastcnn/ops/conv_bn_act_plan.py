@@ -20,6 +20,13 @@ from torch import Tensor
 
 from fastcnn.ops.activation import ACT_NUMBER
 from fastcnn.ops.conv2d_fused import Gradient, Input, conv2d_fused
+from fastcnn.ops.conv_bn_act_exact import (
+    bwd_exact,
+    bwd_finish,
+    bwd_tensors,
+    fwd_exact,
+    fwd_tensors,
+)
 from fastcnn.ops.conv_bn_act_fused import (
     batch_statistics,
     convolution_bwd,
@@ -27,13 +34,10 @@ from fastcnn.ops.conv_bn_act_fused import (
     written,
 )
 from fastcnn.ops.conv_bn_act_problem import (
-    EPS,
-    MadeUp,
     Sizes,
     act_of,
     geometry_of,
     norm_of,
-    normalised,
     problem,
     without_triton,
     word,
@@ -41,7 +45,6 @@ from fastcnn.ops.conv_bn_act_problem import (
 from fastcnn.ops.conv_bn_act_step import Geometry
 from fastcnn.ops.convolution import convolve
 from fastcnn.plan import Candidate, Kernel, Op, Problem, choose, register
-from fastcnn.reference.batch_norm_act import activation
 
 FWD, BWD = "conv_bn_act_fwd", "conv_bn_act_bwd"
 _BWD_PLANS = {
@@ -81,26 +84,6 @@ def _input(problem: Problem, x: Tensor, norm: Sequence[Tensor]) -> Input:
     return Input(x) if act is None else Input(x, norm_of(norm), ACT_NUMBER[act])
 
 
-def _exact_input(problem: Problem, x: Tensor, norm: Sequence[Tensor]) -> tuple[Tensor, str]:
-    """Return what stands before the activation in front of the convolution, and its name."""
-    act = act_of(problem, "in")
-    return (x.double(), "none") if act is None else (normalised(x, norm), act)
-
-
-def _fwd_tensors(problem: Problem, generator: torch.Generator) -> tuple[Tensor, ...]:
-    made = MadeUp(problem, generator)
-    norm = () if act_of(problem, "in") is None else made.norm(problem.x[1])
-    return made.image(problem.x), made.weight(), *norm
-
-
-def _fwd_exact(problem: Problem, x: Tensor, weight: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
-    g, a = geometry_of(problem), activation(*_exact_input(problem, x, norm))
-    raw = convolve(a, weight.double(), None, g)
-    of_channels = raw.transpose(0, 1).flatten(1)
-    found = raw, of_channels.mean(1), of_channels.var(1, correction=0)
-    return found if g.training else found[:1]
-
-
 def _fwd_cudnn(problem: Problem, x: Tensor, weight: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
     g = geometry_of(problem)
     raw = convolve(written(_input(problem, x, norm)), weight, None, g)
@@ -121,50 +104,6 @@ def _fwd_kernels(problem: Problem, fused: bool) -> list[Kernel]:
     return [*before, size.cudnn(), *([Kernel(size.y), *join] if join else [])]
 
 
-def _bwd_tensors(problem: Problem, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Return dz, raw, x, weight, the norm behind, its sums, and the norm before where there is."""
-    made, c_out = MadeUp(problem, generator), problem.y[1]
-    images = made.image(problem.y), made.image(problem.y), made.image(problem.x)
-    # Sums of as many values as there are, of deviation 1 each.
-    sums = [made.numbers(c_out) * _values(problem) ** 0.5 for _ in range(2)]
-    norm = () if act_of(problem, "in") is None else made.norm(problem.x[1])
-    return *images, made.weight(), *made.norm(c_out), *sums, *norm
-
-
-def _values(problem: Problem) -> int:
-    n, _, h, w = problem.y
-    return n * h * w
-
-
-def _bwd_exact(
-    problem: Problem, dz: Tensor, raw: Tensor, x: Tensor, weight: Tensor, *rest: Tensor
-) -> tuple[Tensor, ...]:
-    g = geometry_of(problem)
-    mean, var, slope, _, gradient, times_xhat = (t.double()[:, None, None] for t in rest[:6])
-    rstd, d = 1 / (var + EPS).sqrt(), dz.double()
-    if g.training:
-        xhat = (raw.double() - mean) * rstd
-        d = d - (gradient + xhat * times_xhat) / _values(problem)
-    z, act = _exact_input(problem, x, rest[6:])
-    leaves = [weight.double().requires_grad_()]
-    if "no_dx" not in problem.options:
-        leaves.insert(0, z.requires_grad_())
-    with torch.enable_grad():
-        y = convolve(activation(z, act), leaves[-1], None, g)
-    found = torch.autograd.grad(y, leaves, d * rstd * slope)
-    return *found, *_exact_sums(problem, found[0], x, rest[6:])
-
-
-def _exact_sums(
-    problem: Problem, dz: Tensor, x: Tensor, norm: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    if not norm:
-        return ()
-    mean, var = (t.double()[:, None, None] for t in norm[:2])
-    xhat = (x.double() - mean) / (var + EPS).sqrt()
-    return dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3))
-
-
 def _bwd(
     plan: str,
     problem: Problem,
@@ -183,19 +122,6 @@ def _bwd(
     if dx is not None and found is None and a.norm is not None:
         found = gradient_sums(dx, x, a.norm, a.act)
     return tuple(t for t in (dx, dweight, *(found or ())) if t is not None)
-
-
-def _bwd_finish(
-    problem: Problem, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """Return dx in front of the activation: the next pass over it takes the derivative itself."""
-    z, act = _exact_input(problem, inputs[2], inputs[10:])
-    if act == "none" or "no_dx" in problem.options:
-        return outputs
-    with torch.enable_grad():
-        y = activation(z.requires_grad_(), act)
-    (dz,) = torch.autograd.grad(y, z, outputs[0].double())
-    return dz.to(outputs[0].dtype), *outputs[1:]
 
 
 def _bwd_kernels(problem: Problem, plan: str) -> list[Kernel]:
@@ -229,17 +155,17 @@ def _always(_: Problem) -> None:
 
 
 register(
-    Op(FWD, _fwd_tensors, _fwd_exact, "cudnn", scale_of=(0, 0, 0)),
+    Op(FWD, fwd_tensors, fwd_exact, "cudnn", scale_of=(0, 0, 0)),
     Candidate("cudnn", _fwd_cudnn, _always, partial(_fwd_kernels, fused=False)),
     Candidate("triton", _fwd_triton, without_triton, partial(_fwd_kernels, fused=True)),
 )
 register(
-    Op(BWD, _bwd_tensors, _bwd_exact, "cudnn"),
+    Op(BWD, bwd_tensors, bwd_exact, "cudnn"),
     *(
         Candidate(
             plan, partial(_bwd, plan),
             _always if plan == "cudnn" else partial(_bwd_supports, plan=plan),
-            partial(_bwd_kernels, plan=plan), None if dx_fused else _bwd_finish,
+            partial(_bwd_kernels, plan=plan), None if dx_fused else bwd_finish,
         )
         for plan, (dx_fused, _) in _BWD_PLANS.items()
     ),
