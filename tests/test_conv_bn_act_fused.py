@@ -16,7 +16,7 @@ from chains import Chain, Stage, conv_bn, results, stage, twin
 from tolerance import assert_as_exact_over_draws, error_ratio
 from torch import Tensor, nn
 
-from fastcnn.nn import BatchNormAct2d
+from fastcnn.nn import BatchNormAct2d, Block
 from fastcnn.ops import conv_bn_act, conv_bn_act_check, conv_bn_act_eval
 from fastcnn.ops.conv_bn_act_step import Geometry
 
@@ -213,6 +213,51 @@ def test_inference(
         for residual in (None, image(2, 24, 3, 4)):
             draws.check(model, image(2, 16, 6, 7), residual)
         draws.check(stage("projection", "identity", act=act).eval(), image(2, 4, 6, 7))
+
+
+@pytest.mark.parametrize("c_in", [1, 3])
+@pytest.mark.parametrize("plan", ["cudnn", "triton"])
+def test_inference_of_a_block_in_any_layout(
+    plan: str, c_in: int, force: Force, draws: Draws, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # PyTorch's convolutions go by the weight where the image is NCHW, or is both layouts.
+    force(NONE)
+    monkeypatch.setattr(conv_bn_act, "folds", lambda x: False)
+    monkeypatch.setattr(conv_bn_act_eval, "choose", lambda problem: plan)
+    block = Block([conv_bn(c_in, 4, 3)], [conv_bn(c_in, 4, 1, "none")])
+    x = image(2, c_in, 6, 6)
+    for format in (torch.channels_last, torch.contiguous_format):
+        model = Stage(block).to(memory_format=format).eval()
+        with torch.no_grad():
+            draws.check(model, x)
+            if plan == "cudnn":
+                draws.check(model, x.contiguous())
+
+
+def test_a_residual_in_the_other_layout(force: Force, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(ALL)
+    monkeypatch.setattr(conv_bn_act, "folds", lambda x: False)
+    monkeypatch.setattr(conv_bn_act_eval, "choose", lambda problem: "triton")
+    for training in (True, False):
+        with (
+            torch.no_grad(),
+            pytest.raises(ValueError, match="conv_bn_act: residual: expected the"),
+        ):
+            chain().train(training)(image(2, 16, 6, 7), torch.randn(2, 24, 3, 4))
+
+
+def test_parameters_that_are_not_dense(force: Force) -> None:
+    model, x = chain(), image(2, 16, 6, 7)
+    dense = [torch.full((bn.num_features,), 0.5) for bn in model.bns]
+    found = []
+    for weights in (dense, [t[:1].expand_as(t) for t in dense]):
+        force(ALL)
+        for bn, weight in zip(model.bns, weights, strict=True):
+            del bn.weight
+            bn.weight = weight
+        found.append(results(copy.deepcopy(model), x, None))
+    assert torch.equal(found[0]["y"], found[1]["y"])
+    assert torch.equal(found[0]["dx"], found[1]["dx"])
 
 
 def test_an_empty_batch_takes_pytorchs_way(force: Force) -> None:

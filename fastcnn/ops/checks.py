@@ -92,7 +92,11 @@ def check_image_of(op: str, name: str, t: Tensor, sizes: Sequence[int], x: Tenso
 def check_like(op: str, name: str, t: Tensor, x: Tensor) -> None:
     """Check a tensor of x's sizes, dtype, device and memory format."""
     check_image_of(op, name, t, x.shape, x)
-    expected = memory_format_of(x)
+    check_format(op, name, t, memory_format_of(x))
+
+
+def check_format(op: str, name: str, t: Tensor, expected: torch.memory_format | None) -> None:
+    """Check the input's memory format; None: any."""
     if expected is not None and not t.is_contiguous(memory_format=expected):
         raise ValueError(
             f"{op}: {name}: expected the input's memory format {expected}, got strides "

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastcnn.ops._library import declare
 from fastcnn.ops.activation import ACT_NUMBER
 from fastcnn.ops.batch_norm_calls import batch_norm_act_apply
-from fastcnn.ops.checks import check_like, in_format_of
+from fastcnn.ops.checks import check_format, check_like, in_format_of
 from fastcnn.ops.conv2d_fused import Input, conv2d_fused
 from fastcnn.ops.conv_bn_act_problem import (
     MadeUp,
@@ -88,24 +88,24 @@ def convolve_planned(
     words = [word("out", g.act), *(["residual"] if residual is not None else [])]
     mean = step.running_mean if step.conv_bias is None else step.running_mean - step.conv_bias
     norm = Norm(mean, step.running_var, step.bn_weight, step.bn_bias, step.eps)
-    if residual is not None and own:
-        residual = in_format_of(residual, x)
     run = _RUN[choose(problem(EVAL, x, x.shape, step.weight.shape, g, *words))]
-    return max_pool(run(x, step.weight, g, norm, g.act, residual), g)
+    return max_pool(run(x, step.weight, g, norm, g.act, residual, own), g)
 
 
 def _cudnn(
-    x: Tensor, weight: Tensor, g: Geometry, norm: Norm, act: int, residual: Tensor | None
+    x: Tensor, weight: Tensor, g: Geometry, norm: Norm, act: int, residual: Tensor | None, own: bool
 ) -> Tensor:
     raw = convolve(x, weight, None, g)
-    if residual is not None:
+    if residual is not None and own:
+        residual = in_format_of(residual, raw)
+    elif residual is not None:
         check_like("conv_bn_act", "residual", residual, raw)
     mean, var, bn_weight, bn_bias, eps = norm
     return batch_norm_act_apply(raw, residual, bn_weight, bn_bias, mean, var, eps, act)
 
 
 def _cudnn_fused(
-    x: Tensor, weight: Tensor, g: Geometry, norm: Norm, act: int, residual: Tensor | None
+    x: Tensor, weight: Tensor, g: Geometry, norm: Norm, act: int, residual: Tensor | None, own: bool
 ) -> Tensor:
     scale = torch.rsqrt(norm.var.float() + norm.eps)
     if norm.weight is not None:
@@ -117,14 +117,18 @@ def _cudnn_fused(
     y = torch.ops.fastcnn.conv2d_relu.default(
         x, weight, bias.to(x.dtype), residual, g.stride, g.padding, g.dilation, g.groups
     )
-    if residual is not None:
+    if residual is not None and not own:
         check_like("conv_bn_act", "residual", residual, y)  # PyTorch has copied another layout
     return y
 
 
 def _triton(
-    x: Tensor, weight: Tensor, g: Geometry, norm: Norm, act: int, residual: Tensor | None
+    x: Tensor, weight: Tensor, g: Geometry, norm: Norm, act: int, residual: Tensor | None, own: bool
 ) -> Tensor:
+    if residual is not None and own:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    elif residual is not None:
+        check_format("conv_bn_act", "residual", residual, torch.channels_last)
     return conv2d_fused(Input(x), weight, g, norm, residual, act)[0]
 
 
@@ -149,7 +153,7 @@ def _run(plan: str, problem: Problem, x: Tensor, weight: Tensor, *rest: Tensor) 
     assert act is not None
     residual = rest[4] if len(rest) > 4 else None
     norm = norm_of(rest[:4])
-    return _RUN[plan](x, weight, geometry_of(problem), norm, ACT_NUMBER[act], residual)
+    return _RUN[plan](x, weight, geometry_of(problem), norm, ACT_NUMBER[act], residual, False)
 
 
 def _kernels(plan: str, problem: Problem) -> list[Kernel]:
@@ -169,6 +173,8 @@ def _supports(plan: str, problem: Problem) -> str | None:
         return without_triton(problem)
     if problem.device.type == "cuda" and not torch.backends.cudnn.is_available():
         return "there is no cuDNN"
+    if "deterministic" in problem.options:
+        return "PyTorch's operator does not ask cuDNN for deterministic ways"
     return None if act_of(problem, "out") == "relu" else "relu only"
 
 

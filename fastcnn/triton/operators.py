@@ -46,8 +46,12 @@ def _norm(
     """Return the batch norm of an operator's five arguments, and its tensors by name."""
     if (mean is None) != (var is None) or (mean is None and rest[:2] != (None, None)):
         raise ValueError(f"conv2d_fused: {name}: expected mean and var, or no batch norm at all")
-    norm = None if mean is None or var is None else Norm(mean, var, *rest)
-    tensors = dict(zip(Norm._fields, (mean, var, *rest[:2]), strict=False))
+    # A weight may be expanded, or a slice: small vectors, as everywhere.
+    mean, var, weight, bias = (
+        None if t is None else t.contiguous() for t in (mean, var, *rest[:2])
+    )
+    norm = None if mean is None or var is None else Norm(mean, var, weight, bias, rest[2])
+    tensors = dict(zip(Norm._fields, (mean, var, weight, bias), strict=False))
     return norm, {f"{name}_{key}": t for key, t in tensors.items()}
 
 
