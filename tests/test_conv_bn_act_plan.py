@@ -6,6 +6,7 @@ interpreter, under the planner's own check: the one that decides on a card.
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,9 +78,16 @@ def on_card(op: str, conv: Conv, *options: str, **others: object) -> Problem:
     )
 
 
+def lends(monkeypatch: pytest.MonkeyPatch, kib: int) -> None:
+    """A card that lends a program so much shared memory."""
+    card = SimpleNamespace(shared_memory_per_block_optin=kib << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+
+
 @pytest.fixture
 def h200(monkeypatch: pytest.MonkeyPatch) -> Planner:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    lends(monkeypatch, 227)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     return Planner("off", OPS, {}, describe=lambda _: H200)
 
@@ -110,6 +118,12 @@ def test_who_cannot_says_why(h200: Planner, monkeypatch: pytest.MonkeyPatch) -> 
     assert double.reason.endswith("float16, bfloat16 and float32 only, not torch.float64")
     silu = h200.choose(on_card(EVAL, conv, "out=silu"))
     assert silu.reason.endswith("cudnn_fused: relu only")
+    asked = on_card(EVAL, conv, "out=relu", "deterministic")
+    assert "cudnn_fused: PyTorch's operator does not ask" in h200.choose(asked).reason
+    lends(monkeypatch, 99)  # sm_86, sm_89 and sm_120: a launch of these tiles would raise
+    small = h200.choose(on_card(FWD, conv, "training"))
+    assert small.name == "cudnn"
+    assert small.reason.endswith("166912 bytes of shared memory only, not 101376")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert h200.choose(on_card(BWD, conv)).reason.endswith("triton_dw: sm_80 and later only")
     monkeypatch.setattr(conv_bn_act_problem.importlib.util, "find_spec", lambda _: None)

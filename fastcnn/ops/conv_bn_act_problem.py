@@ -26,6 +26,10 @@ EPS = 1e-5
 TRITON_SHARE = 0.7
 STEM_SHARE, STEM_CHANNELS = 0.25, 16
 
+# Of shared memory: what sm_80 lends a program. The stem's weight gradient takes 160 KiB of it, and
+# cards of other generations (sm_86, sm_89, sm_120), which lend 99, refuse to launch it.
+SHARED = 163 << 10
+
 _ACT_NAMES = list(ACT_NUMBER)
 
 
@@ -41,7 +45,7 @@ def _settings(float32: bool) -> tuple[str, ...]:
     on = {
         "tf32": float32 and cudnn.conv.fp32_precision == "tf32",
         "benchmark": cudnn.benchmark,
-        "deterministic": cudnn.deterministic,
+        "deterministic": cudnn.deterministic or torch.are_deterministic_algorithms_enabled(),
     }
     return tuple(name for name in on if on[name])
 
@@ -137,6 +141,10 @@ def without_triton(problem: Problem) -> str | None:
         return None if interpreted() else "NVIDIA GPUs only"
     if torch.cuda.get_device_capability(problem.device) < (8, 0):
         return "sm_80 and later only"
+    card: Any = torch.cuda.get_device_properties(problem.device)
+    lent = card.shared_memory_per_block_optin
+    if lent < SHARED:
+        return f"cards that lend a program {SHARED} bytes of shared memory only, not {lent}"
     return None
 
 
