@@ -15,7 +15,7 @@ from triton_proof import channels_last, norm_of, normed, without_tf32
 
 from fastcnn.ops.activation import ACT_NUMBER
 from fastcnn.ops.norm import Norm
-from fastcnn.triton.conv2d import Prologue
+from fastcnn.triton.conv2d import Prologue, conv2d
 from fastcnn.triton.conv2d_bwd import (
     Activated,
     BatchNormGradient,
@@ -258,3 +258,17 @@ def test_what_is_refused(options: dict[str, Any], said: str) -> None:
     good = {"dy": channels_last(1, 8, 4, 4), "weight": channels_last(8, 16, 1, 1), "size": (4, 4)}
     with pytest.raises(ValueError, match=said):
         conv2d_bwd_input(**{**good, **options})
+
+
+def test_more_pixels_than_kernels_count_are_refused() -> None:
+    # In int32: a kernel would find all of its pixels outside, and leave y as it was allocated.
+    image = torch.empty(2, 1, 2**15, 2**15, device="meta", dtype=torch.half)
+    weight = torch.empty(1, 1, 1, 1, device="meta", dtype=torch.half)
+    size = (2**15, 2**15)
+    for run in (
+        lambda: conv2d(image, weight),
+        lambda: conv2d_bwd_input(image, weight, size),
+        lambda: conv2d_bwd_weight(image, image, (1, 1)),
+    ):
+        with pytest.raises(ValueError, match="expected at most 2147418112 pixels, got 2147483648"):
+            run()

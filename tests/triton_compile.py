@@ -42,7 +42,7 @@ from fastcnn.triton.launch import (
 
 MATRIX = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 RELU = ACT_NUMBER["relu"]
-POINTWISE = {"ACT": RELU, "PRE_ACT": RELU, "DY_ACT": RELU, "PROGRAMS": 132, "GROUP_M": 8}
+POINTWISE = {"ACT": RELU, "PRE_ACT": RELU, "DY_ACT": RELU, "GROUP_M": 8}
 # Of floating point convolutions; the others are images.
 NUMBERS = {"bias_ptr", "mean_ptr", "square_ptr", "sum_ptr", "sum_xhat_ptr", "parts_ptr"}
 NORM: Any = Norm(*["*fp32"] * 4, "fp32")  # type: ignore[arg-type]

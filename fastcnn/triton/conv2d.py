@@ -21,6 +21,7 @@ from fastcnn.triton.launch import (
     cdiv,
     check_norm,
     check_numbers,
+    check_pixels,
     check_sizes,
     check_tensors,
     current_device,
@@ -90,6 +91,7 @@ def conv2d(
     )
     check_sizes("epilogue.residual", epilogue.residual, y.shape, x.dtype)
     pixels, asked = n * h_out * w_out, epilogue.statistics
+    check_pixels(pixels)
     by_descriptors = (
         groups == 1
         and (window, stride, padding) == ([1, 1], (1, 1), (0, 0))
@@ -119,9 +121,7 @@ def conv2d(
                 for t, rows, block in ((x, pixels, tile.m), (weight, c_out, tile.n))
             ]
             sizes = (pixels, c_in, c_out)
-            pointwise_kernel[(programs,)](
-                *matrices, y, *around, *sizes, PROGRAMS=programs, **options
-            )
+            pointwise_kernel[(programs,)](*matrices, y, *around, *sizes, **options)
         elif by_channel:
             depthwise_kernel[(tiles_m, cdiv(c_out, tile.n))](
                 x, weight, y, *around, n, h, w, c_in, h_out, w_out, c_out, c_out // groups,

@@ -25,6 +25,7 @@ from fastcnn.triton.launch import (
     check_groups,
     check_norm,
     check_numbers,
+    check_pixels,
     check_sizes,
     check_tensors,
     current_device,
@@ -111,6 +112,7 @@ def conv2d_bwd_input(
     pixels = n * h * w
     if not by_channel:
         pixels = n * math.prod(cdiv(a, s) for a, s in zip(size, stride, strict=True))
+    check_pixels(pixels)
     if tile is None and by_channel:
         tile = depthwise_tile(c_in)
     elif tile is None:
@@ -169,6 +171,7 @@ def conv2d_bwd_weight(
     check_norm(c_in, "prologue.", pre_norm, pre_act)
     c_in_group, c_out_group, taps = c_in // groups, c_out // groups, math.prod(window)
     pixels = n * h_out * w_out
+    check_pixels(pixels)
     by_channel = groups > 1 and c_in_group == 1
     if tile is None:
         both = norm is not None and prologue is not None

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastcnn.ops.conv2d_int8_call import OP, Call, quotient
 from fastcnn.triton.conv2d_int8_kernels import conv2d_int8_kernel, depthwise_int8_kernel
 from fastcnn.triton.launch import (
+    MOST_PIXELS,
     Tile,
     blocks,
     cdiv,
@@ -18,7 +19,6 @@ from fastcnn.triton.launch import (
 )
 
 _MOST_GROUPS = 65535  # of CUDA's second grid dimension
-_MOST_PIXELS = 2**31 - 2**16  # of int32, with the rest of the last tile
 
 
 def launch(call: Call, sums: Tensor, y: Tensor, tile: Tile | None = None) -> None:
@@ -74,9 +74,9 @@ def launch(call: Call, sums: Tensor, y: Tensor, tile: Tile | None = None) -> Non
 def _check_sizes(call: Call, y: Tensor, by_channel: bool) -> None:
     n, _, h_out, w_out = y.shape
     sides = [size + 2 * p for size, p in zip(call.x.shape[2:], call.padding, strict=True)]
-    if max(n * h_out * w_out, *sides) > _MOST_PIXELS:
+    if max(n * h_out * w_out, *sides) > MOST_PIXELS:
         raise ValueError(
-            f"{OP}: x: expected at most {_MOST_PIXELS} pixels in y, and rows and columns in a "
+            f"{OP}: x: expected at most {MOST_PIXELS} pixels in y, and rows and columns in a "
             f"padded image, on CUDA, got {list(call.x.shape)} for {list(y.shape)}"
         )
     if call.groups > _MOST_GROUPS and not by_channel:

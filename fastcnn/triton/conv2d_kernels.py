@@ -161,15 +161,14 @@ def pointwise_kernel(
     pixels, c_in, c_out,
     PRE_ACT: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """A 1x1 convolution without stride: x [pixels, c_in] times w [c_out, c_in], by descriptors.
 
     Descriptors are copied by the TMA unit on sm_90 and later: no addresses, no masks; what lies
-    outside is 0. Grid: PROGRAMS that stay and take every PROGRAMS-th tile.
+    outside is 0. Grid: programs that stay, and of n take every n-th tile.
     """
     tiles_m, tiles_n = tl.cdiv(pixels, BLOCK_M), tl.cdiv(c_out, BLOCK_N)
-    for program in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
+    for program in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_of(program, tiles_m, tiles_n, GROUP_M)
         p = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -12,6 +12,7 @@ from fastcnn.ops.norm import Norm
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 Pair = tuple[int, int]
+MOST_PIXELS = 2**31 - 2**16  # kernels count them in int32, with the rest of the last tile
 
 
 class Tile(NamedTuple):
@@ -168,6 +169,12 @@ def check_sizes(name: str, t: Tensor | None, sizes: Sequence[int], dtype: torch.
             f"conv2d: {name}: expected {tuple(sizes)} of {dtype} in channels_last, got "
             f"{tuple(t.shape)} of {t.dtype} with strides {t.stride()}"
         )
+
+
+def check_pixels(pixels: int) -> None:
+    """Raise ValueError for more than a kernel can count."""
+    if pixels > MOST_PIXELS:
+        raise ValueError(f"conv2d: expected at most {MOST_PIXELS} pixels, got {pixels}")
 
 
 def check_groups(c_in: int, c_out: int, groups: int) -> None:
