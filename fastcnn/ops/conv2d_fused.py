@@ -135,7 +135,10 @@ def _when_called(name: str) -> Callable[..., Any]:
 for _name in ("conv2d_fused", "conv2d_fused_bwd_input", "conv2d_fused_bwd_weight"):
     torch.library.impl(f"fastcnn::{_name}", ("cpu", "cuda"))(_when_called(_name))
 
-_NO_NORM = (None, None, None, None, 0.0)
+
+def _or_none(norm: Norm | None) -> Norm | tuple[None, None, None, None, float]:
+    # A constant of the function: torch.compile takes a number of the module for a changing one.
+    return (None, None, None, None, 0.0) if norm is None else norm
 
 
 def conv2d_fused(
@@ -153,7 +156,7 @@ def conv2d_fused(
     bias: the convolution's own, not beside a norm, which would take it off again.
     """
     return _fwd(
-        a.x, weight, bias, *(a.norm or _NO_NORM), a.act, *(norm or _NO_NORM), residual, act,
+        a.x, weight, bias, *_or_none(a.norm), a.act, *_or_none(norm), residual, act,
         statistics, g.stride, g.padding, g.dilation, g.groups,
     )  # fmt: skip
 
@@ -165,7 +168,7 @@ def conv2d_fused_bwd_input(
 
     add: another gradient of what the convolution read.
     """
-    activated = (None if a.norm is None else a.x, *(a.norm or _NO_NORM), a.act)
+    activated = (None if a.norm is None else a.x, *_or_none(a.norm), a.act)
     dy, behind = _behind(dy)
     return _bwd_input(
         dy, weight, *a.x.shape[2:], *behind, add, *activated,
@@ -177,7 +180,7 @@ def conv2d_fused_bwd_weight(dy: Tensor | Gradient, weight: Tensor, a: Input, g: 
     """Return the weight's gradient."""
     dy, behind = _behind(dy)
     return _bwd_weight(
-        dy, a.x, *weight.shape[2:], *behind, *(a.norm or _NO_NORM), a.act,
+        dy, a.x, *weight.shape[2:], *behind, *_or_none(a.norm), a.act,
         g.stride, g.padding, g.dilation, g.groups,
     )  # fmt: skip
 
@@ -186,4 +189,4 @@ def _behind(dy: Tensor | Gradient) -> tuple[Tensor, tuple[Any, ...]]:
     """Return dy, and the operators' arguments from out_raw to sum_xhat."""
     if isinstance(dy, Gradient):
         return dy.dy, (dy.raw, *dy.norm, dy.act, *(dy.sums or (None, None)))
-    return dy, (None, *_NO_NORM, 0, None, None)
+    return dy, (None, *_or_none(None), 0, None, None)
