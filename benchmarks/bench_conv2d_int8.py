@@ -24,11 +24,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def fastest_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("conv", "batch"), CASES)
 def test_convolutions(compare: Any, conv: Conv, batch: dict[str, int], device: str) -> None:

@@ -1,22 +1,149 @@
-"""ResNet-50's blocks, forward and backward in training, beside the same modules one by one.
+"""conv_bn_act beside PyTorch at its best, in bf16 and channels_last: single steps, and blocks.
 
-Most of the time is the convolutions', which are PyTorch's on both sides, in channels_last, where
-they are at their best. There is no floor in bytes to compare with.
+    infer   act(batch_norm(conv2d(x)) + residual) in evaluation, over ResNet-50's and U-Net's
+            convolutions; the residual where a bottleneck has one
+    train   act(batch_norm(conv2d(x))) in training, forward and backward, over the same
+    blocks  ResNet-50's, forward and backward, also in fp32
+
+PyTorch runs each of them one by one ("eager"), compiled, and in evaluation with the batch norm
+folded into the weights beforehand, which fastcnn does at every call. The floor of an inference in
+bytes is x, weight, residual and y once; with a backward most of the time is the convolutions', and
+there is none to compare with. On CUDA FASTCNN_PLAN=tune finds each step's plan before its times.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
+from shapes import RESNET50_CONVS, UNET_CONVS, Conv
 from torch import Tensor, nn
 
+from fastcnn.functional import conv_bn_act
 from fastcnn.lab import eager_twin
 from fastcnn.models.resnet import Bottleneck
 from fastcnn.nn import BatchNormAct2d
+from fastcnn.ops.conv_bn_act_step import ConvBnActStep
 
-BATCH = 16
+# What cuDNN, the compiler or a refused plan warn of is shown at the end, and ends no measurement.
+pytestmark = pytest.mark.filterwarnings("default")
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+BATCH = {"resnet50": 128 if CUDA else 16, "unet": 16 if CUDA else 1}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-INPUTS = 4  # in turn: 4 x 6 MB and more, and a block's own activations many times that
+INPUTS = 4  # in turn: all but the smallest steps' are beyond the caches, as a block's activations
+# Compiling all of them takes a CPU minutes. There these stand for them: much to move beside little
+# arithmetic, with a residual and without; much arithmetic; little of both.
+COMPILED_ON_CPU = {
+    Conv(64, 256, 1, 1, 56, 4), Conv(256, 64, 1, 1, 56, 2), Conv(64, 64, 3, 1, 256, 2),
+    Conv(512, 512, 3, 1, 7, 2),
+}  # fmt: skip
+
+Step = Callable[[Tensor, ConvBnActStep, Tensor | None], Tensor]
+
+
+def cases(what: str) -> list[Any]:
+    return [
+        pytest.param(conv, BATCH[network], id=f"{what}-{network}-{conv}")
+        for network, convs in (("resnet50", RESNET50_CONVS), ("unet", UNET_CONVS))
+        for conv in convs
+    ]
+
+
+def image(n: int, c: int, side: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    x = torch.randn(n, c, side, side, device=DEVICE).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def step_of(conv: Conv, training: bool) -> ConvBnActStep:
+    weight = torch.randn(conv.c_out, conv.c_in, conv.kernel, conv.kernel, device=DEVICE)
+    weight = (weight * weight[0].numel() ** -0.5).bfloat16()
+    mean, bias = torch.randn(2, conv.c_out, device=DEVICE)
+    var, bn_weight = torch.rand(2, conv.c_out, device=DEVICE) + 0.5
+    return ConvBnActStep(
+        weight.contiguous(memory_format=torch.channels_last).requires_grad_(training),
+        stride=conv.stride, padding=conv.kernel // 2, running_mean=mean, running_var=var,
+        bn_weight=bn_weight.requires_grad_(training), bn_bias=bias.requires_grad_(training),
+        training=training,
+    )  # fmt: skip
+
+
+def ours(x: Tensor, step: ConvBnActStep, residual: Tensor | None) -> Tensor:
+    return conv_bn_act(x, [step], residual)
+
+
+def eager(x: Tensor, step: ConvBnActStep, residual: Tensor | None) -> Tensor:
+    y = F.conv2d(x, step.weight, None, step.stride, step.padding)
+    norm = step.running_mean, step.running_var, step.bn_weight, step.bn_bias
+    y = F.batch_norm(y, *norm, step.training, step.momentum, step.eps)
+    if residual is not None:
+        y += residual
+    return F.relu_(y)
+
+
+def folded(step: ConvBnActStep) -> Step:
+    scale = step.bn_weight * torch.rsqrt(step.running_var + step.eps)
+    bias = (step.bn_bias - step.running_mean * scale).bfloat16()
+    weight = (step.weight * scale[:, None, None, None]).bfloat16()
+    weight = weight.contiguous(memory_format=torch.channels_last)
+
+    def run(x: Tensor, step: ConvBnActStep, residual: Tensor | None) -> Tensor:
+        y = F.conv2d(x, weight, bias, step.stride, step.padding)
+        return F.relu_(y if residual is None else y.add_(residual))
+
+    return run
+
+
+def compiled(conv: Conv) -> dict[str, Step]:
+    """Return eager, compiled for these sizes alone, by its name, or nothing."""
+    if not CUDA and conv not in COMPILED_ON_CPU:
+        return {}
+    torch.compiler.reset()
+    mode = "max-autotune-no-cudagraphs" if CUDA else "default"
+    return {"compiled": torch.compile(eager, dynamic=False, mode=mode)}
+
+
+@pytest.mark.parametrize(("conv", "batch"), cases("infer"))
+def test_inference(compare: Any, conv: Conv, batch: int) -> None:
+    step = step_of(conv, training=False)
+    # A bottleneck's last convolution widens 4 times; what widens less stands in its shortcut.
+    adds = conv.kernel == 1 and conv.c_out == 4 * conv.c_in
+    inputs = [
+        (image(batch, conv.c_in, conv.side), image(batch, conv.c_out, conv.side) if adds else None)
+        for _ in range(INPUTS)
+    ]
+
+    def on_inputs(run: Step) -> Callable[[tuple[Tensor, Tensor | None]], Tensor]:
+        return lambda pair: run(pair[0], step, pair[1])
+
+    with torch.inference_mode():
+        baselines = {"eager": eager, "folded": folded(step), **compiled(conv)}
+        x, residual = inputs[0]
+        y = ours(x, step, residual)  # tunes here
+        moved = [t.numel() for t in (x, step.weight, residual, y) if t is not None]
+        larger = max(x, y, key=Tensor.numel)
+        compare(
+            on_inputs(ours), {name: on_inputs(run) for name, run in baselines.items()},
+            inputs, sum(moved) / larger.numel(), larger,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("conv", "batch"), cases("train"))
+def test_training(compare: Any, conv: Conv, batch: int) -> None:
+    step = step_of(conv, training=True)
+    inputs = [image(batch, conv.c_in, conv.side).requires_grad_() for _ in range(INPUTS)]
+    dy = torch.randn_like(ours(inputs[0], step, None))
+
+    def gradients(run: Step) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        parameters = step.weight, step.bn_weight, step.bn_bias
+        return lambda x: torch.autograd.grad(run(x, step, None), [x, *parameters], dy)
+
+    gradients(ours)(inputs[0])  # tunes here
+    baselines = {"eager": eager, **compiled(conv)}
+    beside = {name: gradients(run) for name, run in baselines.items()}
+    compare(gradients(ours), beside, inputs, 0, dy)
 
 
 class Stage(NamedTuple):
@@ -44,21 +171,17 @@ def bottleneck(planes: int, projection: bool) -> Bottleneck:
 @pytest.mark.parametrize("stage", STAGES)
 def test_blocks(compare: Any, stage: str, kind: str, dtype: str) -> None:
     planes, side = STAGES[stage]
-    ours = bottleneck(planes, kind == "projection").to(
-        DTYPES[dtype], memory_format=torch.channels_last
+    model = bottleneck(planes, kind == "projection").to(
+        DEVICE, DTYPES[dtype], memory_format=torch.channels_last
     )
-    eager = eager_twin(ours)
-    side *= ours.conv2.stride[0]
-
-    def image() -> Tensor:
-        x = torch.randn(BATCH, ours.conv1.in_channels, side, side).to(DTYPES[dtype])
-        return x.to(memory_format=torch.channels_last).requires_grad_()
-
-    inputs = [image() for _ in range(INPUTS)]
+    twin = eager_twin(model)
+    side *= model.conv2.stride[0]
+    sizes = BATCH["resnet50"], model.conv1.in_channels, side
+    inputs = [image(*sizes, DTYPES[dtype]).requires_grad_() for _ in range(INPUTS)]
     with torch.no_grad():
-        dy = torch.randn_like(ours(inputs[0]))
+        dy = torch.randn_like(model(inputs[0]))
 
     def step(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(model(x), [x, *model.parameters()], dy)
 
-    compare(lambda x: step(ours, x), lambda x: step(eager, x), inputs, 0, dy)
+    compare(lambda x: step(model, x), lambda x: step(twin, x), inputs, 0, dy)
