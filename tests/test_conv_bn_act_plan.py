@@ -89,7 +89,7 @@ def h200(monkeypatch: pytest.MonkeyPatch) -> Planner:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     lends(monkeypatch, 227)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    return Planner("off", OPS, {}, describe=lambda _: H200)
+    return Planner("off", OPS, {}, describe=lambda _: H200, busy=lambda _: "here")
 
 
 def test_the_model_fuses_what_memory_bounds(h200: Planner) -> None:

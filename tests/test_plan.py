@@ -10,6 +10,7 @@ from torch import Tensor
 from fastcnn.plan.file import Entry
 from fastcnn.plan.planner import measured
 from fastcnn.plan.problem import Problem
+from fastcnn.plan.tune import prove
 
 
 def test_the_fastest_runs(tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_default_plans_say_where_they_come_from() -> None:
     clock = Clock()
     ways = [candidate("two", clock, passes=2), candidate("one", clock, passes=1)]
     # 1 GB a pass over 4.3 TB/s is 232.6 us, and 4 us for each launch.
-    card = {"describe": lambda _: H200}
+    card = {"describe": lambda _: H200, "busy": lambda _: None}
     on_card = problem(device=torch.device("cuda", 0))
     plan = planner("read", clock, None, *ways, **card).choose(on_card)
     reason = "predicted from the numbers of H200: two 0.4731 ms, one 0.2366 ms"
@@ -147,6 +148,36 @@ def test_default_plans_say_where_they_come_from() -> None:
     plan = planner("off", clock, None, ways[1], **card, defaults=known).choose(on_card)
     assert (plan.name, plan.source) == ("one", "model")
     assert not clock.calls
+
+
+def test_the_model_s_choice_is_checked_on_one_image(tmp_path: Path) -> None:
+    # In the modes that time nothing. The yardstick, "two", is what PyTorch would run.
+    shapes = []
+
+    def wrong(asked: Problem, x: Tensor) -> Tensor:
+        shapes.append(list(x.shape))
+        return x * 3
+
+    clock = Clock()
+    ways = [candidate("two", clock, passes=2), candidate("one", clock, run=wrong, passes=1)]
+    for mode in ("read", "off"):
+        plans = planner(mode, clock, tmp_path, *ways, prove=prove)
+        with pytest.warns(UserWarning, match="double: one refused: output 0: error"):
+            plan = plans.choose(problem(64))
+        assert (plan.name, plan.source) == ("two", "model")
+        assert "one refused: output 0: error" in plan.reason
+        assert plans.choose(problem(64)) == plan
+    assert shapes == [[1, 8, 4, 4]] * 2
+
+    # Not while a graph is captured: it is checked when it is met elsewhere.
+    busy: list[str | None] = ["while a CUDA graph is captured"]
+    plans = planner("read", clock, tmp_path, *ways, prove=prove, busy=lambda _: busy[0])
+    plan = plans.choose(problem(64))
+    assert plan.name == "one"
+    assert plan.reason.startswith("not checked while a CUDA graph is captured; predicted")
+    busy[0] = None
+    with pytest.warns(UserWarning, match="one refused"):
+        assert plans.choose(problem(64)).name == "two"
 
 
 def test_what_may_refuse_is_only_chosen_where_tuned(tmp_path: Path) -> None:

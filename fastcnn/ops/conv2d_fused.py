@@ -127,7 +127,17 @@ def _when_called(name: str) -> Callable[..., Any]:
     """Return a function of fastcnn/triton/operators.py, which is imported when it is called."""
 
     def run(*args: Any) -> Any:
-        return getattr(importlib.import_module("fastcnn.triton.operators"), name)(*args)
+        operator = getattr(importlib.import_module("fastcnn.triton.operators"), name)
+        try:
+            return operator(*args)
+        except (TypeError, ValueError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"{name}: Triton could not run it: {type(error).__name__}: {error}; run the model "
+                f"once in eager mode first: there the planner finds out, and PyTorch's convolution "
+                f"runs instead (docs/planning.md)"
+            ) from error
 
     return run
 

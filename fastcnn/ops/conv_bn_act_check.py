@@ -81,13 +81,15 @@ class Check:
     def plan(self) -> None:
         """Choose how the convolutions of each step run."""
         numbers = iter(range(len(self.steps)))
+        tensors = [self.x, *(t for s in self.steps for t in s if isinstance(t, Tensor))]
+        trains = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
         def chain(steps: tuple[Geometry, ...], wants_dx: bool) -> tuple[Geometry, ...]:
             found: list[Geometry] = []
             for g in steps:
                 i, before = next(numbers), found[-1] if found else None
                 weight = self.steps[i].weight
-                found.append(planned(g, self.x, self.inputs[i], weight, before, wants_dx))
+                found.append(planned(g, self.x, self.inputs[i], weight, before, wants_dx, trains))
             return tuple(found)
 
         blocks, self.blocks, self.geometry = self.blocks, [], []

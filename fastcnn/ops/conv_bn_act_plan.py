@@ -15,7 +15,6 @@ reads an image instead. The passes and who needs which: fastcnn/ops/conv_bn_act_
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from fastcnn.ops.activation import ACT_NUMBER
@@ -62,17 +61,21 @@ def planned(
     weight: Tensor,
     before: Geometry | None,
     wants_dx: bool,
+    trains: bool,
 ) -> Geometry:
     """Return a step with its plan. Its input has these sizes, and x's dtype and layout.
 
-    before: the step before it, None for the first, which wants_dx or not.
+    before: the step before it, None for the first, which wants_dx or not. trains: whether there
+    will be a backward.
     """
     words = [] if before is None or before.pool is not None else [word("in", before.act)]
-    words += ["training"] if g.training else []
-    how = problem(FWD, x, sizes, weight.shape, g, *words)
+    # Statistics that processes share are a pass of their own in any plan.
+    with_statistics = ["training"] if g.training and g.group is None else []
+    how = problem(FWD, x, sizes, weight.shape, g, *words, *with_statistics)
     fused = choose(how) == "triton"
-    if not torch.is_grad_enabled():
+    if not trains:
         return g._replace(fused=fused)
+    words += ["training"] if g.training else []
     words += [] if before is not None or wants_dx else ["no_dx"]
     how = problem(BWD, x, sizes, weight.shape, g, *words)
     dx_fused, dw_fused = _BWD_PLANS[choose(how)]

@@ -38,8 +38,7 @@ class _CudaTimer:
     """Events around the call; clearing memory keeps the device busy while kernels are queued."""
 
     def __init__(self, device: torch.device) -> None:
-        # Above the largest L2 so far, 126 MB (B200).
-        self._flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+        self._flush: torch.Tensor | None = None  # not for what is only checked
         self._device = device
 
     def synchronize(self) -> None:
@@ -47,6 +46,8 @@ class _CudaTimer:
 
     def seconds(self, run: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if self._flush is None:  # above the largest L2 so far, 126 MB (B200)
+            self._flush = torch.empty(256 << 20, dtype=torch.uint8, device=self._device)
         self._flush.zero_()
         start.record()
         run()

@@ -7,14 +7,17 @@
 | off | the default plan; the file is neither read nor written |
 
 The default plan is from measurement on cards that were measured (measured.json), else from the
-model of cards.py. Nothing is tuned while a CUDA graph is captured, under torch.compile, or under a
-dispatch mode (whose tensors may be fakes); an entry counts there as well, else the default plan
-runs, and the problem is tuned the next time that it is met elsewhere.
+model of cards.py; the model's choice is run once on a single image and checked, and where it is not
+right the op's yardstick, PyTorch's own way, runs instead, with a warning. Nothing is run while a
+CUDA graph is captured, under torch.compile, or under a dispatch mode (whose tensors may be fakes);
+an entry counts there as well, else the default plan runs, and the problem is tuned or checked the
+next time that it is met elsewhere.
 """
 
 import functools
 import os
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +30,7 @@ from fastcnn.plan.environment import environment_of
 from fastcnn.plan.file import Entry, PlanFile, folder, parse
 from fastcnn.plan.problem import Device, Problem, describe
 from fastcnn.plan.registry import Candidate, Op
-from fastcnn.plan.tune import tune
+from fastcnn.plan.tune import prove, tune
 
 __all__ = ["MODES", "Plan", "Planner", "measured", "mode_of_environment", "open_file"]
 
@@ -93,6 +96,7 @@ class Planner:
         describe: Callable[[torch.device], Device] = describe,
         timer_for: Callable[[torch.device], Timer] = timer_for,
         busy: Callable[[torch.device], str | None] = _busy,
+        prove: Callable[[Op, Problem, Candidate, Timer], str | None] = prove,
     ) -> None:
         self.mode = mode
         self._ops = ops
@@ -101,6 +105,7 @@ class Planner:
         self._describe = describe
         self._timer_for = timer_for
         self._busy = busy
+        self._prove = prove
         self._files: dict[Device, PlanFile] = {}
         self._plans: dict[Problem, Plan] = {}
         self._passing: dict[Problem, Plan] = {}  # chosen where tuning was not possible
@@ -143,12 +148,30 @@ class Planner:
                 plan = _of_entry(entry, "tuned", able)
             else:
                 plan = self._default(problem, key, device, able)
-            before = [f"not tuned {why}"] if (why := busy or untuned) else []
+                busy = busy or self._busy(problem.device)
+                if busy is None:
+                    plan = self._proven(op, problem, plan, able)
+            doing = "tuned" if self.mode == "tune" else "checked"
+            before = [f"not {doing} {why}"] if (why := busy or untuned) else []
             # Who did not take part is shown: nothing falls back silently.
             after = [f"{name}: {why}" for name, why in unable.items()]
             plan = plan._replace(reason="; ".join([*before, plan.reason, *after]))
             (self._passing if busy else self._plans)[problem] = plan
             return plan
+
+    def _proven(self, op: Op, problem: Problem, plan: Plan, able: Mapping[str, Candidate]) -> Plan:
+        """Return the plan, or the yardstick's where the model's choice is not right here."""
+        if plan.source != "model" or plan.name == op.yardstick or op.yardstick not in able:
+            return plan
+        try:
+            timer = self._timer_for(problem.device)
+            why = self._prove(op, problem, able[plan.name], timer)
+        except torch.OutOfMemoryError:
+            why = "there was no memory to check it"
+        if why is None:
+            return plan
+        warnings.warn(f"{op.name}: {plan.name} refused: {why}", stacklevel=2)
+        return Plan(op.yardstick, "model", f"{plan.reason}; {plan.name} refused: {why}", None)
 
     def _tune(
         self, op: Op, problem: Problem, key: str, able: Mapping[str, Candidate], file: PlanFile

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from fastcnn.plan.file import Entry
 from fastcnn.plan.problem import Problem
 from fastcnn.plan.registry import Candidate, Op
 
-__all__ = ["tune"]
+__all__ = ["prove", "tune"]
 
 WARMUP = 2
 REPEATS = 9
@@ -34,32 +34,8 @@ def tune(op: Op, problem: Problem, candidates: Sequence[Candidate], timer: Timer
     """
     from fastcnn.lab.measure import interleaved  # lab imports models, and they ops that are planned
 
-    if op.yardstick not in op.candidates:
-        names = ", ".join(op.candidates)
-        raise ValueError(f"yardstick: expected one of {names}, got {op.yardstick}")
-    device = problem.device
-    generator = torch.Generator(device).manual_seed(0)
-    # Events and kernels go to the current device.
-    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with current, torch.no_grad(), torch.autocast(device.type, enabled=False):
-        tensors = op.tensors(problem, generator)
-        expected = _tuple(op.reference(problem, *tensors))
-        errors: dict[str, list[check.Error]] = {}
-        refused: dict[str, str] = {}
-        for candidate in candidates:
-            try:
-                errors[candidate.name] = _errors(problem, candidate, tensors, expected, timer)
-            except check.Wrong as reason:
-                refused[candidate.name] = str(reason)
-        scales = [check.largest(exact.double().nan_to_num(0.0, 0.0, 0.0)) for exact in expected]
-        if op.scale_of is not None:
-            scales = [scales[op.scale_of[i]] for i in range(len(scales))]
-        del expected
-        yardstick = errors.get(op.yardstick)
-        for name, found in errors.items():
-            why = check.difference(problem, found, scales, yardstick)
-            if why is not None and name != op.yardstick:
-                refused[name] = why
+    with _apart(problem.device):
+        tensors, refused = _checked(op, problem, candidates, timer)
         for name, why in refused.items():
             warnings.warn(f"{op.name}: {name} refused: {why}", stacklevel=2)
         right: dict[str, Callable[[], object]] = {
@@ -72,6 +48,49 @@ def tune(op: Op, problem: Problem, candidates: Sequence[Candidate], timer: Timer
         times = interleaved(right, REPEATS, WARMUP, timer.seconds)
     milliseconds = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
     return Entry(min(milliseconds, key=milliseconds.__getitem__), milliseconds, refused)
+
+
+def prove(op: Op, problem: Problem, candidate: Candidate, timer: Timer) -> str | None:
+    """Say why a candidate that nobody has timed is not right, run once on a single image."""
+    one = problem._replace(x=(1, *problem.x[1:]))
+    with _apart(problem.device):
+        _, refused = _checked(op, one, [op.candidates[op.yardstick], candidate], timer)
+    return refused.get(candidate.name)
+
+
+@contextlib.contextmanager
+def _apart(device: torch.device) -> Iterator[None]:
+    """On the device, where events and kernels go, and apart from autograd and autocast."""
+    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with current, torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _checked(
+    op: Op, problem: Problem, candidates: Sequence[Candidate], timer: Timer
+) -> tuple[tuple[Tensor, ...], dict[str, str]]:
+    """Run the candidates on made-up tensors; return these, and which are refused, and why."""
+    if op.yardstick not in op.candidates:
+        names = ", ".join(op.candidates)
+        raise ValueError(f"yardstick: expected one of {names}, got {op.yardstick}")
+    tensors = op.tensors(problem, torch.Generator(problem.device).manual_seed(0))
+    expected = _tuple(op.reference(problem, *tensors))
+    errors: dict[str, list[check.Error]] = {}
+    refused: dict[str, str] = {}
+    for candidate in candidates:
+        try:
+            errors[candidate.name] = _errors(problem, candidate, tensors, expected, timer)
+        except check.Wrong as reason:
+            refused[candidate.name] = str(reason)
+    scales = [check.largest(exact.double().nan_to_num(0.0, 0.0, 0.0)) for exact in expected]
+    if op.scale_of is not None:
+        scales = [scales[op.scale_of[i]] for i in range(len(scales))]
+    yardstick = errors.get(op.yardstick)
+    for name, found in errors.items():
+        why = check.difference(problem, found, scales, yardstick)
+        if why is not None and name != op.yardstick:
+            refused[name] = why
+    return tensors, refused
 
 
 def _errors(
