@@ -22,7 +22,8 @@ from fastcnn.ops.batch_norm_calls import (
 from fastcnn.ops.checks import check_like, in_format_of
 from fastcnn.ops.conv2d_fused import Input
 from fastcnn.ops.conv_bn_act_fused import batch_statistics, fused_raw, written
-from fastcnn.ops.conv_bn_act_saved import FIRST, TENSORS, saved_blocks, saves_y
+from fastcnn.ops.conv_bn_act_saved import FIRST, TENSORS
+from fastcnn.ops.conv_bn_act_saved_blocks import saved_blocks, saves_y
 from fastcnn.ops.conv_bn_act_step import BlockGeometry, Geometry
 from fastcnn.ops.convolution import convolve, max_pool
 from fastcnn.ops.norm import Norm
