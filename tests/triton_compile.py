@@ -28,20 +28,28 @@ from fastcnn.triton import (
     conv2d_int8_kernels,
     conv2d_kernels,
     depthwise_kernels,
+    pointwise_bwd_kernels,
 )
 from fastcnn.triton.conv2d_bwd import Sums
 from fastcnn.triton.conv2d_int8 import default_tile as default_int8_tile
 from fastcnn.triton.launch import (
+    Tile,
     blocks,
     default_tile,
     depthwise_blocks,
     depthwise_tile,
+    half_steps,
     is_lean,
     weight_tile,
 )
 
 MATRIX = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 RELU = ACT_NUMBER["relu"]
+BY_DESCRIPTORS = (
+    conv2d_kernels.pointwise_kernel,
+    pointwise_bwd_kernels.pointwise_bwd_input_kernel,
+    pointwise_bwd_kernels.pointwise_bwd_weight_kernel,
+)
 POINTWISE = {"ACT": RELU, "PRE_ACT": RELU, "DY_ACT": RELU, "GROUP_M": 8}
 # Of floating point convolutions; the others are images.
 NUMBERS = {"bias_ptr", "mean_ptr", "square_ptr", "sum_ptr", "sum_xhat_ptr", "parts_ptr"}
@@ -75,6 +83,15 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], set[str]]]:
     int8 = {**three, "ACT": 1, "QUANTISED": True, "LEAST": -128, "MOST": 127}
     yield "int8 3x3", conv2d_int8_kernels.conv2d_int8_kernel, int8, set()
     yield "depthwise", depthwise_kernels.depthwise_kernel, {**three, "MULTIPLIER": 1}, bias
+    pointwise = pointwise_bwd_kernels
+    behind, before = {"raw_ptr", "norm", "sum_ptr", "sum_xhat_ptr"}, {"dy_norm", "dy_sums", "share"}
+    for name, kernel, absent in (
+        ("dx of 1x1", pointwise.pointwise_bwd_input_kernel, behind),
+        ("dw of 1x1", pointwise.pointwise_bwd_weight_kernel, {"pre_norm"}),
+    ):
+        yield name, kernel, {}, set()
+        yield f"{name}, one norm", kernel, {}, absent
+        yield f"{name}, no norm", kernel, {}, {"dy_raw_matrix", *before, *absent}
     yield "dw of 3x3", bwd.conv2d_bwd_weight_kernel, three, set()
     yield "dw of the stem", bwd.conv2d_bwd_weight_kernel, stem, {"pre_norm"}
 
@@ -84,7 +101,7 @@ def compile_one(
 ) -> dict[str, Any]:
     """Compile for one card: bfloat16 or float16 images, float32 numbers per channel."""
     # As the launches choose.
-    lean = "sum_ptr" not in kernel.arg_names
+    lean = "sum_ptr" not in set(kernel.arg_names) - absent
     if "residual_ptr" in kernel.arg_names:
         given = {"pre_norm", "residual_ptr"} - absent
         by_descriptors = kernel is conv2d_kernels.pointwise_kernel
@@ -93,9 +110,12 @@ def compile_one(
     if int8:
         tile = default_int8_tile(256 * 56 * 56, 256)
     elif "parts_ptr" in kernel.arg_names:
-        tile = weight_tile(2048, 2048, 256 * 56 * 56, torch.bfloat16, "pre_norm" not in absent)
+        both = not {"pre_norm", "dy_norm"} & absent
+        tile = weight_tile(2048, 2048, 256 * 56 * 56, torch.bfloat16, both)
     else:
         tile = default_tile(256 * 56 * 56, 256, 256, torch.bfloat16, lean)
+        if kernel is pointwise_bwd_kernels.pointwise_bwd_input_kernel and "dy_norm" not in absent:
+            tile = half_steps(tile)
     tile = depthwise_tile(256) if depthwise else tile
     options = depthwise_blocks(tile) if depthwise else blocks(tile)
     known = {**options, **POINTWISE, **constants}
@@ -104,8 +124,8 @@ def compile_one(
         if name in absent or name in known:
             signature[name], values[name] = "constexpr", known.get(name)
         elif name.endswith("_matrix"):
-            rows = tile.m if name == "x_matrix" else tile.n
-            signature[name] = f"tensordesc<{half}[{rows}, {tile.k}]>"
+            rows, columns = block(kernel, name, tile)
+            signature[name] = f"tensordesc<{half}[{rows}, {columns}]>"
         elif name in STRUCTS:
             signature[name] = STRUCTS[name]
             for i, field in enumerate(STRUCTS[name]):
@@ -129,6 +149,16 @@ def compile_one(
         "shared": made.metadata.shared,
         **resources(made.asm["cubin"]),
     }
+
+
+def block(kernel: Any, name: str, tile: Tile) -> tuple[int, int]:
+    """The block of a matrix that a step reads."""
+    forward, bwd_input, _ = BY_DESCRIPTORS
+    if kernel is forward:
+        return (tile.m if name == "x_matrix" else tile.n), tile.k
+    if kernel is bwd_input:
+        return (tile.k, tile.n) if name == "w_matrix" else (tile.m, tile.k)
+    return tile.k, (tile.n if name == "x_matrix" else tile.m)
 
 
 def _pointer(name: str, half: str, int8: bool) -> str:
@@ -155,7 +185,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 if __name__ == "__main__":
     for name, kernel, constants, absent in cases():
         for arch in map(int, sys.argv[1:]):
-            if arch < 90 and kernel is conv2d_kernels.pointwise_kernel:
+            if arch < 90 and kernel in BY_DESCRIPTORS:
                 continue  # no TMA: the other kernel runs there
             half = "fp16" if "stem" in name else "bf16"
             row = compile_one(kernel, constants, absent, arch, half)

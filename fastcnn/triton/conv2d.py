@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastcnn.ops.norm import Norm
 from fastcnn.triton.conv2d_kernels import (
@@ -28,7 +27,9 @@ from fastcnn.triton.launch import (
     default_tile,
     depthwise_blocks,
     depthwise_tile,
+    has_descriptors,
     is_lean,
+    matrix,
     output_size,
     processors,
 )
@@ -92,12 +93,7 @@ def conv2d(
     check_sizes("epilogue.residual", epilogue.residual, y.shape, x.dtype)
     pixels, asked = n * h_out * w_out, epilogue.statistics
     check_pixels(pixels)
-    by_descriptors = (
-        groups == 1
-        and (window, stride, padding) == ([1, 1], (1, 1), (0, 0))
-        and arch_of(x) >= 90
-        and _has_descriptors(x, weight)
-    )
+    by_descriptors = has_descriptors(window, stride, padding, groups, x, weight)
     by_channel = groups > 1 and c_in_group == 1
     if tile is None and by_channel:
         tile = depthwise_tile(c_out)
@@ -116,10 +112,7 @@ def conv2d(
             pass
         elif by_descriptors:
             programs = min(tiles_m * tiles_n, processors(x))
-            matrices = [
-                TensorDescriptor(t, [rows, c_in], [c_in, 1], [block, tile.k])
-                for t, rows, block in ((x, pixels, tile.m), (weight, c_out, tile.n))
-            ]
+            matrices = (matrix(x, tile.m, tile.k), matrix(weight, tile.n, tile.k))
             sizes = (pixels, c_in, c_out)
             pointwise_kernel[(programs,)](*matrices, y, *around, *sizes, **options)
         elif by_channel:
@@ -146,11 +139,6 @@ def _joined(parts: list[Tensor], pixels: int, rows: int) -> Statistics:
         mean, var, means, squares, pixels, tiles, c_out, ROWS=rows, BLOCK_T=64, BLOCK_C=16
     )
     return Statistics(mean, var)
-
-
-def _has_descriptors(*tensors: Tensor) -> bool:
-    """Whether the TMA unit can read rows of the tensors' channels: 16 bytes at a time."""
-    return all(t.data_ptr() % 16 == 0 and t.shape[1] * t.itemsize % 16 == 0 for t in tensors)
 
 
 def _check_groups(x: Tensor, weight: Tensor, groups: int) -> None:

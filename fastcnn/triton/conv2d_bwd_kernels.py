@@ -54,16 +54,25 @@ def gradient(dy_ptr, raw_ptr, sums, at, inside, at_channels, ACT: tl.constexpr):
     """
     g = tl.load(dy_ptr + at, mask=inside, other=0.0)
     if at_channels is not None:
-        mean, scale, bias, offset, factor = at_channels
-        dz = g.to(tl.float32)
+        raw = None
         if ACT != NONE or sums is not None:
-            apart = numbers(raw_ptr, at, inside) - mean[None, :]
-            dz = act_bwd(dz, apart * scale[None, :] + bias[None, :], ACT)
-        dz *= scale[None, :]
-        if sums is not None:
-            dz -= offset[None, :] + apart * factor[None, :]
-        g = tl.where(inside, dz, 0.0).to(g.dtype)
+            raw = tl.load(raw_ptr + at, mask=inside, other=0.0)
+        g = through_norm(g, raw, sums, inside, at_channels, ACT)
     return g
+
+
+@triton.jit
+def through_norm(dy, raw, sums, inside, at_channels, ACT: tl.constexpr):
+    """Return g of dy and, where it is needed, raw; in dy's type, 0 where not inside."""
+    mean, scale, bias, offset, factor = at_channels
+    dz = dy.to(tl.float32)
+    if raw is not None:
+        apart = raw.to(tl.float32) - mean[None, :]
+        dz = act_bwd(dz, apart * scale[None, :] + bias[None, :], ACT)
+    dz *= scale[None, :]
+    if sums is not None:
+        dz -= offset[None, :] + apart * factor[None, :]
+    return tl.where(inside, dz, 0.0).to(dy.dtype)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastcnn.ops.activation import ACT_NUMBER
 from fastcnn.ops.norm import Norm
@@ -60,7 +61,12 @@ def weight_tile(c_out: int, c_in: int, pixels: int, dtype: torch.dtype, both: bo
     for half a step; a narrower tile would make the operands more often.
     """
     tile = default_tile(c_out, c_in, pixels, dtype, lean=True)
-    return tile._replace(k=max(16, tile.k // 2)) if both and tile.m * tile.n == 128**2 else tile
+    return half_steps(tile) if both and tile.m * tile.n == 128**2 else tile
+
+
+def half_steps(tile: Tile) -> Tile:
+    """Return the tile with fewer summed channels a step, for want of registers."""
+    return tile._replace(k=max(16, tile.k // 2))
 
 
 def depthwise_tile(c: int) -> Tile:
@@ -116,6 +122,29 @@ def processors(x: Tensor) -> int:
     if x.device.type != "cuda":
         return 3  # in the interpreter: fewer than there are tiles, so that programs take several
     return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def has_descriptors(
+    window: Sequence[int], stride: Pair, padding: Pair, groups: int, *tensors: Tensor | None
+) -> bool:
+    """Whether the convolution is one product of matrices, and the TMA unit can read its operands.
+
+    That has sm_90 on; it takes 16 bytes at a time: rows of channels, first to last.
+    """
+    given = [t for t in tensors if t is not None]
+    return (
+        groups == 1
+        and (*window, *stride, *padding) == (1, 1, 1, 1, 0, 0)
+        and arch_of(given[0]) >= 90
+        and all(t.data_ptr() % 16 == 0 and t.shape[1] * t.itemsize % 16 == 0 for t in given)
+        and all(t.numel() > 0 for t in given)
+    )
+
+
+def matrix(t: Tensor, *block: int) -> TensorDescriptor:
+    """Return [pixels, channels] of an image, or [c_out, c_in] of weights, to be read in blocks."""
+    c = t.shape[1]
+    return TensorDescriptor(t, [t.numel() // c, c], [c, 1], list(block))
 
 
 def current_device(x: Tensor) -> AbstractContextManager[Any]:
