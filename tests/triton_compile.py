@@ -53,6 +53,7 @@ BY_DESCRIPTORS = (
 POINTWISE = {"ACT": RELU, "PRE_ACT": RELU, "DY_ACT": RELU, "GROUP_M": 8}
 # Of floating point convolutions; the others are images.
 NUMBERS = {"bias_ptr", "mean_ptr", "square_ptr", "sum_ptr", "sum_xhat_ptr", "parts_ptr"}
+NUMBERS |= {"means_ptr", "squares_ptr"}
 NORM: Any = Norm(*["*fp32"] * 4, "fp32")  # type: ignore[arg-type]
 STRUCTS = {"pre_norm": NORM, "norm": NORM, "dy_norm": NORM, "dy_sums": Sums(*["*fp32"] * 2)}
 SCALARS = {"share", "residual_scale", "six", "x_scale", "out_scale"}
@@ -92,6 +93,11 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], set[str]]]:
         yield name, kernel, {}, set()
         yield f"{name}, one norm", kernel, {}, absent
         yield f"{name}, no norm", kernel, {}, {"dy_raw_matrix", *before, *absent}
+    joined = {"ROWS": 128, "BLOCK_T": 1024, "BLOCK_C": 8}
+    yield "join of statistics", forward.join_statistics_kernel, joined, set()
+    yield "sums of tiles", bwd.sum_tiles_kernel, {"BLOCK_T": 1024, "BLOCK_C": 8}, set()
+    yield "stem in float32", forward.conv2d_kernel, stem, {"pre_norm", *bias}
+    yield "3x3 in training, float32", forward.conv2d_kernel, three, {"norm", "residual_ptr", *bias}
     yield "dw of 3x3", bwd.conv2d_bwd_weight_kernel, three, set()
     yield "dw of the stem", bwd.conv2d_bwd_weight_kernel, stem, {"pre_norm"}
 
@@ -113,7 +119,8 @@ def compile_one(
         both = not {"pre_norm", "dy_norm"} & absent
         tile = weight_tile(2048, 2048, 256 * 56 * 56, torch.bfloat16, both)
     else:
-        tile = default_tile(256 * 56 * 56, 256, 256, torch.bfloat16, lean)
+        dtype = torch.float32 if half == "fp32" else torch.bfloat16
+        tile = default_tile(256 * 56 * 56, 256, 256, dtype, lean)
         if kernel is pointwise_bwd_kernels.pointwise_bwd_input_kernel and "dy_norm" not in absent:
             tile = half_steps(tile)
     tile = depthwise_tile(256) if depthwise else tile
@@ -135,10 +142,12 @@ def compile_one(
             signature[name] = "fp32"
         else:
             signature[name] = _pointer(name, half, int8) if name.endswith("_ptr") else "i32"
-            if name not in conv2d_int8_kernels.ZERO_POINTS:
+            if not kernel.params[place].do_not_specialize:
                 divisible[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=divisible)
     options = {k: v for k, v in options.items() if k not in values and k.islower()}
+    if "BLOCK_T" in constants:
+        options["num_warps"] = 8
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = made.asm["ptx"]
     return {
@@ -188,5 +197,6 @@ if __name__ == "__main__":
             if arch < 90 and kernel in BY_DESCRIPTORS:
                 continue  # no TMA: the other kernel runs there
             half = "fp16" if "stem" in name else "bf16"
+            half = "fp32" if "float32" in name else half
             row = compile_one(kernel, constants, absent, arch, half)
             print(json.dumps({"name": name, "triton": triton.__version__, **row}), flush=True)

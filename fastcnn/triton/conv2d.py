@@ -18,6 +18,7 @@ from fastcnn.triton.launch import (
     arch_of,
     blocks,
     cdiv,
+    check_groups,
     check_norm,
     check_numbers,
     check_pixels,
@@ -31,6 +32,7 @@ from fastcnn.triton.launch import (
     is_lean,
     matrix,
     output_size,
+    power_of_2,
     processors,
 )
 
@@ -134,10 +136,13 @@ def _joined(parts: list[Tensor], pixels: int, rows: int) -> Statistics:
     means, squares = parts
     tiles, c_out = means.shape
     mean, var = (means.new_empty(c_out) for _ in range(2))
-    # 16 channels: 64 bytes of a row, two sectors.
-    join_statistics_kernel[(cdiv(c_out, 16),)](
-        mean, var, means, squares, pixels, tiles, c_out, ROWS=rows, BLOCK_T=64, BLOCK_C=16
-    )
+    # 8 channels, a sector of 32 bytes, and as many tiles at once as there are, up to 32 numbers a
+    # thread: few channels are few programs, whose steps wait for memory one after the other.
+    at_once = min(1024, max(16, power_of_2(tiles)))
+    join_statistics_kernel[(cdiv(c_out, 8),)](
+        mean, var, means, squares, pixels, tiles, c_out, ROWS=rows, BLOCK_T=at_once, BLOCK_C=8,
+        num_warps=8 if at_once > 256 else 4,
+    )  # fmt: skip
     return Statistics(mean, var)
 
 
@@ -147,3 +152,4 @@ def _check_groups(x: Tensor, weight: Tensor, groups: int) -> None:
             f"conv2d: expected weight [c_out, c / groups, kh, kw] with groups dividing c_out and "
             f"c = {x.shape[1]}, got {tuple(weight.shape)} with groups={groups}"
         )
+    check_groups(x.shape[1], weight.shape[0], groups)

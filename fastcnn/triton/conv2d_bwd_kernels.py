@@ -114,7 +114,7 @@ def _taps(
     return first_tap, (KERNEL - first_tap + STEP - 1) // STEP, first, pixels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "tiles"])
 def conv2d_bwd_input_kernel(
     dy_ptr, w_ptr, dx_ptr, dy_raw_ptr, dy_norm, dy_sums, share,
     add_ptr, raw_ptr, norm, sum_ptr, sum_xhat_ptr,
@@ -177,7 +177,7 @@ def conv2d_bwd_input_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "pixels_a_part"])
 def conv2d_bwd_weight_kernel(
     dy_ptr, x_ptr, parts_ptr, dy_raw_ptr, dy_norm, dy_sums, share, pre_norm,
     n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out_group, pixels_a_part,
@@ -236,7 +236,7 @@ def conv2d_bwd_weight_kernel(
     tl.store(parts_ptr + at, acc, mask=in_o[:, None] & in_i[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def sum_tiles_kernel(
     sum_ptr, parts_ptr, parts, count, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
 ):

@@ -99,7 +99,7 @@ def apply_prologue(a, inside, at_channels, ACT: tl.constexpr):
     return tl.where(inside, act_fwd(z, ACT), 0.0).to(a.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def conv2d_kernel(
     x_ptr, w_ptr, y_ptr, pre_norm, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr,
     n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out_group,
@@ -155,7 +155,7 @@ def conv2d_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def pointwise_kernel(
     x_matrix, w_matrix, y_ptr, pre_norm, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr,
     pixels, c_in, c_out,
@@ -189,7 +189,7 @@ def pointwise_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "tiles"])
 def join_statistics_kernel(
     mean_ptr, square_ptr, means_ptr, squares_ptr, pixels, tiles, c_out,
     ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -17,7 +17,7 @@ from fastcnn.triton.conv2d_bwd_kernels import gradient, gradient_per_channel, wr
 from fastcnn.triton.conv2d_kernels import apply_prologue, numbers, per_channel, write_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def depthwise_kernel(
     x_ptr, w_ptr, y_ptr, pre_norm, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr,
     n, h, w, c_in, h_out, w_out, c_out,
@@ -54,7 +54,7 @@ def depthwise_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def depthwise_bwd_input_kernel(
     dy_ptr, w_ptr, dx_ptr, dy_raw_ptr, dy_norm, dy_sums, share,
     add_ptr, raw_ptr, norm, sum_ptr, sum_xhat_ptr,
@@ -93,7 +93,7 @@ def depthwise_bwd_input_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "pixels_a_part"])
 def depthwise_bwd_weight_kernel(
     dy_ptr, x_ptr, parts_ptr, dy_raw_ptr, dy_norm, dy_sums, share, pre_norm,
     n, h, w, c_in, h_out, w_out, c_out, pixels_a_part,

@@ -43,10 +43,11 @@ def default_tile(pixels: int, c_out: int, c_in: int, dtype: torch.dtype, lean: b
     128 x 128 results a program: 64 bytes of operands are read for 64 multiplications each way, near
     a H200's ratio of arithmetic to shared memory. Fewer channels get a narrower tile; few pixels a
     lower one, so that there are programs for the card's processors. Where much stands before and
-    behind the product (not lean) 128 x 128 would take more registers than there are.
+    behind the product (not lean), and in float32, 128 x 128 would take more registers than a
+    program has.
     """
-    k = 64 if dtype.itemsize == 2 else 32
-    n = min(128 if lean else 64, max(16, power_of_2(c_out)))
+    k, wide = (64, lean) if dtype.itemsize == 2 else (32, False)
+    n = min(128 if wide else 64, max(16, power_of_2(c_out)))
     m = 128 if pixels * c_out >= 128 * 128 * 132 else 64
     k = min(k, max(16, power_of_2(c_in)))
     # What is loaded ahead stays below 128 KiB: an A100 has 163 for a program, a H200 227.
@@ -206,10 +207,17 @@ def check_pixels(pixels: int) -> None:
         raise ValueError(f"conv2d: expected at most {MOST_PIXELS} pixels, got {pixels}")
 
 
+MOST_IN_GRID = 65535  # of CUDA's second and third dimension
+
+
 def check_groups(c_in: int, c_out: int, groups: int) -> None:
-    """Raise ValueError for groups that do not divide the channels."""
+    """Raise ValueError for groups that do not divide the channels, or are too many to launch."""
     if groups < 1 or c_in % groups != 0 or c_out % groups != 0:
         raise ValueError(f"conv2d: groups: expected a divisor of {c_in} and {c_out}, got {groups}")
+    if groups > MOST_IN_GRID and c_in != groups:
+        raise ValueError(
+            f"conv2d: groups: expected at most {MOST_IN_GRID} of several channels, got {groups}"
+        )
 
 
 def check_numbers(channels: int, **numbers: Tensor | None) -> None:

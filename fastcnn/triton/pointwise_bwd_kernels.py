@@ -39,7 +39,7 @@ def _block_of(
     return g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def pointwise_bwd_input_kernel(
     dy_matrix, w_matrix, dx_ptr, dy_raw_matrix, dy_norm, dy_sums, share,
     add_ptr, raw_ptr, norm, sum_ptr, sum_xhat_ptr, pixels, c_in, c_out,
@@ -73,7 +73,7 @@ def pointwise_bwd_input_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "steps_a_part"])
 def pointwise_bwd_weight_kernel(
     dy_matrix, x_matrix, parts_ptr, dy_raw_matrix, dy_norm, dy_sums, share, pre_norm,
     pixels, c_in, c_out, steps_a_part,
