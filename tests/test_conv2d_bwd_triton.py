@@ -217,7 +217,7 @@ def test_1x1_as_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     # On a card factors keep 10 bits, 2^-11 off each at the most; the interpreter rounds nothing.
     dy, weight = channels_last(2, 40, 7, 5), channels_last(40, 24, 1, 1)
     by_addresses, _ = conv2d_bwd_input(dy, weight, (7, 5), tile=SMALL)
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
+    monkeypatch.setattr(conv2d_bwd, "allows_tf32", lambda: True)
     by_descriptors, _ = conv2d_bwd_input(dy, weight, (7, 5), tile=SMALL)
     limit = 2**-9 * by_addresses.abs().max().item()
     torch.testing.assert_close(by_descriptors, by_addresses, rtol=0, atol=limit)
