@@ -181,6 +181,16 @@ def test_halves(dtype: torch.dtype, force: Force, draws: Draws) -> None:
         draws.check(model, image(2, 16, 6, 7, dtype=dtype))
 
 
+def test_images_that_are_in_both_layouts(force: Force, draws: Draws) -> None:
+    # PyTorch's convolution of one channel, or of 1x1 images, may choose NCHW; Triton's reads the
+    # other, right behind it and behind a pooling.
+    for sizes in ((2, 1, 6, 7), (20, 8, 1, 1)):
+        for pool in ((), (nn.MaxPool2d(1),)):
+            force(NONE, ALL)
+            first = (*conv_bn(sizes[1], 8, 1, "silu"), *pool)
+            draws.check(Chain(first, conv_bn(8, 8, 1, "silu")), image(*sizes))
+
+
 def test_gradients_in_any_layout(force: Force) -> None:
     # A sum's gradient has strides of 0; another consumer's may be NCHW.
     force(ALL)

@@ -24,7 +24,7 @@ from fastcnn.ops.conv2d_fused import Input
 from fastcnn.ops.conv_bn_act_fused import batch_statistics, fused_raw, written
 from fastcnn.ops.conv_bn_act_saved import FIRST, TENSORS
 from fastcnn.ops.conv_bn_act_saved_blocks import saved_blocks, saves_y
-from fastcnn.ops.conv_bn_act_step import BlockGeometry, Geometry
+from fastcnn.ops.conv_bn_act_step import BlockGeometry, Geometry, any_fused
 from fastcnn.ops.convolution import convolve, max_pool
 from fastcnn.ops.norm import Norm
 
@@ -40,7 +40,7 @@ def _steps_fwd(
     own: bool,
 ) -> Tensor:
     """Run a chain; own: the residual is of the block's making, not a tensor of the caller's."""
-    a = Input(x)
+    a, beside_fused = Input(x), any_fused(steps)
     for i, g in enumerate(steps):
         weight, conv_bias, bn_weight, bn_bias, mean, var = (next(tensors) for _ in range(TENSORS))
         added = residual if i == len(steps) - 1 else None
@@ -54,6 +54,8 @@ def _steps_fwd(
             found = tuple(stats) if statistics else ()
         else:
             raw = convolve(written(a), weight, conv_bias, g)
+            if beside_fused:  # an image of one channel is in both layouts, and PyTorch takes either
+                raw = raw.contiguous(memory_format=torch.channels_last)
         if added is not None and own:
             added = in_format_of(added, raw)
         elif added is not None:

@@ -6,6 +6,7 @@ that was not kept by its convolution. Each tensor is dropped after its last use.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fastcnn.ops._library import afresh
@@ -18,7 +19,7 @@ from fastcnn.ops.conv_bn_act_fused import (
     fused_raw,
     written,
 )
-from fastcnn.ops.conv_bn_act_step import Geometry
+from fastcnn.ops.conv_bn_act_step import Geometry, any_fused
 from fastcnn.ops.convolution import convolve, max_pool, max_pool_bwd
 from fastcnn.ops.norm import Norm
 
@@ -67,6 +68,8 @@ class SavedSteps:
             return a
         image = written(a)
         step.raw = convolve(image, weight, step.conv_bias, g)
+        if any_fused(self.geometry):
+            step.raw = step.raw.contiguous(memory_format=torch.channels_last)
         return Input(image)
 
     def input(self, i: int, x: Tensor) -> Input:

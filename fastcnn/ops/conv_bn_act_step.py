@@ -1,6 +1,6 @@
 """One step of a conv_bn_act chain: what it takes, and what is asked of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
@@ -79,6 +79,11 @@ class Geometry(NamedTuple):
     fused: bool = False
     dx_fused: bool = False
     dw_fused: bool = False
+
+
+def any_fused(steps: Iterable[Geometry]) -> bool:
+    """Whether Triton, which reads channels_last, runs something of these steps."""
+    return any(g.fused or g.dx_fused or g.dw_fused for g in steps)
 
 
 class BlockGeometry(NamedTuple):
