@@ -125,9 +125,9 @@ NO_NONSENSE = {
     ("conv2d_bwd_weight", "x"): {"channel less"},
     # Read by PyTorch's own operators, with any strides.
     **{("conv2d_int8", key): SOUND_STRIDES for key in ("weight", "weight_scale", "bias")},
-    # A batch norm's numbers are of any type below float64, each.
+    # A batch norm's numbers are of any type below float64, each, and made dense.
     **{
-        (op, f"{side}_{key}"): {"another half"}
+        (op, f"{side}_{key}"): SOUND_STRIDES | {"another half"}
         for op in ("conv2d_fused", "conv2d_fused_bwd_input", "conv2d_fused_bwd_weight")
         for side in ("in", "out")
         for key in ("mean", "var", "weight", "bias")
