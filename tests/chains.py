@@ -114,16 +114,19 @@ def twin(chain: Stage) -> Stage:
 
 
 def results(
-    chain: Stage, x: Tensor, residual: Tensor | None, x_needs_grad: bool = True
+    chain: Stage, x: Tensor, residual: Tensor | None, x_needs_grad: bool = True, seed: int = 1
 ) -> dict[str, Tensor | None]:
-    """The output, all gradients, None where there is none, and all buffers after the call."""
+    """The output, all gradients, None where there is none, and all buffers after the call.
+
+    seed: of the output's gradient.
+    """
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x_needs_grad)
     if residual is not None:
         residual = residual.detach().clone().requires_grad_()
     y = chain(x, residual)
     found = {"y": y.detach(), "dx": None, "dresidual": None}
     if y.requires_grad:
-        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
         y.backward(dy.to(y))
         found["dx"] = x.grad
         found["dresidual"] = None if residual is None else residual.grad

@@ -173,13 +173,17 @@ def check_pooled(
     for i in range(16):
         x, added = torch.randn(sizes).to(dtype), torch.randn(shape).to(dtype) if residual else None
 
-        def run(model: Stage, layout: str, x: Tensor = x, added: Tensor | None = added) -> Any:
+        # dy is drawn anew, too: a bias' gradient depends on nothing else.
+        def run(
+            model: Stage, layout: str, x: Tensor = x, added: Tensor | None = added, seed: int = i
+        ) -> Any:
             as_asked = {"memory_format": LAYOUTS[layout]}
             t = None if added is None else added.to(model.convs[0].weight.dtype, **as_asked)
             with mode():
                 return results(
-                    copy.deepcopy(model), x.to(model.convs[0].weight.dtype, **as_asked), t
-                )
+                    copy.deepcopy(model), x.to(model.convs[0].weight.dtype, **as_asked), t,
+                    seed=seed,
+                )  # fmt: skip
 
         actual, exact = run(model, layout), run(twin(model).double(), "nchw")
         # PyTorch's, and what a rounding of all inputs changes: its own may cancel by chance.
