@@ -125,3 +125,16 @@ def test_compiled_whole(training: bool, monkeypatch: pytest.MonkeyPatch) -> None
     found = results(torch.compile(other, fullgraph=True), x, None)
     for name in ("y", "dx"):
         assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
+def test_compiled_with_symbolic_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # dynamic=True makes numbers of modules symbolic too, an eps among them.
+    monkeypatch.setattr(conv_bn_act, "is_planned", lambda x: True)
+    torch._dynamo.reset()
+    model = blocks()
+    other = copy.deepcopy(model)
+    compiled = torch.compile(other, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (2, 3):
+        x = image(n, 4, 6, 7)
+        assert torch.equal(compiled(x), model(x))
