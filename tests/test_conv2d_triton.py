@@ -17,9 +17,9 @@ from torch import Tensor
 from triton_proof import DEVICE, channels_last, norm_of, normed, without_tf32
 
 from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.ops.conv2d_fused import allows_tf32
 from fastcnn.ops.norm import Norm
 from fastcnn.triton.conv2d import Epilogue, Prologue, Tile, conv2d
-from fastcnn.triton.launch import allows_tf32
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = Tile(m=32, n=16, k=16, warps=4, stages=2, group=2)

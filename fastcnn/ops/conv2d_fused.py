@@ -116,6 +116,15 @@ _bwd_input = torch.ops.fastcnn.conv2d_fused_bwd_input.default
 _bwd_weight = torch.ops.fastcnn.conv2d_fused_bwd_weight.default
 
 
+def allows_tf32() -> bool:
+    """Whether float32 may be multiplied as TF32.
+
+    torch.backends.cudnn.allow_tf32 sets the same, but raises when read once convolutions and
+    recurrent layers differ.
+    """
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
 def interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, on the CPU."""
     import triton

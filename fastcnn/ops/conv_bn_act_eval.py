@@ -35,7 +35,7 @@ from fastcnn.ops.conv_bn_act_problem import (
     word,
 )
 from fastcnn.ops.conv_bn_act_step import ConvBnActStep, Geometry
-from fastcnn.ops.convolution import convolve, max_pool
+from fastcnn.ops.convolution import convolve, folded, max_pool
 from fastcnn.ops.norm import Norm
 from fastcnn.plan import Candidate, Kernel, Op, Problem, choose, register
 from fastcnn.reference.batch_norm_act import activation
@@ -107,15 +107,9 @@ def _cudnn(
 def _cudnn_fused(
     x: Tensor, weight: Tensor, g: Geometry, norm: Norm, act: int, residual: Tensor | None, own: bool
 ) -> Tensor:
-    scale = torch.rsqrt(norm.var.float() + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    bias = -norm.mean * scale
-    if norm.bias is not None:
-        bias = bias + norm.bias
-    weight = (weight * scale[:, None, None, None]).to(x.dtype)
+    weight, bias = folded(weight, None, norm, x.dtype)
     y = torch.ops.fastcnn.conv2d_relu.default(
-        x, weight, bias.to(x.dtype), residual, g.stride, g.padding, g.dilation, g.groups
+        x, weight, bias, residual, g.stride, g.padding, g.dilation, g.groups
     )
     if residual is not None and not own:
         check_like("conv_bn_act", "residual", residual, y)  # PyTorch has copied another layout

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastcnn.ops.activation import ACT_NUMBER
 from fastcnn.ops.checks import memory_format_of
-from fastcnn.ops.conv2d_fused import DTYPES, interpreted
+from fastcnn.ops.conv2d_fused import DTYPES, allows_tf32, interpreted
 from fastcnn.ops.conv_bn_act_step import Geometry
 from fastcnn.ops.norm import Norm
 from fastcnn.plan import Kernel, Problem
@@ -41,9 +41,9 @@ def is_planned(x: Tensor) -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _settings(float32: bool) -> tuple[str, ...]:
     """Return how PyTorch is set; under torch.compile, how it was while that traced."""
-    cudnn: Any = torch.backends.cudnn
+    cudnn = torch.backends.cudnn
     on = {
-        "tf32": float32 and cudnn.conv.fp32_precision == "tf32",
+        "tf32": float32 and allows_tf32(),
         "benchmark": cudnn.benchmark,
         "deterministic": cudnn.deterministic or torch.are_deterministic_algorithms_enabled(),
     }

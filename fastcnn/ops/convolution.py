@@ -14,6 +14,7 @@ from torch.autograd.forward_ad import unpack_dual
 from fastcnn.ops.checks import check_like, memory_format_of
 from fastcnn.ops.conv2d_bwd_weight import conv2d_bwd_weight, has_conv2d_bwd_weight
 from fastcnn.ops.conv_bn_act_step import ConvBnActStep, Geometry
+from fastcnn.ops.norm import Norm
 
 _convolution = torch.ops.aten.convolution.default
 _convolution_backward = torch.ops.aten.convolution_backward.default
@@ -184,6 +185,25 @@ def folds(x: Tensor) -> bool:
     return x.dtype in _ONEDNN_TYPES
 
 
+def folded(
+    weight: Tensor, conv_bias: Tensor | None, norm: Norm, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return a convolution's weight and bias with the batch norm behind it in them, in a dtype.
+
+    weight' = weight * scale and bias' = (conv_bias - mean) * scale + beta per output channel, with
+    scale = gamma / sqrt(var + eps), computed in float32 and rounded once.
+    """
+    scale = torch.rsqrt(norm.var.float() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    bias = -norm.mean * scale
+    if conv_bias is not None:
+        bias = bias + conv_bias * scale
+    if norm.bias is not None:
+        bias = bias + norm.bias
+    return (weight * scale[:, None, None, None]).to(dtype), bias.to(dtype)
+
+
 def convolve_folded(
     x: Tensor, step: ConvBnActStep, g: Geometry, residual: Tensor | None, own: bool
 ) -> Tensor:
@@ -191,25 +211,17 @@ def convolve_folded(
 
     own: the residual is of the block's making, and may come in the other layout.
 
-    weight' = weight * scale and bias' = (conv_bias - mean) * scale + beta per output channel, with
-    scale = gamma / sqrt(var + eps), computed in float32 at every call, as parameters may change.
+    They are folded at every call, as parameters may change.
     """
     assert step.running_mean is not None
     assert step.running_var is not None
-    scale = torch.rsqrt(step.running_var.float() + step.eps)
-    if step.bn_weight is not None:
-        scale = scale * step.bn_weight
-    bias = -step.running_mean * scale
-    if step.conv_bias is not None:
-        bias = bias + step.conv_bias * scale
-    if step.bn_bias is not None:
-        bias = bias + step.bn_bias
-    weight = (step.weight * scale[:, None, None, None]).to(x.dtype)
+    norm = Norm(step.running_mean, step.running_var, step.bn_weight, step.bn_bias, step.eps)
+    weight, bias = folded(step.weight, step.conv_bias, norm, x.dtype)
     x, g = with_columns(x, weight, g)
-    arguments = (weight, bias.to(x.dtype), g.padding, g.stride, g.dilation, g.groups)
+    arguments = (weight, bias, g.padding, g.stride, g.dilation, g.groups)
     if torch.compiler.is_compiling():
         # It fuses plain operations by itself, and knows only half of what oneDNN's returns.
-        y = convolve(x, weight, bias.to(x.dtype), g)
+        y = convolve(x, weight, bias, g)
         if residual is not None:
             if not own:
                 check_like("conv_bn_act", "residual", residual, y)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastcnn.ops.conv2d_fused import allows_tf32
 from fastcnn.ops.norm import Norm
 from fastcnn.triton.conv2d import Prologue
 from fastcnn.triton.conv2d_bwd_kernels import (
@@ -20,7 +21,6 @@ from fastcnn.triton.depthwise_kernels import (
 from fastcnn.triton.launch import (
     Pair,
     Tile,
-    allows_tf32,
     blocks,
     cdiv,
     check_groups,

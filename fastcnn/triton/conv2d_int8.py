@@ -8,6 +8,7 @@ from torch import Tensor
 from fastcnn.ops.conv2d_int8_call import OP, Call, quotient
 from fastcnn.triton.conv2d_int8_kernels import conv2d_int8_kernel, depthwise_int8_kernel
 from fastcnn.triton.launch import (
+    MOST_IN_GRID,
     MOST_PIXELS,
     Tile,
     blocks,
@@ -17,8 +18,6 @@ from fastcnn.triton.launch import (
     depthwise_tile,
     power_of_2,
 )
-
-_MOST_GROUPS = 65535  # of CUDA's second grid dimension
 
 
 def launch(call: Call, sums: Tensor, y: Tensor, tile: Tile | None = None) -> None:
@@ -79,9 +78,9 @@ def _check_sizes(call: Call, y: Tensor, by_channel: bool) -> None:
             f"{OP}: x: expected at most {MOST_PIXELS} pixels in y, and rows and columns in a "
             f"padded image, on CUDA, got {list(call.x.shape)} for {list(y.shape)}"
         )
-    if call.groups > _MOST_GROUPS and not by_channel:
+    if call.groups > MOST_IN_GRID and not by_channel:
         raise ValueError(
-            f"{OP}: groups: expected at most {_MOST_GROUPS} on CUDA, or one input channel each, "
+            f"{OP}: groups: expected at most {MOST_IN_GRID} on CUDA, or one input channel each, "
             f"got {call.groups}"
         )
 

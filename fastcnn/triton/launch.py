@@ -9,10 +9,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.ops.conv2d_fused import DTYPES, allows_tf32
 from fastcnn.ops.norm import Norm
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 Pair = tuple[int, int]
+MOST_IN_GRID = 65535  # of CUDA's second and third dimension
 MOST_PIXELS = 2**31 - 2**16  # kernels count them in int32, with the rest of the last tile
 
 
@@ -90,15 +91,6 @@ def is_lean(prologue: bool, residual: bool, by_descriptors: bool, arch: int) -> 
     if by_descriptors:
         return arch < 100 and not prologue and not residual
     return not (prologue and residual)
-
-
-def allows_tf32() -> bool:
-    """Whether float32 may be multiplied as TF32.
-
-    torch.backends.cudnn.allow_tf32 sets the same, but raises when read once convolutions and
-    recurrent layers differ.
-    """
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def blocks(tile: Tile) -> dict[str, Any]:
@@ -205,9 +197,6 @@ def check_pixels(pixels: int) -> None:
     """Raise ValueError for more than a kernel can count."""
     if pixels > MOST_PIXELS:
         raise ValueError(f"conv2d: expected at most {MOST_PIXELS} pixels, got {pixels}")
-
-
-MOST_IN_GRID = 65535  # of CUDA's second and third dimension
 
 
 def check_groups(c_in: int, c_out: int, groups: int) -> None:
