@@ -14,8 +14,16 @@ except RuntimeError as error:
         schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import torchvision
 
+import segmentation_models_pytorch
+import timm
 from torchvision.transforms import v2 as torchvision_transforms
 
 torchvision_resnet = torchvision.models.resnet
 
-__all__ = ["torchvision_resnet", "torchvision_transforms"]
+__all__ = [
+    "segmentation_models_pytorch",
+    "timm",
+    "torchvision",
+    "torchvision_resnet",
+    "torchvision_transforms",
+]

@@ -66,7 +66,7 @@ def main() -> None:
     write_stamp({**stamp, "key": None})  # a failure here leaves torch and the tools in place
     pip("--no-build-isolation", "-c", constraints(), "-e", f"{ROOT}[{wanted}]")
     if wanted == "dev":
-        install_oracle()
+        install_oracles()
         if not OLDER.exists():
             pip("--no-deps", "--target", str(OLDER), *OLDER_TRITON)
         if not toolkit():
@@ -164,15 +164,21 @@ def constraints() -> str:
     return str(path)
 
 
-def install_oracle() -> None:
-    """Install the torchvision that belongs to the torch in .venv: the tests compare with it.
+def install_oracles() -> None:
+    """Install those whose models the tests compare with, torchvision for the torch in .venv.
 
-    Without its dependencies, of which torch is one: they would replace a CPU build of torch.
+    Without their dependencies, of which torch is one: they would replace a CPU build of torch.
     """
-    ask = "import importlib.util as u; print(u.find_spec('torchvision') is not None)"
-    if run_python(ask) == "False":
-        minor = int(version_of_torch(VENV / "bin" / "python").split(".")[1])
-        pip("--no-deps", f"torchvision==0.{minor + 15}.*")  # torch 2.11 goes with 0.26, and so on
+    minor = int(version_of_torch(VENV / "bin" / "python").split(".")[1])
+    oracles = {
+        "torchvision": f"torchvision==0.{minor + 15}.*",  # torch 2.11 goes with 0.26, and so on
+        "timm": "timm>=1.0",
+        "segmentation_models_pytorch": "segmentation-models-pytorch>=0.5",
+    }
+    for name, requirement in oracles.items():
+        ask = f"import importlib.util as u; print(u.find_spec({name!r}) is not None)"
+        if run_python(ask) == "False":
+            pip("--no-deps", requirement)
 
 
 def run_python(code: str) -> str:
