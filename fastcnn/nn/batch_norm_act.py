@@ -5,9 +5,36 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastcnn.functional import batch_norm_act
 from fastcnn.ops.activation import Activation, act_number
+
+
+def uses_batch_statistics(bn: _BatchNorm) -> bool:
+    """Whether the next forward normalises with the batch's own mean and variance."""
+    return bn.training or bn.running_mean is None
+
+
+def running_statistics(bn: _BatchNorm) -> tuple[Tensor | None, Tensor | None]:
+    """Return mean and var that the next forward uses or moves, if any.
+
+    As in torch.nn.BatchNorm2d, track_running_stats may be switched off at any time.
+    """
+    if bn.training and not bn.track_running_stats:
+        return None, None
+    return bn.running_mean, bn.running_var
+
+
+def step_momentum(bn: _BatchNorm) -> float:
+    """Count one more batch and return the weight of its statistics in the running ones."""
+    counts = bn.training and bn.track_running_stats
+    if not counts or bn.num_batches_tracked is None:
+        return 0.0 if bn.momentum is None else bn.momentum
+    bn.num_batches_tracked.add_(1)
+    if bn.momentum is None:
+        return 1.0 / float(bn.num_batches_tracked)
+    return bn.momentum
 
 
 class BatchNormAct2d(torch.nn.BatchNorm2d):
@@ -56,39 +83,15 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         self.sync = sync
         self.process_group = process_group
 
-    @property
-    def uses_batch_statistics(self) -> bool:
-        """Whether the next forward normalises with the batch's own mean and variance."""
-        return self.training or self.running_mean is None
-
-    def running_statistics(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return mean and var that the next forward uses or moves, if any.
-
-        As in torch.nn.BatchNorm2d, track_running_stats may be switched off at any time.
-        """
-        if self.training and not self.track_running_stats:
-            return None, None
-        return self.running_mean, self.running_var
-
-    def step_momentum(self) -> float:
-        """Count one more batch and return the weight of its statistics in the running ones."""
-        counts = self.training and self.track_running_stats
-        if not counts or self.num_batches_tracked is None:
-            return 0.0 if self.momentum is None else self.momentum
-        self.num_batches_tracked.add_(1)
-        if self.momentum is None:
-            return 1.0 / float(self.num_batches_tracked)
-        return self.momentum
-
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return act(batch_norm(input) + residual)."""
         return batch_norm_act(
             input,
-            *self.running_statistics(),
+            *running_statistics(self),
             self.weight,
             self.bias,
-            self.uses_batch_statistics,
-            self.step_momentum(),
+            uses_batch_statistics(self),
+            step_momentum(self),
             self.eps,
             residual=residual,
             act=self.act,
@@ -117,7 +120,7 @@ def convert_sync_batchnorm(
     if isinstance(module, BatchNormAct2d):
         module.sync, module.process_group = True, process_group
         return module
-    if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, _BatchNorm):
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
     for name, child in module.named_children():
         setattr(module, name, convert_sync_batchnorm(child, process_group))

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from fastcnn import functional
-from fastcnn.nn.batch_norm_act import BatchNormAct2d
+from fastcnn.nn.batch_norm_act import (
+    BatchNormAct2d,
+    running_statistics,
+    step_momentum,
+    uses_batch_statistics,
+)
 from fastcnn.ops.conv_bn_act_step import Memory
 
 Step = (
@@ -77,7 +82,7 @@ def _check_modules(op: str, step: Step) -> None:
     for module, kind in zip(step, _KINDS, strict=False):
         if not isinstance(module, kind):
             raise TypeError(f"{op}: expected a {kind.__name__}, got {type(module).__name__}")
-        own = _differs(module, kind)
+        own = differs(module, kind)
         if own is not None:
             raise ValueError(
                 f"{op}: expected a {kind.__name__} that does what its class says, since its "
@@ -86,7 +91,7 @@ def _check_modules(op: str, step: Step) -> None:
             )
 
 
-def _differs(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None:
+def differs(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None:
     """Say what of a module's own would be left out, if anything."""
     if module._forward_pre_hooks or module._forward_hooks:
         return "forward hooks, as pruning and spectral_norm add them"
@@ -115,11 +120,11 @@ def _step(op: str, step: Step) -> functional.ConvBnActStep:
         cast(Pair, conv.padding),
         cast(Pair, conv.dilation),
         conv.groups,
-        *bn.running_statistics(),
+        *running_statistics(bn),
         bn.weight,
         bn.bias,
-        bn.uses_batch_statistics,
-        bn.step_momentum(),
+        uses_batch_statistics(bn),
+        step_momentum(bn),
         bn.eps,
         bn.act,
         bn.sync,

@@ -1,0 +1,5 @@
+"""Conversion of anybody's model: convert, revert, report and verify."""
+
+from fastcnn.convert.tree import convert, revert
+
+__all__ = ["convert", "revert"]

@@ -1,0 +1,254 @@
+"""Converted modules: a class of its own for each, whose forward runs the fused code.
+
+    m.__class__    class Bottleneck(Converted, torchvision's Bottleneck), made for this m alone
+    m.__dict__     as it was
+
+so that parameters, buffers, names, hooks, flags and isinstance are what they were, and taking the
+class away again is a revert to the bit. Copies (deepcopy, pickle, torch.save) are made as of the
+original class and converted once more.
+"""
+
+import copy
+import copyreg
+import functools
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastcnn.convert import runtime
+from fastcnn.convert.describe import describe
+from fastcnn.convert.guards import Guard
+from fastcnn.convert.patterns import Matcher
+from fastcnn.convert.rewrite import drop_identities, function_of, fuse
+from fastcnn.convert.runtime import Options
+from fastcnn.convert.trace import Untraceable, is_leaf, required_arguments, trace
+
+# By module: why its forward is not replaced.
+untraceable: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+class Plan(NamedTuple):
+    """What runs in place of a forward for one setting of the training flags."""
+
+    run: Callable[..., Any]
+    guard: Guard
+    patterns: list[tuple[str, str]]  # where, and what became one call
+    left: list[tuple[str, str]]  # where, and why not
+    calls: list[str]  # paths of the modules that it calls
+
+
+def plan(module: nn.Module, leaves: set[nn.Module], options: Options, name: str) -> Plan:
+    """Trace a module with its training flags as they are, and fuse what is found.
+
+    Raises:
+        Untraceable: the forward cannot be replaced.
+    """
+    graph, opened = trace(module, leaves)
+    modules = dict(module.named_modules(remove_duplicate=False))
+    drop_identities(graph, modules)
+    matcher = Matcher(graph, modules)
+    patterns = matcher.match()
+    inside = [modules[str(n.target)] for p in patterns for n in p.nodes if n.op == "call_module"]
+    consumed = {m: None for layer in inside for m in layer.modules()}
+    described = [describe(p, modules) for p in patterns]
+    left = [(str(node.target), why) for node, why in matcher.left.items()]
+    fuse(graph, matcher, patterns, options)
+    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    run = function_of(graph, name or type(module).__name__)
+    return Plan(run, Guard(opened, consumed), described, left, calls)
+
+
+class Conversion:
+    """The plans of one module with children, by its and their training flags."""
+
+    def __init__(self, name: str, options: Options, leaves: Sequence[str]) -> None:
+        self.name, self.options, self.leaves = name, options, tuple(leaves)
+        self.plans: list[Plan] = []
+        self._by_flags: dict[tuple[bool, ...], int] = {}
+        self._warned: set[str] = set()
+        self._module: Any = None
+        self._containers: list[nn.Module] = []
+
+    def prepare(self, module: nn.Module) -> bool:
+        """Make the plan for the training flags as they are; say whether it fuses anything.
+
+        Raises:
+            Untraceable: it cannot be made.
+        """
+        self._module = weakref.ref(module)
+        self._containers = [m for m in module.modules() if not is_leaf(m)]
+        self._add(self._flags())
+        return bool(self.plans[0].patterns)
+
+    def apply(self, module: Any) -> None:
+        """Give a prepared module its class."""
+        original, runs, names = type(module), self.plans, required_arguments(type(module).forward)
+
+        @torch.compiler.assume_constant_result
+        def select(training: bool) -> int:
+            return self._select()
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            at = select(self.training)
+            inputs = _bind(names, args, kwargs)
+            if at < 0 or inputs is None:
+                return original.forward(self, *args, **kwargs)
+            return runs[at].run(self, *inputs)
+
+        _give_class(module, self, forward)
+
+    def recipe(self) -> tuple[Any, ...]:
+        """Return what makes an equal conversion."""
+        return type(self), self.name, self.options, self.leaves
+
+    def current(self) -> Plan | None:
+        """Return the plan for the flags as they are, None where the forward runs as written."""
+        at = self._select()
+        return None if at < 0 else self.plans[at]
+
+    def _select(self) -> int:
+        flags = self._flags()
+        if flags not in self._by_flags:
+            try:
+                self._add(flags)
+            except Untraceable:
+                self._by_flags[flags] = -1
+        at = self._by_flags[flags]
+        why = None if at < 0 else self.plans[at].guard.changed()
+        if why is None:
+            return at
+        if why not in self._warned:
+            self._warned.add(why)
+            where = self.name or "the model"
+            warnings.warn(
+                f"fastcnn.convert: {where} has changed since it was converted ({why}) and runs as it "
+                f"is written, its children by themselves; convert it again",
+                stacklevel=3,
+            )
+        return -1
+
+    def _flags(self) -> tuple[bool, ...]:
+        return tuple([m.training for m in self._containers])
+
+    def _add(self, flags: tuple[bool, ...]) -> None:
+        module = self._module()
+        leaves = {module.get_submodule(path) for path in self.leaves}
+        with as_original(list(module.modules())):
+            made = plan(module, leaves, self.options, self.name)
+        self.plans.append(made)
+        self._by_flags[flags] = len(self.plans) - 1
+
+
+class LayerConversion:
+    """A layer by itself: its own class runs its kernel."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def prepare(self, module: nn.Module) -> bool:
+        """Say whether there is a kernel for the layer."""
+        return True
+
+    def apply(self, module: Any) -> None:
+        """Give a layer its class."""
+        original, options = type(module), self.options
+        run = runtime.layer_call(module)
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if len(args) == 1 and not kwargs:
+                why = runtime.layer_unfit(self, args[0], options)
+                if why is None:
+                    return run(args[0], self)
+            return original.forward(self, *args, **kwargs)
+
+        _give_class(module, self, forward)
+
+    def recipe(self) -> tuple[Any, ...]:
+        """Return what makes an equal conversion."""
+        return type(self), self.options
+
+
+class Converted:
+    """Marks the classes that convert makes; `conversion` is each class's own."""
+
+    conversion: Any
+    original_class: type[nn.Module]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        with as_original([self]):
+            copied = copy.deepcopy(self, memo)
+        _convert_copy(self.conversion.recipe(), copied)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        recipe = self.conversion.recipe()
+        with as_original([self]):
+            make, arguments, *rest = self.__reduce_ex__(protocol)
+        state = rest[0] if rest and rest[0] is not None else {}
+        if make is copyreg.__newobj__:  # pickle asks that it be of the object's own class
+            make = _new
+        return make, arguments, state, None, None, functools.partial(_restore, recipe)
+
+
+@contextmanager
+def as_original(modules: Sequence[Any]) -> Iterator[None]:
+    """Give modules their original classes for a while."""
+    changed = [(m, type(m)) for m in modules if isinstance(m, Converted)]
+    for module, cls in changed:
+        module.__class__ = cls.original_class
+    try:
+        yield
+    finally:
+        for module, cls in changed:
+            module.__class__ = cls
+
+
+def _new(cls: type, *arguments: Any) -> Any:
+    return cls.__new__(cls, *arguments)
+
+
+def _restore(recipe: Any, module: Any, state: Any) -> None:
+    """Set a pickled module's state, and convert it: its children are there by then."""
+    if hasattr(module, "__setstate__"):
+        module.__setstate__(state)
+    else:
+        module.__dict__.update(state)
+    _convert_copy(recipe, module)
+
+
+def _convert_copy(recipe: Any, module: Any) -> None:
+    make, *arguments = recipe
+    conversion = make(*arguments)
+    conversion.prepare(module)
+    conversion.apply(module)
+
+
+def _give_class(module: Any, conversion: Any, forward: Callable[..., Any]) -> None:
+    original = type(module)
+    body = {
+        "conversion": conversion,
+        "original_class": original,
+        "forward": functools.wraps(original.forward)(forward),
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    module.__class__ = type(original.__name__, (Converted, original), body)
+
+
+def _bind(names: list[str], args: Any, kwargs: dict[str, Any]) -> list[Any] | None:
+    """Return the tensors for a plan's arguments, None where the call is not of that kind."""
+    inputs = list(args)
+    for name in names[len(args) :]:
+        if name not in kwargs:
+            return None
+        inputs.append(kwargs[name])
+    if len(inputs) != len(names) or len(args) + len(kwargs) != len(names):
+        return None
+    return inputs if all(isinstance(x, Tensor) for x in inputs) else None

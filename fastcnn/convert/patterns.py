@@ -1,0 +1,328 @@
+"""The patterns: which nodes of a traced forward become one call.
+
+    Chain     (conv, batch norm, activation, max pool) steps, with what is added before the last
+              activation: a tensor, the chain's own input, or steps on that input
+    Norm      a norm layer with an activation behind it; a batch norm also with an addition
+    Resize    F.interpolate, or any resizing whose output is concatenated behind a skip
+    Drop      F.dropout, F.dropout2d
+
+A layer by itself (BatchNorm2d, GroupNorm, Dropout, Upsample, ...) is no pattern: it is converted
+where it is (leaf.py). Nodes of one pattern are consumed by nobody outside it but the last.
+"""
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fastcnn.convert.aliasing import Aliasing
+from fastcnn.convert.layers import NORMS, act_of_node, called, changes, kind_of, own_act
+
+
+class Step(NamedTuple):
+    """One step of a chain, by its nodes; add and pool where it has them."""
+
+    conv: fx.Node
+    bn: fx.Node
+    act: str
+    nodes: tuple[fx.Node, ...]
+    pool: fx.Node | None = None
+
+
+@dataclass
+class Chain:
+    """Steps; residual: None, a node, or the steps of a projection, () for the input itself."""
+
+    steps: list[Step]
+    residual: fx.Node | None | tuple[Step, ...] = None
+    added: tuple[fx.Node, ...] = ()  # the addition and the activation behind it
+
+    @property
+    def input(self) -> fx.Node:
+        return self.steps[0].conv.args[0]  # type: ignore[return-value]
+
+    @property
+    def last(self) -> fx.Node:
+        return self.added[-1] if self.added else self.steps[-1].nodes[-1]
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        shortcut = self.residual if isinstance(self.residual, tuple) else ()
+        inside = [n for step in (*shortcut, *self.steps) for n in step.nodes]
+        return [*inside, *self.added]
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        return [self.input, *([self.residual] if isinstance(self.residual, fx.Node) else [])]
+
+
+@dataclass
+class Norm:
+    """act(norm(x) + residual)."""
+
+    norm: fx.Node
+    act: str
+    nodes: list[fx.Node]
+    residual: fx.Node | None = None
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        x = self.norm.args[0]
+        return [x, *([self.residual] if self.residual is not None else [])]  # type: ignore[list-item]
+
+
+@dataclass
+class Resize:
+    """interpolate(x), or cat([skip, interpolate(x)], 1)."""
+
+    resize: fx.Node
+    nodes: list[fx.Node]
+    skip: fx.Node | None = None
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        x: Any = self.resize.args[0]
+        return [x, *([self.skip] if self.skip is not None else [])]
+
+
+@dataclass
+class Drop:
+    """dropout(x)."""
+
+    drop: fx.Node
+    nodes: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        x: Any = self.drop.args[0]
+        return [x]
+
+
+Pattern = Chain | Norm | Resize | Drop
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_IN_PLACE_ADDS = {operator.iadd, "add_"}
+_CATS = {torch.cat, torch.concat, torch.concatenate}
+_MODES = ("nearest", "bilinear", "nearest-exact")
+_RESIZE = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
+
+
+class Matcher:
+    """Finds the patterns of one graph; `left` says of the other convertible nodes why not."""
+
+    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+        self._graph, self._modules = graph, modules
+        self._aliasing = Aliasing(graph, modules)
+        self._used: set[fx.Node] = set()
+        self.left: dict[fx.Node, str] = {}
+
+    def match(self) -> list[Pattern]:
+        """Return the patterns, in the order of their last nodes."""
+        found: list[Pattern] = []
+        for candidates in (self._chains, self._norms, self._resizes, self._drops):
+            for pattern in candidates():
+                if self.may_move([pattern]):
+                    self._used.update(pattern.nodes)
+                    found.append(pattern)
+        order = {node: i for i, node in enumerate(self._graph.nodes)}
+        return sorted(found, key=lambda p: order[self.last_of(p)])
+
+    def last_of(self, pattern: Pattern) -> fx.Node:
+        """Return where a pattern's call stands."""
+        return self._aliasing.last_of(pattern.nodes)
+
+    def may_move(self, patterns: Sequence[Pattern]) -> bool:
+        """Whether patterns, each the next one's input, may run where the last of them stands."""
+        inside = {node for pattern in patterns for node in pattern.nodes}
+        first, last = self._aliasing.first_of(inside), self._aliasing.last_of(inside)
+        inputs = [n for pattern in patterns for n in pattern.inputs if n not in inside]
+        writer = self._aliasing.writer_between(first, last, inputs, inside)
+        if writer is not None:
+            self.left[last] = f"{writer.name} may write into its input before it has run"
+        return writer is None
+
+    def _kind(self, node: Any) -> str | None:
+        module = called(node, self._modules) if isinstance(node, fx.Node) else None
+        return None if module is None else kind_of(module)
+
+    def module(self, node: fx.Node) -> Any:
+        """Return the module that a node calls."""
+        return self._modules[str(node.target)]
+
+    def _then(self, node: fx.Node) -> fx.Node | None:
+        """Return the one node that takes this one, once, as its first argument."""
+        if len(node.users) != 1:
+            return None
+        user = next(iter(node.users))
+        inputs = [a for a in (*user.args, *user.kwargs.values()) if isinstance(a, fx.Node)]
+        return user if inputs == [node] or user.target in _ADDS else None
+
+    def _act_behind(self, node: fx.Node) -> tuple[str, fx.Node] | None:
+        then = self._then(node)
+        act = None if then is None else act_of_node(then, self._modules)
+        return None if then is None or act is None else (act, then)
+
+    # Chains
+
+    def _chains(self) -> Iterator[Chain]:
+        steps = [s for node in self._graph.nodes if (s := self._step(node)) is not None]
+        by_end: dict[fx.Node, Chain] = {}
+        for step in steps:  # in the order of the graph, so that what comes before is there
+            before = by_end.get(step.conv.args[0])  # type: ignore[call-overload]
+            if before is not None and self._then(before.last) is step.conv:
+                del by_end[before.last]
+                before.steps.append(step)
+                by_end[step.nodes[-1]] = before
+            else:
+                by_end[step.nodes[-1]] = Chain([step])
+        for node in self._graph.nodes:
+            if node.target in _ADDS:
+                self._add_to_chain(node, by_end)
+        yield from by_end.values()
+
+    def _step(self, bn: fx.Node) -> Step | None:
+        if self._kind(bn) != "batch_norm" or not bn.args or self._kind(bn.args[0]) != "conv":
+            return None
+        conv: Any = bn.args[0]
+        why = self._no_step(conv, bn)
+        if why is not None:
+            self.left[conv] = why
+            return None
+        act, nodes = own_act(self.module(bn)) or "none", [conv, bn]
+        behind = self._act_behind(bn) if act == "none" else None
+        if behind is not None:
+            act = behind[0]
+            nodes.append(behind[1])
+        pool = self._then(nodes[-1])
+        if pool is not None and self._kind(pool) == "max_pool" and self._pools(pool):
+            return Step(conv, bn, act, (*nodes, pool), pool)
+        return Step(conv, bn, act, tuple(nodes))
+
+    def _pools(self, node: fx.Node) -> bool:
+        pool = self.module(node)
+        plain = pool.dilation in (1, (1, 1)) and not (pool.ceil_mode or pool.return_indices)
+        return plain and changes(pool) is None
+
+    def _no_step(self, conv: fx.Node, bn: fx.Node) -> str | None:
+        for node in (conv, bn):
+            own = changes(self.module(node))
+            if own is not None:
+                return f"{node.target} has {own}"
+            if len(node.args) != 1 or node.kwargs:
+                return f"{node.target} is called with more than its input"
+        if own_act(self.module(bn)) is None:
+            return f"the activation inside {bn.target} has no kernel"
+        module = self.module(conv)
+        if module.padding_mode != "zeros":
+            return f"{conv.target} has padding_mode={module.padding_mode!r}"
+        if isinstance(module.padding, str):
+            return f"{conv.target} has padding={module.padding!r}; give it numbers"
+        return None if len(conv.users) == 1 else f"the output of {conv.target} has other uses"
+
+    def _add_to_chain(self, add: fx.Node, by_end: dict[fx.Node, Chain]) -> None:
+        operands = _operands(add)
+        ends = [by_end[o] for o in operands if o in by_end and self._takes(by_end[o], add)]
+        if not ends:
+            return
+        main = max(ends, key=lambda chain: (len(chain.steps), operands.index(chain.last)))
+        other = operands[1 - operands.index(main.last)]
+        if add.target in _IN_PLACE_ADDS and operands[0] is other:
+            if not self._aliasing.dies_at(other, add):
+                self.left[add] = f"{add.name} writes into {other.name}, which is used again"
+                return
+        if other is main.input:
+            main.residual = ()
+        elif by_end.get(other) in ends and by_end[other].input is main.input:
+            main.residual = tuple(by_end.pop(other).steps)
+        else:
+            main.residual = other
+        del by_end[main.last]
+        behind = self._act_behind(add)
+        main.added = (add,) if behind is None else (add, behind[1])
+        if behind is not None:
+            main.steps[-1] = main.steps[-1]._replace(act=behind[0])
+        by_end[main.added[-1]] = main
+
+    def _takes(self, chain: Chain, add: fx.Node) -> bool:
+        step = chain.steps[-1]
+        plain = step.act == "none" and step.pool is None and chain.residual is None
+        return plain and self._then(chain.last) is add
+
+    # The others
+
+    def _norms(self) -> Iterator[Norm]:
+        for node in self._graph.nodes:
+            if node in self._used or self._kind(node) not in NORMS or not node.args:
+                continue
+            module = self.module(node)
+            own = changes(module)
+            if own is not None:
+                self.left[node] = f"{node.target} has {own}"
+                continue
+            if own_act(module) != "none":
+                continue
+            nodes, residual, last = [node], None, node
+            then = self._then(node)
+            if then is not None and then.target in _ADDS and self._kind(node) == "batch_norm":
+                operands = _operands(then)
+                if len(operands) == 2 and (
+                    then.target not in _IN_PLACE_ADDS or operands[0] is node
+                ):
+                    residual = operands[1 - operands.index(node)]
+                    nodes.append(then)
+                    last = then
+            behind = self._act_behind(last)
+            if behind is not None:
+                yield Norm(node, behind[0], [*nodes, behind[1]], residual)
+            elif residual is not None:
+                yield Norm(node, "none", nodes, residual)
+
+    def _resizes(self) -> Iterator[Resize]:
+        for node in self._graph.nodes:
+            functional = node.target is F.interpolate
+            if not functional and self._kind(node) != "upsample":
+                continue
+            mode = dict(zip(_RESIZE, node.args, strict=False), **node.kwargs).get("mode", "nearest")
+            if not functional:
+                mode = self.module(node).mode
+                own = changes(self.module(node))
+                if own is not None:
+                    self.left[node] = f"{node.target} has {own}"
+                    continue
+            if mode not in _MODES or node.kwargs.get("antialias") or len(node.args) > len(_RESIZE):
+                continue
+            if functional and not node.args:
+                self.left[node] = "its input is passed by name"
+                continue
+            cat = next(iter(node.users)) if len(node.users) == 1 else None
+            skip = None if cat is None else _skip_beside(cat, node)
+            if cat is not None and skip is not None:
+                yield Resize(node, [node, cat], skip)
+            elif functional:
+                yield Resize(node, [node])
+
+    def _drops(self) -> Iterator[Drop]:
+        for node in self._graph.nodes:
+            if node.target in (F.dropout, F.dropout2d) and node.args:
+                yield Drop(node, [node])
+
+
+def _operands(add: fx.Node) -> list[fx.Node]:
+    """Return the two different nodes that an addition adds, none for anything else."""
+    nodes = [a for a in add.args if isinstance(a, fx.Node)]
+    plain = len(add.args) == 2 and not add.kwargs
+    return nodes if plain and len(nodes) == 2 and nodes[0] is not nodes[1] else []
+
+
+def _skip_beside(cat: fx.Node, resized: fx.Node) -> fx.Node | None:
+    """Return skip where cat is torch.cat([skip, resized], 1)."""
+    if cat.target not in _CATS or not cat.args or not isinstance(cat.args[0], (list, tuple)):
+        return None
+    dim = cat.kwargs.get("dim", cat.kwargs.get("axis", cat.args[1] if len(cat.args) > 1 else 0))
+    parts = list(cat.args[0])
+    if dim not in (1, -3) or len(parts) != 2 or parts[1] is not resized or parts[0] is resized:
+        return None
+    return parts[0] if isinstance(parts[0], fx.Node) else None

@@ -1,0 +1,125 @@
+"""From a traced graph and its patterns to the Python function that runs instead of a forward."""
+
+import itertools
+import linecache
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fastcnn.convert import runtime
+from fastcnn.convert.guards import has_hooks
+from fastcnn.convert.layers import kind_of
+from fastcnn.convert.patterns import Chain, Drop, Matcher, Norm, Pattern, Step
+from fastcnn.convert.runtime import Options
+
+_numbers = itertools.count()
+
+
+def drop_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Remove nn.Identity's calls: they are in nobody's way then."""
+    for node in list(graph.nodes):
+        if node.op == "call_module" and type(modules[str(node.target)]) is nn.Identity:
+            if len(node.args) == 1 and not node.kwargs and not has_hooks(modules[node.target]):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+
+
+def fuse(graph: fx.Graph, matcher: Matcher, patterns: Sequence[Pattern], options: Options) -> None:
+    """Put each pattern's call in the place of its last node, in the graph itself."""
+    emit = _Emitter(graph, matcher, options)
+    for run in _runs(patterns, matcher, options):
+        emit.run(run)
+
+
+def _runs(patterns: Sequence[Pattern], matcher: Matcher, options: Options) -> list[list[Pattern]]:
+    """Join residual blocks, from one with a projection to the next, where memory is "low".
+
+    A stage is joined as far as each block's output is seen by the next alone: then backward rebuilds
+    it from the stage's input.
+    """
+    runs: list[list[Pattern]] = []
+    for pattern in patterns:
+        before = runs[-1][-1] if runs else None
+        joins = (
+            options.memory == "low"
+            and isinstance(pattern, Chain)
+            and isinstance(before, Chain)
+            and pattern.residual == ()
+            and isinstance(before.residual, tuple)
+            and pattern.input is before.last
+            and set(before.last.users) <= set(pattern.nodes)
+            and matcher.may_move([*runs[-1], pattern])  # type: ignore[list-item]
+        )
+        runs[-1].append(pattern) if joins else runs.append([pattern])
+    return runs
+
+
+class _Emitter:
+    def __init__(self, graph: fx.Graph, matcher: Matcher, options: Options) -> None:
+        self._graph, self._matcher, self._options = graph, matcher, options
+        self._calls: dict[fx.Node, fx.Node] = {}  # by the last nodes, which are gone
+
+    def run(self, run: list[Pattern]) -> None:
+        """Replace the nodes of one pattern, or of joined blocks, by one call."""
+        last = self._matcher.last_of(run[-1])
+        with self._graph.inserting_before(last.next):
+            call = self._blocks(run) if len(run) > 1 else self._call(run[0])
+        last.replace_all_uses_with(call)
+        self._calls[last] = call
+        for node in reversed(list(self._graph.nodes)):
+            if any(node in pattern.nodes for pattern in run):
+                self._graph.erase_node(node)
+
+    def _call(self, p: Pattern) -> fx.Node:
+        call, options = self._graph.call_function, self._options
+        x, *more = [self._calls.get(node, node) for node in p.inputs]
+        second = more[0] if more else None
+        if isinstance(p, Chain):
+            residual = self._steps(p.residual) if isinstance(p.residual, tuple) else second
+            return call(runtime.conv_bn_act, (x, self._steps(p.steps), residual, options))
+        if isinstance(p, Norm):
+            kind = kind_of(self._matcher.module(p.norm))
+            arguments = (x, self._module(p.norm), kind, p.act, second, options)
+            return call(runtime.norm_act, arguments)
+        if isinstance(p, Drop):
+            plain = p.drop.target is F.dropout
+            function = runtime.dropout if plain else runtime.dropout2d
+            return call(function, p.drop.args, {**p.drop.kwargs, "options": options})
+        if p.resize.op == "call_module":
+            return call(runtime.upsample, (x, self._module(p.resize), second, options))
+        how = {k: v for k, v in p.resize.kwargs.items() if k != "antialias"}
+        how.update(concat=second, options=options)
+        return call(runtime.interpolate, p.resize.args, how)
+
+    def _blocks(self, run: list[Any]) -> fx.Node:
+        x = self._calls.get(run[0].input, run[0].input)
+        blocks = tuple((self._steps(p.steps), self._steps(p.residual)) for p in run)
+        return self._graph.call_function(runtime.conv_bn_act_blocks, (x, blocks, self._options))
+
+    def _steps(self, steps: Sequence[Step]) -> tuple[Any, ...]:
+        return tuple(
+            (
+                self._module(step.conv),
+                self._module(step.bn),
+                step.act,
+                None if step.pool is None else self._module(step.pool),
+            )
+            for step in steps
+        )
+
+    def _module(self, node: fx.Node) -> fx.Node:
+        return self._graph.create_node("get_attr", str(node.target))
+
+
+def function_of(graph: fx.Graph, name: str) -> Callable[..., Any]:
+    """Compile a graph into a function of a module and its forward's arguments."""
+    code = graph.python_code("self")
+    # A file name of its own, whose text tracebacks and torch.compile's logs can show.
+    file = f"<fastcnn.convert {name} {next(_numbers)}>"
+    lines = code.src.splitlines(keepends=True)
+    linecache.cache[file] = (len(code.src), None, lines, file)
+    namespace: dict[str, Any] = dict(code.globals)
+    exec(compile(code.src, file, "exec"), namespace)
+    return namespace["forward"]

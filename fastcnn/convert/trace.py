@@ -1,0 +1,280 @@
+"""Tracing of a module's forward, strictly: what a trace would bake in unseen is refused.
+
+torch.fx runs forward once with proxies in place of tensors and records what they meet. Whatever
+Python does beside that happens once, in the trace, and never again: a context manager is lost, a
+random number or a computed tensor becomes a constant, a counter stays where it is. Such a forward
+is `Untraceable`, with the reason; it keeps running as it is written, and its children are converted
+by themselves.
+
+What Python may read is its arguments' defaults and the modules' own plain attributes and flags,
+which `guards.py` compares at every call.
+"""
+
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from fastcnn.convert.layers import kind_of
+
+# Of a parameter or buffer: all that cannot change without the module changing.
+_FIXED = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta"}
+_FIXED_METHODS = {
+    "_assert",
+    "size",
+    "dim",
+    "numel",
+    "ndimension",
+    "is_floating_point",
+    "is_complex",
+}
+# Their own names are refused while a trace is made.
+_is_inference, _is_autocast = torch.is_inference_mode_enabled, torch.is_autocast_enabled
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+class Untraceable(Exception):
+    """The forward cannot be replaced by a trace of it; the text says why."""
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one of the layers that are called and not opened."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    inside = type(module).__module__.split(".")[:2]
+    ours = inside in (["torch", "nn"], ["fastcnn", "nn"]) or kind_of(module) is not None
+    return ours and not isinstance(module, _CONTAINERS)
+
+
+def required_arguments(forward: Callable[..., Any]) -> list[str]:
+    """Return the names of a method's arguments without a default, self apart.
+
+    Raises:
+        Untraceable: it takes any number of them.
+    """
+    names = []
+    for parameter in list(inspect.signature(forward).parameters.values())[1:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise Untraceable(f"forward takes *{parameter.name}")
+        if parameter.default is parameter.empty:
+            names.append(parameter.name)
+    return names
+
+
+def trace(module: nn.Module, leaves: set[nn.Module]) -> tuple[fx.Graph, list[nn.Module]]:
+    """Return the graph of a module's forward with all arguments that have a default at it.
+
+    And the modules whose forward is part of it, the module itself first.
+
+    leaves: modules that are called, not opened, beside torch's and fastcnn's own layers.
+
+    Raises:
+        Untraceable: the forward does what a trace would not repeat.
+    """
+    tracer = _Tracer(module, leaves)
+    before = _plain_state(module)
+    rng = random.getstate()
+    try:
+        with _NoTensorsOfItsOwn(), _no_questions():
+            graph = tracer.trace(module)
+    except Untraceable:
+        raise
+    except Exception as error:  # whatever somebody's forward raises on meeting a proxy
+        lines = str(error).strip().splitlines() or [""]
+        raise Untraceable(f"{type(error).__name__}: {lines[0]}") from error
+    finally:
+        drawn = random.getstate() != rng
+        random.setstate(rng)
+        changed = _restore(before)
+    if drawn:
+        raise Untraceable("draws from Python's random")
+    if changed:
+        raise Untraceable(f"changes the attribute {changed}")
+    return graph, tracer.opened
+
+
+class _TensorProxy(fx.Proxy):
+    """Stands for a tensor, and says so to isinstance: an input, or what a layer returns."""
+
+    _is_param = False  # what isinstance(_, nn.Parameter) asks of a tensor
+
+    @property
+    def __class__(self) -> Any:
+        return Tensor
+
+
+class _ParameterProxy(_TensorProxy):
+    """Stands for a parameter."""
+
+    _is_param = True
+
+
+class _AnyProxy(fx.Proxy):
+    """Stands for anything else, and does not know its type."""
+
+    _is_param = False
+
+    @property
+    def __class__(self) -> Any:
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+            return fx.Proxy
+        raise Untraceable("asks for the type of what an operation returns")
+
+
+class _Tracer(fx.Tracer):
+    """torch.fx's tracer, with this module's leaves and refusals."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, root: nn.Module, leaves: set[nn.Module]) -> None:
+        super().__init__()
+        self._leaves = leaves
+        self.opened = [root]
+        self._own = {id(t) for t in (*root.parameters(), *root.buffers())}
+        self._modes = _modes()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m in self._leaves or is_leaf(m)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if not self.is_leaf_module(m, "") and m not in self.opened:
+            self.opened.append(m)
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        names = required_arguments(root_fn)
+        if not names:
+            raise Untraceable("forward has no arguments")
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
+        return root_fn, [self.root, *proxies]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            is_parameter = name in self.root.get_submodule(owner)._parameters
+            return (_ParameterProxy if is_parameter else _TensorProxy)(node, self)
+        layer = node.op == "call_module" and is_leaf(self.root.get_submodule(str(node.target)))
+        return (_TensorProxy if layer or node.op == "placeholder" else _AnyProxy)(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if issubclass(type(a), fx.Proxy):
+            return a.node
+        if isinstance(a, Tensor) and id(a) not in self._own:
+            raise Untraceable("makes a tensor of its own")
+        if isinstance(a, dict) and type(a) is not dict:
+            pairs = [[key, value] for key, value in a.items()]
+            return self.create_node("call_function", type(a), (self.create_arg(pairs),), {})
+        return super().create_arg(a)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes:
+            raise Untraceable("computes in a context such as no_grad, autocast or checkpoint")
+        return super().create_node(*args, **kwargs)
+
+
+def _modes() -> tuple[Any, ...]:
+    """What context managers around an operation change, and a trace would lose."""
+    return (
+        torch._C.is_grad_enabled(),
+        _is_inference(),
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
+        *((_is_autocast(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
+    )
+
+
+class _NoTensorsOfItsOwn(TorchFunctionMode):
+    """Refuses all computation on tensors that are not proxies: it would not run again."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _has_proxy((args, kwargs)):
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+            if name not in _FIXED:
+                raise Untraceable(f"reads {name} of a parameter or buffer")
+        elif name not in _FIXED_METHODS:
+            raise Untraceable(f"computes {name} of parameters, or of no input at all")
+        return func(*args, **kwargs)
+
+
+def _has_proxy(value: Any) -> bool:
+    if issubclass(type(value), fx.Proxy):
+        return True
+    if isinstance(value, (tuple, list)):
+        return any(map(_has_proxy, value))
+    return isinstance(value, dict) and any(map(_has_proxy, value.values()))
+
+
+@contextmanager
+def _no_questions() -> Iterator[None]:
+    """Refuse questions about modes that may have another answer at the next call."""
+
+    def refuse(*_: Any) -> Any:
+        raise Untraceable("asks whether gradients or autocast are on")
+
+    names = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")
+    with patch.multiple(torch, **dict.fromkeys(names, refuse)):
+        yield
+
+
+State = list[tuple[nn.Module, dict[str, Any]]]
+
+
+def _plain_state(module: nn.Module) -> State:
+    """What each module's dictionary holds, lists and dictionaries in it copied one level deep."""
+    copied = (list, dict, set)
+    return [
+        (m, {k: v.copy() if isinstance(v, copied) else v for k, v in m.__dict__.items()})
+        for m in module.modules()
+    ]
+
+
+def _restore(before: State) -> str | None:
+    """Put the modules' dictionaries back as they were; return the name of one that was not."""
+    changed = None
+    for module, old in before:
+        new = module.__dict__
+        for name in old.keys() | new.keys():
+            if name in old and name in new and _same(old[name], new[name]):
+                continue
+            changed = f"{type(module).__name__}.{name}"
+            if name not in old:
+                del new[name]
+            elif isinstance(old[name], (list, dict, set)) and type(new.get(name)) is type(
+                old[name]
+            ):
+                _refill(new[name], old[name])
+            else:
+                new[name] = old[name]
+    return changed
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two attributes are one object, or hold the same objects."""
+    if a is b:
+        return True
+    if type(a) is not type(b) or not isinstance(a, (list, dict, set)) or len(a) != len(b):
+        return False
+    if isinstance(a, set):
+        return a == b
+    if isinstance(a, dict):
+        return all(k in b and b[k] is v for k, v in a.items())
+    return all(x is y for x, y in zip(a, b, strict=True))
+
+
+def _refill(target: Any, source: Any) -> None:
+    target.clear()
+    target.extend(source) if isinstance(target, list) else target.update(source)
