@@ -90,7 +90,7 @@ class Conversion:
         """Give a prepared module its class."""
         original, runs, names = type(module), self.plans, required_arguments(type(module).forward)
 
-        @torch.compiler.assume_constant_result
+        @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
         def select(training: bool) -> int:
             return self._select()
 
@@ -112,6 +112,10 @@ class Conversion:
         at = self._select()
         return None if at < 0 else self.plans[at]
 
+    def holds(self) -> bool:
+        """Whether nothing has changed since the conversion."""
+        return all(made.guard.changed() is None for made in self.plans)
+
     def _select(self) -> int:
         flags = self._flags()
         if flags not in self._by_flags:
@@ -127,8 +131,8 @@ class Conversion:
             self._warned.add(why)
             where = self.name or "the model"
             warnings.warn(
-                f"fastcnn.convert: {where} has changed since it was converted ({why}) and runs as it "
-                f"is written, its children by themselves; convert it again",
+                f"fastcnn.convert: {where} has changed since it was converted ({why}): it runs as "
+                f"written, its children by themselves; convert it again",
                 stacklevel=3,
             )
         return -1
@@ -153,6 +157,10 @@ class LayerConversion:
 
     def prepare(self, module: nn.Module) -> bool:
         """Say whether there is a kernel for the layer."""
+        return True
+
+    def holds(self) -> bool:
+        """Whether nothing has changed since the conversion."""
         return True
 
     def apply(self, module: Any) -> None:
@@ -191,7 +199,7 @@ class Converted:
         with as_original([self]):
             make, arguments, *rest = self.__reduce_ex__(protocol)
         state = rest[0] if rest and rest[0] is not None else {}
-        if make is copyreg.__newobj__:  # pickle asks that it be of the object's own class
+        if make is getattr(copyreg, "__newobj__"):  # noqa: B009 # pickle asks that it be of the object's own class
             make = _new
         return make, arguments, state, None, None, functools.partial(_restore, recipe)
 
@@ -199,7 +207,7 @@ class Converted:
 @contextmanager
 def as_original(modules: Sequence[Any]) -> Iterator[None]:
     """Give modules their original classes for a while."""
-    changed = [(m, type(m)) for m in modules if isinstance(m, Converted)]
+    changed: list[Any] = [(m, type(m)) for m in modules if isinstance(m, Converted)]
     for module, cls in changed:
         module.__class__ = cls.original_class
     try:

@@ -1,7 +1,7 @@
 """What a trace took for granted, compared with the modules at every call.
 
 A trace reads the modules' plain attributes, which children there are and which are None, and calls
-no hooks of what it opened. If any of this is different at a call, the forward runs as it is written.
+no hooks of what it opened. If any of this is different at a call, the forward runs as written.
 """
 
 from collections.abc import Iterable, Sequence

@@ -5,7 +5,6 @@ classes of torchvision and timm that are one of torch's layers in another spelli
 since neither package needs to be there.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -111,7 +110,7 @@ def act_of_node(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
         if kind_of(module) != "act" or changes(module):
             return None
         return act_of_module(module)
-    name = _ACT_FUNCTIONS.get(node.target) if isinstance(node.target, (str, Callable)) else None
+    name = _ACT_FUNCTIONS.get(node.target)
     options = {**dict(zip(("1", "2"), node.args[1:], strict=False)), **node.kwargs}
     options.pop("input", None)
     options.pop("inplace", None)

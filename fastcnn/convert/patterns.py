@@ -13,7 +13,7 @@ where it is (leaf.py). Nodes of one pattern are consumed by nobody outside it bu
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,25 +38,30 @@ class Chain:
     """Steps; residual: None, a node, or the steps of a projection, () for the input itself."""
 
     steps: list[Step]
-    residual: fx.Node | None | tuple[Step, ...] = None
+    residual: fx.Node | tuple[Step, ...] | None = None
     added: tuple[fx.Node, ...] = ()  # the addition and the activation behind it
 
     @property
     def input(self) -> fx.Node:
-        return self.steps[0].conv.args[0]  # type: ignore[return-value]
+        """What it reads first."""
+        x: Any = self.steps[0].conv.args[0]
+        return cast(fx.Node, x)
 
     @property
     def last(self) -> fx.Node:
+        """What it gives."""
         return self.added[-1] if self.added else self.steps[-1].nodes[-1]
 
     @property
     def nodes(self) -> list[fx.Node]:
+        """What becomes one call."""
         shortcut = self.residual if isinstance(self.residual, tuple) else ()
         inside = [n for step in (*shortcut, *self.steps) for n in step.nodes]
         return [*inside, *self.added]
 
     @property
     def inputs(self) -> list[fx.Node]:
+        """What it reads: its input, then what is added or concatenated."""
         return [self.input, *([self.residual] if isinstance(self.residual, fx.Node) else [])]
 
 
@@ -71,8 +76,9 @@ class Norm:
 
     @property
     def inputs(self) -> list[fx.Node]:
-        x = self.norm.args[0]
-        return [x, *([self.residual] if self.residual is not None else [])]  # type: ignore[list-item]
+        """What it reads: its input, then what is added or concatenated."""
+        x: Any = self.norm.args[0]
+        return [x, *([self.residual] if self.residual is not None else [])]
 
 
 @dataclass
@@ -85,6 +91,7 @@ class Resize:
 
     @property
     def inputs(self) -> list[fx.Node]:
+        """What it reads: its input, then what is added or concatenated."""
         x: Any = self.resize.args[0]
         return [x, *([self.skip] if self.skip is not None else [])]
 
@@ -98,6 +105,7 @@ class Drop:
 
     @property
     def inputs(self) -> list[fx.Node]:
+        """What it reads: its input, then what is added or concatenated."""
         x: Any = self.drop.args[0]
         return [x]
 
@@ -171,7 +179,8 @@ class Matcher:
         steps = [s for node in self._graph.nodes if (s := self._step(node)) is not None]
         by_end: dict[fx.Node, Chain] = {}
         for step in steps:  # in the order of the graph, so that what comes before is there
-            before = by_end.get(step.conv.args[0])  # type: ignore[call-overload]
+            x: Any = step.conv.args[0]
+            before = by_end.get(x)
             if before is not None and self._then(before.last) is step.conv:
                 del by_end[before.last]
                 before.steps.append(step)
@@ -229,10 +238,10 @@ class Matcher:
             return
         main = max(ends, key=lambda chain: (len(chain.steps), operands.index(chain.last)))
         other = operands[1 - operands.index(main.last)]
-        if add.target in _IN_PLACE_ADDS and operands[0] is other:
-            if not self._aliasing.dies_at(other, add):
-                self.left[add] = f"{add.name} writes into {other.name}, which is used again"
-                return
+        overwrites = add.target in _IN_PLACE_ADDS and operands[0] is other
+        if overwrites and not self._aliasing.dies_at(other, add):
+            self.left[add] = f"{add.name} writes into {other.name}, which is used again"
+            return
         if other is main.input:
             main.residual = ()
         elif by_end.get(other) in ends and by_end[other].input is main.input:

@@ -3,7 +3,7 @@
 import itertools
 import linecache
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import fx, nn
@@ -20,10 +20,11 @@ _numbers = itertools.count()
 def drop_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """Remove nn.Identity's calls: they are in nobody's way then."""
     for node in list(graph.nodes):
-        if node.op == "call_module" and type(modules[str(node.target)]) is nn.Identity:
-            if len(node.args) == 1 and not node.kwargs and not has_hooks(modules[node.target]):
-                node.replace_all_uses_with(node.args[0])
-                graph.erase_node(node)
+        module = modules[str(node.target)] if node.op == "call_module" else None
+        plain = type(module) is nn.Identity and not has_hooks(module)
+        if plain and len(node.args) == 1 and not node.kwargs:
+            node.replace_all_uses_with(cast(fx.Node, node.args[0]))
+            graph.erase_node(node)
 
 
 def fuse(graph: fx.Graph, matcher: Matcher, patterns: Sequence[Pattern], options: Options) -> None:
@@ -36,8 +37,8 @@ def fuse(graph: fx.Graph, matcher: Matcher, patterns: Sequence[Pattern], options
 def _runs(patterns: Sequence[Pattern], matcher: Matcher, options: Options) -> list[list[Pattern]]:
     """Join residual blocks, from one with a projection to the next, where memory is "low".
 
-    A stage is joined as far as each block's output is seen by the next alone: then backward rebuilds
-    it from the stage's input.
+    A stage is joined as far as each block's output is seen by the next alone: backward then
+    rebuilds it from the stage's input.
     """
     runs: list[list[Pattern]] = []
     for pattern in patterns:
@@ -50,7 +51,7 @@ def _runs(patterns: Sequence[Pattern], matcher: Matcher, options: Options) -> li
             and isinstance(before.residual, tuple)
             and pattern.input is before.last
             and set(before.last.users) <= set(pattern.nodes)
-            and matcher.may_move([*runs[-1], pattern])  # type: ignore[list-item]
+            and matcher.may_move([*runs[-1], pattern])
         )
         runs[-1].append(pattern) if joins else runs.append([pattern])
     return runs

@@ -35,7 +35,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-_HAS_CUDA = bool(_C.cuda_version)
+_RESIZING = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
+HAS_CUDA = bool(_C.cuda_version)
 
 
 class Options(NamedTuple):
@@ -70,7 +71,7 @@ def conv_bn_act_blocks(
 
 
 def norm_act(
-    x: Tensor, norm: Any, kind: str, act: str, residual: Tensor | None, options: Options
+    x: Tensor, norm: Any, kind: str, act: Any, residual: Tensor | None, options: Options
 ) -> Tensor:
     """Run a norm layer, an addition (of batch norm) and an activation."""
     why = unfit(x, options)
@@ -83,7 +84,7 @@ def norm_act(
     return run_norm(x, norm, kind, act, residual)
 
 
-def run_norm(x: Tensor, norm: Any, kind: str, act: str, residual: Tensor | None = None) -> Tensor:
+def run_norm(x: Tensor, norm: Any, kind: str, act: Any, residual: Tensor | None = None) -> Tensor:
     """Run a norm layer of a kind (layers.NORMS) that its input fits."""
     if kind == "batch_norm":
         step = _batch_norm(norm)
@@ -122,7 +123,7 @@ def interpolate(
     why = unfit(x, options)
     if why is None and concat is not None:
         why = _unlike(concat, None, x)
-    how = (size, scale_factor, mode, align_corners, recompute_scale_factor)
+    how: Any = (size, scale_factor, mode, align_corners, recompute_scale_factor)
     if why is None:
         return functional.interpolate(x, *how, concat=concat)
     _refuse(None, why, options)
@@ -132,8 +133,8 @@ def interpolate(
 
 def upsample(x: Tensor, layer: nn.Upsample, concat: Tensor | None, options: Options) -> Tensor:
     """Run an Upsample module, and write the result behind concat's channels."""
-    how: Any = (layer.size, layer.scale_factor, layer.mode, layer.align_corners)
-    return interpolate(x, *how, layer.recompute_scale_factor, concat=concat, options=options)
+    how: Any = {name: getattr(layer, name) for name in _RESIZING}
+    return interpolate(x, **how, concat=concat, options=options)
 
 
 def dropout(
@@ -171,7 +172,7 @@ def unfit(x: Any, options: Options, dims: int | None = 4) -> str | None:
     if x.dtype not in FLOATS:
         return f"its input is {x.dtype}"
     kind = x.device.type
-    if kind not in ("cpu", "cuda", "meta") or (kind == "cuda" and not _HAS_CUDA):
+    if kind not in ("cpu", "cuda", "meta") or (kind == "cuda" and not HAS_CUDA):
         return f"this build has no kernels for {kind}"
     if kind == "cuda" and x.dtype is torch.float64:
         return "there are no CUDA kernels for float64"
@@ -191,7 +192,8 @@ def _residual_unfit(x: Tensor, steps: Sequence[Step], residual: Shortcut) -> str
         if pool is not None:
             stride = pool.stride or pool.kernel_size
             sizes[2:] = _reduced(sizes[2:], pool.kernel_size, stride, pool.padding, 1)
-    return _unlike(residual if isinstance(residual, Tensor) else x, sizes, x)
+    added = residual if isinstance(residual, Tensor) else x
+    return _unlike(added, sizes, x, cast=autocast_dtype(x) is not None)
 
 
 def _reduced(sizes: Sequence[int], *how: Any) -> list[int]:
@@ -204,15 +206,18 @@ def _reduced(sizes: Sequence[int], *how: Any) -> list[int]:
     return found
 
 
-def _unlike(t: Any, sizes: Sequence[int] | None, x: Tensor) -> str | None:
-    """Say why a second input cannot go with x, if so; sizes: that it must have."""
+def _unlike(t: Any, sizes: Sequence[int] | None, x: Tensor, cast: bool = False) -> str | None:
+    """Say why a second input cannot go with x, if so.
+
+    sizes: that it must have, if it must. cast: autocast brings both to one dtype.
+    """
     if not isinstance(t, Tensor):
         return f"what is added is a {type(t).__name__}"
     if sizes is not None and list(t.shape) != list(sizes):
         return f"what is added has sizes {list(t.shape)} beside {list(sizes)}"
     if t.dim() != 4 or t.device != x.device:
         return f"its second input has {t.dim()} dimensions and is on {t.device}"
-    if t.dtype != x.dtype and autocast_dtype(x) is None:
+    if t.dtype != x.dtype and not cast:
         return f"its second input is {t.dtype} beside {x.dtype}"
     here, there = memory_format_of(t), memory_format_of(x)
     if here is None:
@@ -226,7 +231,7 @@ def _refuse(module: nn.Module | None, why: str, options: Options) -> None:
     """Note that a call is not fused, or raise where a backend was asked for."""
     if options.backend != "auto":
         raise ValueError(
-            f"convert: backend={options.backend!r}: expected inputs that its kernels take, but {why}"
+            f"convert: backend={options.backend!r}: expected an input for its kernels, but {why}"
         )
     if module is not None and not torch.compiler.is_compiling():
         notes[module] = why
@@ -256,15 +261,14 @@ def _step(
 ) -> functional.ConvBnActStep:
     mean, var, weight, bias, training, momentum, eps = _batch_norm(bn)
     group = _group(bn)
-    geometry: Any = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    geometry: Any = (conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     pooling = None
     if pool is not None:
         window: Any = (pool.kernel_size, pool.stride, pool.padding)
         pooling = functional.MaxPool(*window)
-    return functional.ConvBnActStep(
-        conv.weight, conv.bias, *geometry, mean, var, weight, bias, training, momentum, eps, act,
-        pool=pooling, **group,
-    )  # fmt: skip
+    norm: Any = (mean, var, weight, bias, training, momentum, eps, act)
+    step = functional.ConvBnActStep(*geometry, *norm)
+    return step._replace(pool=pooling, **group)
 
 
 def _batch_norm(bn: Any) -> tuple[Any, ...]:

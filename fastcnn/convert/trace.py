@@ -105,7 +105,7 @@ class _TensorProxy(fx.Proxy):
 
     _is_param = False  # what isinstance(_, nn.Parameter) asks of a tensor
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return Tensor
 
@@ -121,7 +121,7 @@ class _AnyProxy(fx.Proxy):
 
     _is_param = False
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         if sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
             return fx.Proxy
@@ -225,8 +225,11 @@ def _no_questions() -> Iterator[None]:
     def refuse(*_: Any) -> Any:
         raise Untraceable("asks whether gradients or autocast are on")
 
-    names = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")
-    with patch.multiple(torch, **dict.fromkeys(names, refuse)):
+    with (
+        patch.object(torch, "is_grad_enabled", refuse),
+        patch.object(torch, "is_autocast_enabled", refuse),
+        patch.object(torch, "is_inference_mode_enabled", refuse),
+    ):
         yield
 
 
@@ -253,9 +256,7 @@ def _restore(before: State) -> str | None:
             changed = f"{type(module).__name__}.{name}"
             if name not in old:
                 del new[name]
-            elif isinstance(old[name], (list, dict, set)) and type(new.get(name)) is type(
-                old[name]
-            ):
+            elif _is_refillable(new.get(name), old[name]):
                 _refill(new[name], old[name])
             else:
                 new[name] = old[name]
@@ -273,6 +274,10 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return all(k in b and b[k] is v for k, v in a.items())
     return all(x is y for x, y in zip(a, b, strict=True))
+
+
+def _is_refillable(new: Any, old: Any) -> bool:
+    return type(new) is type(old) and isinstance(old, (list, dict, set))
 
 
 def _refill(target: Any, source: Any) -> None:
