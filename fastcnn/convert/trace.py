@@ -11,6 +11,7 @@ which `guards.py` compares at every call.
 """
 
 import inspect
+import operator
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -100,7 +101,31 @@ def trace(module: nn.Module, leaves: set[nn.Module]) -> tuple[fx.Graph, list[nn.
     return graph, tracer.opened
 
 
-class _TensorProxy(fx.Proxy):
+def _in_place(target: Any) -> Any:
+    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return record
+
+
+class _Proxy(fx.Proxy):
+    """torch.fx's, which would record `a += b` as `a = a + b`: the same for a alone."""
+
+    __iadd__ = _in_place(operator.iadd)
+    __isub__ = _in_place(operator.isub)
+    __imul__ = _in_place(operator.imul)
+    __itruediv__ = _in_place(operator.itruediv)
+    __ifloordiv__ = _in_place(operator.ifloordiv)
+    __imod__ = _in_place(operator.imod)
+    __ipow__ = _in_place(operator.ipow)
+    __iand__ = _in_place(operator.iand)
+    __ior__ = _in_place(operator.ior)
+    __ixor__ = _in_place(operator.ixor)
+    __ilshift__ = _in_place(operator.ilshift)
+    __irshift__ = _in_place(operator.irshift)
+
+
+class _TensorProxy(_Proxy):
     """Stands for a tensor, and says so to isinstance: an input, or what a layer returns."""
 
     _is_param = False  # what isinstance(_, nn.Parameter) asks of a tensor
@@ -116,7 +141,7 @@ class _ParameterProxy(_TensorProxy):
     _is_param = True
 
 
-class _AnyProxy(fx.Proxy):
+class _AnyProxy(_Proxy):
     """Stands for anything else, and does not know its type."""
 
     _is_param = False

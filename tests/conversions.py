@@ -1,0 +1,114 @@
+"""What tests of convert have in common: a model before and after, on the same data in float64.
+
+In float64 PyTorch and the kernels differ by orders of summation alone, about 1e-16 of the terms a
+sum; a wrong pattern (a lost residual, an activation twice) is wrong by parts of the value. 1e-9 of
+the largest value lies far from both.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcnn import convert
+from fastcnn.convert.converted import Conversion, Converted
+
+NEAR = 1e-9
+
+
+def images(*sizes: int, seed: int = 0) -> Tensor:
+    """Return normal numbers in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sizes, dtype=torch.float64, generator=generator)
+
+
+def prepared(model: nn.Module) -> nn.Module:
+    """Make a model float64, with weights, gammas of both signs and statistics that tell apart."""
+    generator = torch.Generator().manual_seed(1)
+    model.double()
+    for t in (*model.parameters(), *model.buffers()):
+        if t.is_floating_point():
+            with torch.no_grad():
+                t.copy_(torch.randn(t.shape, dtype=t.dtype, generator=generator))
+    for name, t in model.named_buffers():
+        if name.endswith("running_var"):
+            t.abs_().add_(0.5)
+    return model
+
+
+def tensors_in(value: Any) -> Iterable[Tensor]:
+    """Yield the tensors of a nested output."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from tensors_in(one)
+    elif isinstance(value, (tuple, list)):
+        for one in value:
+            yield from tensors_in(one)
+
+
+def results(model: nn.Module, *inputs: Any) -> dict[str, Tensor]:
+    """Return outputs, the gradients of all parameters and inputs, and the buffers afterwards."""
+    leaves = [t.clone().requires_grad_() for t in tensors_in(inputs)]
+    it = iter(leaves)
+
+    def rebuilt(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return next(it)
+        return [rebuilt(v) for v in value] if isinstance(value, list) else value
+
+    model.zero_grad()
+    outputs = list(tensors_in(model(*(rebuilt(v) for v in inputs))))
+    found = {f"output {i}": y.detach().clone() for i, y in enumerate(outputs)}
+    weighted = [(y * images(*y.shape, seed=i + 2)).sum() for i, y in enumerate(outputs)]
+    sum(weighted).backward()  # type: ignore[union-attr]
+    found |= {f"dx {i}": t.grad for i, t in enumerate(leaves) if t.grad is not None}
+    named = dict(model.named_parameters())
+    found |= {f"d {name}": p.grad.clone() for name, p in named.items() if p.grad is not None}
+    return found | {name: b.clone() for name, b in model.named_buffers()}
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    """Fail if two results differ by more than orders of summation do."""
+    assert got.keys() == want.keys()
+    for name, expected in want.items():
+        size = expected.abs().max().item() if expected.numel() else 0.0
+        error = (got[name] - expected).abs().max().item() if expected.numel() else 0.0
+        assert error <= NEAR * max(size, 1.0), f"{name}: {error:.1e} beside {size:.1e}"
+
+
+def assert_converts(model: nn.Module, *inputs: Any, **options: Any) -> list[str]:
+    """Convert a model, compare it with itself in training and evaluation; return its patterns.
+
+    Twice in training, so that running statistics of the first call are in the second.
+    """
+    model = prepared(model)
+    before = copy.deepcopy(model)
+    keys, parameters = list(model.state_dict()), list(model.parameters())
+    assert convert(model, **options) is model
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    for training in (True, True, False):
+        model.train(training)
+        before.train(training)
+        assert_same(results(model, *inputs), results(before, *inputs))
+    model.train()
+    return patterns(model)
+
+
+def patterns(model: nn.Module) -> list[str]:
+    """Return what a model's forward runs as one call, in order, its own code's alone."""
+    if not isinstance(model, Converted) or not isinstance(model.conversion, Conversion):
+        return []
+    plan = model.conversion.current()
+    return [] if plan is None else [words for _, words in plan.patterns]
+
+
+def reasons(model: nn.Module) -> list[str]:
+    """Return why parts of a model's forward were left alone."""
+    assert isinstance(model, Converted)
+    plan = model.conversion.current()
+    return [] if plan is None else [why for _, why in plan.left]
