@@ -75,7 +75,7 @@ Tensor new_image(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w,
 // -> y
 template <auto launch>
 Tensor fwd(const Tensor& x, const OptionalTensor& skip, int64_t h, int64_t w, OptionalScale scale_h,
-           OptionalScale scale_w, int64_t sampling, bool channels_last) {
+           OptionalScale scale_w, int64_t sampling, bool channels_last, bool skip_last) {
   constexpr const char* kOp = "upsample_fwd";
   check_like(kOp, "x", x, x);
   check_dense(kOp, "x", x, channels_last);
@@ -93,6 +93,7 @@ Tensor fwd(const Tensor& x, const OptionalTensor& skip, int64_t h, int64_t w, Op
     p.c_skip = skip->size(1);
     p.skip = skip->const_data_ptr();
   }
+  (skip_last ? p.skip_at : p.x_at) = skip_last ? p.shape.c : p.c_skip;
   const int64_t c = p.c_skip + p.shape.c;
   Tensor y = new_image(x, p.shape.n, c, h, w, channels_last);
   p.shape.image = c * h * w;

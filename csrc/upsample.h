@@ -1,4 +1,4 @@
-// upsample: y resizes h and w of x by nearest or bilinear sampling, optionally behind the channels
+// upsample: y resizes h and w of x by nearest or bilinear sampling, optionally beside the channels
 // of skip in one buffer. What the kernels of every device see: sizes, types and pointers. No torch
 // header.
 #pragma once
@@ -28,9 +28,10 @@ struct UpsampleFwdParams {
   UpsampleShape shape;  // image and pixel are those of y
   DType dtype;
   int64_t c_skip;
-  const void* x;     // [n, c, rows.in, columns.in] dtype, dense
-  const void* skip;  // [n, c_skip, rows.out, columns.out] dtype, in x's layout; null: none
-  void* y;           // [n, c_skip + c, rows.out, columns.out] dtype: from skip, then from x
+  int64_t x_at, skip_at;  // the channel of y at which x's begin, and skip's
+  const void* x;          // [n, c, rows.in, columns.in] dtype, dense
+  const void* skip;       // [n, c_skip, rows.out, columns.out] dtype, in x's layout; null: none
+  void* y;                // [n, c_skip + c, rows.out, columns.out] dtype
 };
 
 struct UpsampleBwdParams {

@@ -384,6 +384,7 @@ def interpolate(
     antialias: bool = False,
     *,
     concat: Tensor | None = None,
+    concat_last: bool = False,
 ) -> Tensor:
     r"""Resize images up or down, optionally straight into the buffer that also receives a skip.
 
@@ -409,6 +410,7 @@ def interpolate(
         antialias: False; PyTorch has it, this function does not.
         concat: [n, c_skip, h_out, w_out], as a U-Net's skip connection: its channels come first in
             the output, then the resized ones. dtype and layout of the input.
+        concat_last: whether concat's channels come last instead.
 
     Returns:
         [n, c, h_out, w_out] or, with concat, [n, c_skip + c, h_out, w_out], in the input's dtype
@@ -424,8 +426,9 @@ def interpolate(
     Source: torch.nn.functional.interpolate.
     """
     return _upsample.interpolate(
-        input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias, concat
-    )
+        input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias, concat,
+        concat_last,
+    )  # fmt: skip
 
 
 def dropout(

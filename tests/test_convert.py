@@ -164,6 +164,20 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         ),
         ["interpolate-cat"],
     ),
+    "interpolate before a skip": (
+        lambda: net(
+            lambda m, x: torch.cat((m.up(F.max_pool2d(x, 2)), x), 1), up=nn.Upsample(None, 2)
+        ),
+        ["interpolate-cat"],
+    ),
+    "more than a skip": (
+        lambda: net(lambda m, x: torch.cat([x, F.interpolate(x, scale_factor=1.0), x], 1)),
+        ["interpolate"],
+    ),
+    "another dimension": (
+        lambda: net(lambda m, x: torch.cat([x, F.interpolate(x, scale_factor=1.0)], 2)),
+        ["interpolate"],
+    ),
     "upsample to a skip": (
         lambda: net(
             lambda m, x: torch.cat([x, m.up(F.max_pool2d(x, 2))], dim=1),

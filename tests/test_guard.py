@@ -78,8 +78,9 @@ def resize_all(image: Tensor) -> None:
         last = layout is torch.channels_last
         for sampling, size in itertools.product(range(4), ((2 * h, 2 * w), (1, 1), (h + 3, 5 * w))):
             skip = guarded(torch.ones(n, 3, *size).to(image.dtype).contiguous(memory_format=layout))
-            ops.upsample_fwd(x, None, *size, None, None, sampling, last)
-            y = guarded(ops.upsample_fwd(x, skip, *size, None, None, sampling, last))
+            ops.upsample_fwd(x, None, *size, None, None, sampling, last, False)
+            y = guarded(ops.upsample_fwd(x, skip, *size, None, None, sampling, last, False))
+            guarded(ops.upsample_fwd(x, skip, *size, None, None, sampling, last, True))
             ops.upsample_bwd(y, h, w, None, None, sampling, last)
             ops.upsample_bwd(y[:, 3:], h, w, None, None, sampling, last)
 

@@ -196,7 +196,7 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
         if op == "upsample_bwd":
             return {"dy": image(), "h": 4, "w": 2, **how}
         tall = image()[..., :2].contiguous(memory_format=LAYOUTS[layout])
-        return {"x": tall, "skip": image(), "h": 4, "w": 4, **how}
+        return {"x": tall, "skip": image(), "h": 4, "w": 4, **how, "skip_last": True}
     if op == "conv2d_bwd_weight":
         dtype, layout = torch.bfloat16, "channels_last"
         how = {"kernel_h": 3, "kernel_w": 3, "stride_h": 1, "stride_w": 1}

@@ -21,10 +21,13 @@ from fastcnn.nn import Upsample
 pytorchs_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("c", [(3, 4), (16, 32), (1, 1), (0, 2), (5, 16)], ids=str)
-def test_concat_is_torchs_cat(c: tuple[int, int], layout: str, dtype: torch.dtype) -> None:
+def test_concat_is_torchs_cat(
+    c: tuple[int, int], layout: str, dtype: torch.dtype, last: bool
+) -> None:
     # Channels of no whole vector; of whole ones; one; none; and a skip that moves them off one.
     x = image((2, c[1], 5, 6), dtype, layout)
     skip = image((2, c[0], 10, 12), dtype, layout, 1)
@@ -32,18 +35,18 @@ def test_concat_is_torchs_cat(c: tuple[int, int], layout: str, dtype: torch.dtyp
     for how in MODES:
         for wanted in itertools.product([False, True], repeat=2):
             leaves = [t.clone().requires_grad_(w) for t, w in zip((x, skip), wanted, strict=True)]
-            y = functional.interpolate(leaves[0], scale_factor=2, **how, concat=leaves[1])
+            beside = {"concat": leaves[1], "concat_last": last}
+            y = functional.interpolate(leaves[0], scale_factor=2, **how, **beside)
             alone = x.clone().requires_grad_()
             up = functional.interpolate(alone, scale_factor=2, **how)
-            assert torch.equal(y, torch.cat([skip, up], dim=1))
+            assert torch.equal(y, torch.cat([up, skip] if last else [skip, up], dim=1))
             if c != (1, 1):  # one channel each: both layouts at once, which count as NCHW
                 assert y.is_contiguous(memory_format=LAYOUTS[layout])
             if any(wanted):
                 y.backward(dy)
-            up.backward(dy[:, c[0] :].contiguous(memory_format=LAYOUTS[layout]))
-            for leaf, want, expected in zip(
-                leaves, wanted, (alone.grad, dy[:, : c[0]]), strict=True
-            ):
+            dup, dskip = (dy[:, : c[1]], dy[:, c[1] :]) if last else (dy[:, c[0] :], dy[:, : c[0]])
+            up.backward(dup.contiguous(memory_format=LAYOUTS[layout]))
+            for leaf, want, expected in zip(leaves, wanted, (alone.grad, dskip), strict=True):
                 assert (leaf.grad is not None) == want
                 assert not want or torch.equal(leaf.grad, expected)
 
@@ -91,7 +94,7 @@ def test_opcheck(layout: str) -> None:
     )
     flag = layout == "channels_last"
     for given in (None, skip):
-        opcheck(torch.ops.fastcnn.upsample_fwd, (x, given, 8, 11, 2.1, 2.2, 2, flag))
+        opcheck(torch.ops.fastcnn.upsample_fwd, (x, given, 8, 11, 2.1, 2.2, 2, flag, not flag))
     opcheck(torch.ops.fastcnn.upsample_bwd, (skip, 4, 5, None, None, 3, flag))
 
 

@@ -59,16 +59,18 @@ class Call:
         c_skip: int = 0,
         how: tuple[str, bool] = ("bilinear", False),
         sm_count: int = 1,
+        skip_last: bool = False,
     ) -> None:
         g = torch.Generator().manual_seed(1)
         self.dtype, self.how, self.sm_count = dtype, how, sm_count
         self.size, self.scales, self.c_skip = size, scales, c_skip
         n, c, _, _ = shape
+        self.x_at, self.skip_at = (0, c) if skip_last else (c_skip, 0)
         self.x = torch.randn(shape, generator=g).to(dtype)
         self.skip = torch.randn((n, c_skip, *size), generator=g).to(dtype) if c_skip else None
         self.dy = torch.randn((n, c_skip + c, *size), generator=g).to(dtype)
         x = self.x.double().requires_grad_()
-        y = reference.upsample(x, size, scales, *how, self.skip, torch.float32)
+        y = reference.upsample(x, size, scales, *how, self.skip, skip_last, torch.float32)
         (self.dx,) = torch.autograd.grad(y, x, self.dy.double(), retain_graph=True)
         # The same with magnitudes: shares are not negative.
         (terms,) = torch.autograd.grad(y, x, self.dy.double().abs())
@@ -98,7 +100,12 @@ class Call:
     def forward(self, channels_last: bool, skip: Sequence[str] = ()) -> Case:
         return Case(
             "fwd",
-            {**self.numbers(channels_last, self.y.shape[1]), "c_skip": self.c_skip},
+            {
+                **self.numbers(channels_last, self.y.shape[1]),
+                "c_skip": self.c_skip,
+                "x_at": self.x_at,
+                "skip_at": self.skip_at,
+            },
             inputs={
                 "x": in_memory(self.x, channels_last),
                 "skip": None if self.skip is None else in_memory(self.skip, channels_last),
@@ -109,7 +116,7 @@ class Call:
 
     def backward(self, channels_last: bool, skip: Sequence[str] = ()) -> Case:
         # dy of all channels: the kernel reads its own behind those of the skip, in place.
-        before = self.c_skip * (1 if channels_last else self.size[0] * self.size[1])
+        before = self.x_at * (1 if channels_last else self.size[0] * self.size[1])
         return Case(
             "bwd",
             {**self.numbers(channels_last, self.dy.shape[1]), "offset": before * self.x.itemsize},
@@ -141,6 +148,11 @@ def in_memory(t: Tensor, channels_last: bool) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_shapes(dtype: torch.dtype, channels_last: bool, how: tuple[str, bool]) -> None:
     calls = [Call(dtype, *shape, how=how) for shape in shapes(16 // dtype.itemsize)]
+    calls += [
+        Call(dtype, *shape, how=how, skip_last=True)
+        for shape in shapes(16 // dtype.itemsize)
+        if shape[3] > 0
+    ]
     cases = [call.forward(channels_last) for call in calls]
     cases += [call.backward(channels_last) for call in calls]
     results = run_cases("upsample", cases)

@@ -50,7 +50,7 @@ struct Fwd {
         high(by_lanes ? columns.out * places.k + kLanes<S> : 0),
         weight(by_lanes ? columns.out * places.k + kLanes<S> : 0),
         x(static_cast<const T*>(p.x)),
-        y(static_cast<T*>(p.y) + p.c_skip * (p.shape.channels_last ? 1 : rows.out * columns.out)) {
+        y(static_cast<T*>(p.y) + p.x_at * (p.shape.channels_last ? 1 : rows.out * columns.out)) {
     for (int64_t o = 0; by_lanes && o < columns.out; ++o) {
       for (int64_t j = 0; j < places.k; ++j) {
         const int64_t e = o * places.k + j;
@@ -243,12 +243,13 @@ struct Fwd {
   }
 };
 
-// skip's channels, to the front of y's; around the cache where they are whole lines of a large y.
+// skip's channels, to their place in y's; around the cache where they are whole lines of a large y.
 void copy_skip(const UpsampleFwdParams& p, int64_t element_bytes) {
   const UpsampleShape& s = p.shape;
   const int64_t hw = s.rows.out * s.columns.out;
   const int64_t runs = s.channels_last ? s.n * hw : s.n;  // of neighbouring elements, in both
-  const int64_t run = p.c_skip * (s.channels_last ? 1 : hw) * element_bytes;
+  const int64_t channel = (s.channels_last ? 1 : hw) * element_bytes;
+  const int64_t run = p.c_skip * channel;
   const int64_t step = (s.channels_last ? s.pixel : s.image) * element_bytes;
   const int64_t piece = min(run, kChunkBytes);
   const int64_t pieces = ceil_div(run, piece), together = max(1, kChunkBytes / run);
@@ -258,7 +259,7 @@ void copy_skip(const UpsampleFwdParams& p, int64_t element_bytes) {
     const int64_t first = task / pieces * together, at = task % pieces * piece;
     const int64_t length = min(piece, run - at);
     for (int64_t r = first; r < min(runs, first + together); ++r) {
-      char* to = static_cast<char*>(p.y) + r * step + at;
+      char* to = static_cast<char*>(p.y) + p.skip_at * channel + r * step + at;
       const char* from = static_cast<const char*>(p.skip) + r * run + at;
       if (!streams) {
         std::memcpy(to, from, static_cast<size_t>(length));

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t k = kChannelsLast ? s.c : 1;
   const T* x = static_cast<const T*>(p.x) + small_plane<kChannelsLast>(s, strip);
   T* y = static_cast<T*>(p.y) + large_plane<kChannelsLast>(s, strip) + strip.column * s.pixel;
-  y += p.c_skip * (kChannelsLast ? 1 : s.rows.out * s.columns.out);
+  y += p.x_at * (kChannelsLast ? 1 : s.rows.out * s.columns.out);
   Source<float> sources[kSources];
 #pragma unroll
   for (int v = 0; v < kSources; ++v) sources[v] = tables.columns[strip.column + v];
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// skip's channels, to the front of y's: `runs` times `run` elements, y's beginning `step` apart.
+// skip's channels, to theirs in y: `runs` times `run` elements, y's beginning `step` apart.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kThreads)
     upsample_skip_kernel(const T* skip, T* y, Divisor run, int64_t step, int64_t count) {
@@ -301,7 +301,8 @@ cudaError_t write_tables(const UpsampleShape& s, const Tables& tables, bool back
 cudaError_t copy_skip(const UpsampleFwdParams& p, const CudaDevice& device) {
   const UpsampleShape& s = p.shape;
   const int64_t hw = s.rows.out * s.columns.out;
-  const int64_t run = p.c_skip * (s.channels_last ? 1 : hw);
+  const int64_t channel = s.channels_last ? 1 : hw;
+  const int64_t run = p.c_skip * channel;
   const int64_t step = s.channels_last ? s.pixel : s.image;
   const int64_t count = s.n * p.c_skip * hw;
   const int wide = vector_of(p.dtype);
@@ -311,7 +312,7 @@ cudaError_t copy_skip(const UpsampleFwdParams& p, const CudaDevice& device) {
     constexpr int kVector = decltype(vector)::value;
     return launch(device, grid_for(count, kThreads * kUnroll * kVector), kThreads, 0,
                   upsample_skip_kernel<T, kVector>, static_cast<const T*>(p.skip),
-                  static_cast<T*>(p.y), Divisor(run), step, count);
+                  static_cast<T*>(p.y) + p.skip_at * channel, Divisor(run), step, count);
   });
 }
 

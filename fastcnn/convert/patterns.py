@@ -3,7 +3,7 @@
     Chain     (conv, batch norm, activation, max pool) steps, with what is added before the last
               activation: a tensor, the chain's own input, or steps on that input
     Norm      a norm layer with an activation behind it; a batch norm also with an addition
-    Resize    F.interpolate, or any resizing whose output is concatenated behind a skip
+    Resize    F.interpolate, or any resizing whose output is concatenated with one tensor
     Drop      F.dropout, F.dropout2d
 
 A layer by itself (BatchNorm2d, GroupNorm, Dropout, Upsample, ...) is no pattern: it is converted
@@ -83,11 +83,12 @@ class Norm:
 
 @dataclass
 class Resize:
-    """interpolate(x), or cat([skip, interpolate(x)], 1)."""
+    """interpolate(x), cat([skip, interpolate(x)], 1), or cat([interpolate(x), skip], 1)."""
 
     resize: fx.Node
     nodes: list[fx.Node]
     skip: fx.Node | None = None
+    skip_last: bool = False
 
     @property
     def inputs(self) -> list[fx.Node]:
@@ -307,9 +308,10 @@ class Matcher:
                 self.left[node] = "its input is passed by name"
                 continue
             cat = next(iter(node.users)) if len(node.users) == 1 else None
-            skip = None if cat is None else _skip_beside(cat, node)
-            if cat is not None and skip is not None:
-                yield Resize(node, [node, cat], skip)
+            parts = [] if cat is None else _concatenated(cat)
+            if cat is not None and len(parts) == 2:
+                at = parts.index(node)
+                yield Resize(node, [node, cat], parts[1 - at], skip_last=at == 0)
             elif functional:
                 yield Resize(node, [node])
 
@@ -326,12 +328,11 @@ def _operands(add: fx.Node) -> list[fx.Node]:
     return nodes if plain and len(nodes) == 2 and nodes[0] is not nodes[1] else []
 
 
-def _skip_beside(cat: fx.Node, resized: fx.Node) -> fx.Node | None:
-    """Return skip where cat is torch.cat([skip, resized], 1)."""
+def _concatenated(cat: fx.Node) -> list[fx.Node]:
+    """Return the two different nodes whose channels torch.cat joins, none for anything else."""
     if cat.target not in _CATS or not cat.args or not isinstance(cat.args[0], (list, tuple)):
-        return None
+        return []
     dim = cat.kwargs.get("dim", cat.kwargs.get("axis", cat.args[1] if len(cat.args) > 1 else 0))
-    parts = list(cat.args[0])
-    if dim not in (1, -3) or len(parts) != 2 or parts[1] is not resized or parts[0] is resized:
-        return None
-    return parts[0] if isinstance(parts[0], fx.Node) else None
+    parts = [part for part in cat.args[0] if isinstance(part, fx.Node)]
+    plain = dim in (1, -3) and len(parts) == len(cat.args[0]) == 2
+    return parts if plain and parts[0] is not parts[1] else []

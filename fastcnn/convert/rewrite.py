@@ -89,9 +89,10 @@ class _Emitter:
             function = runtime.dropout if plain else runtime.dropout2d
             return call(function, p.drop.args, {**p.drop.kwargs, "options": options})
         if p.resize.op == "call_module":
-            return call(runtime.upsample, (x, self._module(p.resize), second, options))
+            beside = (second, p.skip_last, options)
+            return call(runtime.upsample, (x, self._module(p.resize), *beside))
         how = {k: v for k, v in p.resize.kwargs.items() if k != "antialias"}
-        how.update(concat=second, options=options)
+        how.update(concat=second, concat_last=p.skip_last, options=options)
         return call(runtime.interpolate, p.resize.args, how)
 
     def _blocks(self, run: list[Any]) -> fx.Node:

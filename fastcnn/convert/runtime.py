@@ -117,24 +117,29 @@ def interpolate(
     recompute_scale_factor: bool | None = None,
     *,
     concat: Tensor | None,
+    concat_last: bool,
     options: Options,
 ) -> Tensor:
-    """Resize, and write the result behind concat's channels where there is one."""
+    """Resize, and write the result beside concat's channels where there is one."""
     why = unfit(x, options)
     if why is None and concat is not None:
         why = _unlike(concat, None, x)
     how: Any = (size, scale_factor, mode, align_corners, recompute_scale_factor)
     if why is None:
-        return functional.interpolate(x, *how, concat=concat)
+        return functional.interpolate(x, *how, concat=concat, concat_last=concat_last)
     _refuse(None, why, options)
     y = F.interpolate(x, *how)
-    return y if concat is None else torch.cat([concat, y], 1)
+    if concat is None:
+        return y
+    return torch.cat([y, concat] if concat_last else [concat, y], 1)
 
 
-def upsample(x: Tensor, layer: nn.Upsample, concat: Tensor | None, options: Options) -> Tensor:
-    """Run an Upsample module, and write the result behind concat's channels."""
+def upsample(
+    x: Tensor, layer: nn.Upsample, concat: Tensor | None, concat_last: bool, options: Options
+) -> Tensor:
+    """Run an Upsample module, and write the result beside concat's channels."""
     how: Any = {name: getattr(layer, name) for name in _RESIZING}
-    return interpolate(x, **how, concat=concat, options=options)
+    return interpolate(x, **how, concat=concat, concat_last=concat_last, options=options)
 
 
 def dropout(
@@ -300,7 +305,7 @@ def layer_call(layer: nn.Module) -> Callable[[Tensor, Any], Tensor]:
         per_channel = isinstance(layer, nn.Dropout2d)
         return lambda x, m: _dropout(x, m.p, m.training, m.inplace, per_channel, Options())
     if kind == "upsample":
-        return lambda x, m: upsample(x, m, None, Options())
+        return lambda x, m: upsample(x, m, None, False, Options())
     assert kind is not None
     act = own_act(layer) or "none"
     return lambda x, norm: run_norm(x, norm, kind, act)

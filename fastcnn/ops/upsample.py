@@ -4,10 +4,10 @@
 
 rows [h_out, h_in] and columns [w_out, w_in] hold one or two shares a line, which add up to 1:
 csrc/common/source_index.h. x: [n, c, h_in, w_in]; y: [n, c, h_out, w_out], and behind the channels
-of skip [n, c_skip, h_out, w_out]: [n, c_skip + c, h_out, w_out].
+of skip [n, c_skip, h_out, w_out], or before them (skip_last): [n, c_skip + c, h_out, w_out].
 
     dx[i, j] = sum over o, p of rows[o, i] * columns[p, j] * dy[o, p]
-    dskip    = dy's first c_skip channels: a view of it
+    dskip    = dy's c_skip channels that were skip's: a view of it
 
 Data movement in passes: forward reads x and skip and writes y; backward reads dy (those channels
 of it that are y's own, in place) and writes dx. Nothing is kept for backward but sizes. dx is
@@ -30,9 +30,19 @@ def _new_image(like: Tensor, sizes: Sequence[Any], channels_last: bool) -> Tenso
     return torch.empty(sizes, dtype=like.dtype, device=like.device, memory_format=format)
 
 
-def _fwd_fake(x: Tensor, skip: Tensor | None, h: int, w: int, *args: Any) -> Tensor:
+def _fwd_fake(
+    x: Tensor,
+    skip: Tensor | None,
+    h: int,
+    w: int,
+    scale_h: float | None,
+    scale_w: float | None,
+    sampling: int,
+    channels_last: bool,
+    skip_last: bool,
+) -> Tensor:
     c = x.shape[1] if skip is None else skip.shape[1] + x.shape[1]
-    return _new_image(x, (x.shape[0], c, h, w), args[-1])
+    return _new_image(x, (x.shape[0], c, h, w), channels_last)
 
 
 def _bwd_fake(dy: Tensor, h: int, w: int, *args: Any) -> Tensor:
@@ -41,7 +51,7 @@ def _bwd_fake(dy: Tensor, h: int, w: int, *args: Any) -> Tensor:
 
 declare(
     "upsample_fwd(Tensor x, Tensor? skip, SymInt h, SymInt w, float? scale_h, float? scale_w, "
-    "int sampling, bool channels_last) -> Tensor",
+    "int sampling, bool channels_last, bool skip_last) -> Tensor",
     _fwd_fake,
 )
 declare(
@@ -55,7 +65,7 @@ _bwd = torch.ops.fastcnn.upsample_bwd.default
 
 
 class UpsampleFunction(torch.autograd.Function):
-    """y of x, or skip's channels and then y's. Backward of x and of skip."""
+    """y of x, or skip's channels and then y's, or then skip's. Backward of x and of skip."""
 
     @staticmethod
     @positional
@@ -68,28 +78,30 @@ class UpsampleFunction(torch.autograd.Function):
         scale_w: float | None,
         sampling: int,
         channels_last: bool,
+        skip_last: bool,
     ) -> Tensor:
-        return _fwd(x, skip, h, w, scale_h, scale_w, sampling, channels_last)
+        return _fwd(x, skip, h, w, scale_h, scale_w, sampling, channels_last, skip_last)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, skip, _, _, *ctx.how = inputs
+        x, skip, _, _, *ctx.how, skip_last = inputs
         ctx.set_materialize_grads(False)
         ctx.size = x.shape[2], x.shape[3]
         ctx.c = x.shape[1]
         ctx.c_skip = 0 if skip is None else skip.shape[1]
+        ctx.x_at, ctx.skip_at = (0, ctx.c) if skip_last else (ctx.c_skip, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         dx = dskip = None
         if dy is not None and ctx.needs_input_grad[0]:
-            own = dy.narrow(1, ctx.c_skip, ctx.c) if ctx.c_skip else dy
+            own = dy.narrow(1, ctx.x_at, ctx.c) if ctx.c_skip else dy
             channels_last = ctx.how[-1]
             dx = _bwd(_readable(own, channels_last), *ctx.size, *ctx.how)
         if dy is not None and ctx.needs_input_grad[1]:
-            dskip = dy.narrow(1, 0, ctx.c_skip)
-        return dx, dskip, None, None, None, None, None, None
+            dskip = dy.narrow(1, ctx.skip_at, ctx.c_skip)
+        return dx, dskip, None, None, None, None, None, None, None
 
 
 def _readable(dy: Tensor, channels_last: bool) -> Tensor:
@@ -139,10 +151,13 @@ def interpolate(
     recompute_scale_factor: bool | None,
     antialias: bool,
     concat: Tensor | None,
+    concat_last: bool,
 ) -> Tensor:
     """Check and apply: see fastcnn.functional.interpolate."""
     check_image(OP, "input", input)
     sampling = sampling_number(OP, mode, align_corners)
+    if not isinstance(concat_last, bool):
+        raise TypeError(f"{OP}: concat_last: expected a bool, got {type(concat_last).__name__}")
     if antialias:
         raise ValueError(
             f"{OP}: antialias: expected False, which is all there is, got {antialias!r}"
@@ -171,4 +186,4 @@ def interpolate(
         if len(fits) == 1:
             channels_last = fits[0] is torch.channels_last
     x, skip = distinct(input, concat)
-    return apply(UpsampleFunction, x, skip, h, w, *scales, sampling, channels_last)
+    return apply(UpsampleFunction, x, skip, h, w, *scales, sampling, channels_last, concat_last)

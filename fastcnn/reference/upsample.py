@@ -51,9 +51,10 @@ def upsample(
     mode: str = "bilinear",
     align_corners: bool = False,
     skip: Tensor | None = None,
+    skip_last: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Return x [n, c, h, w] in float64, resized, behind the channels of skip.
+    """Return x [n, c, h, w] in float64, resized, behind the channels of skip or before them.
 
     dtype: in which the coordinates of bilinear sampling are computed.
     """
@@ -61,4 +62,6 @@ def upsample(
         matrix(x.shape[2 + d], size[d], scales[d], mode, align_corners, dtype) for d in range(2)
     )
     y = rows @ x.double() @ columns.mT
-    return y if skip is None else torch.cat([skip.double(), y], dim=1)
+    if skip is None:
+        return y
+    return torch.cat([y, skip.double()] if skip_last else [skip.double(), y], dim=1)

@@ -62,6 +62,8 @@ void run_op(Case& c) {
     p.shape = shape_of(c);
     p.dtype = static_cast<DType>(c.integer("dtype"));
     p.c_skip = c.integer("c_skip");
+    p.x_at = c.integer("x_at");
+    p.skip_at = c.integer("skip_at");
     p.x = c.tensor("x");
     p.skip = c.tensor("skip");
     p.y = c.tensor("y");
