@@ -1,0 +1,150 @@
+"""What every network of the zoo says of itself, and its trunk as a feature extractor."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, TypedDict, overload
+
+from torch import Tensor, nn
+
+__all__ = ["Feature", "FeatureInfo", "Features", "Network"]
+
+
+class Feature(TypedDict):
+    """A feature map: its channels, how often the image is larger, the layer that gives it."""
+
+    num_chs: int
+    reduction: int
+    module: str
+
+
+def _unchanged(key: str) -> str:
+    return key
+
+
+class Network(nn.Module):
+    """A network that create_model builds."""
+
+    heads: ClassVar[tuple[str, ...]] = ("fc",)
+    """The layers whose outputs are the classes."""
+
+    backbone_name: ClassVar[str] = ""
+    """The child that weights_backbone= is for; empty: there is none."""
+
+    auxiliary: tuple[str, ...] = ()
+    """Layers that a checkpoint may have and the network lack: heads for training alone."""
+
+    rename: Callable[[str], str] = staticmethod(_unchanged)
+    """The name here of a key of other checkpoints: timm's, or torchvision's of earlier days."""
+
+    feature_info: "Sequence[Feature] | FeatureInfo" = ()
+    """The last feature map of each resolution, as timm's."""
+
+
+class FeatureInfo:
+    """timm's accessors to feature maps: of those that come out, or of any by index."""
+
+    def __init__(self, info: Sequence[Feature], out_indices: int | Sequence[int] | None) -> None:
+        count = len(info)
+        if out_indices is None:
+            out_indices = count
+        if isinstance(out_indices, int):  # as timm: the last so many
+            out_indices = range(-out_indices, 0)
+        valid = [i for i in out_indices if -count <= i < count]
+        if not valid or len(valid) < len(out_indices):
+            raise ValueError(
+                f"out_indices: expected None, a number of maps, or indices from {-count} to "
+                f"{count - 1}, got {out_indices}"
+            )
+        self.info = list(info)
+        self.out_indices = tuple(sorted({i % count for i in valid}))
+
+    @overload
+    def channels(self, idx: int) -> int: ...
+    @overload
+    def channels(self, idx: Sequence[int] | None = None) -> list[int]: ...
+    def channels(self, idx: int | Sequence[int] | None = None) -> int | list[int]:
+        """Return the channels of the maps that come out, or of those at `idx`."""
+        if isinstance(idx, int):
+            return self.info[idx]["num_chs"]
+        return [self.info[i]["num_chs"] for i in self._indices(idx)]
+
+    @overload
+    def reduction(self, idx: int) -> int: ...
+    @overload
+    def reduction(self, idx: Sequence[int] | None = None) -> list[int]: ...
+    def reduction(self, idx: int | Sequence[int] | None = None) -> int | list[int]:
+        """Return how often the image is larger than the maps that come out, or those at `idx`."""
+        if isinstance(idx, int):
+            return self.info[idx]["reduction"]
+        return [self.info[i]["reduction"] for i in self._indices(idx)]
+
+    @overload
+    def module_name(self, idx: int) -> str: ...
+    @overload
+    def module_name(self, idx: Sequence[int] | None = None) -> list[str]: ...
+    def module_name(self, idx: int | Sequence[int] | None = None) -> str | list[str]:
+        """Return the layers that give the maps that come out, or those at `idx`."""
+        if isinstance(idx, int):
+            return self.info[idx]["module"]
+        return [self.info[i]["module"] for i in self._indices(idx)]
+
+    def _indices(self, idx: Sequence[int] | None) -> Sequence[int]:
+        return self.out_indices if idx is None else idx
+
+    def __getitem__(self, index: int) -> Feature:
+        return self.info[index]
+
+    def __len__(self) -> int:
+        return len(self.info)
+
+
+class Features(Network):
+    """x -> [map, ...]: the trunk of `network` up to the last map asked for.
+
+    x (n, in_chans, h, w); maps (n, channels, ceil or floor(h / reduction), ...) in the network's
+    order, described by `feature_info`. The layers are those of `network`, under their keys.
+    `out_indices` picks maps by index, from the end where negative; a number is that many of the
+    last; None is all. As timm's features_only.
+
+    Raises:
+        ValueError: `network` names no feature maps, or out_indices are not among them.
+    """
+
+    heads = ()
+
+    def __init__(self, network: Network, out_indices: int | Sequence[int] | None = None) -> None:
+        super().__init__()
+        known = network.feature_info
+        if not known or isinstance(known, FeatureInfo):
+            raise ValueError(
+                f"features_only: {type(network).__name__} has no feature maps to choose from"
+            )
+        self.feature_info: FeatureInfo = FeatureInfo(known, out_indices)
+        self.taps = self.feature_info.module_name()
+        self.rename = network.rename
+        dropped = []
+        for name, layer in _trunk(network):
+            parent, _, leaf = name.rpartition(".")
+            if self.taps[-1] in {kept for kept, _ in _trunk(self)}:
+                dropped.append(name)
+                continue
+            if parent and not hasattr(self, parent):
+                self.add_module(parent, nn.Sequential())
+            self.get_submodule(parent).add_module(leaf, layer)
+        self.auxiliary = (*network.auxiliary, *dropped)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for name, layer in _trunk(self):
+            x = layer(x)
+            if name in self.taps:
+                maps.append(x)
+        return maps
+
+
+def _trunk(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers in order, those of a child `features` one by one."""
+    for name, child in network.named_children():
+        if name == "features":
+            yield from ((f"features.{leaf}", layer) for leaf, layer in child.named_children())
+        else:
+            yield name, child

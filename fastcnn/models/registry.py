@@ -1,0 +1,111 @@
+"""Names and builders: create_model, list_models, and the one way a network is put together."""
+
+import fnmatch
+import functools
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from fastcnn.models.init import initialise
+from fastcnn.models.network import Features, Network
+from fastcnn.models.weights import load_weights
+
+__all__ = ["architecture", "create_model", "list_models", "register"]
+
+Model = TypeVar("Model", bound=Network)
+Path = str | os.PathLike[str]
+
+_ARCHITECTURES: dict[str, Callable[..., Network]] = {}
+
+
+def register(layers: Callable[..., Model]) -> Callable[..., Model]:
+    """Make a function that puts layers together a builder, which also takes weights= and init=."""
+
+    @functools.wraps(layers)
+    def builder(
+        *,
+        weights: Path | None = None,
+        weights_backbone: Path | None = None,
+        init: str | None = None,
+        **options: Any,
+    ) -> Model:
+        return _build(layers(**options), options, weights, weights_backbone, init)
+
+    _ARCHITECTURES[layers.__name__] = layers
+    return builder
+
+
+def create_model(
+    name: str,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
+    *,
+    weights: Path | None = None,
+    weights_backbone: Path | None = None,
+    init: str | None = None,
+    **options: Any,
+) -> Network:
+    """Build the network `name`; see list_models.
+
+    None leaves `num_classes` and `in_chans` what the architecture has; `features_only` returns
+    fastcnn.models.Features, which gives the maps `out_indices`. `weights` is a local .pth or
+    .safetensors of torchvision's, timm's or this package's network, see load_weights:
+    where num_classes or in_chans are given, a checkpoint with others is adapted.
+    `weights_backbone` is the same for the ResNet inside fcn_* and unet_resnet*. `init` is
+    "kaiming", "xavier", "normal" or "zeros"; None is torchvision's. Other `options` are the
+    architecture's.
+
+    Raises:
+        ValueError: an unknown name or init; out_indices without features_only or out of range;
+            features_only of a network without feature maps; a checkpoint that does not fit.
+    """
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    if in_chans is not None:
+        options["in_chans"] = in_chans
+    if out_indices is not None and not features_only:
+        raise ValueError(f"out_indices: expected None without features_only, got {out_indices}")
+    model = architecture(name, **options)
+    if features_only:
+        model = Features(model, out_indices)
+    return _build(model, options, weights, weights_backbone, init)
+
+
+def architecture(name: str, **options: Any) -> Network:
+    """Return the layers of the network `name` alone: for networks that are made of it."""
+    if name not in _ARCHITECTURES:
+        close = list_models(f"*{name.split('_')[0].rstrip('0123456789')}*")
+        raise ValueError(f"name: {name!r} is no model; {', '.join(close or list_models())} are")
+    return _ARCHITECTURES[name](**options)
+
+
+def list_models(filter: str | Sequence[str] = "") -> list[str]:
+    """Return the names that match `filter`, as fnmatch: "resnet*", or any of several."""
+    patterns = [filter] if isinstance(filter, str) else filter
+    names = {n for p in patterns for n in fnmatch.filter(_ARCHITECTURES, p or "*")}
+    # resnet18 before resnet101: digits by value.
+    return sorted(names, key=lambda n: [(s, int(d or -1)) for s, d in re.findall(r"(\D*)(\d*)", n)])
+
+
+def _build(
+    model: Model,
+    options: dict[str, Any],
+    weights: Path | None,
+    weights_backbone: Path | None,
+    init: str | None,
+) -> Model:
+    """Everything behind the layers: initial weights, then loaded ones."""
+    in_chans, num_classes = "in_chans" in options, "num_classes" in options
+    if init is not None:
+        initialise(model, init)
+    if weights_backbone is not None:
+        if not model.backbone_name:
+            raise ValueError(f"weights_backbone: {type(model).__name__} has no backbone")
+        backbone = model.get_submodule(model.backbone_name)
+        load_weights(backbone, weights_backbone, adapt_in_chans=in_chans)
+    if weights is not None:
+        load_weights(model, weights, adapt_in_chans=in_chans, adapt_num_classes=num_classes)
+    return model
