@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,10 @@ def _refuse_other_formats(path: Path) -> None:
 
 def _read_pickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # Of pickle protocols that may fail to load; if they do, it is said below.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         names = re.findall(r"GLOBAL (\S+)", str(error))
         if names:
@@ -96,6 +100,11 @@ def _read_pickle(path: Path) -> Any:
                 f"weights: {path} is a pickle that calls {names[0]}, and could run any code; only "
                 "tensors are read. Save a state_dict() alone, or, if you trust the file, allow "
                 "the name with torch.serialization.add_safe_globals"
+            ) from error
+        if path.read_bytes()[:1] == b"\x80":
+            raise ValueError(
+                f"weights: {path} is a pickle that torch.save did not write, and could run any "
+                "code; only tensors are read. Save a state_dict() with torch.save"
             ) from error
         raise ValueError(f"weights: {path} is no checkpoint: {_first_line(error)}") from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:

@@ -121,16 +121,17 @@ class Features(Network):
         self.feature_info: FeatureInfo = FeatureInfo(known, out_indices)
         self.taps = self.feature_info.module_name()
         self.rename = network.rename
-        dropped = []
+        dropped, complete = list(network.auxiliary), False
         for name, layer in _trunk(network):
-            parent, _, leaf = name.rpartition(".")
-            if self.taps[-1] in {kept for kept, _ in _trunk(self)}:
+            if complete:
                 dropped.append(name)
                 continue
+            parent, _, leaf = name.rpartition(".")
             if parent and not hasattr(self, parent):
                 self.add_module(parent, nn.Sequential())
             self.get_submodule(parent).add_module(leaf, layer)
-        self.auxiliary = (*network.auxiliary, *dropped)
+            complete = name == self.taps[-1]
+        self.auxiliary = tuple(dropped)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = []
@@ -141,9 +142,11 @@ class Features(Network):
         return maps
 
 
-def _trunk(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers in order, those of a child `features` one by one."""
+def _trunk(network: Network) -> Iterator[tuple[str, nn.Module]]:
+    """The layers in order, those of a child `features` one by one, without heads for training."""
     for name, child in network.named_children():
+        if name in network.auxiliary:
+            continue
         if name == "features":
             yield from ((f"features.{leaf}", layer) for leaf, layer in child.named_children())
         else:
