@@ -10,6 +10,7 @@ check_torch(torch.__version__, _C.version)
 from fastcnn import augment, functional, models, nn, plan  # noqa: E402
 from fastcnn.convert import convert, revert  # noqa: E402
 from fastcnn.memory import keep_freed_memory  # noqa: E402
+from fastcnn.models import create_model, list_models  # noqa: E402
 from fastcnn.ops._library import load_kernels  # noqa: E402
 from fastcnn.plan import report  # noqa: E402
 
@@ -20,8 +21,10 @@ __all__ = [
     "__version__",
     "augment",
     "convert",
+    "create_model",
     "functional",
     "keep_freed_memory",
+    "list_models",
     "models",
     "nn",
     "plan",

@@ -1,5 +1,9 @@
 """The zoo against torchvision: keys, initial weights, outputs and gradients, bit for bit."""
 
+import copy
+import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,11 +120,47 @@ def test_list_models() -> None:
     assert all(callable(getattr(models, name)) for name in models.list_models())
 
 
+@pytest.mark.parametrize("name", [*FAMILIES, "unet", "resnet20"])
+def test_copies(name: str) -> None:
+    with torch.device("meta"):
+        model = models.create_model(name)
+        features = models.Features(model) if model.feature_info else model
+    for original in (model, features):
+        for again in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+            assert type(again) is type(original)
+            assert list(again.state_dict()) == list(original.state_dict())
+            assert again.rename("classifier.weight") == original.rename("classifier.weight")
+
+
+def test_parameter_counts_are_the_documented() -> None:
+    table = (Path(__file__).parents[1] / "docs/models.md").read_text()
+    documented = {}
+    for names, counts in re.findall(r"^\| (`.*?`) \| ([\d., ]+) \|", table, re.MULTILINE):
+        documented |= zip(re.findall(r"`(\w+)`", names), re.findall(r"[\d.]+", counts), strict=True)
+    assert documented.keys() == set(models.list_models())
+    for name, millions in documented.items():
+        with torch.device("meta"):
+            count = sum(p.numel() for p in models.create_model(name).parameters())
+        digits = len(millions.split(".")[1])
+        assert f"{count / 1e6:.{digits}f}" == millions, name
+        assert f"{millions}M" in getattr(models, name).__doc__ or name.startswith("plain"), name
+
+
 def test_unknown_model() -> None:
     with pytest.raises(ValueError, match=r"name: 'resnet51' is no model; .*resnet50.* are"):
         models.create_model("resnet51")
     with pytest.raises(ValueError, match=r"name: 'vit_b' is no model; alexnet, .* are"):
         models.create_model("vit_b")
+
+
+@pytest.mark.parametrize("count", [0, -1, "10", 2.0])
+def test_counts(count: Any) -> None:
+    with pytest.raises(
+        ValueError, match=f"num_classes: expected an integer above 0, got {count!r}"
+    ):
+        models.create_model("resnet18", num_classes=count)
+    with pytest.raises(ValueError, match=f"in_chans: expected an integer above 0, got {count!r}"):
+        models.resnet18(in_chans=count)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "unet", "resnet50"])

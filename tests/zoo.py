@@ -8,7 +8,10 @@ from chains import randomize
 from oracles import segmentation_models_pytorch, torchvision
 from torch import Tensor, nn
 
+from fastcnn import keep_freed_memory
 from fastcnn.models import create_model
+
+keep_freed_memory()  # half of the time were page faults: VGG's weights and gradients are 1.1 GB
 
 # Names and the smallest images that the network takes in training.
 CLASSIFIERS = {

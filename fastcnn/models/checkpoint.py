@@ -71,8 +71,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _refuse_other_formats(path: Path) -> None:
-    with path.open("rb") as file:
-        start = file.read(32)
+    start = _start(path)
     what = "empty" if not start else ""
     for beginning, name in _BEGINNINGS.items():
         if start.startswith(beginning):
@@ -101,7 +100,7 @@ def _read_pickle(path: Path) -> Any:
                 "tensors are read. Save a state_dict() alone, or, if you trust the file, allow "
                 "the name with torch.serialization.add_safe_globals"
             ) from error
-        if path.read_bytes()[:1] == b"\x80":
+        if _start(path).startswith(pickle.PROTO):
             raise ValueError(
                 f"weights: {path} is a pickle that torch.save did not write, and could run any "
                 "code; only tensors are read. Save a state_dict() with torch.save"
@@ -123,6 +122,11 @@ def _read_safetensors(path: Path) -> Any:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"weights: {path} is no safetensors file: {_first_line(error)}") from error
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(32)
 
 
 def _first_line(error: Exception) -> str:

@@ -82,10 +82,10 @@ class GoogLeNet(Network):
         num_classes: int = 1000,
         aux_logits: bool = True,
         transform_input: bool = False,
+        *,
         init_weights: bool = True,
         dropout: float = 0.2,
         dropout_aux: float = 0.7,
-        *,
         in_chans: int = 3,
     ) -> None:
         super().__init__()
@@ -140,8 +140,9 @@ class GoogLeNet(Network):
 
 @register
 def googlenet(**options: Any) -> GoogLeNet:
-    """GoogLeNet, 6.6M parameters (13.0M in training); `options`: GoogLeNet's, weights=, init=.
+    """GoogLeNet, 13.0M parameters, 6.6M without aux_logits.
 
+    `options` are GoogLeNet's arguments, weights= and init=.
     torchvision's own weights want transform_input=True and ImageNet's normalisation, or images in
     [-1, 1]; their auxiliary classifiers are not trained.
     """

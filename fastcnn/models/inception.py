@@ -206,9 +206,9 @@ class Inception3(Network):
         num_classes: int = 1000,
         aux_logits: bool = True,
         transform_input: bool = False,
+        *,
         init_weights: bool = True,
         dropout: float = 0.5,
-        *,
         in_chans: int = 3,
     ) -> None:
         super().__init__()

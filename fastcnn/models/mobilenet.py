@@ -78,15 +78,15 @@ class MobileNetV2(Network):
         self,
         num_classes: int = 1000,
         width_mult: float = 1.0,
-        inverted_residual_setting: Sequence[Sequence[int]] = _STAGES,
+        inverted_residual_setting: Sequence[Sequence[int]] | None = None,
         round_nearest: int = 8,
+        *,
         norm_layer: Norm | None = None,
         dropout: float = 0.2,
-        *,
         in_chans: int = 3,
     ) -> None:
         super().__init__()
-        stages = inverted_residual_setting
+        stages = _STAGES if inverted_residual_setting is None else inverted_residual_setting
         if not stages or any(len(stage) != 4 for stage in stages):
             raise ValueError(
                 "inverted_residual_setting: expected four numbers for each stage: expansion, "

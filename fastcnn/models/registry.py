@@ -30,6 +30,7 @@ def register(layers: Callable[..., Model]) -> Callable[..., Model]:
         init: str | None = None,
         **options: Any,
     ) -> Model:
+        _check_counts(options)
         return _build(layers(**options), options, weights, weights_backbone, init)
 
     _ARCHITECTURES[layers.__name__] = layers
@@ -52,15 +53,15 @@ def create_model(
 
     None leaves `num_classes` and `in_chans` what the architecture has; `features_only` returns
     fastcnn.models.Features, which gives the maps `out_indices`. `weights` is a local .pth or
-    .safetensors of torchvision's, timm's or this package's network, see load_weights:
-    where num_classes or in_chans are given, a checkpoint with others is adapted.
-    `weights_backbone` is the same for the ResNet inside fcn_* and unet_resnet*. `init` is
-    "kaiming", "xavier", "normal" or "zeros"; None is torchvision's. Other `options` are the
-    architecture's.
+    .safetensors of torchvision's, timm's or this package's network, see load_weights: where
+    num_classes or in_chans are given, a checkpoint with others is adapted. `weights_backbone` is
+    the same for the ResNet inside fcn_* and unet_resnet*. `init` is "kaiming", "xavier", "normal"
+    or "zeros"; None is torchvision's. Other `options` are the architecture's.
 
     Raises:
-        ValueError: an unknown name or init; out_indices without features_only or out of range;
-            features_only of a network without feature maps; a checkpoint that does not fit.
+        ValueError: an unknown name or init; num_classes or in_chans below 1; out_indices without
+            features_only or out of range; features_only of a network without feature maps; a
+            checkpoint that does not fit.
     """
     if num_classes is not None:
         options["num_classes"] = num_classes
@@ -79,6 +80,7 @@ def architecture(name: str, **options: Any) -> Network:
     if name not in _ARCHITECTURES:
         close = list_models(f"*{name.split('_')[0].rstrip('0123456789')}*")
         raise ValueError(f"name: {name!r} is no model; {', '.join(close or list_models())} are")
+    _check_counts(options)
     return _ARCHITECTURES[name](**options)
 
 
@@ -88,6 +90,13 @@ def list_models(filter: str | Sequence[str] = "") -> list[str]:
     names = {n for p in patterns for n in fnmatch.filter(_ARCHITECTURES, p or "*")}
     # resnet18 before resnet101: digits by value.
     return sorted(names, key=lambda n: [(s, int(d or -1)) for s, d in re.findall(r"(\D*)(\d*)", n)])
+
+
+def _check_counts(options: dict[str, Any]) -> None:
+    for name in ("num_classes", "in_chans"):
+        count = options.get(name, 1)
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name}: expected an integer above 0, got {count!r}")
 
 
 def _build(
