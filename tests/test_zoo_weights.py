@@ -45,7 +45,7 @@ WRAPPED: dict[str, Callable[[State], Any]] = {
     "model": lambda s: {"model": s, "optimizer": {"state": {}}},
     "module.": lambda s: {f"module.{k}": v for k, v in s.items()},
     "state_dict, module.": lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
-    "_orig_mod.": lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+    "compiled": lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
     "Lightning": lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}},
     "half": lambda s: {k: v.half() if v.is_floating_point() else v for k, v in s.items()},
     "before PyTorch 0.4.1": lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
@@ -116,7 +116,7 @@ def test_in_chans(state: State, tmp_path: Path) -> None:
 def test_num_classes(state: State, tmp_path: Path) -> None:
     path = saved(state, tmp_path)
     head = ("fc.weight", "fc.bias")
-    with pytest.warns(UserWarning, match=r"other classes: fc.bias, fc.weight stay initialised"):
+    with pytest.warns(UserWarning, match=r"other classes: fc.weight, fc.bias stay initialised"):
         model = models.create_model("resnet18", num_classes=3, weights=path, init="zeros")
     assert_loaded(model, state, but=head)
     assert not model.fc.weight.any()
@@ -184,6 +184,11 @@ def test_meta_device(state: State, tmp_path: Path) -> None:
         model = models.resnet18(num_classes=10)
     with pytest.raises(ValueError, match=r"model: .* on the meta device, .* model.to_empty"):
         models.load_weights(model, saved(state, tmp_path))
+
+
+def test_a_foreign_network(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"model: expected a network of fastcnn.models, got Linear"):
+        models.load_weights(nn.Linear(1, 1), tmp_path)
 
 
 class Malicious:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["read_state_dict"]
+__all__ = ["PathLike", "read_state_dict"]
+
+PathLike = str | os.PathLike[str]
 
 # What a file that was meant to be a checkpoint often is.
 _BEGINNINGS = {
@@ -27,7 +29,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")  # of training scripts
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel, compile, Lightning
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_state_dict(path: PathLike) -> dict[str, Tensor]:
     """Read the tensors of a .pth or .safetensors by their keys, on the CPU; no code is run.
 
     {"state_dict": ...}, {"model": ...} and prefixes of all keys ("module.") are taken off.
@@ -64,9 +66,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"weights: {path} holds no state_dict: {_described(loaded)}, where {strangers[0]!r} is "
             f"{type(loaded[strangers[0]]).__name__}, no Tensor"
         )
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in loaded):
-            loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
+    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in loaded)), ""):
+        loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
     return loaded
 
 

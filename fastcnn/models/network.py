@@ -1,7 +1,7 @@
 """What every network of the zoo says of itself, and its trunk as a feature extractor."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, TypedDict, overload
+from typing import Any, ClassVar, Literal, TypedDict
 
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ def _unchanged(key: str) -> str:
 
 
 class Network(nn.Module):
-    """A network that create_model builds."""
+    """A network that create_model builds; with feature_info its children are in forward's order."""
 
     heads: ClassVar[tuple[str, ...]] = ("fc",)
     """The layers whose outputs are the classes."""
@@ -57,38 +57,24 @@ class FeatureInfo:
         self.info = list(info)
         self.out_indices = tuple(sorted({i % count for i in valid}))
 
-    @overload
-    def channels(self, idx: int) -> int: ...
-    @overload
-    def channels(self, idx: Sequence[int] | None = None) -> list[int]: ...
-    def channels(self, idx: int | Sequence[int] | None = None) -> int | list[int]:
-        """Return the channels of the maps that come out, or of those at `idx`."""
-        if isinstance(idx, int):
-            return self.info[idx]["num_chs"]
-        return [self.info[i]["num_chs"] for i in self._indices(idx)]
+    def channels(self, idx: int | Sequence[int] | None = None) -> Any:
+        """Channels: a list for the maps that come out or those at `idx`, a number for one."""
+        return self._get("num_chs", idx)
 
-    @overload
-    def reduction(self, idx: int) -> int: ...
-    @overload
-    def reduction(self, idx: Sequence[int] | None = None) -> list[int]: ...
-    def reduction(self, idx: int | Sequence[int] | None = None) -> int | list[int]:
-        """Return how often the image is larger than the maps that come out, or those at `idx`."""
-        if isinstance(idx, int):
-            return self.info[idx]["reduction"]
-        return [self.info[i]["reduction"] for i in self._indices(idx)]
+    def reduction(self, idx: int | Sequence[int] | None = None) -> Any:
+        """How often the image is larger, likewise."""
+        return self._get("reduction", idx)
 
-    @overload
-    def module_name(self, idx: int) -> str: ...
-    @overload
-    def module_name(self, idx: Sequence[int] | None = None) -> list[str]: ...
-    def module_name(self, idx: int | Sequence[int] | None = None) -> str | list[str]:
-        """Return the layers that give the maps that come out, or those at `idx`."""
-        if isinstance(idx, int):
-            return self.info[idx]["module"]
-        return [self.info[i]["module"] for i in self._indices(idx)]
+    def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
+        """The layers that give the maps, likewise."""
+        return self._get("module", idx)
 
-    def _indices(self, idx: Sequence[int] | None) -> Sequence[int]:
-        return self.out_indices if idx is None else idx
+    def _get(
+        self, what: Literal["num_chs", "reduction", "module"], idx: int | Sequence[int] | None
+    ) -> Any:
+        if isinstance(idx, int):
+            return self.info[idx][what]
+        return [self.info[i][what] for i in (self.out_indices if idx is None else idx)]
 
     def __getitem__(self, index: int) -> Feature:
         return self.info[index]
@@ -100,10 +86,10 @@ class FeatureInfo:
 class Features(Network):
     """x -> [map, ...]: the trunk of `network` up to the last map asked for.
 
-    x (n, in_chans, h, w); maps (n, channels, ceil or floor(h / reduction), ...) in the network's
-    order, described by `feature_info`. The layers are those of `network`, under their keys.
-    `out_indices` picks maps by index, from the end where negative; a number is that many of the
-    last; None is all. As timm's features_only.
+    x (n, in_chans, h, w); maps (n, channels, about h / reduction, ...) in the network's order,
+    described by `feature_info`. The layers are those of `network`, under their keys. `out_indices`
+    picks maps by index, from the end where negative; a number is that many of the last; None is
+    all. As timm's features_only.
 
     Raises:
         ValueError: `network` names no feature maps, or out_indices are not among them.

@@ -2,11 +2,11 @@
 
 import fnmatch
 import functools
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from fastcnn.models.checkpoint import PathLike
 from fastcnn.models.init import initialise
 from fastcnn.models.network import Features, Network
 from fastcnn.models.weights import load_weights
@@ -14,7 +14,6 @@ from fastcnn.models.weights import load_weights
 __all__ = ["architecture", "create_model", "list_models", "register"]
 
 Model = TypeVar("Model", bound=Network)
-Path = str | os.PathLike[str]
 
 _ARCHITECTURES: dict[str, Callable[..., Network]] = {}
 
@@ -25,8 +24,8 @@ def register(layers: Callable[..., Model]) -> Callable[..., Model]:
     @functools.wraps(layers)
     def builder(
         *,
-        weights: Path | None = None,
-        weights_backbone: Path | None = None,
+        weights: PathLike | None = None,
+        weights_backbone: PathLike | None = None,
         init: str | None = None,
         **options: Any,
     ) -> Model:
@@ -44,8 +43,8 @@ def create_model(
     features_only: bool = False,
     out_indices: int | Sequence[int] | None = None,
     *,
-    weights: Path | None = None,
-    weights_backbone: Path | None = None,
+    weights: PathLike | None = None,
+    weights_backbone: PathLike | None = None,
     init: str | None = None,
     **options: Any,
 ) -> Network:
@@ -102,8 +101,8 @@ def _check_counts(options: dict[str, Any]) -> None:
 def _build(
     model: Model,
     options: dict[str, Any],
-    weights: Path | None,
-    weights_backbone: Path | None,
+    weights: PathLike | None,
+    weights_backbone: PathLike | None,
     init: str | None,
 ) -> Model:
     """Everything behind the layers: initial weights, then loaded ones."""

@@ -1,13 +1,12 @@
 """Checkpoints into networks: torchvision's and timm's keys, other input channels and classes."""
 
 import math
-import os
 import warnings
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fastcnn.models.checkpoint import read_state_dict
+from fastcnn.models.checkpoint import PathLike, read_state_dict
 from fastcnn.models.network import Network
 
 __all__ = ["Loaded", "load_weights"]
@@ -27,7 +26,7 @@ class Loaded(NamedTuple):
 
 def load_weights(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: PathLike,
     *,
     adapt_in_chans: bool = False,
     adapt_num_classes: bool = False,
@@ -40,6 +39,7 @@ def load_weights(
     The counters of batch norms may be missing, as in files of older PyTorch.
 
     Raises:
+        TypeError: `model` is none of fastcnn.models.
         ValueError: `model` on the meta device; no checkpoint; missing or unexpected keys or other
             shapes, each named.
         FileNotFoundError, ImportError: see read_state_dict.
@@ -60,7 +60,7 @@ def load_weights(
 
     adapted, untouched = [], []
     first = next((f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Conv2d)), "")
-    for key in own.keys() & given.keys():
+    for key in [key for key in own if key in given]:
         value, shape = given[key], own[key].shape
         if value.ndim == 4 and len(shape) == 2:  # timm's convolutions for linear layers
             value = given[key] = value.flatten(1)
@@ -83,10 +83,10 @@ def load_weights(
     model.load_state_dict(given, strict=False)
     if untouched:
         warnings.warn(
-            f"weights: {path} has other classes: {', '.join(sorted(untouched))} stay initialised",
+            f"weights: {path} has other classes: {', '.join(untouched)} stay initialised",
             stacklevel=2,
         )
-    return Loaded(adapted, sorted(untouched), ignored)
+    return Loaded(adapted, untouched, ignored)
 
 
 def adapt_input_channels(weight: Tensor, channels: int) -> Tensor:
