@@ -35,6 +35,7 @@ def read_state_dict(path: PathLike) -> dict[str, Tensor]:
     {"state_dict": ...}, {"model": ...} and prefixes of all keys ("module.") are taken off.
 
     Raises:
+        TypeError: `path` is no path.
         FileNotFoundError: nothing is there.
         ValueError: a folder, no checkpoint, a pickle that would run code, or no state_dict in it.
         ImportError: a .safetensors without the package safetensors.
