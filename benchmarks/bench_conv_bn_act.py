@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from shapes import RESNET50_CONVS, UNET_CONVS, Conv
 from torch import Tensor, nn
 
+from fastcnn import convert
 from fastcnn.functional import conv_bn_act
 from fastcnn.lab import eager_twin
 from fastcnn.models.resnet import Bottleneck
-from fastcnn.nn import BatchNormAct2d
 from fastcnn.ops.conv_bn_act_step import ConvBnActStep
 
 # What cuDNN, the compiler or a refused plan warn of is shown at the end, and ends no measurement.
@@ -159,11 +159,11 @@ STAGES = {f"stage{i}": Stage(32 * 2**i, 112 // 2**i) for i in (1, 2, 3, 4)}
 def bottleneck(planes: int, projection: bool) -> Bottleneck:
     """The first block of a stage, with a projection, or one of the others."""
     if not projection:
-        return Bottleneck(4 * planes, planes)
+        return convert(Bottleneck(4 * planes, planes))
     stride, c_in = (1, 64) if planes == 64 else (2, 2 * planes)
     shortcut = nn.Conv2d(c_in, 4 * planes, 1, stride, bias=False)
-    beside = nn.Sequential(shortcut, BatchNormAct2d(4 * planes, act="none"))
-    return Bottleneck(c_in, planes, stride, beside)
+    beside = nn.Sequential(shortcut, nn.BatchNorm2d(4 * planes))
+    return convert(Bottleneck(c_in, planes, stride, beside))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from fastcnn import models
+from fastcnn import convert, models
 
 LEVELS = ["default", "low", "lowest"]
 
@@ -27,7 +27,8 @@ def bottlenecks(memory: str) -> Stage:
 
 def small_resnet(memory: str) -> models.ResNet:
     """Bottlenecks, one and then two in a stage, with every projection."""
-    return models.ResNet(models.Bottleneck, [1, 2, 1, 1], num_classes=3, memory=memory)
+    model = models.ResNet(models.Bottleneck, [1, 2, 1, 1], num_classes=3)
+    return convert(model, memory=memory)
 
 
 @pytest.mark.parametrize("memory", LEVELS)
@@ -98,7 +99,8 @@ def test_models_are_pickled_and_copied_with_their_level(memory: str) -> None:
     model = small_resnet(memory)
     x = torch.randn(2, 3, 33, 32)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin.memory == twin.layer2.memory == twin.layer2[0].memory == memory
+        for part in (twin, twin.layer2[0]):
+            assert part.conversion.options.memory == memory
         assert torch.equal(twin(x), copy.deepcopy(model)(x))
 
 

@@ -11,9 +11,8 @@ from oracles import torchvision_resnet
 from test_models import assert_same_network
 from torch import Tensor, nn
 
-from fastcnn import models
+from fastcnn import convert, models
 from fastcnn.lab import eager_twin, kept_for_backward
-from fastcnn.models.resnet import Chained
 
 LEVELS = ["default", "low", "lowest"]
 
@@ -51,12 +50,13 @@ def test_wide_networks_have_the_levels_too() -> None:
     randomize(theirs.double())
     x = torch.randn(2, 3, 65, 51, dtype=torch.float64)
     for memory in LEVELS:
-        ours = models.ResNet(models.Bottleneck, [1, 2, 1, 1], memory=memory, **options).double()
+        ours = models.ResNet(models.Bottleneck, [1, 2, 1, 1], **options).double()
+        convert(ours, memory=memory)
         ours.load_state_dict(theirs.state_dict())
         assert_same_network(ours, copy.deepcopy(theirs), x)
 
 
-def test_memory_set_later_is_memory_set_at_construction() -> None:
+def test_memory_of_a_later_conversion_is_that_of_the_last() -> None:
     # Bytes, since results are the same: a level that stays in one stage would show nowhere else.
     def kept(model: nn.Module) -> int:
         x, state = images(1, 64), [*model.parameters(), *model.buffers()]
@@ -64,14 +64,9 @@ def test_memory_set_later_is_memory_set_at_construction() -> None:
 
     model, found = models.resnet50(num_classes=10), {}
     for memory in (*LEVELS, "default"):
-        model.memory = memory
-        assert all(m.memory == memory for m in model.modules() if isinstance(m, Chained))
-        found[memory] = kept(model)
+        found[memory] = kept(convert(model, memory=memory))
         assert found[memory] == kept(models.resnet50(num_classes=10, memory=memory))
     assert found["lowest"] < found["low"] < found["default"]
-    with pytest.raises(ValueError, match=r"ResNet: memory: .* default, low, lowest, got 'high'"):
-        model.memory = "high"
-    assert model.memory == model.layer1.memory == "default"
 
 
 def kept_at_batch_16(build: Callable[[], nn.Module]) -> int:
@@ -119,8 +114,7 @@ def test_bf16_gradients_of_resnet50_are_as_exact_as_pytorchs() -> None:
     exact, eager = gradients(twin.double(), x.double()), gradients(eager_twin(model), x)
     found = {}
     for memory in LEVELS:
-        model.memory = memory
-        found[memory] = gradients(model, x)
+        found[memory] = gradients(convert(model, memory=memory), x)
     for name, g in exact.items():
         limit = (eager[name] - g).norm() / g.norm()
         error = (found["default"][name] - g).norm() / g.norm()

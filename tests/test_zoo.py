@@ -6,13 +6,26 @@ import re
 from pathlib import Path
 from typing import Any
 
+import conversions
 import pytest
 import torch
+from conversions import assert_same, images, patterns
 from oracles import torchvision
 from torch import nn
-from zoo import CLASSIFIERS, SEGMENTERS, ZOO, assert_identical, ours, outputs, pair, results, theirs
+from zoo import (
+    CLASSIFIERS,
+    SEGMENTERS,
+    ZOO,
+    assert_identical,
+    fill,
+    ours,
+    outputs,
+    pair,
+    results,
+    theirs,
+)
 
-from fastcnn import models
+from fastcnn import models, revert
 
 FAMILIES = ["alexnet", "vgg11_bn", "resnet18", "googlenet", "inception_v3",
             "mobilenet_v2", "densenet121", "fcn_resnet50", "unet_resnet18"]  # fmt: skip
@@ -120,6 +133,22 @@ def test_list_models() -> None:
     assert all(callable(getattr(models, name)) for name in models.list_models())
 
 
+@pytest.mark.parametrize("name", [*FAMILIES[2:], "unet", "resnet20"])  # VGG takes 14 seconds
+def test_builders_convert(name: str) -> None:
+    """The kernels compute what the plain network does, in training."""
+    with torch.device("meta"):
+        model = models.create_model(name, num_classes=10)
+    fill(model.to_empty(device="cpu"))
+    model.double()
+    for layer in model.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0  # other masks than PyTorch's from the same seed
+    plain = revert(copy.deepcopy(model))
+    assert patterns(model)
+    x = images(2, 3, *[ZOO.get(name, 32)] * 2)
+    assert_same(conversions.results(model, x), conversions.results(plain, x))
+
+
 @pytest.mark.parametrize("name", [*FAMILIES, "unet", "resnet20"])
 def test_copies(name: str) -> None:
     with torch.device("meta"):
@@ -127,7 +156,7 @@ def test_copies(name: str) -> None:
         features = models.Features(model) if model.feature_info else model
     for original in (model, features):
         for again in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
-            assert type(again) is type(original)
+            assert type(revert(again)) is type(revert(original))
             assert list(again.state_dict()) == list(original.state_dict())
             assert again.rename("classifier.weight") == original.rename("classifier.weight")
 

@@ -9,6 +9,7 @@ from oracles import segmentation_models_pytorch
 from torch import Tensor, nn
 from zoo import assert_identical, fill, results
 
+from fastcnn import revert
 from fastcnn.models import UNet, create_model, unet_resnet18
 from fastcnn.models.unet_resnet import UNetResNet
 
@@ -149,7 +150,7 @@ def test_resnet_encoder_takes_other_decoders() -> None:
     theirs = segmentation_models_pytorch.Unet(
         "resnet18", encoder_weights=None, decoder_channels=channels, in_channels=4, classes=2
     )
-    ours = unet_resnet18(in_chans=4, num_classes=2, decoder_channels=channels)
+    ours = revert(unet_resnet18(in_chans=4, num_classes=2, decoder_channels=channels))
     fill(theirs)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(1, 4, 47, 70)

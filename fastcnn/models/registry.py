@@ -1,4 +1,7 @@
-"""Names and builders: create_model, list_models, and the one way a network is put together."""
+"""Names and builders: create_model, list_models, and the one way a network is put together.
+
+Networks are written in plain PyTorch; what fused kernels run of them, `fastcnn.convert` finds.
+"""
 
 import fnmatch
 import functools
@@ -6,10 +9,12 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from fastcnn.convert import convert
 from fastcnn.models.checkpoint import PathLike
 from fastcnn.models.init import initialise
 from fastcnn.models.network import Features, Network
 from fastcnn.models.weights import load_weights
+from fastcnn.ops.conv_bn_act_step import Memory, check_memory
 
 __all__ = ["architecture", "create_model", "list_models", "register"]
 
@@ -19,7 +24,7 @@ _ARCHITECTURES: dict[str, Callable[..., Network]] = {}
 
 
 def register(layers: Callable[..., Model]) -> Callable[..., Model]:
-    """Make a function that puts layers together a builder, which also takes weights= and init=."""
+    """Make a function that puts layers together a builder, with create_model's other arguments."""
 
     @functools.wraps(layers)
     def builder(
@@ -27,10 +32,12 @@ def register(layers: Callable[..., Model]) -> Callable[..., Model]:
         weights: PathLike | None = None,
         weights_backbone: PathLike | None = None,
         init: str | None = None,
+        memory: Memory = "default",
         **options: Any,
     ) -> Model:
+        check_memory(layers.__name__, memory)  # before the weights are drawn
         _check_counts(options)
-        return _build(layers(**options), options, weights, weights_backbone, init)
+        return _build(layers(**options), options, weights, weights_backbone, init, memory)
 
     _ARCHITECTURES[layers.__name__] = layers
     return builder
@@ -46,32 +53,35 @@ def create_model(
     weights: PathLike | None = None,
     weights_backbone: PathLike | None = None,
     init: str | None = None,
+    memory: Memory = "default",
     **options: Any,
 ) -> Network:
-    """Build the network `name`; see list_models.
+    """Build the network `name`, see list_models, and convert it, see fastcnn.convert.
 
     None leaves `num_classes` and `in_chans` what the architecture has; `features_only` returns
     fastcnn.models.Features, which gives the maps `out_indices`. `weights` is a local .pth or
     .safetensors of torchvision's, timm's or this package's network, see load_weights: where
     num_classes or in_chans are given, a checkpoint with others is adapted. `weights_backbone` is
     the same for the ResNet inside fcn_* and unet_resnet*. `init` is "kaiming", "xavier", "normal"
-    or "zeros"; None is torchvision's. Other `options` are the architecture's.
+    or "zeros"; None is torchvision's. `memory` is fastcnn.convert's. Other `options` are the
+    architecture's.
 
     Raises:
-        ValueError: an unknown name or init; num_classes or in_chans below 1; out_indices without
-            features_only or out of range; features_only of a network without feature maps; a
-            checkpoint that does not fit.
+        ValueError: an unknown name, init or memory; num_classes or in_chans below 1; out_indices
+            without features_only or out of range; features_only of a network without feature maps;
+            a checkpoint that does not fit.
     """
     if num_classes is not None:
         options["num_classes"] = num_classes
     if in_chans is not None:
         options["in_chans"] = in_chans
+    check_memory(name, memory)
     if out_indices is not None and not features_only:
         raise ValueError(f"out_indices: expected None without features_only, got {out_indices}")
     model = architecture(name, **options)
     if features_only:
         model = Features(model, out_indices)
-    return _build(model, options, weights, weights_backbone, init)
+    return _build(model, options, weights, weights_backbone, init, memory)
 
 
 def architecture(name: str, **options: Any) -> Network:
@@ -104,8 +114,9 @@ def _build(
     weights: PathLike | None,
     weights_backbone: PathLike | None,
     init: str | None,
+    memory: Memory,
 ) -> Model:
-    """Everything behind the layers: initial weights, then loaded ones."""
+    """Everything behind the layers: initial weights, then loaded ones, conversion."""
     in_chans, num_classes = "in_chans" in options, "num_classes" in options
     if init is not None:
         initialise(model, init)
@@ -116,4 +127,4 @@ def _build(
         load_weights(backbone, weights_backbone, adapt_in_chans=in_chans)
     if weights is not None:
         load_weights(model, weights, adapt_in_chans=in_chans, adapt_num_classes=num_classes)
-    return model
+    return convert(model, memory=memory)
