@@ -8,9 +8,10 @@
     triton        one kernel
 
 Bytes: x, weight, residual and y once; cudnn writes and reads the raw output besides. The weights
-are folded at every call, as parameters may change.
+are folded at every call, as parameters may change; conv2d_folded.py keeps them.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -35,12 +36,13 @@ from fastcnn.ops.conv_bn_act_problem import (
     word,
 )
 from fastcnn.ops.conv_bn_act_step import ConvBnActStep, Geometry
-from fastcnn.ops.convolution import convolve, folded, max_pool
+from fastcnn.ops.convolution import convolve, folded, max_pool, norm_of_step
 from fastcnn.ops.norm import Norm
 from fastcnn.plan import Candidate, Kernel, Op, Problem, choose, register
 from fastcnn.reference.batch_norm_act import activation
 
 EVAL = "conv_bn_act_eval"
+Fold = Callable[[Tensor, Tensor | None, Norm, torch.dtype], tuple[Tensor, Tensor]]
 
 
 def _relu_fake(
@@ -77,19 +79,27 @@ torch.library.impl("fastcnn::conv2d_relu", "cpu")(_relu_cpu)
 
 
 def convolve_planned(
-    x: Tensor, step: ConvBnActStep, g: Geometry, residual: Tensor | None, own: bool
+    x: Tensor,
+    step: ConvBnActStep,
+    g: Geometry,
+    residual: Tensor | None,
+    own: bool,
+    fold: Fold = folded,
 ) -> Tensor:
     """Return the step's output, pooled where it pools.
 
     own: the residual is of the block's making, and may come in the other layout.
+    fold: folds the batch norm, or has kept what that gave.
     """
-    assert step.running_mean is not None
-    assert step.running_var is not None
     words = [word("out", g.act), *(["residual"] if residual is not None else [])]
-    mean = step.running_mean if step.conv_bias is None else step.running_mean - step.conv_bias
-    norm = Norm(mean, step.running_var, step.bn_weight, step.bn_bias, step.eps)
-    run = _RUN[choose(problem(EVAL, x, x.shape, step.weight.shape, g, *words))]
-    return max_pool(run(x, step.weight, g, norm, g.act, residual, own), g)
+    norm = norm_of_step(step)
+    plan = choose(problem(EVAL, x, x.shape, step.weight.shape, g, *words))
+    if plan == "cudnn_fused":
+        weight, bias = fold(step.weight, step.conv_bias, norm, x.dtype)
+        return max_pool(_cudnn_folded(x, weight, bias, g, residual, own), g)
+    if step.conv_bias is not None:
+        norm = norm._replace(mean=norm.mean - step.conv_bias)
+    return max_pool(_RUN[plan](x, step.weight, g, norm, g.act, residual, own), g)
 
 
 def _cudnn(
@@ -107,7 +117,12 @@ def _cudnn(
 def _cudnn_fused(
     x: Tensor, weight: Tensor, g: Geometry, norm: Norm, act: int, residual: Tensor | None, own: bool
 ) -> Tensor:
-    weight, bias = folded(weight, None, norm, x.dtype)
+    return _cudnn_folded(x, *folded(weight, None, norm, x.dtype), g, residual, own)
+
+
+def _cudnn_folded(
+    x: Tensor, weight: Tensor, bias: Tensor, g: Geometry, residual: Tensor | None, own: bool
+) -> Tensor:
     y = torch.ops.fastcnn.conv2d_relu.default(
         x, weight, bias, residual, g.stride, g.padding, g.dilation, g.groups
     )

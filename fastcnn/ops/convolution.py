@@ -20,6 +20,7 @@ _convolution = torch.ops.aten.convolution.default
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _max_pool = torch.ops.aten.max_pool2d_with_indices.default
 _convolution_pointwise = torch.ops.mkldnn._convolution_pointwise
+_convolution_pointwise_ = torch.ops.mkldnn._convolution_pointwise_
 _max_pool_backward = torch.ops.aten.max_pool2d_with_indices_backward.default
 
 
@@ -196,9 +197,10 @@ def folded(
     scale = torch.rsqrt(norm.var.float() + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
-    bias = -norm.mean * scale
+    bias = -norm.mean.float()
     if conv_bias is not None:
-        bias = bias + conv_bias * scale
+        bias = bias + conv_bias
+    bias = bias * scale
     if norm.bias is not None:
         bias = bias + norm.bias
     return (weight * scale[:, None, None, None]).to(dtype), bias.to(dtype)
@@ -211,12 +213,33 @@ def convolve_folded(
 
     own: the residual is of the block's making, and may come in the other layout.
 
-    They are folded at every call, as parameters may change.
+    They are folded at every call, as parameters may change; conv2d_folded.py keeps them.
     """
+    weight, bias = folded(step.weight, step.conv_bias, norm_of_step(step), x.dtype)
+    return convolve_onednn(x, weight, bias, g, step.act, residual, own)
+
+
+def norm_of_step(step: ConvBnActStep) -> Norm:
+    """Return the batch norm of a step with fixed statistics."""
     assert step.running_mean is not None
     assert step.running_var is not None
-    norm = Norm(step.running_mean, step.running_var, step.bn_weight, step.bn_bias, step.eps)
-    weight, bias = folded(step.weight, step.conv_bias, norm, x.dtype)
+    return Norm(step.running_mean, step.running_var, step.bn_weight, step.bn_bias, step.eps)
+
+
+def convolve_onednn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    g: Geometry,
+    act: str,
+    residual: Tensor | None,
+    own: bool,
+    into: bool = False,
+) -> Tensor:
+    """Return act(conv2d(x) + residual), pooled where the step pools.
+
+    into: write it into the residual, where the kernel that adds can.
+    """
     x, g = with_columns(x, weight, g)
     arguments = (weight, bias, g.padding, g.stride, g.dilation, g.groups)
     if torch.compiler.is_compiling():
@@ -226,17 +249,19 @@ def convolve_folded(
             if not own:
                 check_like("conv_bn_act", "residual", residual, y)
             y += residual
-        y = _AFTER_SUM[step.act](y)
+        y = _AFTER_SUM[act](y)
     elif residual is None:
-        y = _convolution_pointwise.default(x, *arguments, *_EPILOGUES[step.act])
+        y = _convolution_pointwise.default(x, *arguments, *_EPILOGUES[act])
     else:
         # In NCHW and with groups it adds in a pass of its own, whose ReLU does not know bfloat16.
         one_pass = memory_format_of(x) is torch.channels_last and g.groups == 1
-        fuses = step.act == "relu" and (one_pass or x.dtype is torch.float32)
-        relu = "relu" if fuses else None
-        y = _convolution_pointwise.binary(x, residual, *arguments, "add", 1.0, relu, [], "")
-        if not own:
-            check_like("conv_bn_act", "residual", residual, y)  # oneDNN has copied another layout
+        relu = "relu" if act == "relu" and (one_pass or x.dtype is torch.float32) else None
+        if into and one_pass and residual.is_contiguous(memory_format=torch.channels_last):
+            y = _convolution_pointwise_.binary(residual, x, *arguments, "add", 1.0, relu, [], "")
+        else:
+            y = _convolution_pointwise.binary(x, residual, *arguments, "add", 1.0, relu, [], "")
+            if not own:  # oneDNN has copied another layout
+                check_like("conv_bn_act", "residual", residual, y)
         if relu is None:
-            y = _AFTER_SUM[step.act](y)
+            y = _AFTER_SUM[act](y)
     return max_pool(y, g)

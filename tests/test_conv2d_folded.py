@@ -1,0 +1,198 @@
+"""FoldedConv2d: a convolution with its batch norm, folded once and kept while nothing changes."""
+
+import copy
+import itertools
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from activations import ACTS
+from conv2d_folded_cases import Pair, kept, pair
+from shapes import LAYOUTS
+from tolerance import assert_as_exact_as_torch
+from torch import Tensor, nn
+
+from fastcnn.ops.conv2d_folded import FoldedConv2d
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this PyTorch was built without oneDNN"
+)
+pytorchs_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+CL = torch.channels_last
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def check(model: Pair, x: Tensor, dtype: torch.dtype, autocast: bool, residual: bool) -> None:
+    """Against float64 by eager's own error, and to the bit as the step that keeps nothing."""
+    model = copy.deepcopy(model).to(torch.float32 if autocast else dtype)
+    exact = copy.deepcopy(model).double()
+    x = x.to(torch.float32 if autocast else dtype)
+    found = []
+    for _ in range(8):
+        x = torch.randn_like(x)
+        added = torch.randn_like(exact.plain(x.double())).to(dtype) if residual else None
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            y, eager, step = model(x, added), model.plain(x, added), model.step(x, added)
+            into = model(x, None if added is None else added.clone(), dies=True)
+        assert y.dtype is eager.dtype
+        assert y.stride() == step.stride() == into.stride()
+        assert torch.equal(y, step)
+        assert torch.equal(into, y)
+        found.append((y, eager, exact.plain(x.double(), None if added is None else added.double())))
+    assert_as_exact_as_torch("y", *(torch.stack(t) for t in zip(*found, strict=True)))
+
+
+TYPES = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+CONVOLUTIONS = {
+    "plain": {},
+    "groups": {"groups": 2},
+    "depthwise": {"c_out": 4, "groups": 4},
+    "dilation": {"dilation": 2, "padding": 2},
+    "stride": {"stride": (1, 2), "bias": False},
+    "1x1": {"kernel_size": 1, "padding": 0},
+    "one channel": {"c_in": 1, "c_out": 1},
+}
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), TYPES, ids=["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_results(mode: Callable[[], Any], dtype: torch.dtype, autocast: bool) -> None:
+    with mode():
+        for layout, residual in itertools.product(LAYOUTS.values(), [False, True]):
+            for act in ACTS:
+                x = torch.randn(2, 4, 9, 8).contiguous(memory_format=layout)
+                check(pair(act=act), x, dtype, autocast, residual)
+            for options in CONVOLUTIONS.values():
+                model = pair(**options)
+                x = torch.randn(2, model.conv.in_channels, 9, 8).contiguous(memory_format=layout)
+                check(model, x, dtype, autocast, residual)
+                check(Pair(model.conv, None, "silu"), x, dtype, autocast, residual)
+
+
+def test_weights_are_kept_for_the_last_sizes() -> None:
+    model = pair()
+    with torch.no_grad():
+        for layout, dtype in itertools.product(LAYOUTS.values(), [torch.float32, torch.bfloat16]):
+            model = model.to(dtype)
+            for size in (9, 7, 5, 3):
+                x = torch.randn(2, 4, size, 8, dtype=dtype).contiguous(memory_format=layout)
+                first = model(x)
+                assert kept(partial(model, x))
+                assert torch.equal(model(x), first)
+        x = torch.randn(2, 4, 11, 8, dtype=torch.bfloat16).contiguous(memory_format=CL)
+        model(x)
+        assert "kept for 4 inputs" in repr(model.folded)
+
+
+def test_a_residual_that_dies_may_hold_the_output() -> None:
+    model, x = pair(), torch.randn(2, 4, 9, 8).contiguous(memory_format=CL)
+    with torch.no_grad():
+        residual = torch.randn_like(model(x))
+        assert model(x, residual).data_ptr() != residual.data_ptr()
+        assert model(x, residual, dies=True) is residual
+        # But not where the convolution reads it.
+        model, x = pair(4, 4), x.clone(memory_format=torch.preserve_format)
+        expected = model.step(x, x)
+        assert torch.equal(model(x, x, dies=True), expected)
+        # And PyTorch refuses to write into a tensor of inference mode elsewhere.
+        with torch.inference_mode():
+            residual = torch.randn_like(x)
+        expected = model.step(x, residual)
+        assert torch.equal(model(x, residual, dies=True), expected)
+
+
+def test_gradients_and_torch_func() -> None:
+    model = pair(act="silu")
+    x = torch.randn(2, 4, 9, 8)
+    with torch.no_grad():
+        model(x)
+    leaf, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    model(leaf).square().sum().backward()
+    model.plain(plain).square().sum().backward()
+    torch.testing.assert_close(leaf.grad, plain.grad)
+    assert model.conv.weight.grad is not None
+    model.requires_grad_(False)
+    found = torch.func.grad(lambda t: model(t).square().sum())(x)
+    torch.testing.assert_close(found, plain.grad)
+    weights = {k: 2 * v for k, v in model.state_dict().items()}
+    y = torch.func.functional_call(model, weights, (x,))
+    model.load_state_dict(weights)
+    assert torch.equal(y, model(x))
+
+
+def test_copies_and_pickles_keep_nothing() -> None:
+    model, x = pair(), torch.randn(2, 4, 9, 8).contiguous(memory_format=CL)
+    with torch.no_grad():
+        y = model(x)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert other.folded.conv is other.conv
+            assert "kept for 0 inputs" in repr(other.folded)
+            assert torch.equal(other(x), y)
+            other.conv.weight.mul_(2)
+            assert torch.equal(other(x), other.step(x))
+        assert torch.equal(model(x), y)
+
+
+def test_errors() -> None:
+    model, x = pair(), torch.randn(2, 4, 9, 8)
+    conv = model.conv
+    with torch.no_grad():
+        y = model(x)
+        for _ in range(2):  # what was refused is not kept
+            with pytest.raises(ValueError, match="residual: expected sizes"):
+                model(x, y[:1])
+            with pytest.raises(TypeError, match="residual: expected"):
+                model(x, y.bfloat16())
+            with pytest.raises(ValueError, match="residual: expected the input's memory format"):
+                model(x, y.contiguous(memory_format=CL))
+            with pytest.raises(ValueError, match="weight: expected 3 input channels"):
+                model(x[:, :3].clone())
+            with pytest.raises(ValueError, match="dense NCHW or channels_last"):
+                model(x[:, :, ::2])
+            with pytest.raises(TypeError, match="weight: expected"):
+                model(x.bfloat16())
+            with pytest.raises(TypeError, match="input: expected a Tensor"):
+                model(None)
+        with pytest.raises(ValueError, match="batch norm in evaluation"):
+            model.train()(x)
+    with pytest.raises(ValueError, match="act: expected one of"):
+        FoldedConv2d(conv, act="tanh")
+    for options in ({"padding": "same"}, {"padding": 1, "padding_mode": "circular"}):
+        with pytest.raises(ValueError, match="padding numbers"):
+            FoldedConv2d(nn.Conv2d(4, 4, 3, **options))
+
+
+def test_other_types_empty_batches_and_narrow_images() -> None:
+    with torch.no_grad():
+        for dtype in (torch.float64, torch.float16):
+            model, x = pair().to(dtype), torch.randn(2, 4, 9, 8, dtype=dtype)
+            assert torch.equal(model(x), model.step(x))
+        for sizes in ((0, 4, 9, 8), (3, 4, 1, 1), (2, 4, 3, 1)):
+            model = pair(groups=2, padding=3, kernel_size=3, stride=3)
+            x = torch.randn(sizes).contiguous(memory_format=CL)
+            assert torch.equal(model(x), model.step(x))
+
+
+@pytorchs_own_warnings
+@pytest.mark.parametrize("with_norm", [True, False])
+def test_compiled_and_exported(with_norm: bool) -> None:
+    model = pair(act="silu")
+    model = model if with_norm else Pair(model.conv, None, "silu")
+    x = torch.randn(2, 4, 9, 8)
+    with torch.no_grad():
+        added = torch.randn_like(model(x))
+        expected = model(x, added)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, added), expected)
+        model.conv.weight.mul_(2)  # in the graph: seen there too
+        torch.testing.assert_close(compiled(x, added), model(x, added))
+        program = torch.export.export(model, (x, added))
+        torch.testing.assert_close(program.module()(x, added), model(x, added))
+        assert "mkldnn" not in str(program.graph)
