@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from tolerance import assert_as_exact_as_torch
 from torch import Tensor, nn
 
 from fastcnn import convert
@@ -97,6 +98,36 @@ def assert_converts(model: nn.Module, *inputs: Any, **options: Any) -> list[str]
         assert_same(results(model, *inputs), results(before, *inputs))
     model.train()
     return patterns(model)
+
+
+def assert_infers(model: nn.Module, x: Tensor) -> list[str]:
+    """Convert a model for inference and compare it, in float32, as exactly as PyTorch computes.
+
+    Twice, since the second call finds packed weights; after a change of all weights; in training
+    again; and in the other layout.
+    """
+    model = prepared(model).float()
+    exact, eager = copy.deepcopy(model).double(), copy.deepcopy(model)
+    convert(model, mode="infer")
+    models = (model, eager, exact)
+    with torch.no_grad():
+        for call in range(4):
+            layout = torch.channels_last if call < 3 else torch.contiguous_format
+            data = (x * (1 + call)).to(memory_format=layout)
+            for m in models:
+                m.eval()
+                if call == 2:
+                    m.load_state_dict({k: v / 2 for k, v in m.state_dict().items()})
+            outputs = [list(tensors_in(m(data.to(t.dtype)))) for m, t in _typed(models)]
+            for y, theirs, truth in zip(*outputs, strict=True):
+                assert_as_exact_as_torch(f"call {call}", y, theirs, truth)
+    assert_same(results(model.double().train(), x), results(exact.train(), x))
+    model.eval()
+    return patterns(model)
+
+
+def _typed(models: Iterable[nn.Module]) -> Iterable[tuple[nn.Module, Tensor]]:
+    return [(m, next(m.parameters())) for m in models]
 
 
 def patterns(model: nn.Module) -> list[str]:

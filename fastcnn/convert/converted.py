@@ -52,7 +52,7 @@ def plan(module: nn.Module, leaves: set[nn.Module], options: Options, name: str)
     graph, opened = trace(module, leaves)
     modules = dict(module.named_modules(remove_duplicate=False))
     drop_identities(graph, modules)
-    matcher = Matcher(graph, modules)
+    matcher = Matcher(graph, modules, folds=options.mode == "infer")
     patterns = matcher.match()
     inside = [modules[str(n.target)] for p in patterns for n in p.nodes if n.op == "call_module"]
     consumed = {m: None for layer in inside for m in layer.modules()}

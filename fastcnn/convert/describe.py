@@ -21,7 +21,8 @@ def _words(p: Pattern, modules: dict[str, nn.Module]) -> str:
         beside = {fx.Node: "residual", tuple: "projection"}.get(type(p.residual), "residual")
         beside = "identity" if p.residual == () else beside
         act = p.steps[-1].act
-        return " > ".join([*before, f"conv-bn + {beside}" + (f" - {act}" if act != "none" else "")])
+        conv = "conv" if p.steps[-1].bn is None else "conv-bn"
+        return " > ".join([*before, f"{conv} + {beside}" + (f" - {act}" if act != "none" else "")])
     if isinstance(p, Norm):
         kind = kind_of(modules[str(p.norm.target)])
         added = " + residual" if p.residual is not None else ""
@@ -34,4 +35,5 @@ def _words(p: Pattern, modules: dict[str, nn.Module]) -> str:
 
 def _step(step: Step) -> str:
     act = f"-{step.act}" if step.act != "none" else ""
-    return f"conv-bn{act}" + ("-pool" if step.pool is not None else "")
+    conv = "conv" if step.bn is None else "conv-bn"
+    return conv + act + ("-pool" if step.pool is not None else "")

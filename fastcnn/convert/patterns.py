@@ -1,7 +1,8 @@
 """The patterns: which nodes of a traced forward become one call.
 
     Chain     (conv, batch norm, activation, max pool) steps, with what is added before the last
-              activation: a tensor, the chain's own input, or steps on that input
+              activation: a tensor, the chain's own input, or steps on that input. Where they are
+              folded, for inference, convolutions without a batch norm are steps too
     Norm      a norm layer with an activation behind it; a batch norm also with an addition
     Resize    F.interpolate, or any resizing whose output is concatenated with one tensor
     Drop      F.dropout, F.dropout2d
@@ -24,10 +25,10 @@ from fastcnn.convert.layers import NORMS, act_of_node, called, changes, kind_of,
 
 
 class Step(NamedTuple):
-    """One step of a chain, by its nodes; add and pool where it has them."""
+    """One step of a chain, by its nodes; bn, which folded chains may lack, and pool."""
 
     conv: fx.Node
-    bn: fx.Node
+    bn: fx.Node | None
     act: str
     nodes: tuple[fx.Node, ...]
     pool: fx.Node | None = None
@@ -40,6 +41,7 @@ class Chain:
     steps: list[Step]
     residual: fx.Node | tuple[Step, ...] | None = None
     added: tuple[fx.Node, ...] = ()  # the addition and the activation behind it
+    residual_dies: bool = False  # nobody reads the residual afterwards
 
     @property
     def input(self) -> fx.Node:
@@ -122,8 +124,8 @@ _RESIZE = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_
 class Matcher:
     """Finds the patterns of one graph; `left` says of the other convertible nodes why not."""
 
-    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-        self._graph, self._modules = graph, modules
+    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], folds: bool = False) -> None:
+        self._graph, self._modules, self._folds = graph, modules, folds
         self._aliasing = Aliasing(graph, modules)
         self._used: set[fx.Node] = set()
         self.left: dict[fx.Node, str] = {}
@@ -178,6 +180,12 @@ class Matcher:
 
     def _chains(self) -> Iterator[Chain]:
         steps = [s for node in self._graph.nodes if (s := self._step(node)) is not None]
+        if self._folds:
+            taken = {step.conv for step in steps}
+            bare = [n for n in self._graph.nodes if self._kind(n) == "conv" and n not in taken]
+            steps += [s for node in bare if (s := self._bare_step(node)) is not None]
+            order = {node: i for i, node in enumerate(self._graph.nodes)}
+            steps.sort(key=lambda step: order[step.conv])
         by_end: dict[fx.Node, Chain] = {}
         for step in steps:  # in the order of the graph, so that what comes before is there
             x: Any = step.conv.args[0]
@@ -201,8 +209,15 @@ class Matcher:
         if why is not None:
             self.left[conv] = why
             return None
-        act, nodes = own_act(self.module(bn)) or "none", [conv, bn]
-        behind = self._act_behind(bn) if act == "none" else None
+        return self._with_act_and_pool(conv, bn, own_act(self.module(bn)) or "none")
+
+    def _bare_step(self, conv: fx.Node) -> Step | None:
+        """Return the step of a convolution without a batch norm."""
+        return None if self._no_conv(conv) else self._with_act_and_pool(conv, None, "none")
+
+    def _with_act_and_pool(self, conv: fx.Node, bn: fx.Node | None, act: str) -> Step:
+        nodes = [conv] if bn is None else [conv, bn]
+        behind = self._act_behind(nodes[-1]) if act == "none" else None
         if behind is not None:
             act = behind[0]
             nodes.append(behind[1])
@@ -217,20 +232,30 @@ class Matcher:
         return plain and changes(pool) is None
 
     def _no_step(self, conv: fx.Node, bn: fx.Node) -> str | None:
-        for node in (conv, bn):
-            own = changes(self.module(node))
-            if own is not None:
-                return f"{node.target} has {own}"
-            if len(node.args) != 1 or node.kwargs:
-                return f"{node.target} is called with more than its input"
+        why = self._no_layer(bn) or self._no_conv(conv)
+        if why is not None:
+            return why
         if own_act(self.module(bn)) is None:
             return f"the activation inside {bn.target} has no kernel"
+        return None if len(conv.users) == 1 else f"the output of {conv.target} has other uses"
+
+    def _no_layer(self, node: fx.Node) -> str | None:
+        own = changes(self.module(node))
+        if own is not None:
+            return f"{node.target} has {own}"
+        plain = len(node.args) == 1 and not node.kwargs
+        return None if plain else f"{node.target} is called with more than its input"
+
+    def _no_conv(self, conv: fx.Node) -> str | None:
+        why = self._no_layer(conv)
+        if why is not None:
+            return why
         module = self.module(conv)
         if module.padding_mode != "zeros":
             return f"{conv.target} has padding_mode={module.padding_mode!r}"
         if isinstance(module.padding, str):
             return f"{conv.target} has padding={module.padding!r}; give it numbers"
-        return None if len(conv.users) == 1 else f"the output of {conv.target} has other uses"
+        return None
 
     def _add_to_chain(self, add: fx.Node, by_end: dict[fx.Node, Chain]) -> None:
         operands = _operands(add)
@@ -250,6 +275,7 @@ class Matcher:
         else:
             main.residual = other
         del by_end[main.last]
+        main.residual_dies = self._aliasing.dies_at(other, add)
         behind = self._act_behind(add)
         main.added = (add,) if behind is None else (add, behind[1])
         if behind is not None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastcnn.convert import runtime
+from fastcnn.convert.folded import folded_chain
 from fastcnn.convert.guards import has_hooks
 from fastcnn.convert.layers import kind_of
 from fastcnn.convert.patterns import Chain, Drop, Matcher, Norm, Pattern, Step
@@ -77,6 +78,12 @@ class _Emitter:
         call, options = self._graph.call_function, self._options
         x, *more = [self._calls.get(node, node) for node in p.inputs]
         second = more[0] if more else None
+        if isinstance(p, Chain) and options.mode == "infer":
+            # What converted code has made itself nobody else has seen.
+            dies = p.residual_dies and (more or [x])[0] in self._calls.values()
+            beside = self._modules(p.residual) if isinstance(p.residual, tuple) else None
+            run = folded_chain(self._modules(p.steps), beside, dies, options)
+            return call(run, (x, second))
         if isinstance(p, Chain):
             residual = self._steps(p.residual) if isinstance(p.residual, tuple) else second
             return call(runtime.conv_bn_act, (x, self._steps(p.steps), residual, options))
@@ -89,8 +96,8 @@ class _Emitter:
             function = runtime.dropout if plain else runtime.dropout2d
             return call(function, p.drop.args, {**p.drop.kwargs, "options": options})
         if p.resize.op == "call_module":
-            beside = (second, p.skip_last, options)
-            return call(runtime.upsample, (x, self._module(p.resize), *beside))
+            skip = (second, p.skip_last, options)
+            return call(runtime.upsample, (x, self._module(p.resize), *skip))
         how = {k: v for k, v in p.resize.kwargs.items() if k != "antialias"}
         how.update(concat=second, concat_last=p.skip_last, options=options)
         return call(runtime.interpolate, p.resize.args, how)
@@ -104,12 +111,20 @@ class _Emitter:
         return tuple(
             (
                 self._module(step.conv),
-                self._module(step.bn),
+                None if step.bn is None else self._module(step.bn),
                 step.act,
                 None if step.pool is None else self._module(step.pool),
             )
             for step in steps
         )
+
+    def _modules(self, steps: Sequence[Step]) -> list[runtime.Step]:
+        """Return the steps with the modules themselves."""
+
+        def of(node: fx.Node | None) -> Any:
+            return None if node is None else self._matcher.module(node)
+
+        return [(of(step.conv), of(step.bn), step.act, of(step.pool)) for step in steps]
 
     def _module(self, node: fx.Node) -> fx.Node:
         return self._graph.create_node("get_attr", str(node.target))

@@ -22,8 +22,8 @@ from fastcnn.ops.convolution import autocast_dtype
 from fastcnn.ops.group_norm_act import pixel_norm_act
 from fastcnn.ops.instance_norm_act import instance_norm_act
 
-# conv, batch norm, activation, max pooling or None.
-Step = tuple[nn.Conv2d, nn.BatchNorm2d, str, nn.MaxPool2d | None]
+# conv, batch norm or, in folded chains, None; activation; max pooling or None.
+Step = tuple[nn.Conv2d, Any, str, nn.MaxPool2d | None]
 Shortcut = Tensor | Sequence[Step] | None
 
 # By the module that a call ends in: why its last unfused call was not fused.
@@ -40,20 +40,27 @@ HAS_CUDA = bool(_C.cuda_version)
 
 
 class Options(NamedTuple):
-    """What was asked of convert, as far as the calls need it."""
+    """What was asked of convert."""
 
+    mode: str = "train"
     backend: str = "auto"
     memory: Memory = "default"
 
 
 def conv_bn_act(x: Tensor, steps: Sequence[Step], residual: Shortcut, options: Options) -> Tensor:
     """Run a chain; residual: None, a tensor, or the steps of a projection, () for x itself."""
-    why = unfit(x, options) or _residual_unfit(x, steps, residual)
-    if why is not None:
-        _refuse(steps[-1][1], why, options)
-        return _one_by_one(x, steps, residual)
+    if runs_one_by_one(x, steps, residual, options):
+        return one_by_one(x, steps, residual)
     added = residual if residual is None or isinstance(residual, Tensor) else _steps(residual)
     return functional.conv_bn_act(x, _steps(steps), added, memory=options.memory)
+
+
+def runs_one_by_one(x: Tensor, steps: Sequence[Step], residual: Shortcut, options: Options) -> bool:
+    """Whether a chain has no kernel for its input or its residual, and note why."""
+    why = unfit(x, options) or _residual_unfit(x, steps, residual)
+    if why is not None:
+        _refuse(steps[-1][0], why, options)
+    return why is not None
 
 
 def conv_bn_act_blocks(
@@ -62,9 +69,9 @@ def conv_bn_act_blocks(
     """Run residual blocks whose inputs are rebuilt in backward."""
     why = unfit(x, options)
     if why is not None:
-        _refuse(blocks[-1][0][-1][1], why, options)
+        _refuse(blocks[-1][0][-1][0], why, options)
         for steps, shortcut in blocks:
-            x = _one_by_one(x, steps, shortcut)
+            x = one_by_one(x, steps, shortcut)
         return x
     parts = [functional.ConvBnActBlock(_steps(b), _steps(s)) for b, s in blocks]
     return functional.conv_bn_act_blocks(x, parts, memory=options.memory)
@@ -242,16 +249,16 @@ def _refuse(module: nn.Module | None, why: str, options: Options) -> None:
         notes[module] = why
 
 
-def _one_by_one(x: Tensor, steps: Sequence[Step], residual: Shortcut) -> Tensor:
+def one_by_one(x: Tensor, steps: Sequence[Step], residual: Shortcut) -> Tensor:
     """Run the modules as they are."""
     added = residual
     if added is not None and not isinstance(added, Tensor):
-        added = _one_by_one(x, added, None)
+        added = one_by_one(x, added, None)
     for i, (conv, bn, act, pool) in enumerate(steps, start=1):
-        x = bn(conv(x))
+        x = conv(x) if bn is None else bn(conv(x))
         if added is not None and i == len(steps):
             x = x + added
-        if own_act(bn) == "none":
+        if bn is None or own_act(bn) == "none":
             x = ACTIVATIONS[act](x)
         x = x if pool is None else pool(x)
     return x

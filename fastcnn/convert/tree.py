@@ -47,7 +47,10 @@ def convert(
     Args:
         model: any, on any device; where it is itself converted in this way already, nothing
             happens.
-        mode: "train", for training and evaluation, or "infer".
+        mode: "train", for training and evaluation; or "infer": in evaluation each convolution's
+            weights are kept with the batch norm folded in and in the layout that its kernel wants,
+            as long as nobody changes them, which costs their memory once more; convolutions
+            without a batch norm are fused with their activation too. It trains as well.
         backend: "auto": the kernels of the device that a call's input is on, and PyTorch where
             there are none for it, which report says. "cpu" or "cuda": those of that device, and an
             error where they cannot run a call.
@@ -68,7 +71,7 @@ def convert(
     check_memory("convert", memory)
     if backend == "cuda" and not HAS_CUDA:
         raise ValueError("convert: backend: expected 'auto' or 'cpu' from a build without CUDA")
-    options = Options(backend, memory)
+    options = Options(mode, backend, memory)
     if not _is_converted(model, options):
         revert(model)
         _convert(model, options)

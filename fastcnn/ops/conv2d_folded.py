@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastcnn.ops.activation import act_number
 from fastcnn.ops.checks import check_image, memory_format_of
@@ -123,7 +124,8 @@ class FoldedConv2d:
         weights = (parameter_of(conv, "weight"), parameter_of(conv, "bias"))
         if norm is None:
             return (*weights, None, None, None, None), numbers
-        if norm.training or norm.running_mean is None:
+        of_batch = norm.training and isinstance(norm, _BatchNorm)  # not torchvision's frozen one
+        if of_batch or norm.running_mean is None:
             raise ValueError(
                 f"{OP}: expected a batch norm in evaluation with running statistics, which are "
                 f"folded into the convolution, got {norm} with training={norm.training}"
