@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastcnn import _C, functional
 from fastcnn.convert.layers import kind_of, own_act
@@ -59,7 +60,8 @@ def runs_one_by_one(x: Tensor, steps: Sequence[Step], residual: Shortcut, option
     """Whether a chain has no kernel for its input or its residual, and note why."""
     why = unfit(x, options) or _residual_unfit(x, steps, residual)
     if why is not None:
-        _refuse(steps[-1][0], why, options)
+        conv, bn, *_ = steps[-1]
+        _refuse(conv if bn is None else bn, why, options)
     return why is not None
 
 
@@ -69,7 +71,7 @@ def conv_bn_act_blocks(
     """Run residual blocks whose inputs are rebuilt in backward."""
     why = unfit(x, options)
     if why is not None:
-        _refuse(blocks[-1][0][-1][0], why, options)
+        _refuse(blocks[-1][0][-1][1], why, options)
         for steps, shortcut in blocks:
             x = one_by_one(x, steps, shortcut)
         return x
@@ -178,6 +180,8 @@ def _dropout(
 def unfit(x: Any, options: Options, dims: int | None = 4) -> str | None:
     """Say why there is no kernel for an input, if so; dims: how many it must have, if it must."""
     if not isinstance(x, Tensor):
+        return f"its input is a {type(x).__name__}"
+    if type(x) is not Tensor and is_traceable_wrapper_subclass(x):  # as DTensor
         return f"its input is a {type(x).__name__}"
     if dims is not None and x.dim() != dims:
         return f"its input has {x.dim()} dimensions, the kernels take {dims}"

@@ -81,6 +81,8 @@ def trace(module: nn.Module, leaves: set[nn.Module]) -> tuple[fx.Graph, list[nn.
     Raises:
         Untraceable: the forward does what a trace would not repeat.
     """
+    if "forward" in module.__dict__:
+        raise Untraceable("has a forward of its own, which its class does not know")
     tracer = _Tracer(module, leaves)
     before = _plain_state(module)
     rng = random.getstate()
