@@ -24,7 +24,9 @@ MODULES = {"augment": "fastcnn/augment/module.py"}  # the others: fastcnn/nn/<op
 NO_CUDA_SOURCE = {"conv2d_int8"}  # on GPUs convolutions are Triton's
 NO_MODULE = {"conv2d_int8"}  # quantisation makes its modules
 # cuDNN's weight gradient needs no help; on CUDA conv2d_int8 is one kernel with its epilogue.
-CPU_ONLY = {"conv2d_bwd_weight", "conv2d_int8_epilogue"}
+CPU_ONLY = {
+    "conv2d_bwd_weight", "conv2d_int8_epilogue", "upsample_taps_fwd", "upsample_taps_bwd",
+}  # fmt: skip
 IN_PYTHON = {"afresh", "conv2d_int8"}  # registered on CUDA without a compiler for it
 KERNEL_OPS = [op for op in OPS if op not in COMPOSED]
 OPERATORS = [

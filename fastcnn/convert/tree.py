@@ -148,12 +148,9 @@ def _conversion(
     for leaves in attempts:
         conversion = Conversion(name, options, leaves)
         try:
-            fuses = conversion.prepare(module)
+            return conversion if conversion.prepare(module) else None
         except Untraceable as error:
             untraceable[module] = str(error)
-        else:
-            untraceable.pop(module, None)
-            return conversion if fuses else None
     opaque.add(module)
     return None
 

@@ -17,7 +17,6 @@ folded at every call. So is what torch.compile, torch.export, torch.func, subcla
 calls that want a gradient see: all these by conv_bn_act's own way.
 """
 
-import threading
 from typing import Any
 
 import torch
@@ -43,9 +42,8 @@ from fastcnn.ops.convolution import (
     onednn_crashes,
 )
 
-_MOST_SIZES = 4  # of x, that packed weights are kept for
 _PLAIN = (Tensor, nn.Parameter)
-_reorder = torch.ops.mkldnn._reorder_convolution_weight
+reorder = torch.ops.mkldnn._reorder_convolution_weight
 
 
 class FoldedConv2d:
@@ -75,7 +73,6 @@ class FoldedConv2d:
                 f"padding={conv.padding!r} with padding_mode={conv.padding_mode!r}"
             )
         self.conv, self.norm, self.act = conv, norm, act
-        self._lock = threading.Lock()
         self._state: State | None = None
 
     def refresh(self) -> None:
@@ -93,16 +90,12 @@ class FoldedConv2d:
         self, x: Tensor, residual: Tensor | None = None, residual_dies: bool = False
     ) -> Tensor:
         """Return act(norm(conv(x)) + residual)."""
-        tensors, numbers = self._read()
-        if torch.compiler.is_compiling() or not _is_plain_inference(x, residual, tensors):
-            return self._afresh(x, residual, tensors)
+        tensors, numbers = self.read()
         dtype = autocast_dtype(x)
         x, residual = cast(x, dtype), cast(residual, dtype)
-        if not (folds(x) or is_planned(x)) or x.numel() == 0:
+        state = self.state_for(x, residual, tensors, numbers)
+        if state is None:
             return self._afresh(x, residual, tensors)
-        state = self._state
-        if state is None or not state.is_of(tensors, numbers):
-            state = self._state = State(tensors, numbers)
         layouts = x.is_contiguous(), x.is_contiguous(memory_format=torch.channels_last)
         key = (x.shape, x.dtype, x.device, dtype, layouts)
         known = state.runs.get(key)
@@ -117,7 +110,20 @@ class FoldedConv2d:
             return self._afresh(x, residual, tensors)  # which says so
         return run(x, residual, residual_dies)
 
-    def _read(self) -> tuple[Tensors, tuple[Any, ...]]:
+    def state_for(
+        self, x: Tensor, other: Tensor | None, tensors: Tensors, numbers: tuple[Any, ...]
+    ) -> State | None:
+        """Return what is kept for the modules as they are, None where nothing can be."""
+        if torch.compiler.is_compiling() or not _is_plain_inference(x, other, tensors):
+            return None
+        if not (folds(x) or is_planned(x)) or x.numel() == 0:
+            return None
+        state = self._state
+        if state is None or not state.is_of(tensors, numbers):
+            state = self._state = State(tensors, numbers)
+        return state
+
+    def read(self) -> tuple[Tensors, tuple[Any, ...]]:
         """Return the modules' tensors and numbers, as they are now."""
         conv, norm = self.conv, self.norm
         numbers = (conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -133,7 +139,7 @@ class FoldedConv2d:
         affine = (parameter_of(norm, "weight"), parameter_of(norm, "bias"))
         return (*weights, norm.running_mean, norm.running_var, *affine), (*numbers, norm.eps)
 
-    def _step(self, tensors: Tensors) -> ConvBnActStep:
+    def step(self, tensors: Tensors) -> ConvBnActStep:
         """Return the step, without a batch norm with one that changes nothing, not a bit."""
         weight, bias, mean, var, bn_weight, bn_bias = tensors
         assert weight is not None
@@ -149,7 +155,7 @@ class FoldedConv2d:
 
     def _afresh(self, x: Tensor, residual: Tensor | None, tensors: Tensors) -> Tensor:
         """Run it with nothing kept."""
-        return conv_bn_act(x, [self._step(tensors)], residual, "default")
+        return conv_bn_act(x, [self.step(tensors)], residual, "default")
 
     def _keep(
         self, state: State, key: Any, x: Tensor, dtype: torch.dtype | None, tensors: Tensors
@@ -157,14 +163,10 @@ class FoldedConv2d:
         """Check, and make what inputs like x run."""
         check_image(OP, "input", x)
         check = Check(x, dtype, "default")
-        step = self._step(tensors)
+        step = self.step(tensors)
         sizes = check.block(OP, ConvBnActBlock([step]), list(x.shape), adds=False)
         run = self._run(state, x, step, check.geometry[0])
-        with self._lock:
-            while len(state.runs) >= _MOST_SIZES:
-                del state.runs[next(iter(state.runs))]
-            state.runs[key] = run, sizes
-        return run, sizes
+        return state.keep(key, run, sizes)
 
     def _run(self, state: State, x: Tensor, step: ConvBnActStep, g: Geometry) -> Run:
         if is_planned(x):
@@ -173,7 +175,7 @@ class FoldedConv2d:
         crashes = onednn_crashes(x, step.weight, g.stride, g.padding, g.dilation)
         if memory_format_of(x) is torch.channels_last and not crashes:
             weight, bias = folded(step.weight, step.conv_bias, norm, x.dtype)
-            weight = _reorder(weight, *geometry, list(x.shape))
+            weight = reorder(weight, *geometry, list(x.shape))
         else:
             weight, bias = state.fold(step.weight, step.conv_bias, norm, x.dtype)
 

@@ -1,5 +1,6 @@
 """What conv2d_folded keeps, and for how long: as long as what it was made of is the same."""
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from fastcnn.ops.norm import Norm
 
 Tensors = tuple[Tensor | None, ...]  # weight, bias, mean, var, weight and bias of the batch norm
 Run = Callable[[Tensor, Tensor | None, bool], Tensor]  # x, residual, whether that dies
+
+_MOST_SIZES = 4  # of inputs, that packed weights are kept for
 
 
 class Seen(NamedTuple):
@@ -36,6 +39,7 @@ class State:
         self.seen = [None if t is None else Seen(t, t.detach(), t._version) for t in tensors]
         self.numbers = numbers
         self.runs: dict[Any, tuple[Run, list[int]]] = {}  # with the sizes of y
+        self._lock = threading.Lock()
         self._folded: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def is_of(self, tensors: Tensors, numbers: tuple[Any, ...]) -> bool:
@@ -43,6 +47,14 @@ class State:
             if t is not None if seen is None else not seen.is_still(t):
                 return False
         return self.numbers == numbers
+
+    def keep(self, key: Any, run: Run, sizes: list[int]) -> tuple[Run, list[int]]:
+        """Keep what inputs of a kind run, and the sizes of what they give."""
+        with self._lock:
+            while len(self.runs) >= _MOST_SIZES:
+                del self.runs[next(iter(self.runs))]
+            self.runs[key] = run, sizes
+        return run, sizes
 
     def fold(
         self, weight: Tensor, conv_bias: Tensor | None, norm: Norm, dtype: torch.dtype

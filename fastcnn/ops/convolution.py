@@ -48,7 +48,7 @@ _EPILOGUES: dict[str, tuple[str, list[float], str]] = {
     "hardswish": ("hardswish", [], ""),
 }
 # After a residual its epilogue has none or ReLU; the others are a pass of their own.
-_AFTER_SUM: dict[str, Callable[[Tensor], Tensor]] = {
+AFTER_SUM: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda z: z,
     "relu": F.relu_,
     "relu6": lambda z: F.relu6(z, inplace=True),
@@ -229,7 +229,7 @@ def norm_of_step(step: ConvBnActStep) -> Norm:
 def convolve_onednn(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     g: Geometry,
     act: str,
     residual: Tensor | None,
@@ -249,7 +249,7 @@ def convolve_onednn(
             if not own:
                 check_like("conv_bn_act", "residual", residual, y)
             y += residual
-        y = _AFTER_SUM[act](y)
+        y = AFTER_SUM[act](y)
     elif residual is None:
         y = _convolution_pointwise.default(x, *arguments, *_EPILOGUES[act])
     else:
@@ -263,5 +263,5 @@ def convolve_onednn(
             if not own:  # oneDNN has copied another layout
                 check_like("conv_bn_act", "residual", residual, y)
         if relu is None:
-            y = _AFTER_SUM[act](y)
+            y = AFTER_SUM[act](y)
     return max_pool(y, g)

@@ -1,0 +1,271 @@
+"""upsample_conv2d: a convolution of an upsampled image beside a skip, as PyTorch's operators."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from activations import ACTS
+from chains import randomize
+from tolerance import assert_as_exact_as_torch
+from torch import Tensor, nn
+
+from fastcnn import _C
+from fastcnn.ops import upsample_conv2d as module
+from fastcnn.ops.upsample_conv2d import upsample_conv2d
+from fastcnn.ops.upsample_conv2d_folded import FoldedUpsampleConv2d
+from fastcnn.ops.upsample_taps import upsample_taps_bwd, upsample_taps_fwd
+
+pytorchs_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+CL = torch.channels_last
+
+RESIZES: dict[str, dict[str, Any]] = {
+    "bilinear by 2": {"scale_factor": 2, "mode": "bilinear"},
+    "corners": {"scale_factor": 2, "mode": "bilinear", "align_corners": True},
+    "nearest": {"scale_factor": 2},
+    "nearest-exact": {"size": (11, 9), "mode": "nearest-exact"},
+    "other sizes": {"size": (13, 7), "mode": "bilinear"},  # unequal factors
+    "one axis": {"size": (12, 4), "mode": "bilinear"},
+    "by 3.5": {"scale_factor": 3.5, "mode": "bilinear"},
+    "skip last": {"scale_factor": 2, "concat_last": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(module, "_LEAST_CHANNELS", 1)
+
+
+def joined(x: Tensor, concat: Tensor | None, how: dict[str, Any]) -> Tensor:
+    how = dict(how)
+    last = how.pop("concat_last", False)
+    x = F.interpolate(x, **how)
+    return x if concat is None else torch.cat([x, concat] if last else [concat, x], 1)
+
+
+def expected(
+    x: Tensor, concat: Tensor | None, weight: Tensor, bias: Tensor | None, how: dict[str, Any]
+) -> Tensor:
+    return F.conv2d(joined(x, concat, how), weight, bias, padding=1)
+
+
+def draw(how: dict[str, Any], skip: int, c: int = 5, c_out: int = 6) -> list[Tensor | None]:
+    """x, concat, weight and bias in float64."""
+    x = torch.randn(2, c, 5, 4, dtype=torch.float64).contiguous(memory_format=CL)
+    size = joined(x, None, how).shape[2:]
+    concat = torch.randn(2, skip, *size, dtype=torch.float64).contiguous(memory_format=CL)
+    weight = torch.randn(c_out, skip + c, 3, 3, dtype=torch.float64) / 8
+    return [x, concat if skip else None, weight, torch.randn(c_out, dtype=torch.float64)]
+
+
+def taken(run: Any) -> bool:
+    with torch.profiler.profile() as profile:
+        run()
+    return any("upsample_taps" in event.name for event in profile.events())
+
+
+@pytest.mark.parametrize("skip", [0, 3])
+@pytest.mark.parametrize("how", RESIZES)
+def test_float64(how: str, skip: int) -> None:
+    # Another order of summation alone: a few hundred terms' roundings.
+    ours, theirs = draw(RESIZES[how], skip), []
+    for t in ours:
+        theirs.append(None if t is None else t.clone().requires_grad_())
+        if t is not None:
+            t.requires_grad_()
+    x, concat, weight, bias = ours
+    y = upsample_conv2d(x, weight, bias, concat=concat, **RESIZES[how])
+    want = expected(*theirs, RESIZES[how])
+    torch.testing.assert_close(y, want, rtol=0, atol=1e-12)
+    assert y.is_contiguous(memory_format=CL)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    want.backward(dy)
+    for a, b in zip(ours, theirs, strict=True):
+        if a is not None and b is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-11)
+    assert taken(lambda: upsample_conv2d(x, weight, bias, concat=concat, **RESIZES[how]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["bilinear by 2", "nearest"])
+def test_as_exact_as_the_three_operators(how: str, dtype: torch.dtype) -> None:
+    # Channels beyond a task's 128, pixels beyond a tile, over draws: see tolerance.py.
+    found: dict[str, list[tuple[Tensor, ...]]] = {}
+    for _ in range(4):
+        drawn = draw(RESIZES[how], 7, c=34, c_out=140)
+        drawn = [None if t is None else t.to(dtype) for t in drawn]
+        sides = [[t.detach().requires_grad_() for t in drawn] for _ in range(2)]
+        sides.append([t.detach().double().requires_grad_() for t in drawn])
+        ours, eager, exact = sides
+        x, concat, weight, bias = ours
+        ys = [upsample_conv2d(x, weight, bias, concat=concat, **RESIZES[how])]
+        ys += [expected(*side, RESIZES[how]) for side in (eager, exact)]
+        dy = torch.randn_like(ys[0])
+        for y in ys:
+            y.backward(dy.to(y.dtype))
+        found.setdefault("y", []).append(tuple(y.detach() for y in ys))
+        for i, name in enumerate(("dx", "dconcat", "dweight", "dbias")):
+            found.setdefault(name, []).append(tuple(side[i].grad for side in sides))
+    for name, draws in found.items():
+        assert_as_exact_as_torch(name, *(torch.stack(t) for t in zip(*draws, strict=True)))
+
+
+def test_taps_are_each_other_s_transpose() -> None:
+    for width in (1, 2, 75):  # one column; tiles
+        z = torch.randn(2, 9 * 130, 3, width).contiguous(memory_format=CL)
+        how = (7, 2 * width, None, None, 2)
+        y = upsample_taps_fwd(z, *how)
+        dy = torch.randn_like(y)
+        dz = upsample_taps_bwd(dy, 3, width, *how[2:])
+        a, b = ((s.double() * t.double()).sum() for s, t in ((y, dy), (z, dz)))
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * y.numel() ** 0.5)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the work is cut by shape alone
+        try:
+            assert torch.equal(upsample_taps_fwd(z, *how), y)
+            assert torch.equal(upsample_taps_bwd(dy, 3, width, *how[2:]), dz)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytorchs_own_warnings
+def test_operators() -> None:
+    z = torch.randn(2, 18, 3, 4).contiguous(memory_format=CL)
+    how = (None, None, 2)
+    torch.library.opcheck(upsample_taps_fwd, (z, 6, 8, *how))
+    torch.library.opcheck(upsample_taps_bwd, (upsample_taps_fwd(z, 6, 8, *how), 3, 4, *how))
+
+
+def test_nonsense_is_refused() -> None:
+    z = torch.randn(2, 18, 3, 4).contiguous(memory_format=CL)
+    with pytest.raises(RuntimeError, match="z: expected a multiple of 9 channels, got 17"):
+        upsample_taps_fwd(z[:, :17].contiguous(memory_format=CL), 6, 8, None, None, 2)
+    for run in (upsample_taps_fwd, upsample_taps_bwd):
+        for bad, how in (
+            (z.contiguous(), (6, 8, None, None, 2)),
+            (z[:, :9], (6, 8, None, None, 2)),
+            (z, (6, 8, None, None, 4)),
+            (z, (6, 0, None, None, 2)),
+            (z, (6, 8, 9.5, None, 2)),
+            (z[0], (6, 8, None, None, 2)),
+            (z.int(), (6, 8, None, None, 2)),
+        ):
+            with pytest.raises(RuntimeError, match="expected"):
+                run(bad, *how)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"concat": torch.randn(2, 3, 4, 8).to(memory_format=CL)}, "concat: expected sizes"),
+        ({"weight": torch.randn(6, 4, 3, 3)}, "weight: expected 8 input channels"),
+        ({"bias": torch.randn(5)}, "bias: expected 6 numbers"),
+        ({"weight": torch.randn(6, 8, 3, 3).bfloat16()}, "weight: expected torch.float32"),
+        ({"size": (4, 4)}, "exactly one"),
+        ({"mode": "bicubic"}, "mode: expected"),
+    ],
+)
+def test_errors(change: dict[str, Any], match: str) -> None:
+    x, concat, weight, bias = (t.float() for t in draw(RESIZES["bilinear by 2"], 3))
+    arguments = {"weight": weight, "bias": bias, "concat": concat} | RESIZES["bilinear by 2"]
+    with pytest.raises((TypeError, ValueError), match=match):
+        upsample_conv2d(x, **(arguments | change))
+
+
+def test_where_it_is_not_used() -> None:
+    x, concat, weight, bias = (t.float() for t in draw(RESIZES["bilinear by 2"], 3))
+    how = RESIZES["bilinear by 2"]
+    for a, b in ((x.contiguous(), concat.contiguous()),):
+        y = upsample_conv2d(a, weight, bias, concat=b, **how)
+        torch.testing.assert_close(y, expected(a, b, weight, bias, how))
+        assert not taken(lambda a=a, b=b: upsample_conv2d(a, weight, bias, concat=b, **how))
+    assert not taken(lambda: upsample_conv2d(x, weight[:, :5], size=(5, 5), mode="bilinear"))
+
+
+@pytorchs_own_warnings
+def test_compiled_and_exported() -> None:
+    how = RESIZES["bilinear by 2"]
+    x, concat, weight, bias = (t.float().requires_grad_() for t in draw(how, 3))
+
+    def run(x: Tensor, concat: Tensor) -> Tensor:
+        return upsample_conv2d(x, weight, bias, concat=concat, **how)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    y, want = compiled(x, concat), run(x, concat)
+    torch.testing.assert_close(y, want)
+    dy = torch.randn_like(y)
+    grads = [torch.autograd.grad(t, (x, concat, weight, bias), dy) for t in (y, want)]
+    torch.testing.assert_close(*grads)
+
+
+class Decoder(nn.Module):
+    def __init__(self, act: str, skip: int, bias: bool = False, norm: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(skip + 5, 6, 3, padding=1, bias=bias)
+        self.norm = nn.BatchNorm2d(6) if norm else None
+        self.act = act
+        randomize(self)
+        self.folded = FoldedUpsampleConv2d(self.conv, self.norm, act)
+        self.eval()
+
+    def forward(self, x: Tensor, concat: Tensor | None, how: dict[str, Any]) -> Tensor:
+        return self.folded(x, concat, **how)
+
+    def plain(self, x: Tensor, concat: Tensor | None, how: dict[str, Any]) -> Tensor:
+        y = self.conv(joined(x, concat, how))
+        return ACTS[self.act](y if self.norm is None else self.norm(y))
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_folded(dtype: torch.dtype, autocast: bool) -> None:
+    for act, skip, norm in (("relu", 3, True), ("silu", 3, True), ("relu", 0, True),
+                            ("silu", 3, False)):  # fmt: skip
+        for how in RESIZES.values():
+            model = Decoder(act, skip, bias=skip == 0, norm=norm)
+            exact = copy.deepcopy(model).double()
+            found = []
+            for _ in range(8):
+                x, concat, *_ = draw(how, skip)
+                a = x.float(), None if concat is None else concat.float(), how
+                with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
+                    y, eager = model(*a), model.plain(*a)
+                    assert torch.equal(model(*a), y)
+                exactly = exact.plain(*(None if t is None else t.double() for t in a[:2]), how)
+                found.append((y, eager, exactly.detach()))
+            assert_as_exact_as_torch("y", *(torch.stack(t) for t in zip(*found, strict=True)))
+
+
+def test_folded_notices_changes_and_gradients() -> None:
+    how = RESIZES["bilinear by 2"]
+    model = Decoder("relu", 3)
+    x, concat, *_ = (t.float() for t in draw(how, 3))
+    with torch.no_grad():
+        assert taken(lambda: model(x, concat, how))
+        before = model(x, concat, how)
+        model.norm.weight.mul_(1.5)
+        torch.testing.assert_close(model(x, concat, how), model.plain(x, concat, how))
+        assert not torch.equal(model(x, concat, how), before)
+        other = copy.deepcopy(model)
+        assert torch.equal(other(x, concat, how), model(x, concat, how))
+    y = model(x, concat, how)
+    assert y.requires_grad
+    torch.testing.assert_close(y, model.plain(x, concat, how))
+
+
+@pytest.mark.parametrize("level", _C.cpu_levels.split(","))
+def test_every_instruction_set(level: str) -> None:
+    order = _C.cpu_levels.split(",")
+    if order.index(level) >= order.index(_C.cpu_capability()):
+        pytest.skip("this processor's own is what all other tests run at, and it has none higher")
+    arguments = [__file__, "-q", "-k", "float64 or exact or transpose", "-p", "no:cacheprovider"]
+    code = f"import pytest; raise SystemExit(pytest.main({arguments}))"
+    env = {**os.environ, "FASTCNN_CPU_CAPABILITY": level, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
