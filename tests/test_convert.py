@@ -200,6 +200,37 @@ def test_idioms(name: str) -> None:
     assert assert_converts(make(), images(3, 4, 6, 8)) == expected
 
 
+class Decoder(nn.Module):
+    """A U-Net's step up: resized, beside a skip, two convolutions; 32 channels, so by the image."""
+
+    def __init__(self, up: Any, last: bool) -> None:
+        super().__init__()
+        self.up, self.last = up, last
+        skips = 0 if last is None else 4
+        self.first, self.bn = nn.Conv2d(32 + skips, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.body = cbr(nn.ReLU())
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        if isinstance(self.up, nn.Module):
+            y = self.up(x)
+        else:
+            y = F.interpolate(x, size=skip.shape[2:], mode="bilinear", align_corners=True)
+        if self.last is not None:
+            y = torch.cat([y, skip] if self.last else [skip, y], 1)
+        return self.body(F.relu(self.bn(self.first(y))))
+
+
+@pytest.mark.parametrize("up", [None, nn.Upsample(scale_factor=2)])
+@pytest.mark.parametrize("last", [False, True, None])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_chain_on_an_upsampled_image(up: Any, last: bool | None, layout: Any) -> None:
+    x = images(2, 32, 5, 4).to(memory_format=layout)
+    skip = images(2, 4, 10, 8, seed=3).to(memory_format=layout)
+    first = "interpolate" if last is None else "interpolate-cat"
+    found = assert_converts(Decoder(up, last), x, skip)
+    assert found == [f"{first} > conv-bn-relu > conv-bn-relu"]
+
+
 def test_channels_last_keeps_the_layout() -> None:
     x = images(2, 4, 6, 8).to(memory_format=torch.channels_last)
     model = nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU())).to(memory_format=torch.channels_last)

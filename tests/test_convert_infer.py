@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conversions import assert_infers, images, patterns, prepared
 from oracles import torchvision
-from test_convert import CASES, bn, cbr, conv, net
+from test_convert import CASES, Decoder, bn, cbr, conv, net
 from torch import Tensor, nn
 
 from fastcnn import convert, revert
@@ -31,6 +31,24 @@ def test_convolutions_without_batch_norm_are_steps() -> None:
     assert assert_infers(model, images(2, 4, 8, 8)) == ["conv-relu-pool > conv-bn-relu > conv"]
     model = net(lambda m, x: F.relu(m.conv(x) + m.conv2(x)))
     assert assert_infers(model, images(2, 4, 8, 8)) == ["conv + projection - relu"]
+
+
+@pytest.mark.parametrize("last", [False, True, None])
+def test_a_chain_on_an_upsampled_image(last: Any) -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Decoder(None, last)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(
+                x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last),
+                x[:, :4].contiguous(memory_format=torch.channels_last),
+            )
+
+    first = "interpolate" if last is None else "interpolate-cat"
+    found = assert_infers(Beside(), images(2, 32, 8, 6))
+    assert found == [f"{first} > conv-bn-relu > conv-bn-relu"]
 
 
 def test_frozen_batch_norm_in_a_model_that_trains() -> None:

@@ -23,6 +23,8 @@ def _owned(pattern: Pattern) -> str:
 def _words(p: Pattern, modules: dict[str, nn.Module]) -> str:
     if isinstance(p, Chain):
         *before, last = [_step(step) for step in p.steps]
+        if p.resize is not None:
+            before.insert(0, _words(p.resize, modules))
         if p.residual is None:
             return " > ".join([*before, last])
         beside = {fx.Node: "residual", tuple: "projection"}.get(type(p.residual), "residual")

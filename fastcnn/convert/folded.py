@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastcnn.convert import runtime
-from fastcnn.convert.runtime import ACTIVATIONS, Options, Shortcut, Step
+from fastcnn.convert.runtime import ACTIVATIONS, Options, Resizing, Shortcut, Step
 from fastcnn.ops.conv2d_folded import FoldedConv2d
+from fastcnn.ops.upsample_conv2d_folded import FoldedUpsampleConv2d
 
 _numbers = itertools.count()
 
@@ -41,7 +42,37 @@ def folded_chain(
         added = residual if shortcut is None else _through(x, beside)
         return _through(x, main, added, residual_dies or bool(beside))
 
-    # The generated code calls it by a name of its own.
+    return _named(run)
+
+
+def folded_upsampled_chain(
+    steps: Sequence[Step], concat_last: bool, options: Options
+) -> Callable[..., Tensor]:
+    """Return what runs a chain on an image to be upsampled, a skip, how, and a residual."""
+    (conv, bn, act, pool), *others = steps
+    first = FoldedUpsampleConv2d(conv, bn, act)
+    rest = folded_chain(others, None, False, options) if others else None
+    whole = folded_chain(steps, None, False, options)
+
+    def run(x: Tensor, concat: Tensor | None, how: Resizing, residual: Tensor | None) -> Tensor:
+        how = runtime.resizing(how)
+        beside: Any = {"concat": concat, "concat_last": concat_last}
+        asks = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
+        of_batch = isinstance(bn, _BatchNorm) and (bn.training or bn.running_mean is None)
+        small = runtime.upsamples_small(x, concat, conv, how, options)
+        if bn is not None and (asks or of_batch) and all(b is not None for _, b, _, _ in others):
+            return runtime.upsampled_chain(x, concat, concat_last, how, steps, residual, options)
+        if asks or of_batch or not small or (residual is not None and rest is None):
+            return whole(runtime.interpolate(x, **how, **beside, options=options), residual)
+        y = first(x, **beside, **how)
+        y = y if pool is None else pool(y)
+        return y if rest is None else rest(y, residual)
+
+    return _named(run)
+
+
+def _named(run: Any) -> Any:
+    """Give a function a name of its own, by which generated code calls it."""
     run.__name__ = run.__qualname__ = f"folded_chain_{next(_numbers)}"
     return run
 

@@ -35,10 +35,30 @@ class Step(NamedTuple):
 
 
 @dataclass
+class Resize:
+    """interpolate(x), cat([skip, interpolate(x)], 1), or cat([interpolate(x), skip], 1)."""
+
+    resize: fx.Node
+    nodes: list[fx.Node]
+    skip: fx.Node | None = None
+    skip_last: bool = False
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """What it reads: its input, then what is added or concatenated."""
+        x: Any = self.resize.args[0]
+        return [x, *([self.skip] if self.skip is not None else [])]
+
+
+@dataclass
 class Chain:
-    """Steps; residual: None, a node, or the steps of a projection, () for the input itself."""
+    """Steps; residual: None, a node, or the steps of a projection, () for the input itself.
+
+    resize: what makes the first convolution's input, where that is a 3x3 one and reads it alone.
+    """
 
     steps: list[Step]
+    resize: Resize | None = None
     residual: fx.Node | tuple[Step, ...] | None = None
     added: tuple[fx.Node, ...] = ()  # the addition and the activation behind it
     residual_dies: bool = False  # nobody reads the residual afterwards
@@ -59,12 +79,14 @@ class Chain:
         """What becomes one call."""
         shortcut = self.residual if isinstance(self.residual, tuple) else ()
         inside = [n for step in (*shortcut, *self.steps) for n in step.nodes]
-        return [*inside, *self.added]
+        before = [] if self.resize is None else self.resize.nodes
+        return [*before, *inside, *self.added]
 
     @property
     def inputs(self) -> list[fx.Node]:
         """What it reads: its input, then what is added or concatenated."""
-        return [self.input, *([self.residual] if isinstance(self.residual, fx.Node) else [])]
+        read = [self.input] if self.resize is None else self.resize.inputs
+        return [*read, *([self.residual] if isinstance(self.residual, fx.Node) else [])]
 
 
 @dataclass
@@ -81,22 +103,6 @@ class Norm:
         """What it reads: its input, then what is added or concatenated."""
         x: Any = self.norm.args[0]
         return [x, *([self.residual] if self.residual is not None else [])]
-
-
-@dataclass
-class Resize:
-    """interpolate(x), cat([skip, interpolate(x)], 1), or cat([interpolate(x), skip], 1)."""
-
-    resize: fx.Node
-    nodes: list[fx.Node]
-    skip: fx.Node | None = None
-    skip_last: bool = False
-
-    @property
-    def inputs(self) -> list[fx.Node]:
-        """What it reads: its input, then what is added or concatenated."""
-        x: Any = self.resize.args[0]
-        return [x, *([self.skip] if self.skip is not None else [])]
 
 
 @dataclass
@@ -118,7 +124,7 @@ _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _IN_PLACE_ADDS = {operator.iadd, "add_"}
 _CATS = {torch.cat, torch.concat, torch.concatenate}
 _MODES = ("nearest", "bilinear", "nearest-exact")
-_RESIZE = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
+INTERPOLATE = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
 
 
 class Matcher:
@@ -195,7 +201,7 @@ class Matcher:
                 before.steps.append(step)
                 by_end[step.nodes[-1]] = before
             else:
-                by_end[step.nodes[-1]] = Chain([step])
+                by_end[step.nodes[-1]] = Chain([step], self._resize_before(step.conv))
         for node in self._graph.nodes:
             if node.target in _ADDS:
                 self._add_to_chain(node, by_end)
@@ -210,6 +216,21 @@ class Matcher:
             self.left[conv] = why
             return None
         return self._with_act_and_pool(conv, bn, own_act(self.module(bn)) or "none")
+
+    def _resize_before(self, conv: fx.Node) -> Resize | None:
+        """Return what makes a convolution's input, if that can be done on the small image."""
+        module, x = self.module(conv), conv.args[0]
+        ones = (module.stride, module.padding, module.dilation, module.groups)
+        if module.kernel_size != (3, 3) or ones != ((1, 1), (1, 1), (1, 1), 1):
+            return None
+        if not isinstance(x, fx.Node) or len(x.users) != 1:
+            return None
+        cat = _concatenated(x)
+        for node in cat or [x]:
+            made = self._resize(node)
+            if made is not None and made.nodes[-1] is x:
+                return made
+        return None
 
     def _bare_step(self, conv: fx.Node) -> Step | None:
         """Return the step of a convolution without a batch norm."""
@@ -319,28 +340,33 @@ class Matcher:
 
     def _resizes(self) -> Iterator[Resize]:
         for node in self._graph.nodes:
-            functional = node.target is F.interpolate
-            if not functional and self._kind(node) != "upsample":
-                continue
-            mode = dict(zip(_RESIZE, node.args, strict=False), **node.kwargs).get("mode", "nearest")
-            if not functional:
-                mode = self.module(node).mode
-                own = changes(self.module(node))
-                if own is not None:
-                    self.left[node] = f"{node.target} has {own}"
-                    continue
-            if mode not in _MODES or node.kwargs.get("antialias") or len(node.args) > len(_RESIZE):
-                continue
-            if functional and not node.args:
-                self.left[node] = "its input is passed by name"
-                continue
-            cat = next(iter(node.users)) if len(node.users) == 1 else None
-            parts = [] if cat is None else _concatenated(cat)
-            if cat is not None and len(parts) == 2:
-                at = parts.index(node)
-                yield Resize(node, [node, cat], parts[1 - at], skip_last=at == 0)
-            elif functional:
-                yield Resize(node, [node])
+            made = None if node in self._used else self._resize(node)
+            if made is not None and (made.skip is not None or node.target is F.interpolate):
+                yield made
+
+    def _resize(self, node: fx.Node) -> Resize | None:
+        """Return a resizing by a mode that has kernels, with a concatenation behind it."""
+        if node.target is F.interpolate:
+            mode = dict(zip(INTERPOLATE, node.args, strict=False), **node.kwargs).get(
+                "mode", "nearest"
+            )
+            if not node.args or node.kwargs.get("antialias") or len(node.args) > len(INTERPOLATE):
+                return None
+        elif self._kind(node) == "upsample":
+            mode, why = self.module(node).mode, self._no_layer(node)
+            if why is not None:
+                self.left[node] = why
+                return None
+        else:
+            return None
+        if mode not in _MODES:
+            return None
+        cat = next(iter(node.users)) if len(node.users) == 1 else None
+        parts = [] if cat is None else _concatenated(cat)
+        if cat is None or len(parts) != 2:
+            return Resize(node, [node])
+        at = parts.index(node)
+        return Resize(node, [node, cat], parts[1 - at], skip_last=at == 0)
 
     def _drops(self) -> Iterator[Drop]:
         for node in self._graph.nodes:

@@ -9,10 +9,19 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastcnn.convert import runtime
-from fastcnn.convert.folded import folded_chain
+from fastcnn.convert.folded import folded_chain, folded_upsampled_chain
 from fastcnn.convert.guards import has_hooks
 from fastcnn.convert.layers import kind_of
-from fastcnn.convert.patterns import Chain, Drop, Matcher, Norm, Pattern, Step
+from fastcnn.convert.patterns import (
+    INTERPOLATE,
+    Chain,
+    Drop,
+    Matcher,
+    Norm,
+    Pattern,
+    Resize,
+    Step,
+)
 from fastcnn.convert.runtime import Options
 
 _numbers = itertools.count()
@@ -76,17 +85,10 @@ class _Emitter:
 
     def _call(self, p: Pattern) -> fx.Node:
         call, options = self._graph.call_function, self._options
-        x, *more = [self._calls.get(node, node) for node in p.inputs]
-        second = more[0] if more else None
-        if isinstance(p, Chain) and options.mode == "infer":
-            # What converted code has made itself nobody else has seen.
-            dies = p.residual_dies and (more or [x])[0] in self._calls.values()
-            beside = self._modules(p.residual) if isinstance(p.residual, tuple) else None
-            run = folded_chain(self._modules(p.steps), beside, dies, options)
-            return call(run, (x, second))
         if isinstance(p, Chain):
-            residual = self._steps(p.residual) if isinstance(p.residual, tuple) else second
-            return call(runtime.conv_bn_act, (x, self._steps(p.steps), residual, options))
+            return self._chain(p)
+        x, *more = [self._value(node) for node in p.inputs]
+        second = more[0] if more else None
         if isinstance(p, Norm):
             kind = kind_of(self._matcher.module(p.norm))
             arguments = (x, self._module(p.norm), kind, p.act, second, options)
@@ -95,15 +97,48 @@ class _Emitter:
             plain = p.drop.target is F.dropout
             function = runtime.dropout if plain else runtime.dropout2d
             return call(function, p.drop.args, {**p.drop.kwargs, "options": options})
+        skip = (second, p.skip_last, options)
         if p.resize.op == "call_module":
-            skip = (second, p.skip_last, options)
             return call(runtime.upsample, (x, self._module(p.resize), *skip))
-        how = {k: v for k, v in p.resize.kwargs.items() if k != "antialias"}
-        how.update(concat=second, concat_last=p.skip_last, options=options)
-        return call(runtime.interpolate, p.resize.args, how)
+        beside = dict(zip(("concat", "concat_last", "options"), skip, strict=True))
+        return call(runtime.interpolate, (x,), self._resizing(p) | beside)
+
+    def _chain(self, p: Chain) -> fx.Node:
+        call, options = self._graph.call_function, self._options
+        folds = options.mode == "infer"
+        residual = self._value(p.residual) if isinstance(p.residual, fx.Node) else None
+        if p.resize is not None:
+            x, *more = [self._value(node) for node in p.resize.inputs]
+            beside = (more[0] if more else None, p.resize.skip_last)
+            module = p.resize.resize.op == "call_module"
+            how = self._module(p.resize.resize) if module else self._resizing(p.resize)
+            if folds:
+                run = folded_upsampled_chain(self._modules(p.steps), beside[1], options)
+                return call(run, (x, beside[0], how, residual))
+            arguments = (x, *beside, how, self._steps(p.steps), residual, options)
+            return call(runtime.upsampled_chain, arguments)
+        x = self._value(p.input)
+        if folds:
+            # What converted code has made itself nobody else has seen.
+            dies = p.residual_dies and (residual or x) in self._calls.values()
+            shortcut = self._modules(p.residual) if isinstance(p.residual, tuple) else None
+            return call(
+                folded_chain(self._modules(p.steps), shortcut, dies, options), (x, residual)
+            )
+        added = self._steps(p.residual) if isinstance(p.residual, tuple) else residual
+        return call(runtime.conv_bn_act, (x, self._steps(p.steps), added, options))
+
+    def _value(self, node: fx.Node) -> fx.Node:
+        """Return what now gives the value of a node."""
+        return self._calls.get(node, node)
+
+    def _resizing(self, p: Resize) -> dict[str, Any]:
+        """Return F.interpolate's arguments by name."""
+        how = dict(zip(INTERPOLATE[1:], p.resize.args[1:], strict=False)) | p.resize.kwargs
+        return {name: value for name, value in how.items() if name != "antialias"}
 
     def _blocks(self, run: list[Any]) -> fx.Node:
-        x = self._calls.get(run[0].input, run[0].input)
+        x = self._value(run[0].input)
         blocks = tuple((self._steps(p.steps), self._steps(p.residual)) for p in run)
         return self._graph.call_function(runtime.conv_bn_act_blocks, (x, blocks, self._options))
 

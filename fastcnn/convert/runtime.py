@@ -22,10 +22,13 @@ from fastcnn.ops.conv_bn_act_step import Memory, pair
 from fastcnn.ops.convolution import autocast_dtype
 from fastcnn.ops.group_norm_act import pixel_norm_act
 from fastcnn.ops.instance_norm_act import instance_norm_act
+from fastcnn.ops.upsample_conv2d import by_taps, resize_of, upsample_conv2d
 
 # conv, batch norm or, in folded chains, None; activation; max pooling or None.
 Step = tuple[nn.Conv2d, Any, str, nn.MaxPool2d | None]
 Shortcut = Tensor | Sequence[Step] | None
+# interpolate's arguments by name, or the module that has them.
+Resizing = nn.Upsample | dict[str, Any]
 
 # By the module that a call ends in: why its last unfused call was not fused.
 notes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -66,6 +69,51 @@ def runs_one_by_one(x: Tensor, steps: Sequence[Step], residual: Shortcut, option
         conv, bn, *_ = steps[-1]
         _refuse(conv if bn is None else bn, why, options)
     return why is not None
+
+
+def upsampled_chain(
+    x: Tensor,
+    concat: Tensor | None,
+    concat_last: bool,
+    how: Resizing,
+    steps: Sequence[Step],
+    residual: Shortcut,
+    options: Options,
+) -> Tensor:
+    """Run a chain on an upsampled image, the first convolution where it can on the small one."""
+    how = resizing(how)
+    conv, bn, act, pool = steps[0]
+    if not upsamples_small(x, concat, conv, how, options):
+        y = interpolate(x, **how, concat=concat, concat_last=concat_last, options=options)
+        return conv_bn_act(y, steps, residual, options)
+    beside: Any = {"concat": concat, "concat_last": concat_last}
+    raw = upsample_conv2d(x, conv.weight, conv.bias, **beside, **how)
+    added = residual if len(steps) == 1 else None
+    assert added is None or isinstance(added, Tensor)
+    y = norm_act(raw, bn, "batch_norm", act, added, options)
+    y = y if pool is None else pool(y)
+    return y if len(steps) == 1 else conv_bn_act(y, steps[1:], residual, options)
+
+
+def upsamples_small(
+    x: Tensor, concat: Tensor | None, conv: nn.Conv2d, how: dict[str, Any], options: Options
+) -> bool:
+    """Whether a convolution of an upsampled image has a kernel that reads the small one."""
+    if unfit(x, options) is not None or (concat is not None and unfit(concat, options) is not None):
+        return False
+    return by_taps(x, concat, conv.weight, resize_of(x, **_resize_arguments(how)))
+
+
+def resizing(how: Resizing) -> dict[str, Any]:
+    """Return interpolate's arguments, given or an Upsample's."""
+    if isinstance(how, nn.Upsample):
+        return {name: getattr(how, name) for name in _RESIZING}
+    return how
+
+
+def _resize_arguments(how: dict[str, Any]) -> dict[str, Any]:
+    absent = dict.fromkeys(_RESIZING, None) | {"mode": "nearest"}
+    return absent | how
 
 
 def conv_bn_act_blocks(
@@ -150,7 +198,7 @@ def upsample(
     x: Tensor, layer: nn.Upsample, concat: Tensor | None, concat_last: bool, options: Options
 ) -> Tensor:
     """Run an Upsample module, and write the result beside concat's channels."""
-    how: Any = {name: getattr(layer, name) for name in _RESIZING}
+    how = resizing(layer)
     return interpolate(x, **how, concat=concat, concat_last=concat_last, options=options)
 
 
