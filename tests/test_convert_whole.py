@@ -202,6 +202,16 @@ def test_a_forward_that_counts_its_calls(x: Tensor) -> None:
     assert "changes the attribute Counting.calls" in untraceable[model]
 
 
+def test_a_forward_of_the_module_s_own(x: Tensor) -> None:
+    model = prepared(net(lambda m, x: m.relu(m.bn(m.conv(x))), part=cbr(nn.ReLU())))
+    model.forward = lambda x: model.part(x) * 2
+    before = model.eval()(x)
+    convert(model)
+    torch.testing.assert_close(model(x), before, rtol=1e-9, atol=1e-9)
+    assert patterns(model.part) == ["conv-bn-relu"]
+    assert "a forward of its own" in untraceable[model]
+
+
 def test_a_list_of_inputs_is_traced_from_above(x: Tensor) -> None:
     class Dense(nn.Module):
         def __init__(self) -> None:

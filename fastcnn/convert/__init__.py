@@ -1,5 +1,6 @@
 """Conversion of anybody's model: convert, revert, report and verify."""
 
+from fastcnn.convert.report import report
 from fastcnn.convert.tree import convert, revert
 
-__all__ = ["convert", "revert"]
+__all__ = ["convert", "report", "revert"]

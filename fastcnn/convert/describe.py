@@ -9,8 +9,15 @@ from fastcnn.convert.patterns import Chain, Drop, Norm, Pattern, Resize, Step
 def describe(pattern: Pattern, modules: dict[str, nn.Module]) -> tuple[str, str]:
     """Return where a pattern is, by its first module and the last's, and what it is made of."""
     layers = [str(n.target) for n in pattern.nodes if n.op == "call_module"]
-    where = " .. ".join(dict.fromkeys((layers[0], layers[-1]))) if layers else pattern.nodes[0].name
+    where = " .. ".join(dict.fromkeys((layers[0], layers[-1]))) if layers else _owned(pattern)
     return where, _words(pattern, modules)
+
+
+def _owned(pattern: Pattern) -> str:
+    """Return the name of a pattern without layers, within the module whose forward it is in."""
+    node = pattern.nodes[0]
+    owner = next(reversed(node.meta.get("nn_module_stack") or {"": None}))
+    return f"{owner}.{node.name}" if owner else node.name
 
 
 def _words(p: Pattern, modules: dict[str, nn.Module]) -> str:

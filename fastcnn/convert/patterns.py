@@ -302,7 +302,8 @@ class Matcher:
                 continue
             nodes, residual, last = [node], None, node
             then = self._then(node)
-            if then is not None and then.target in _ADDS and self._kind(node) == "batch_norm":
+            adds = then is not None and then.target in _ADDS and then not in self._used
+            if then is not None and adds and self._kind(node) == "batch_norm":
                 operands = _operands(then)
                 if len(operands) == 2 and (
                     then.target not in _IN_PLACE_ADDS or operands[0] is node

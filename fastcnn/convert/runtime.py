@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastcnn import _C, functional
 from fastcnn.convert.layers import kind_of, own_act
@@ -39,6 +40,9 @@ _RESIZING = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_f
 HAS_CUDA = bool(_C.cuda_version)
 
 
+_is_wrapper: Callable[[Any], bool] = is_traceable_wrapper_subclass
+
+
 class Options(NamedTuple):
     """What was asked of convert."""
 
@@ -59,7 +63,8 @@ def runs_one_by_one(x: Tensor, steps: Sequence[Step], residual: Shortcut, option
     """Whether a chain has no kernel for its input or its residual, and note why."""
     why = unfit(x, options) or _residual_unfit(x, steps, residual)
     if why is not None:
-        _refuse(steps[-1][0], why, options)
+        conv, bn, *_ = steps[-1]
+        _refuse(conv if bn is None else bn, why, options)
     return why is not None
 
 
@@ -69,7 +74,7 @@ def conv_bn_act_blocks(
     """Run residual blocks whose inputs are rebuilt in backward."""
     why = unfit(x, options)
     if why is not None:
-        _refuse(blocks[-1][0][-1][0], why, options)
+        _refuse(blocks[-1][0][-1][1], why, options)
         for steps, shortcut in blocks:
             x = one_by_one(x, steps, shortcut)
         return x
@@ -179,17 +184,20 @@ def unfit(x: Any, options: Options, dims: int | None = 4) -> str | None:
     """Say why there is no kernel for an input, if so; dims: how many it must have, if it must."""
     if not isinstance(x, Tensor):
         return f"its input is a {type(x).__name__}"
+    kind = type(x)
+    if kind is not Tensor and _is_wrapper(x):  # as DTensor
+        return f"its input is a {kind.__name__}"
     if dims is not None and x.dim() != dims:
         return f"its input has {x.dim()} dimensions, the kernels take {dims}"
     if x.dtype not in FLOATS:
         return f"its input is {x.dtype}"
-    kind = x.device.type
-    if kind not in ("cpu", "cuda", "meta") or (kind == "cuda" and not HAS_CUDA):
-        return f"this build has no kernels for {kind}"
-    if kind == "cuda" and x.dtype is torch.float64:
+    device = x.device.type
+    if device not in ("cpu", "cuda", "meta") or (device == "cuda" and not HAS_CUDA):
+        return f"this build has no kernels for {device}"
+    if device == "cuda" and x.dtype is torch.float64:
         return "there are no CUDA kernels for float64"
-    if options.backend not in ("auto", kind):
-        return f"its input is on {kind}"
+    if options.backend not in ("auto", device):
+        return f"its input is on {device}"
     dense = memory_format_of(x) is not None if x.dim() == 4 else x.is_contiguous()
     return None if dense else f"its input is not dense: strides {x.stride()} of {list(x.shape)}"
 

@@ -10,6 +10,7 @@ What Python may read is its arguments' defaults and the modules' own plain attri
 which `guards.py` compares at every call.
 """
 
+import builtins
 import inspect
 import operator
 import random
@@ -38,6 +39,7 @@ _FIXED_METHODS = {
 }
 # Their own names are refused while a trace is made.
 _is_inference, _is_autocast = torch.is_inference_mode_enabled, torch.is_autocast_enabled
+_real_isinstance = isinstance
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -79,6 +81,8 @@ def trace(module: nn.Module, leaves: set[nn.Module]) -> tuple[fx.Graph, list[nn.
     Raises:
         Untraceable: the forward does what a trace would not repeat.
     """
+    if "forward" in module.__dict__:
+        raise Untraceable("has a forward of its own, which its class does not know")
     tracer = _Tracer(module, leaves)
     before = _plain_state(module)
     rng = random.getstate()
@@ -128,29 +132,33 @@ class _Proxy(fx.Proxy):
 class _TensorProxy(_Proxy):
     """Stands for a tensor, and says so to isinstance: an input, or what a layer returns."""
 
-    _is_param = False  # what isinstance(_, nn.Parameter) asks of a tensor
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return Tensor
+    stands_for: Any = Tensor
 
 
 class _ParameterProxy(_TensorProxy):
     """Stands for a parameter."""
 
-    _is_param = True
+    stands_for = nn.Parameter
 
 
 class _AnyProxy(_Proxy):
     """Stands for anything else, and does not know its type."""
 
-    _is_param = False
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
-            return fx.Proxy
+def _isinstance(value: Any, classes: Any) -> bool:
+    """What isinstance is while a trace is made.
+
+    A `__class__` of the proxies would answer too, but to PyTorch's C++ as well, which then reads
+    the proxy's memory as a tensor's (torch.zeros(x) of a traced x).
+    """
+    kind = type(value)
+    if not issubclass(kind, fx.Proxy):
+        return _real_isinstance(value, classes)
+    if issubclass(kind, _TensorProxy):
+        return _real_isinstance(value, classes) or issubclass(kind.stands_for, classes)
+    if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
         raise Untraceable("asks for the type of what an operation returns")
+    return _real_isinstance(value, classes)
 
 
 class _Tracer(fx.Tracer):
@@ -254,6 +262,7 @@ def _no_questions() -> Iterator[None]:
         patch.object(torch, "is_grad_enabled", refuse),
         patch.object(torch, "is_autocast_enabled", refuse),
         patch.object(torch, "is_inference_mode_enabled", refuse),
+        patch.object(builtins, "isinstance", _isinstance),
     ):
         yield
 

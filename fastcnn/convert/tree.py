@@ -148,9 +148,12 @@ def _conversion(
     for leaves in attempts:
         conversion = Conversion(name, options, leaves)
         try:
-            return conversion if conversion.prepare(module) else None
+            fuses = conversion.prepare(module)
         except Untraceable as error:
             untraceable[module] = str(error)
+        else:
+            untraceable.pop(module, None)
+            return conversion if fuses else None
     opaque.add(module)
     return None
 

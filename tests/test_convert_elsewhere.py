@@ -1,0 +1,38 @@
+"""What models that fastcnn did not write taught convert, each in its smallest form."""
+
+from typing import Any
+
+import torch
+from conversions import assert_converts, images, patterns
+from test_convert import cbr, net
+from torch import Tensor, nn
+
+from fastcnn import convert
+
+
+def test_an_addition_of_two_patterns_belongs_to_one() -> None:  # fastvit: conv-bn + bn(x)
+    model = net(lambda m, x: m.bn2(x) + m.bn(m.conv(x)))
+    assert assert_converts(model, images(3, 4, 6, 8)) == ["conv-bn + residual"]
+
+
+class _Position(nn.Module):
+    """As edgenext's: called with a shape, it makes a tensor of that shape."""
+
+    def forward(self, shape: Any) -> Tensor:
+        return torch.zeros(shape) + 1
+
+
+def test_a_shape_for_an_input_is_no_tensor() -> None:
+    """A traced shape that calls itself a tensor would be read as one by torch.zeros."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.position = cbr(nn.ReLU()), _Position()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) * self.position((x.shape[0], 1, 1, x.shape[3])).to(x.dtype)
+
+    model = Model()
+    assert_converts(model, images(3, 4, 6, 8))
+    assert patterns(convert(model.body)) == ["conv-bn-relu"]
