@@ -2,5 +2,6 @@
 
 from fastcnn.convert.report import report
 from fastcnn.convert.tree import convert, revert
+from fastcnn.convert.verify import verify
 
-__all__ = ["convert", "report", "revert"]
+__all__ = ["convert", "report", "revert", "verify"]

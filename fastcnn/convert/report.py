@@ -79,19 +79,23 @@ def table(found: Sequence[Row]) -> str:
     if not found:
         return "nothing in this model is convertible"
     cells = [("module", "pattern", "fused", "runs by"), *map(_cells, found)]
-    widths = [min(max(map(len, column)), most) for column, most in zip(
-        zip(*cells, strict=True), (34, 26, 5, 29), strict=True
-    )]  # fmt: skip
     lines = []
-    for row, texts in zip((None, *found), cells, strict=True):
-        wrapped = [_wrap(text, width) for text, width in zip(texts, widths, strict=True)]
-        for parts in zip_longest(*wrapped, fillvalue=""):
-            padded = (f"{part:{width}}" for part, width in zip(parts, widths, strict=True))
-            lines.append("  ".join(padded).rstrip())
+    for row, text in zip((None, *found), columns(cells, (34, 26, 5, 29)), strict=True):
+        lines += text
         if row is not None and row.reason:
-            lines += textwrap.wrap(row.reason, WIDTH - 4, initial_indent="    ",
-                                   subsequent_indent="    ")  # fmt: skip
+            lines += textwrap.wrap(
+                row.reason, WIDTH - 4, initial_indent="    ", subsequent_indent="    "
+            )
     return "\n".join([*lines, f"{sum(row.fused for row in found)} of {len(found)} fused"])
+
+
+def columns(cells: Sequence[tuple[str, ...]], most: tuple[int, ...]) -> Iterator[list[str]]:
+    """Yield each row's lines, in columns as wide as they need but at most `most`."""
+    needed = (max(map(len, column)) for column in zip(*cells, strict=True))
+    widths = list(map(min, needed, most))
+    for texts in cells:
+        parts = zip_longest(*map(_wrap, texts, widths), fillvalue="")
+        yield ["  ".join(map(str.ljust, line, widths)).rstrip() for line in parts]
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -130,9 +134,9 @@ class _Walk:
             return
         notes = self._notes(module, conversion)
         for where, words in current.patterns:
-            yield self._fused(_place(path, where), words, notes.get(where))
+            yield self._fused(place(path, where), words, notes.get(where))
         for what, why in current.left:
-            yield Row(_place(path, _plain(what)), _convertible(module, what), False, "PyTorch", why)
+            yield Row(place(path, _plain(what)), _convertible(module, what), False, "PyTorch", why)
         for called in dict.fromkeys(current.calls):
             yield from self.rows(module.get_submodule(called), _join(path, called))
 
@@ -234,7 +238,7 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _place(path: str, where: str) -> str:
+def place(path: str, where: str) -> str:
     """Return "layer1.0: conv1 .. relu" of "layer1.0.conv1 .. layer1.0.relu"."""
     ends = [_join(path, end) for end in where.split(" .. ")]
     if len(ends) == 1:

@@ -1,8 +1,8 @@
 """A converted module's graph before and after fusing, taken apart for report() and verify()."""
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import fx, nn
 
@@ -13,10 +13,8 @@ from fastcnn.convert.patterns import Chain, Matcher, Norm, Pattern
 from fastcnn.convert.rewrite import drop_identities, fuse
 from fastcnn.convert.trace import trace
 
-_CALLS: tuple[Callable[..., Any], ...] = (
-    runtime.conv_bn_act, runtime.norm_act, runtime.interpolate, runtime.upsample, runtime.dropout,
-    runtime.dropout2d,
-)  # fmt: skip
+# Where the functions are that fused graphs call.
+_OURS = ("fastcnn.convert.runtime", "fastcnn.convert.folded")
 
 
 class Call(NamedTuple):
@@ -48,7 +46,7 @@ def unit(module: nn.Module, conversion: Conversion) -> Unit:
         original = copy.deepcopy(graph)
         modules = dict(module.named_modules(remove_duplicate=False))
         drop_identities(graph, modules)
-        matcher = Matcher(graph, modules)
+        matcher = Matcher(graph, modules, folds=conversion.options.mode == "infer")
         found = matcher.match()
         made = [_call(p, matcher, modules) for p in found]
         fuse(graph, matcher, found, conversion.options)
@@ -58,7 +56,8 @@ def unit(module: nn.Module, conversion: Conversion) -> Unit:
 def _call(pattern: Pattern, matcher: Matcher, modules: dict[str, nn.Module]) -> Call:
     last = None
     if isinstance(pattern, Chain):
-        last = matcher.module(pattern.steps[-1].bn)
+        step = pattern.steps[-1]
+        last = matcher.module(step.conv if step.bn is None else step.bn)
     elif isinstance(pattern, Norm):
         last = matcher.module(pattern.norm)
     return Call(*describe(pattern, modules), matcher.last_of(pattern).name, last)
@@ -74,7 +73,7 @@ def _by_node(graph: fx.Graph, made: Sequence[Call]) -> dict[str, Call]:
             words = f"{len(joined)} blocks: " + ", ".join(call.words for call in joined)
             where = " .. ".join((joined[0].where, joined[-1].where))
             found[node.name] = joined[-1]._replace(where=where, words=words)
-        elif node.target in _CALLS:
+        elif getattr(node.target, "__module__", "") in _OURS:
             found[node.name] = waiting.pop(0)
     assert not waiting
     return found
