@@ -41,6 +41,20 @@ def test_unknown_words(options: dict[str, Any], words: str) -> None:
     assert not isinstance(model, Converted)
 
 
+def test_strict_raises_with_what_is_left_and_reverts() -> None:
+    model = nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU()))
+    assert convert(model, strict=True) is model
+    model[1][0].register_forward_hook(lambda *_: None)
+    with pytest.raises(
+        ValueError, match=r"strict=True(.*\n)*1\.0 +conv(.*\n)* +1\.0 has forward hooks"
+    ):
+        convert(model, strict=True)
+    assert not any(isinstance(m, Converted) for m in model.modules())
+    branches = nn.Sequential(net(lambda m, x: m.bn(m.conv(x)) if x.sum() > 0 else x))
+    with pytest.raises(ValueError, match=r"does not trace(.*\n)*0 of 1 fused"):
+        convert(branches, strict=True)
+
+
 def test_twice_is_once() -> None:
     model = convert(cbr(nn.ReLU()))
     classes = [type(m) for m in model.modules()]

@@ -9,6 +9,7 @@ from torch import nn
 from fastcnn.convert.converted import Conversion, Converted, LayerConversion, untraceable
 from fastcnn.convert.guards import has_hooks
 from fastcnn.convert.layers import NORMS, changes, kind_of, own_act
+from fastcnn.convert.report import left, rows, table
 from fastcnn.convert.runtime import HAS_CUDA, Options
 from fastcnn.convert.trace import Untraceable, is_leaf
 from fastcnn.ops.conv_bn_act_step import Memory, check_memory
@@ -76,6 +77,14 @@ def convert(
         revert(model)
         _convert(model, options)
         _done[model] = WeakSet(model.modules()), options
+    if strict:
+        unfused = left(rows(model))
+        if unfused:
+            revert(model)
+            raise ValueError(
+                f"convert: strict=True: expected all that is convertible to be converted, got\n"
+                f"{table(unfused)}"
+            )
     return model
 
 
