@@ -24,6 +24,7 @@ from test_convert import Forward, bn, cbr, conv, net
 from torch import Tensor, nn
 
 from fastcnn import convert, revert
+from fastcnn.convert import converted
 from fastcnn.convert.converted import Converted, untraceable
 
 
@@ -124,6 +125,17 @@ def test_flags_that_differ_within_a_model(x: Tensor) -> None:
         assert zeros == pytest.approx(expected, abs=0.02)
     model.eval(), twin.eval()
     assert_same(results(model, x), results(twin, x))
+
+
+def test_evaluation_is_traced_at_conversion(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at its first call, which threads may share: tracing patches PyTorch for all of them."""
+    model = prepared(net(lambda m, x: F.dropout(m.relu(m.bn(m.conv(x))), 0.5, m.training)))
+    convert(model)
+    monkeypatch.setattr(converted, "trace", None)
+    assert (model(x) == 0).any()
+    twin = prepared(net(lambda m, x: m.relu(m.bn(m.conv(x)))))
+    twin.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model.eval()(x), twin.eval()(x), rtol=1e-9, atol=1e-9)
 
 
 # Forwards that a trace would get wrong

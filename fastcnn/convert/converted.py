@@ -34,9 +34,10 @@ untraceable: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 class Plan(NamedTuple):
-    """What runs in place of a forward for one setting of the training flags."""
+    """What runs in place of a forward, as long as the training flags that it has read are these."""
 
     run: Callable[..., Any]
+    flags: list[tuple[nn.Module, bool]]
     guard: Guard
     patterns: list[tuple[str, str]]  # where, and what became one call
     left: list[tuple[str, str]]  # where, and why not
@@ -49,7 +50,7 @@ def plan(module: nn.Module, leaves: set[nn.Module], options: Options, name: str)
     Raises:
         Untraceable: the forward cannot be replaced.
     """
-    graph, opened = trace(module, leaves)
+    graph, opened, asked = trace(module, leaves)
     modules = dict(module.named_modules(remove_duplicate=False))
     drop_identities(graph, modules)
     matcher = Matcher(graph, modules, folds=options.mode == "infer")
@@ -61,30 +62,42 @@ def plan(module: nn.Module, leaves: set[nn.Module], options: Options, name: str)
     fuse(graph, matcher, patterns, options)
     calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     run = function_of(graph, name or type(module).__name__)
-    return Plan(run, Guard(opened, consumed), described, left, calls)
+    flags = [(m, m.training) for m in asked]
+    return Plan(run, flags, Guard(opened, consumed), described, left, calls)
 
 
 class Conversion:
-    """The plans of one module with children, by its and their training flags."""
+    """The plans of one module with children."""
 
     def __init__(self, name: str, options: Options, leaves: Sequence[str]) -> None:
         self.name, self.options, self.leaves = name, options, tuple(leaves)
         self.plans: list[Plan] = []
-        self._by_flags: dict[tuple[bool, ...], int] = {}
+        self._without: set[tuple[bool, ...]] = set()  # flags with which it has no trace
         self._warned: set[str] = set()
         self._module: Any = None
         self._containers: list[nn.Module] = []
 
     def prepare(self, module: nn.Module) -> bool:
-        """Make the plan for the training flags as they are; say whether it fuses anything.
+        """Make the plan for the training flags as they are, and those for training and evaluation.
+
+        Says whether any fuses anything.
 
         Raises:
-            Untraceable: it cannot be made.
+            Untraceable: the first cannot be made.
         """
         self._module = weakref.ref(module)
         self._containers = [m for m in module.modules() if not is_leaf(m)]
-        self._add(self._flags())
-        return bool(self.plans[0].patterns)
+        self._add()
+        now = self._flags()
+        try:
+            for flag in (True, False):
+                for m in self._containers:
+                    m.training = flag
+                self._find()
+        finally:
+            for m, flag in zip(self._containers, now, strict=True):
+                m.training = flag
+        return any(made.patterns for made in self.plans)
 
     def apply(self, module: Any) -> None:
         """Give a prepared module its class."""
@@ -117,13 +130,7 @@ class Conversion:
         return all(made.guard.changed() is None for made in self.plans)
 
     def _select(self) -> int:
-        flags = self._flags()
-        if flags not in self._by_flags:
-            try:
-                self._add(flags)
-            except Untraceable:
-                self._by_flags[flags] = -1
-        at = self._by_flags[flags]
+        at = self._find()
         why = None if at < 0 else self.plans[at].guard.changed()
         if why is None:
             return at
@@ -137,16 +144,30 @@ class Conversion:
             )
         return -1
 
+    def _find(self) -> int:
+        """Return the place of the plan for the flags as they are, made where it is not there."""
+        for at, made in enumerate(self.plans):
+            if all(m.training == flag for m, flag in made.flags):
+                return at
+        flags = self._flags()
+        if flags in self._without:
+            return -1
+        try:
+            self._add()
+        except Untraceable:
+            self._without.add(flags)
+            return -1
+        return len(self.plans) - 1
+
     def _flags(self) -> tuple[bool, ...]:
         return tuple([m.training for m in self._containers])
 
-    def _add(self, flags: tuple[bool, ...]) -> None:
+    def _add(self) -> None:
         module = self._module()
         leaves = {module.get_submodule(path) for path in self.leaves}
         with as_original(list(module.modules())):
             made = plan(module, leaves, self.options, self.name)
         self.plans.append(made)
-        self._by_flags[flags] = len(self.plans) - 1
 
 
 class LayerConversion:

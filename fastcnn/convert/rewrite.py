@@ -2,6 +2,7 @@
 
 import itertools
 import linecache
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -174,4 +175,6 @@ def function_of(graph: fx.Graph, name: str) -> Callable[..., Any]:
     linecache.cache[file] = (len(code.src), None, lines, file)
     namespace: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, file, "exec"), namespace)
-    return namespace["forward"]
+    function: Callable[..., Any] = namespace["forward"]
+    weakref.finalize(function, linecache.cache.pop, file, None)
+    return function

@@ -17,7 +17,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -71,10 +71,16 @@ def required_arguments(forward: Callable[..., Any]) -> list[str]:
     return names
 
 
-def trace(module: nn.Module, leaves: set[nn.Module]) -> tuple[fx.Graph, list[nn.Module]]:
-    """Return the graph of a module's forward with all arguments that have a default at it.
+class Traced(NamedTuple):
+    """A forward's graph, and what it took from the modules."""
 
-    And the modules whose forward is part of it, the module itself first.
+    graph: fx.Graph
+    opened: list[nn.Module]  # whose forward is part of it, the module itself first
+    asked: list[nn.Module]  # whose flag `training` it has read
+
+
+def trace(module: nn.Module, leaves: set[nn.Module]) -> Traced:
+    """Return the graph of a module's forward with all arguments that have a default at it.
 
     leaves: modules that are called, not opened, beside torch's and fastcnn's own layers.
 
@@ -87,7 +93,7 @@ def trace(module: nn.Module, leaves: set[nn.Module]) -> tuple[fx.Graph, list[nn.
     before = _plain_state(module)
     rng = random.getstate()
     try:
-        with _NoTensorsOfItsOwn(), _no_questions():
+        with _NoTensorsOfItsOwn(), _no_questions(), _flags_read() as asked:
             graph = tracer.trace(module)
     except Untraceable:
         raise
@@ -102,7 +108,7 @@ def trace(module: nn.Module, leaves: set[nn.Module]) -> tuple[fx.Graph, list[nn.
         raise Untraceable("draws from Python's random")
     if changed:
         raise Untraceable(f"changes the attribute {changed}")
-    return graph, tracer.opened
+    return Traced(graph, tracer.opened, [m for m in tracer.opened if m in asked])
 
 
 def _in_place(target: Any) -> Any:
@@ -265,6 +271,22 @@ def _no_questions() -> Iterator[None]:
         patch.object(builtins, "isinstance", _isinstance),
     ):
         yield
+
+
+@contextmanager
+def _flags_read() -> Iterator[set[nn.Module]]:
+    """Note whose flag `training` is read: a property of the class comes before an attribute."""
+    asked: set[nn.Module] = set()
+
+    def get(module: nn.Module) -> Any:
+        asked.add(module)
+        return module.__dict__["training"]
+
+    def put(module: nn.Module, value: bool) -> None:
+        module.__dict__["training"] = value
+
+    with patch.object(nn.Module, "training", property(get, put), create=True):
+        yield asked
 
 
 State = list[tuple[nn.Module, dict[str, Any]]]

@@ -42,7 +42,7 @@ def unit(module: nn.Module, conversion: Conversion) -> Unit:
     """
     leaves = {module.get_submodule(path) for path in conversion.leaves}
     with as_original(list(module.modules())):
-        graph, _ = trace(module, leaves)
+        graph = trace(module, leaves).graph
         original = copy.deepcopy(graph)
         modules = dict(module.named_modules(remove_duplicate=False))
         drop_identities(graph, modules)
