@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from conversions import assert_converts, images, patterns
 from test_convert import cbr, net
 from torch import Tensor, nn
@@ -36,3 +37,12 @@ def test_a_shape_for_an_input_is_no_tensor() -> None:
     model = Model()
     assert_converts(model, images(3, 4, 6, 8))
     assert patterns(convert(model.body)) == ["conv-bn-relu"]
+
+
+def test_a_concatenation_of_two_resizes_belongs_to_one() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        first, second = (F.interpolate(y, scale_factor=2.0) for y in (x, m.conv(x)))
+        return torch.cat([first, second], 1)
+
+    model = net(run)
+    assert assert_converts(model, images(3, 4, 6, 8)) == ["interpolate", "interpolate-cat"]

@@ -362,7 +362,7 @@ class Matcher:
         if mode not in _MODES:
             return None
         cat = next(iter(node.users)) if len(node.users) == 1 else None
-        parts = [] if cat is None else _concatenated(cat)
+        parts = [] if cat is None or cat in self._used else _concatenated(cat)
         if cat is None or len(parts) != 2:
             return Resize(node, [node])
         at = parts.index(node)
