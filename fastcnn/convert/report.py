@@ -19,7 +19,7 @@ from fastcnn.plan.table import WIDTH
 
 # By a pattern's first word: the op that runs it.
 _OPS = {
-    "conv": "conv_bn_act", "batch_norm": "batch_norm_act", "interpolate": "upsample",
+    "batch_norm": "batch_norm_act", "interpolate": "upsample",
     "upsample": "upsample", "dropout": "dropout",
 }  # fmt: skip
 
@@ -197,8 +197,10 @@ class _Walk:
 
 
 def _op(words: str) -> str:
-    first = words.replace("-", " ").split()[0]
-    return _OPS.get(first, "group_norm_act")
+    kinds = re.split(r"[- ]+", words)
+    if "conv" in kinds:
+        return "conv_bn_act"
+    return _OPS.get(kinds[0], "group_norm_act")
 
 
 def _no_kernel(layer: Any, kind: str) -> str:

@@ -1,0 +1,61 @@
+"""convert on models that fastcnn did not write, each beside itself unconverted, in float64."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conversion_models import HEADER, NAMES, images, line, make
+from conversions import assert_same, results
+from torch import nn
+
+from fastcnn import convert
+from fastcnn.convert.comparable import Comparable, without_dropout
+
+
+def told_apart(model: nn.Module) -> nn.Module:
+    """Change what fresh norms have at 0 and 1, so that nothing can be left out unseen."""
+    generator = torch.Generator().manual_seed(1)
+    for layer in model.modules():
+        own = {**layer._parameters, **layer._buffers}
+        if not {"weight", "bias"} <= own.keys() or own["weight"] is None:
+            continue
+        if own["weight"].dim() != 1 or own["bias"] is None:
+            continue
+        for name, value in own.items():
+            if value is None or not value.is_floating_point():
+                continue
+            noise = torch.rand(value.shape, generator=generator, dtype=torch.float64)
+            with torch.no_grad():
+                value += (noise - 0.5 if name != "running_var" else noise).to(value) * 0.2
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_family(name: str) -> None:
+    torch.set_num_threads(1)
+    model = told_apart(make(name, small=True)).double()
+    before, x = copy.deepcopy(model), images(name).double()
+    convert(model)
+    for training in (True, False):
+        found: list[Any] = []
+        for one in (model, before):
+            one.train(training)
+            with Comparable(), without_dropout():
+                found.append(results(one, x))
+        assert_same(*found)
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision/mobilenet_v2", "torchvision/resnet18", "timm/dla46_c", "smp/FPN"]
+)
+def test_the_table_in_the_docs_is_what_convert_does(name: str) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "conversion.md").read_text()
+    assert line(name) in text.splitlines()
+
+
+def test_the_table_in_the_docs_has_all_models() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "conversion.md").read_text()
+    table = text[text.index(HEADER) + len(HEADER) :].split("<!--")[0]
+    assert [row.split(" | ")[0].strip("| ") for row in table.strip().splitlines()] == list(NAMES)

@@ -1,0 +1,27 @@
+"""Write the table of docs/conversion.md anew: what convert fuses in models of other packages.
+
+.venv/bin/python tools/conversion_table.py
+"""
+
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from conversion_models import HEADER, NAMES, line  # noqa: E402
+
+FILE = ROOT / "docs" / "conversion.md"
+BEGIN, END = "<!-- table: tools/conversion_table.py -->\n", "<!-- end of the table -->"
+
+
+def main() -> None:
+    """Replace what is between the marks."""
+    before, rest = FILE.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    table = "\n".join([HEADER, *map(line, NAMES)])
+    FILE.write_text(f"{before}{BEGIN}{table}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
