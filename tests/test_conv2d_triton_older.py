@@ -6,8 +6,9 @@ from older_triton import OLDER, run
 def test_the_interpreter_of_torch_211() -> None:
     files = [f"test_conv2d{op}_triton.py" for op in ("", "_bwd", "_int8")]
     files.append("test_conv2d_fused.py")
-    # torch.compile is of another torch than this Triton, and opcheck says nothing of it. Of the types
-    # bfloat16, of the activations ReLU and those that test_every_epilogue has: a minute instead of two.
+    # torch.compile is of another torch than this Triton, and opcheck says nothing of it. Of the
+    # types bfloat16, of the activations ReLU and those that test_every_epilogue has: one test of a
+    # minute instead of two.
     others = ["compiled", "opcheck", "dtype0", "dtype2"]
     others += ["gelu", "silu", "sigmoid", "hardswish", "leaky_relu"]
     files += ["-k", " and ".join(f"not {other}" for other in others)]

@@ -26,6 +26,7 @@ from zoo import (
 )
 
 from fastcnn import models, revert
+from fastcnn.models.registry import architecture
 
 FAMILIES = ["alexnet", "vgg11_bn", "resnet18", "googlenet", "inception_v3",
             "mobilenet_v2", "densenet121", "fcn_resnet50", "unet_resnet18"]  # fmt: skip
@@ -169,7 +170,7 @@ def test_parameter_counts_are_the_documented() -> None:
     assert documented.keys() == set(models.list_models())
     for name, millions in documented.items():
         with torch.device("meta"):
-            count = sum(p.numel() for p in models.create_model(name).parameters())
+            count = sum(p.numel() for p in architecture(name).parameters())
         digits = len(millions.split(".")[1])
         assert f"{count / 1e6:.{digits}f}" == millions, name
         assert f"{millions}M" in getattr(models, name).__doc__ or name.startswith("plain"), name
@@ -196,4 +197,4 @@ def test_counts(count: Any) -> None:
 def test_traceable(name: str) -> None:
     # Converting finds its patterns in this graph.
     with torch.device("meta"):
-        torch.fx.symbolic_trace(models.create_model(name))
+        torch.fx.symbolic_trace(architecture(name))

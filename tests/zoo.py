@@ -8,8 +8,8 @@ from chains import randomize
 from oracles import segmentation_models_pytorch, torchvision
 from torch import Tensor, nn
 
-from fastcnn import keep_freed_memory, revert
-from fastcnn.models import create_model
+from fastcnn import keep_freed_memory
+from fastcnn.models.registry import architecture
 
 keep_freed_memory()  # half of the time were page faults: VGG's weights and gradients are 1.1 GB
 
@@ -47,13 +47,14 @@ def theirs(name: str, num_classes: int, **options: Any) -> nn.Module:
 
 
 def ours(name: str, num_classes: int, **options: Any) -> nn.Module:
-    return create_model(name, num_classes=num_classes, **options)
+    """Ours as it is written: what builders do beside, convert above all, takes a second a model."""
+    return architecture(name, num_classes=num_classes, **options)
 
 
 def pair(name: str, num_classes: int = 10, **options: Any) -> tuple[nn.Module, nn.Module]:
-    """Ours, reverted, and theirs with the same weights, random, that keep activations alike."""
+    """Ours and theirs with the same weights: random, in the size that keeps activations alike."""
     with torch.device("meta"):  # drawing VGG's 138M weights takes a second, twice
-        models = revert(ours(name, num_classes, **options)), theirs(name, num_classes, **options)
+        models = ours(name, num_classes, **options), theirs(name, num_classes, **options)
     models[1].to_empty(device="cpu")
     fill(models[1])
     models[0].load_state_dict(models[1].state_dict(), assign=True)  # shared, as nobody changes them

@@ -173,7 +173,8 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, root: nn.Module, leaves: set[nn.Module]) -> None:
-        super().__init__()
+        # Not math's functions: wrapping them takes a third of a trace.
+        super().__init__(autowrap_modules=())
         self._leaves = leaves
         self.opened = [root]
         self._own = {id(t) for t in (*root.parameters(), *root.buffers())}
