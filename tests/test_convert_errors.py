@@ -76,7 +76,7 @@ def test_a_part_that_was_converted_before() -> None:
     part = convert(cbr(nn.ReLU()), memory="lowest")
     model = convert(nn.Sequential(part, cbr()))
     assert patterns(model) == ["conv-bn-relu > conv-bn"]
-    assert model[0].conversion.options.memory == "default"
+    assert model[0]._fastcnn_conversion.options.memory == "default"
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

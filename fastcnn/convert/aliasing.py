@@ -23,6 +23,7 @@ _FRESH: set[Any] = {
     F.interpolate, F.max_pool2d, F.conv2d, F.linear, F.softmax, F.batch_norm,
     "add", "sub", "mul", "mean", "sum", "size", "softmax", "sigmoid",
 }  # fmt: skip
+_KEEPING_NOTHING = {"torch", "_operator", "builtins", "math"}  # packages of functions
 _WRITING_OPERATORS = {
     getattr(operator, name)
     for name in (
@@ -91,7 +92,9 @@ class Aliasing:
         for other in self._nodes[:at]:
             if self.shares(other, value):
                 outside = other.op in ("placeholder", "get_attr")
-                if outside or any(self._order[user] > at for user in other.users):
+                if outside or any(
+                    self._order[user] > at or self._may_keep(user) for user in other.users
+                ):
                     return False
         return True
 
@@ -102,6 +105,14 @@ class Aliasing:
     def last_of(self, nodes: Iterable[fx.Node]) -> fx.Node:
         """Return the node that comes last."""
         return max(nodes, key=self._order.__getitem__)
+
+    def _may_keep(self, node: fx.Node) -> bool:
+        """Whether a node calls code of somebody's own, which may keep its input for itself."""
+        module = called(node, self._modules)
+        if module is not None:
+            return not is_leaf(module) and kind_of(module) is None
+        where = getattr(node.target, "__module__", None) or "torch"
+        return node.op == "call_function" and where.split(".")[0] not in _KEEPING_NOTHING
 
     def _is_fresh(self, node: fx.Node) -> bool:
         if node.op in ("placeholder", "get_attr"):

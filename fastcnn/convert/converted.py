@@ -52,11 +52,11 @@ def plan(module: nn.Module, leaves: set[nn.Module], options: Options, name: str)
     """
     graph, opened, asked = trace(module, leaves)
     modules = dict(module.named_modules(remove_duplicate=False))
-    drop_identities(graph, modules)
+    dropped = drop_identities(graph, modules)
     matcher = Matcher(graph, modules, folds=options.mode == "infer")
     patterns = matcher.match()
     inside = [modules[str(n.target)] for p in patterns for n in p.nodes if n.op == "call_module"]
-    consumed = {m: None for layer in inside for m in layer.modules()}
+    consumed = {m: None for layer in (*inside, *dropped) for m in layer.modules()}
     described = [describe(p, modules) for p in patterns]
     left = [(str(node.target), why) for node, why in matcher.left.items()]
     fuse(graph, matcher, patterns, options)
@@ -206,17 +206,26 @@ class LayerConversion:
 class Converted:
     """Marks the classes that convert makes; `conversion` is each class's own."""
 
-    conversion: Any
-    original_class: type[nn.Module]
+    _fastcnn_conversion: Any
+    _fastcnn_class: type[nn.Module]
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Keep the classes made here from the registries that original classes may have."""
+
+    def __copy__(self) -> Any:
+        with as_original([self]):
+            copied = copy.copy(self)
+        _convert_copy(self._fastcnn_conversion.recipe(), copied)
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         with as_original([self]):
             copied = copy.deepcopy(self, memo)
-        _convert_copy(self.conversion.recipe(), copied)
+        _convert_copy(self._fastcnn_conversion.recipe(), copied)
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        recipe = self.conversion.recipe()
+        recipe = self._fastcnn_conversion.recipe()
         with as_original([self]):
             make, arguments, *rest = self.__reduce_ex__(protocol)
         state = rest[0] if rest and rest[0] is not None else {}
@@ -230,7 +239,7 @@ def as_original(modules: Sequence[Any]) -> Iterator[None]:
     """Give modules their original classes for a while."""
     changed: list[Any] = [(m, type(m)) for m in modules if isinstance(m, Converted)]
     for module, cls in changed:
-        module.__class__ = cls.original_class
+        module.__class__ = cls._fastcnn_class
     try:
         yield
     finally:
@@ -254,15 +263,19 @@ def _restore(recipe: Any, module: Any, state: Any) -> None:
 def _convert_copy(recipe: Any, module: Any) -> None:
     make, *arguments = recipe
     conversion = make(*arguments)
-    conversion.prepare(module)
-    conversion.apply(module)
+    try:
+        conversion.prepare(module)
+    except (Untraceable, AttributeError) as error:  # changed since, as a child that is gone
+        untraceable[module] = str(error)
+    else:
+        conversion.apply(module)
 
 
 def _give_class(module: Any, conversion: Any, forward: Callable[..., Any]) -> None:
     original = type(module)
     body = {
-        "conversion": conversion,
-        "original_class": original,
+        "_fastcnn_conversion": conversion,
+        "_fastcnn_class": original,
         "forward": functools.wraps(original.forward)(forward),
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,

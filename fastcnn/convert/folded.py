@@ -36,6 +36,8 @@ def folded_chain(
         added = residual if shortcut is None else shortcut
         asks = torch.is_grad_enabled() and (x.requires_grad or weight.weight.requires_grad)
         if asks or any(bn.training or bn.running_mean is None for bn in norms):
+            for step, _ in (*main, *beside):  # an optimizer that writes to .data is not seen
+                step.refresh()
             return _differentiable(x, steps, added, options)
         if runtime.runs_one_by_one(x, steps, added, options):
             return runtime.one_by_one(x, steps, added)
@@ -59,6 +61,8 @@ def folded_upsampled_chain(
         beside: Any = {"concat": concat, "concat_last": concat_last}
         asks = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
         of_batch = isinstance(bn, _BatchNorm) and (bn.training or bn.running_mean is None)
+        if asks or of_batch:
+            first.refresh()
         small = runtime.upsamples_small(x, concat, conv, how, options)
         if bn is not None and (asks or of_batch) and all(b is not None for _, b, _, _ in others):
             return runtime.upsampled_chain(x, concat, concat_last, how, steps, residual, options)

@@ -1,14 +1,18 @@
 """What a trace took for granted, compared with the modules at every call.
 
-A trace reads the modules' plain attributes, which children there are and which are None, and calls
-no hooks of what it opened. If any of this is different at a call, the forward runs as written.
+A trace reads the modules' classes, their plain attributes and those of their configurations, which
+children there are and which are None, and calls no hooks of what it opened. If any of this is
+different at a call, the forward runs as written.
 """
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from fastcnn.convert.layers import NORMS, class_of, kind_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [
@@ -20,6 +24,8 @@ _GLOBAL_HOOKS = [
 ]  # fmt: skip
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.Size)
 _MISSING = object()
+_NOT_STATE = {*nn.Module().__dict__}  # training flags, and what has checks of its own
+_READ_AT_CALLS = {"eps", "momentum"}  # of norms
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -31,7 +37,7 @@ class Guard:
     """Compares a root and what its trace opened with how they were.
 
     opened: modules whose forward is part of the trace, the root first. consumed: the layers that
-    fused calls run without calling them.
+    fused calls run without calling them, and the identities that are gone.
     """
 
     def __init__(self, opened: Sequence[nn.Module], consumed: Iterable[nn.Module]) -> None:
@@ -39,12 +45,9 @@ class Guard:
         fixed = {id(m) for m in (*opened, *consumed)}
         inner = [*opened[1:], *consumed]
         self._hooks = [(getattr(m, name), m) for m in inner for name in _HOOKS]
-        self._values = [
-            (m.__dict__, name, value, m)
-            for m in (*opened, *consumed)
-            for name, value in m.__dict__.items()
-            if name != "training" and _is_plain(value)
-        ]
+        self._values = [value for m in (*opened, *consumed) for value in _values(m)]
+        # A class's forward may be replaced for all its modules, a module's class for it alone.
+        self._classes = [(m, class_of(m), class_of(m).forward) for m in (*opened, *consumed)]
         self._children = [
             (m._modules, name, child, m)
             for m in (*opened, *consumed)
@@ -61,10 +64,13 @@ class Guard:
         for hooks, module in self._hooks:
             if hooks:
                 return f"a {_name(module)} has hooks now"
-        for values, name, value, module in self._values:
+        for values, name, value, where in self._values:
             now = values.get(name, _MISSING)
-            if now is not value and (type(now) is not type(value) or now != value):
-                return f"{_name(module)}.{name} was {value!r} and is {now!r} now"
+            if now is not value and (not _same_type(now, value) or now != value):
+                return f"{where}.{name} was {value!r} and is {now!r} now"
+        for module, cls, forward in self._classes:
+            if class_of(module) is not cls or cls.forward is not forward:
+                return f"a {cls.__name__} has another class or forward now"
         for children, name, child, module in self._children:
             if children.get(name) is not child:
                 return f"{_name(module)}.{name} is another module now"
@@ -81,7 +87,46 @@ def _name(module: nn.Module) -> str:
     return type(module).__name__
 
 
+def _same_type(now: Any, then: Any) -> bool:
+    """Whether two values are of one type; copies of lists and dictionaries are plain ones."""
+    kinds = (list, dict)
+    return type(now) is type(then) or (isinstance(then, kinds) and isinstance(now, type(then)))
+
+
+def _values(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any, str]]:
+    """Yield where a module's plain values are, each with its name and what it is now."""
+    read_later = _READ_AT_CALLS if kind_of(module) in NORMS else set()
+    for name, value in module.__dict__.items():
+        if name in _NOT_STATE or name in read_later:
+            continue
+        if _is_plain(value):
+            yield module.__dict__, name, _copied(value), _name(module)
+        elif _is_configuration(value):
+            for key, one in vars(value).items():
+                if _is_plain(one):
+                    yield vars(value), key, _copied(one), f"{_name(module)}.{name}"
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value.keys(), *value.values())))
     return isinstance(value, _PLAIN)
+
+
+def _copied(value: Any) -> Any:
+    """Copy what can be written into."""
+    if isinstance(value, list):
+        return [_copied(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _copied(one) for key, one in value.items()}
+    return value
+
+
+def _is_configuration(value: Any) -> bool:
+    """Whether an object holds options: a namespace, a dataclass, or a class that says so."""
+    if isinstance(value, (nn.Module, torch.Tensor, type)) or not hasattr(value, "__dict__"):
+        return False
+    named = type(value).__name__.lower().endswith(("config", "namespace"))
+    return named or dataclasses.is_dataclass(value)

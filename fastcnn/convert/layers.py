@@ -56,7 +56,7 @@ _ACT_FUNCTIONS: dict[Any, str] = {
 
 def class_of(module: nn.Module) -> type[nn.Module]:
     """Return a module's class, the original one of a converted module."""
-    return getattr(type(module), "original_class", type(module))
+    return getattr(type(module), "_fastcnn_class", type(module))
 
 
 def kind_of(module: nn.Module) -> str | None:

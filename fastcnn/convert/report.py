@@ -127,7 +127,7 @@ class _Walk:
         if is_leaf(module):
             yield from self._layer(module, path)
             return
-        conversion = module.conversion if isinstance(module, Converted) else None
+        conversion = module._fastcnn_conversion if isinstance(module, Converted) else None
         current = self._current(conversion)
         if conversion is None or current is None:
             yield from self._as_written(module, path, conversion)

@@ -28,14 +28,17 @@ from fastcnn.convert.runtime import Options
 _numbers = itertools.count()
 
 
-def drop_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Remove nn.Identity's calls: they are in nobody's way then."""
+def drop_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[nn.Module]:
+    """Remove nn.Identity's calls, which are in nobody's way then; return those modules."""
+    dropped = []
     for node in list(graph.nodes):
         module = modules[str(node.target)] if node.op == "call_module" else None
         plain = type(module) is nn.Identity and not has_hooks(module)
-        if plain and len(node.args) == 1 and not node.kwargs:
+        if module is not None and plain and len(node.args) == 1 and not node.kwargs:
+            dropped.append(module)
             node.replace_all_uses_with(cast(fx.Node, node.args[0]))
             graph.erase_node(node)
+    return dropped
 
 
 def fuse(graph: fx.Graph, matcher: Matcher, patterns: Sequence[Pattern], options: Options) -> None:

@@ -12,6 +12,9 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastcnn import _C, functional
@@ -235,6 +238,8 @@ def unfit(x: Any, options: Options, dims: int | None = 4) -> str | None:
     kind = type(x)
     if kind is not Tensor and _is_wrapper(x):  # as DTensor
         return f"its input is a {kind.__name__}"
+    if not torch.compiler.is_compiling() and _is_transformed():
+        return "torch.func.vmap or forward-mode differentiation is on"
     if dims is not None and x.dim() != dims:
         return f"its input has {x.dim()} dimensions, the kernels take {dims}"
     if x.dtype not in FLOATS:
@@ -248,6 +253,15 @@ def unfit(x: Any, options: Options, dims: int | None = 4) -> str | None:
         return f"its input is on {device}"
     dense = memory_format_of(x) is not None if x.dim() == 4 else x.is_contiguous()
     return None if dense else f"its input is not dense: strides {x.stride()} of {list(x.shape)}"
+
+
+def _is_transformed() -> bool:
+    """Whether there is a transform that the kernels lack: any but torch.func.grad."""
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    return any(i.key() is not TransformType.Grad for i in retrieve_all_functorch_interpreters())
 
 
 def _residual_unfit(x: Tensor, steps: Sequence[Step], residual: Shortcut) -> str | None:

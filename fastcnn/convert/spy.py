@@ -65,7 +65,7 @@ def _chart(module: nn.Module, path: str, found: Map, seen: set[nn.Module]) -> No
     if module in seen:
         return
     seen.add(module)
-    conversion = module.conversion if isinstance(module, Converted) else None
+    conversion = module._fastcnn_conversion if isinstance(module, Converted) else None
     if isinstance(conversion, Conversion) and conversion.current() is not None:
         made = found.units[path] = unit(module, conversion)
         found.places.update(_places(module, path, made))

@@ -11,10 +11,15 @@ which `guards.py` compares at every call.
 """
 
 import builtins
+import functools
+import gc
 import inspect
 import operator
+import pickle
 import random
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -27,19 +32,13 @@ from torch.overrides import TorchFunctionMode
 from fastcnn.convert.layers import kind_of
 
 # Of a parameter or buffer: all that cannot change without the module changing.
-_FIXED = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta"}
-_FIXED_METHODS = {
-    "_assert",
-    "size",
-    "dim",
-    "numel",
-    "ndimension",
-    "is_floating_point",
-    "is_complex",
-}
+_FIXED = {"shape", "ndim", "layout"}  # not dtype and device, which .to() changes
+_FIXED_METHODS = {"_assert", "size", "dim", "numel", "ndimension"}
 # Their own names are refused while a trace is made.
 _is_inference, _is_autocast = torch.is_inference_mode_enabled, torch.is_autocast_enabled
 _real_isinstance = isinstance
+# While one thread traces, torch.fx's patches and ours are seen by all of them.
+_tracing = threading.RLock()
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -89,9 +88,14 @@ def trace(module: nn.Module, leaves: set[nn.Module]) -> Traced:
     """
     if "forward" in module.__dict__:
         raise Untraceable("has a forward of its own, which its class does not know")
+    with _tracing:
+        return _trace(module, leaves)
+
+
+def _trace(module: nn.Module, leaves: set[nn.Module]) -> Traced:
     tracer = _Tracer(module, leaves)
     before = _plain_state(module)
-    rng = random.getstate()
+    generators = [(get(), get, put) for get, put in _generators(module)]
     try:
         with _NoTensorsOfItsOwn(), _no_questions(), _flags_read() as asked:
             graph = tracer.trace(module)
@@ -101,13 +105,16 @@ def trace(module: nn.Module, leaves: set[nn.Module]) -> Traced:
         lines = str(error).strip().splitlines() or [""]
         raise Untraceable(f"{type(error).__name__}: {lines[0]}") from error
     finally:
-        drawn = random.getstate() != rng
-        random.setstate(rng)
+        drawn = [pickle.dumps(get()) != pickle.dumps(old) for old, get, _ in generators]
+        for old, _, put in generators:
+            put(old)
         changed = _restore(before)
-    if drawn:
-        raise Untraceable("draws from Python's random")
+    if any(drawn):
+        raise Untraceable("draws random numbers outside PyTorch")
     if changed:
         raise Untraceable(f"changes the attribute {changed}")
+    if tracer.keeps():
+        raise Untraceable("keeps a tensor outside its modules")
     return Traced(graph, tracer.opened, [m for m in tracer.opened if m in asked])
 
 
@@ -177,13 +184,28 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_modules=())
         self._leaves = leaves
         self.opened = [root]
+        self._thread = threading.get_ident()
+        self._proxies: list[weakref.ref[fx.Proxy]] = []
         self._own = {id(t) for t in (*root.parameters(), *root.buffers())}
         self._modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self._leaves or is_leaf(m)
 
+    def keeps(self) -> bool:
+        """Whether somebody still has a proxy, when all is traced."""
+        if any(ref() is not None for ref in self._proxies):
+            gc.collect()  # of cycles
+        return any(ref() is not None for ref in self._proxies)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         if not self.is_leaf_module(m, "") and m not in self.opened:
             self.opened.append(m)
         return super().call_module(m, forward, args, kwargs)
@@ -198,6 +220,12 @@ class _Tracer(fx.Tracer):
         return root_fn, [self.root, *proxies]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
+        made = self._proxy(node)
+        if node.op != "get_attr":  # which torch.fx keeps
+            self._proxies.append(weakref.ref(made))
+        return made
+
+    def _proxy(self, node: fx.Node) -> fx.Proxy:
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             is_parameter = name in self.root.get_submodule(owner)._parameters
@@ -261,14 +289,20 @@ def _has_proxy(value: Any) -> bool:
 @contextmanager
 def _no_questions() -> Iterator[None]:
     """Refuse questions about modes that may have another answer at the next call."""
+    thread = threading.get_ident()
 
-    def refuse(*_: Any) -> Any:
-        raise Untraceable("asks whether gradients or autocast are on")
+    def refusing(question: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(*args: Any) -> Any:
+            if threading.get_ident() != thread:
+                return question(*args)
+            raise Untraceable("asks whether gradients or autocast are on")
+
+        return refuse
 
     with (
-        patch.object(torch, "is_grad_enabled", refuse),
-        patch.object(torch, "is_autocast_enabled", refuse),
-        patch.object(torch, "is_inference_mode_enabled", refuse),
+        patch.object(torch, "is_grad_enabled", refusing(torch.is_grad_enabled)),
+        patch.object(torch, "is_autocast_enabled", refusing(torch.is_autocast_enabled)),
+        patch.object(torch, "is_inference_mode_enabled", refusing(_is_inference)),
         patch.object(builtins, "isinstance", _isinstance),
     ):
         yield
@@ -290,27 +324,59 @@ def _flags_read() -> Iterator[set[nn.Module]]:
         yield asked
 
 
-State = list[tuple[nn.Module, dict[str, Any]]]
+def _generators(module: nn.Module) -> Iterator[tuple[Callable[[], Any], Callable[[Any], Any]]]:
+    """Yield how the states of random generators outside PyTorch are read and set."""
+    yield random.getstate, random.setstate
+    numpy: Any = sys.modules.get("numpy.random")
+    if numpy is not None:
+        yield numpy.get_state, numpy.set_state
+    for value in [value for m in module.modules() for value in m.__dict__.values()]:
+        if isinstance(value, random.Random):
+            yield value.getstate, value.setstate
+        elif numpy is not None and isinstance(value, numpy.RandomState):
+            yield value.get_state, value.set_state
+        elif numpy is not None and isinstance(value, numpy.Generator):
+            bits = value.bit_generator
+            yield (
+                functools.partial(getattr, bits, "state"),
+                functools.partial(setattr, bits, "state"),
+            )
+
+
+State = list[tuple[str, dict[str, Any], dict[str, Any]]]
 
 
 def _plain_state(module: nn.Module) -> State:
-    """What each module's dictionary holds, lists and dictionaries in it copied one level deep."""
+    """What modules and the objects in them hold, lists and dictionaries copied one level deep."""
     copied = (list, dict, set)
+    owners: dict[int, Any] = {}
+    for m in module.modules():
+        if not isinstance(m, torch.jit.ScriptModule):  # which caches its methods
+            objects = [v for v in m.__dict__.values() if _has_state(v)]
+            owners |= {id(owner): owner for owner in (m, *objects)}
     return [
-        (m, {k: v.copy() if isinstance(v, copied) else v for k, v in m.__dict__.items()})
-        for m in module.modules()
+        (
+            type(owner).__name__,
+            owner.__dict__,
+            {k: v.copy() if isinstance(v, copied) else v for k, v in owner.__dict__.items()},
+        )
+        for owner in owners.values()
     ]
 
 
+def _has_state(value: Any) -> bool:
+    plain = not callable(value) and not isinstance(value, (Tensor, nn.Module, fx.Graph))
+    return plain and isinstance(getattr(value, "__dict__", None), dict)
+
+
 def _restore(before: State) -> str | None:
-    """Put the modules' dictionaries back as they were; return the name of one that was not."""
+    """Put the dictionaries back as they were; return the name of one entry that was not."""
     changed = None
-    for module, old in before:
-        new = module.__dict__
+    for owner, new, old in before:
         for name in old.keys() | new.keys():
             if name in old and name in new and _same(old[name], new[name]):
                 continue
-            changed = f"{type(module).__name__}.{name}"
+            changed = f"{owner}.{name}"
             if name not in old:
                 del new[name]
             elif _is_refillable(new.get(name), old[name]):

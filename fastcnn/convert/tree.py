@@ -76,7 +76,8 @@ def convert(
     if not _is_converted(model, options):
         revert(model)
         _convert(model, options)
-        _done[model] = WeakSet(model.modules()), options
+        found = [m for m in model.modules() if isinstance(m, Converted)]
+        _done[model] = WeakSet(model.modules()), WeakSet(found), options
     if strict:
         unfused = left(rows(model))
         if unfused:
@@ -102,7 +103,7 @@ def revert(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, Converted):
             converted: Any = module
-            converted.__class__ = converted.original_class
+            converted.__class__ = converted._fastcnn_class
     return model
 
 
@@ -111,17 +112,20 @@ def _check(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"convert: {name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
-# By converted model: the modules that were in it, and what was asked for.
-_done: WeakKeyDictionary[nn.Module, tuple[WeakSet[nn.Module], Options]] = WeakKeyDictionary()
+# By converted model: the modules that were in it, those that were converted, what was asked for.
+_done: WeakKeyDictionary[nn.Module, tuple[WeakSet[nn.Module], WeakSet[nn.Module], Options]]
+_done = WeakKeyDictionary()
 
 
 def _is_converted(model: nn.Module, options: Options) -> bool:
     """Whether a model is as its conversion with these options left it."""
-    modules, asked = _done.get(model, (None, None))
+    modules, found, asked = _done.get(model, (None, None, None))
     if asked != options or set(model.modules()) != set(modules or ()):
         return False
     converted: list[Any] = [m for m in model.modules() if isinstance(m, Converted)]
-    return all(m.conversion.holds() for m in converted)
+    made = [m._fastcnn_conversion for m in converted]
+    same = set(converted) == set(found or ())
+    return same and all(one.options == options and one.holds() for one in made)
 
 
 def _convert(model: nn.Module, options: Options) -> None:

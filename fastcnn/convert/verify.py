@@ -56,14 +56,14 @@ def verify(model: nn.Module, x: Any) -> Verification:
         plain = copy.deepcopy(model)
     fused = copy.deepcopy(plain)
     for name, module in found:
-        _convert_copy(module.conversion.recipe(), fused.get_submodule(name))
+        _convert_copy(module._fastcnn_conversion.recipe(), fused.get_submodule(name))
     exact = copy.deepcopy(plain)
     with _aside(model):
         seen = map_of(fused)
         called = _run(fused, inputs)
         written = _run(plain, inputs)
         ours = _run(fused, inputs, seen, fused=True)
-        if any(m.conversion.options.mode == "infer" for _, m in found):
+        if any(m._fastcnn_conversion.options.mode == "infer" for _, m in found):
             # Folded weights run where nobody asks for gradients.
             ours.log.values.update(_run(fused, inputs, seen, fused=True, back=False).log.values)
             called.results.update(_run(fused, inputs, back=False).results)
