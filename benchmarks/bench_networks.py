@@ -5,7 +5,7 @@ channels_last, beside themselves unconverted ("eager"), beside torch.compile of 
 call compiles for a minute or two, and in inference beside OpenVINO. Training is in bf16 autocast
 but for the small ResNets. So is converted inference, from float32 weights; its baselines get
 weights in bf16, which spares them autocast's casts, torch.compile freezes them too, and OpenVINO
-has the latency hint: on two cores its throughput hint gave the same images a second, within 1 %.
+has the latency hint: on two cores its throughput hint gave ResNet-50 the same speed, within 1 %.
 """
 
 import copy
