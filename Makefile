@@ -10,7 +10,7 @@ help:
 	@echo "make demo   train ResNet-20 on real images through the fused kernels, measured and drawn"
 	@echo "make test   lint, then all tests"
 	@echo "make fuzz   N random calls of the ops, N=20000, against PyTorch in float64; SEED=... again"
-	@echo "make bench  the kernels beside PyTorch, interleaved in one process"
+	@echo "make bench  the kernels and whole networks beside PyTorch, interleaved in one process"
 	@echo "make wheel  a wheel for this Python and CUDA, in dist/"
 
 demo:
