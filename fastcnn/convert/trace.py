@@ -181,7 +181,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, root: nn.Module, leaves: set[nn.Module]) -> None:
         # Not math's functions: wrapping them takes a third of a trace.
-        super().__init__(autowrap_modules=())
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
         self._leaves = leaves
         self.opened = [root]
         self._thread = threading.get_ident()
