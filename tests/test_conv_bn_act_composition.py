@@ -100,7 +100,7 @@ def test_models_are_pickled_and_copied_with_their_level(memory: str) -> None:
     x = torch.randn(2, 3, 33, 32)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         for part in (twin, twin.layer2[0]):
-            assert part.conversion.options.memory == memory
+            assert part._fastcnn_conversion.options.memory == memory
         assert torch.equal(twin(x), copy.deepcopy(model)(x))
 
 
