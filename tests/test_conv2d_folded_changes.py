@@ -74,15 +74,19 @@ def test_changes_are_noticed(name: str) -> None:
             assert torch.equal(after, model.step(x))
 
 
-def test_writes_without_a_counter_need_refresh() -> None:
+def test_writes_without_a_counter_are_noticed_by_three_numbers() -> None:
     model, x = pair(), torch.randn(2, 4, 9, 8)
     with torch.no_grad():
         before = model(x)
         model.conv.weight.data.mul_(1.5)
-        assert torch.equal(model(x), before)
+        changed = model(x)
+        assert torch.equal(changed, model.step(x))
+        assert not torch.equal(changed, before)
+        model.conv.weight.data.view(-1)[1] += 1.5  # none of the three
+        assert torch.equal(model(x), changed)
         model.folded.refresh()
         assert torch.equal(model(x), model.step(x))
-        assert not torch.equal(model(x), before)
+        assert not torch.equal(model(x), changed)
 
 
 def test_tensors_of_inference_mode_are_folded_at_every_call() -> None:

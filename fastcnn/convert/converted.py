@@ -11,6 +11,7 @@ original class and converted once more.
 import copy
 import copyreg
 import functools
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +26,9 @@ from fastcnn.convert import runtime
 from fastcnn.convert.describe import describe
 from fastcnn.convert.guards import Guard
 from fastcnn.convert.patterns import Matcher
-from fastcnn.convert.rewrite import drop_identities, function_of, fuse
+from fastcnn.convert.rewrite import comparison_of, drop_identities, function_of, fuse
 from fastcnn.convert.runtime import Options
-from fastcnn.convert.trace import Untraceable, is_leaf, required_arguments, trace
+from fastcnn.convert.trace import Untraceable, arguments_of, is_leaf, trace
 
 # By module: why its forward is not replaced.
 untraceable: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -39,6 +40,7 @@ class Plan(NamedTuple):
     run: Callable[..., Any]
     flags: list[tuple[nn.Module, bool]]
     guard: Guard
+    holds: Callable[[Any], bool]  # the guard, as far as torch.compile needs to see it
     patterns: list[tuple[str, str]]  # where, and what became one call
     left: list[tuple[str, str]]  # where, and why not
     calls: list[str]  # paths of the modules that it calls
@@ -63,7 +65,10 @@ def plan(module: nn.Module, leaves: set[nn.Module], options: Options, name: str)
     calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     run = function_of(graph, name or type(module).__name__)
     flags = [(m, m.training) for m in asked]
-    return Plan(run, flags, Guard(opened, consumed), described, left, calls)
+    guard = Guard(opened, consumed)
+    paths = {m: path for path, m in reversed(modules.items())}
+    holds = comparison_of(guard, paths, f"comparison of {name}")
+    return Plan(run, flags, guard, holds, described, left, calls)
 
 
 class Conversion:
@@ -101,7 +106,9 @@ class Conversion:
 
     def apply(self, module: Any) -> None:
         """Give a prepared module its class."""
-        original, runs, names = type(module), self.plans, required_arguments(type(module).forward)
+        original, runs = type(module), self.plans
+        required, optional = arguments_of(original.forward)
+        alone = self.options.mode == "infer"  # folded weights are of this module's own
 
         @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
         def select(training: bool) -> int:
@@ -109,8 +116,15 @@ class Conversion:
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             at = select(self.training)
-            inputs = _bind(names, args, kwargs)
-            if at < 0 or inputs is None:
+            inputs = _bind(required, optional, args, kwargs)
+            if (
+                at < 0
+                or inputs is None
+                or torch.jit._trace.is_tracing()
+                or (alone and _is_replica(self))
+            ):
+                return original.forward(self, *args, **kwargs)
+            if torch.compiler.is_compiling() and not runs[at].holds(self):
                 return original.forward(self, *args, **kwargs)
             return runs[at].run(self, *inputs)
 
@@ -187,13 +201,15 @@ class LayerConversion:
     def apply(self, module: Any) -> None:
         """Give a layer its class."""
         original, options = type(module), self.options
+        required, optional = arguments_of(original.forward)
         run = runtime.layer_call(module)
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if len(args) == 1 and not kwargs:
-                why = runtime.layer_unfit(self, args[0], options)
+            inputs = _bind(required, optional, args, kwargs)
+            if inputs is not None and not torch.jit._trace.is_tracing():
+                why = runtime.layer_unfit(self, inputs[0], options)
                 if why is None:
-                    return run(args[0], self)
+                    return run(inputs[0], self)
             return original.forward(self, *args, **kwargs)
 
         _give_class(module, self, forward)
@@ -273,6 +289,9 @@ def _convert_copy(recipe: Any, module: Any) -> None:
 
 def _give_class(module: Any, conversion: Any, forward: Callable[..., Any]) -> None:
     original = type(module)
+    # Code of its own: torch.compile counts how often it compiles one code anew, and gives up.
+    code, closure = forward.__code__.replace(), forward.__closure__
+    forward = types.FunctionType(code, forward.__globals__, "forward", None, closure)
     body = {
         "_fastcnn_conversion": conversion,
         "_fastcnn_class": original,
@@ -284,13 +303,23 @@ def _give_class(module: Any, conversion: Any, forward: Callable[..., Any]) -> No
     module.__class__ = type(original.__name__, (Converted, original), body)
 
 
-def _bind(names: list[str], args: Any, kwargs: dict[str, Any]) -> list[Any] | None:
-    """Return the tensors for a plan's arguments, None where the call is not of that kind."""
-    inputs = list(args)
-    for name in names[len(args) :]:
-        if name not in kwargs:
-            return None
-        inputs.append(kwargs[name])
-    if len(inputs) != len(names) or len(args) + len(kwargs) != len(names):
+def _bind(
+    required: list[str], optional: dict[str, Any], args: Any, kwargs: dict[str, Any]
+) -> list[Any] | None:
+    """Return the tensors for a plan's arguments, None where the call is not of that kind.
+
+    The others must have the values that they have by default.
+    """
+    given = dict(zip((*required, *optional), args, strict=False)) | kwargs
+    if len(given) != len(args) + len(kwargs):
         return None
+    inputs = [given.pop(name, None) for name in required]
+    for name, value in given.items():
+        if name not in optional or value is not optional[name]:
+            return None
     return inputs if all(isinstance(x, Tensor) for x in inputs) else None
+
+
+def _is_replica(module: Any) -> bool:
+    """Whether nn.DataParallel has made a module for one call."""
+    return "_is_replica" in module.__dict__

@@ -39,6 +39,8 @@ def folded_chain(
             for step, _ in (*main, *beside):  # an optimizer that writes to .data is not seen
                 step.refresh()
             return _differentiable(x, steps, added, options)
+        if _converts_layout(x, weight.weight):
+            x = x.contiguous(memory_format=torch.channels_last)
         if runtime.runs_one_by_one(x, steps, added, options):
             return runtime.one_by_one(x, steps, added)
         added = residual if shortcut is None else _through(x, beside)
@@ -79,6 +81,13 @@ def _named(run: Any) -> Any:
     """Give a function a name of its own, by which generated code calls it."""
     run.__name__ = run.__qualname__ = f"folded_chain_{next(_numbers)}"
     return run
+
+
+def _converts_layout(x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch's convolution would go on in channels_last from NCHW images."""
+    last = torch.channels_last
+    nchw = x.dim() == 4 and not x.is_contiguous(memory_format=last)
+    return nchw and weight.is_contiguous(memory_format=last) and not weight.is_contiguous()
 
 
 def _through(

@@ -25,6 +25,8 @@ _GLOBAL_HOOKS = [
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.Size)
 _MISSING = object()
 _NOT_STATE = {*nn.Module().__dict__}  # training flags, and what has checks of its own
+# What fused calls do not read at each call, so that torch.compile would not compare it.
+_COMPARED_COMPILED = {"act", "identity", "max_pool", "upsample"}
 _READ_AT_CALLS = {"eps", "momentum"}  # of norms
 
 
@@ -54,6 +56,13 @@ class Guard:
             for name, child in m._modules.items()
             if child is None or id(child) in fixed
         ]
+        self.seen_compiled = [
+            (m, name, value)
+            for m in (*opened, *(m for m in consumed if kind_of(m) in _COMPARED_COMPILED))
+            for _, name, value, where in _values(m)
+            if where == _name(m) and isinstance(value, _PLAIN)
+        ]
+        self.kinds_compiled = [m for m in consumed if kind_of(m) in _COMPARED_COMPILED]
         self._counts = [(m._modules, len(m._modules), m) for m in opened]
         self._own = [(m.__dict__, m) for m in inner]
 

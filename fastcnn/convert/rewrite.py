@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fastcnn.convert import runtime
 from fastcnn.convert.folded import folded_chain, folded_upsampled_chain
-from fastcnn.convert.guards import has_hooks
+from fastcnn.convert.guards import Guard, has_hooks
 from fastcnn.convert.layers import kind_of
 from fastcnn.convert.patterns import (
     INTERPOLATE,
@@ -169,15 +169,46 @@ class _Emitter:
         return self._graph.create_node("get_attr", str(node.target))
 
 
+def comparison_of(guard: Guard, paths: dict[nn.Module, str], name: str) -> Callable[[Any], bool]:
+    """Return a function that compares a module with a guard's values in plain Python.
+
+    For torch.compile, which takes what the guard says for a constant: so it compiles anew where one
+    of these values changes.
+    """
+    values: dict[str, Any] = {}
+    lines = ["def holds(self):"]
+
+    def compare(found: str, value: Any, how: str) -> None:
+        values[f"value_{len(values)}"] = value
+        lines.append(f"    if not ({found} {how} value_{len(values) - 1}): return False")
+
+    for module in guard.kinds_compiled:
+        compare(f"type({_path_of(paths[module])})", type(module), "is")
+    for module, attribute, value in guard.seen_compiled:
+        compare(f"{_path_of(paths[module])}.{attribute}", value, "==")
+    return _executed("\n".join([*lines, "    return True"]), values, name)["holds"]
+
+
+def _path_of(path: str) -> str:
+    found = "self"
+    for part in path.split(".") if path else ():
+        found = f"{found}.{part}" if part.isidentifier() else f"getattr({found}, {part!r})"
+    return found
+
+
 def function_of(graph: fx.Graph, name: str) -> Callable[..., Any]:
     """Compile a graph into a function of a module and its forward's arguments."""
     code = graph.python_code("self")
+    return _executed(code.src, code.globals, name)["forward"]
+
+
+def _executed(source: str, values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Run source that defines one function, and return the names in it."""
     # A file name of its own, whose text tracebacks and torch.compile's logs can show.
     file = f"<fastcnn.convert {name} {next(_numbers)}>"
-    lines = code.src.splitlines(keepends=True)
-    linecache.cache[file] = (len(code.src), None, lines, file)
-    namespace: dict[str, Any] = dict(code.globals)
-    exec(compile(code.src, file, "exec"), namespace)
-    function: Callable[..., Any] = namespace["forward"]
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    namespace: dict[str, Any] = dict(values)
+    exec(compile(source, file, "exec"), namespace)
+    function = namespace.get("forward", namespace.get("holds"))
     weakref.finalize(function, linecache.cache.pop, file, None)
-    return function
+    return namespace

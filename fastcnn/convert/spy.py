@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from fastcnn.convert.converted import Conversion, Converted, _bind
 from fastcnn.convert.layers import class_of, kind_of
 from fastcnn.convert.report import place
-from fastcnn.convert.trace import is_leaf, required_arguments
+from fastcnn.convert.trace import arguments_of, is_leaf
 from fastcnn.convert.unit import Unit, unit
 
 
@@ -125,10 +125,10 @@ def _kept(log: Log, path: str) -> Any:
 
 def _forward(module: nn.Module, path: str, made: Unit, found: Map, log: Log, fused: bool) -> Any:
     original = class_of(module).forward
-    names = required_arguments(original)
+    names = arguments_of(original)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        inputs = _bind(names, args, kwargs)
+        inputs = _bind(*names, args, kwargs)
         if inputs is None:
             return original(module, *args, **kwargs)
         return _Interpreter(module, path, made, found, log, fused).run(*inputs)

@@ -55,19 +55,22 @@ def is_leaf(module: nn.Module) -> bool:
     return ours and not isinstance(module, _CONTAINERS)
 
 
-def required_arguments(forward: Callable[..., Any]) -> list[str]:
-    """Return the names of a method's arguments without a default, self apart.
+def arguments_of(forward: Callable[..., Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return the names of a method's arguments without a default, self apart, and the others'.
 
     Raises:
         Untraceable: it takes any number of them.
     """
-    names = []
+    required: list[str] = []
+    optional: dict[str, Any] = {}
     for parameter in list(inspect.signature(forward).parameters.values())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise Untraceable(f"forward takes *{parameter.name}")
         if parameter.default is parameter.empty:
-            names.append(parameter.name)
-    return names
+            required.append(parameter.name)
+        else:
+            optional[parameter.name] = parameter.default
+    return required, optional
 
 
 class Traced(NamedTuple):
@@ -213,7 +216,7 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        names = required_arguments(root_fn)
+        names, _ = arguments_of(root_fn)
         if not names:
             raise Untraceable("forward has no arguments")
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]

@@ -102,9 +102,16 @@ def revert(model: Model) -> Model:
     _done.pop(model, None)
     for module in model.modules():
         if isinstance(module, Converted):
-            converted: Any = module
-            converted.__class__ = converted._fastcnn_class
+            _take_class(module)
     return model
+
+
+def _take_class(module: Any) -> None:
+    """Give a module its own class back, also where a parametrization has derived one since."""
+    cls, original = type(module), module._fastcnn_class
+    if "_fastcnn_class" not in cls.__dict__:
+        original = type(cls.__name__, (original,), dict(cls.__dict__))
+    module.__class__ = original
 
 
 def _check(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -174,7 +181,8 @@ def _conversion(
 def _has_kernel(layer: nn.Module) -> bool:
     """Whether there is a kernel for a layer by itself."""
     kind = kind_of(layer)
-    if changes(layer) is not None:
+    # A parametrized layer has a class of its own already, which comes and goes.
+    if changes(layer) is not None or hasattr(layer, "parametrizations"):
         return False
     if kind == "upsample":
         return layer.mode in ("nearest", "bilinear", "nearest-exact")

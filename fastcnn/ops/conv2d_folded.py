@@ -12,7 +12,8 @@ the weights at every call, and oneDNN lays them out anew; here both are kept:
 The modules are read at every call. What was kept goes where one of their tensors is another one,
 has other memory (.to(), load_state_dict(assign=True)) or was written to, which its version counter
 tells (an optimizer's step, load_state_dict). Writes through tensor.data or a NumPy view leave the
-counter as it is: refresh() is for those. Tensors made in inference mode have no counter: they are
+counter as it is: on the CPU three numbers of each tensor are compared, elsewhere refresh() is for
+those. Tensors made in inference mode have no counter: they are
 folded at every call. So is what torch.compile, torch.export, torch.func, subclasses of Tensor and
 calls that want a gradient see: all these by conv_bn_act's own way.
 """

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,13 @@ Run = Callable[[Tensor, Tensor | None, bool], Tensor]  # x, residual, whether th
 _MOST_SIZES = 4  # of inputs, that packed weights are kept for
 
 
-class Seen(NamedTuple):
+class Seen:
     """A tensor as it was. alias holds its memory, so that no other one gets this address."""
 
-    tensor: Tensor
-    alias: Tensor
-    version: int
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.alias, self.version = tensor, tensor.detach(), tensor._version
+        self._bits = _bits_of(self.alias)
+        self._were = self._samples()
 
     def is_still(self, t: Tensor | None) -> bool:
         return (
@@ -29,14 +30,36 @@ class Seen(NamedTuple):
             and t._version == self.version
             and t.data_ptr() == self.alias.data_ptr()
             and t.dtype is self.alias.dtype
+            and self._samples() == self._were
         )
+
+    def _samples(self) -> tuple[int, ...]:
+        """A few numbers' bits: `t.data.mul_(0.99)` changes them, and no counter."""
+        bits = self._bits
+        if bits is None:
+            return ()
+        last = len(bits) - 1
+        return bits.item(0), bits.item(last // 3), bits.item(last)
+
+
+def _bits_of(t: Tensor) -> Any:
+    """Return a dense CPU tensor's memory as whole numbers in NumPy, None for any other."""
+    if t.device.type != "cpu" or t.numel() == 0:
+        return None
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    dense = t.is_contiguous() or (
+        t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    )
+    if not dense:
+        return None
+    return t.as_strided((t.numel(),), (1,)).view(whole).numpy()
 
 
 class State:
     """What was made of tensors and numbers that have not changed since."""
 
     def __init__(self, tensors: Tensors, numbers: tuple[Any, ...]) -> None:
-        self.seen = [None if t is None else Seen(t, t.detach(), t._version) for t in tensors]
+        self.seen = [None if t is None else Seen(t) for t in tensors]
         self.numbers = numbers
         self.runs: dict[Any, tuple[Run, list[int]]] = {}  # with the sizes of y
         self._lock = threading.Lock()
