@@ -130,6 +130,15 @@ def test_inputs_without_a_kernel_run_as_before() -> None:
         model(images(2, 3, 5, 5)[:, :, ::2])
 
 
+def test_functions_without_a_kernel_say_so_once() -> None:
+    model = convert(net(lambda m, x: nn.functional.interpolate(x, scale_factor=2.0)))
+    wide = images(2, 8, 5, 5)[:, ::2]
+    with pytest.warns(UserWarning, match=r"an interpolate or a dropout .* its input is not dense"):
+        y = model(wide)
+    assert torch.equal(y, nn.functional.interpolate(wide, scale_factor=2.0))
+    model(wide)
+
+
 def test_an_explicit_backend_does_not_fall_back() -> None:
     model = convert(prepared(cbr(nn.ReLU())), backend="cpu")
     with pytest.raises(

@@ -1,10 +1,11 @@
 """What the generated code of a converted forward calls: torch's own modules, run by fused kernels.
 
 A call whose input has no kernel (a layout that is not dense, a dtype or device without one, a
-residual of other sizes) runs the modules one by one, and `notes` holds the reason; with an explicit
-backend it raises.
+residual of other sizes) runs the modules one by one, and `notes` holds the reason, of a function a
+warning; with an explicit backend it raises.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -35,6 +36,8 @@ Resizing = nn.Upsample | dict[str, Any]
 
 # By the module that a call ends in: why its last unfused call was not fused.
 notes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+_said: set[str] = set()
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x, "relu": F.relu, "relu6": F.relu6, "leaky_relu": F.leaky_relu,
@@ -315,8 +318,16 @@ def _refuse(module: nn.Module | None, why: str, options: Options) -> None:
         raise ValueError(
             f"convert: backend={options.backend!r}: expected an input for its kernels, but {why}"
         )
-    if module is not None and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    if module is not None:
         notes[module] = why
+    elif (kind := why.split(":")[0]) not in _said:  # of a function, which report cannot ask
+        _said.add(kind)
+        warnings.warn(
+            f"fastcnn.convert: an interpolate or a dropout runs as PyTorch's, since {why}",
+            stacklevel=4,
+        )
 
 
 def one_by_one(x: Tensor, steps: Sequence[Step], residual: Shortcut) -> Tensor:
