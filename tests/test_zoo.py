@@ -65,7 +65,14 @@ def test_same_seed_gives_the_same_initial_weights(name: str) -> None:
     assert_identical(actual, expected)
 
 
-@pytest.mark.parametrize(("name", "size"), ZOO.items())
+# The same code as smaller ones with other numbers, which the keys and shapes of weights show.
+LARGER = {
+    "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "resnet101", "resnet152",
+    "resnext101_32x8d", "wide_resnet101_2", "fcn_resnet101", "unet_resnet101", "unet_resnet152",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "size"), [item for item in ZOO.items() if item[0] not in LARGER])
 def test_training_and_evaluation(name: str, size: int) -> None:
     actual, expected = pair(name)
     x = torch.randn(2, 3, size, size - 1 if name in SEGMENTERS else size)

@@ -14,7 +14,6 @@ from fastcnn.models import FeatureInfo, Features, create_model, unet
 # Our name, timm's, the size of images, options of ours. timm's inception_v3 has no AuxLogits.
 TIMM: list[tuple[str, str, int, dict[str, Any]]] = [
     ("resnet18", "resnet18", 65, {}),
-    ("resnet101", "resnet101", 65, {}),
     ("resnext50_32x4d", "resnext50_32x4d", 65, {}),
     ("wide_resnet50_2", "wide_resnet50_2", 65, {}),
     ("densenet121", "densenet121", 65, {}),
