@@ -83,6 +83,10 @@ def resize_all(image: Tensor) -> None:
             guarded(ops.upsample_fwd(x, skip, *size, None, None, sampling, last, True))
             ops.upsample_bwd(y, h, w, None, None, sampling, last)
             ops.upsample_bwd(y[:, 3:], h, w, None, None, sampling, last)
+            if last:
+                z = guarded(image.repeat(1, 9, 1, 1).contiguous(memory_format=layout))
+                dy = guarded(ops.upsample_taps_fwd(z, *size, None, None, sampling))
+                ops.upsample_taps_bwd(dy, h, w, None, None, sampling)
 
 
 def augment_wildly(shape: tuple[int, ...], layout: torch.memory_format) -> None:

@@ -111,7 +111,7 @@ SEED += ["sparse", "empty", "longer", "storage freed", "storage freed behind an 
 SEED += ["storage halved"]
 OPTIONAL = ("residual", "saved", "weight", "bias", "skip", "add")  # total is None already
 OPTIONAL += ("in_weight", "in_bias", "out_weight", "out_bias")
-IMAGES = ("x", "residual", "saved", "dy", "skip", "y", "acc", "add", "in_raw", "out_raw")
+IMAGES = ("x", "z", "residual", "saved", "dy", "skip", "y", "acc", "add", "in_raw", "out_raw")
 ALONE = {"other float", "another half", "meta", "empty", "shorter", "longer"}
 ALONE |= {"channel less", "column less", "the other layout"}
 SOUND_STRIDES = {"expanded", "huge strides", "strided"}
@@ -145,6 +145,8 @@ NO_NONSENSE = {
     ("upsample_fwd", "x"): {"channel less"},
     ("upsample_fwd", "skip"): {"channel less"},
     ("upsample_bwd", "dy"): ALONE - {"column less", "the other layout"},
+    ("upsample_taps_fwd", "z"): ALONE - {"channel less", "column less", "the other layout"},
+    ("upsample_taps_bwd", "dy"): ALONE - {"column less", "the other layout"},
 }
 
 
@@ -190,6 +192,13 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
     if op == "batch_norm_act_dx":
         sums = {"dweight": c[0].clone(), "dbias": c[1].clone(), "total": c[0][:1].clone()}
         return {**images, **norm, **stats, **sums, **rest, "training": True}
+    if op.startswith("upsample_taps"):  # channels_last alone
+        layout, sizes = "channels_last", {"h": 4, "w": 2 if op.endswith("bwd") else 4}
+        how = {"scale_h": 1.0, "scale_w": 2.0, "sampling": 2}
+        if op.endswith("bwd"):
+            return {"dy": image(), **sizes, **how}
+        z = torch.randn(2, 18, 4, 2).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+        return {"z": z, **sizes, **how}
     if op.startswith("upsample"):
         how = {"scale_h": 1.0, "scale_w": 2.0, "sampling": 2}
         how["channels_last"] = layout == "channels_last"
@@ -255,7 +264,7 @@ OPS += ["batch_norm_update_running"]
 OPS += ["conv2d_bwd_weight"] * _C.has_bf16_dot()  # elsewhere it raises in any case
 OPS += ["conv2d_int8", "conv2d_int8_epilogue"]
 OPS += ["conv2d_fused", "conv2d_fused_bwd_input", "conv2d_fused_bwd_weight"]
-OPS += ["upsample_fwd", "upsample_bwd"]
+OPS += ["upsample_fwd", "upsample_bwd", "upsample_taps_fwd", "upsample_taps_bwd"]
 OPS += ["augment", "augment_mask"]
 OPS += ["dropout_apply", "dropout_apply_"]
 OPS += ["group_norm_act_fwd", "group_norm_act_bwd", "pixel_norm_act_fwd", "pixel_norm_act_bwd"]
