@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fastcnn import convert, revert
 from fastcnn.convert.converted import Converted
+from fastcnn.convert.runtime import notes
 
 
 class Small(nn.Module):
@@ -244,3 +245,4 @@ def test_under_checkpointing_and_func(x: Tensor) -> None:
 
     got, want = (torch.func.grad(loss(m))(dict(m.named_parameters())) for m in (model, twin))
     assert_same(got, want)
+    assert not any(m in notes for m in model.modules())  # by the kernels

@@ -264,7 +264,7 @@ def _is_transformed() -> bool:
         return True
     if not torch._C._are_functorch_transforms_active():
         return False
-    return any(i.key() is not TransformType.Grad for i in retrieve_all_functorch_interpreters())
+    return any(i.key() != TransformType.Grad for i in retrieve_all_functorch_interpreters())
 
 
 def _residual_unfit(x: Tensor, steps: Sequence[Step], residual: Shortcut) -> str | None:
