@@ -12,6 +12,7 @@ from oracles import torchvision
 from torch import Tensor, nn
 
 from fastcnn import convert
+from fastcnn.convert import runtime
 from fastcnn.convert.converted import Converted
 
 
@@ -229,6 +230,20 @@ def test_a_chain_on_an_upsampled_image(up: Any, last: bool | None, layout: Any) 
     first = "interpolate" if last is None else "interpolate-cat"
     found = assert_converts(Decoder(up, last), x, skip)
     assert found == [f"{first} > conv-bn-relu > conv-bn-relu"]
+
+
+def test_a_skip_of_another_type_is_concatenated_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runtime, "_said", set())  # what is said once, other tests may have heard
+    # torch.cat promotes; the kernel for the small image takes one type.
+    x = images(2, 32, 5, 4).to(memory_format=torch.channels_last)
+    skip = images(2, 4, 10, 8).float().to(memory_format=torch.channels_last)
+    model = prepared(Decoder(None, False)).eval()
+    want = model(x, skip)
+    with pytest.warns(UserWarning, match=r"its second input is torch\.float32 beside"):
+        y = convert(model)(x, skip)
+    torch.testing.assert_close(y, want, rtol=1e-9, atol=1e-9)
 
 
 def test_channels_last_keeps_the_layout() -> None:

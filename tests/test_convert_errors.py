@@ -10,6 +10,7 @@ from test_convert import bn, cbr, conv, net
 from torch import nn
 
 from fastcnn import convert, revert
+from fastcnn.convert import runtime
 from fastcnn.convert.converted import Converted
 
 
@@ -130,7 +131,8 @@ def test_inputs_without_a_kernel_run_as_before() -> None:
         model(images(2, 3, 5, 5)[:, :, ::2])
 
 
-def test_functions_without_a_kernel_say_so_once() -> None:
+def test_functions_without_a_kernel_say_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_said", set())
     model = convert(net(lambda m, x: nn.functional.interpolate(x, scale_factor=2.0)))
     wide = images(2, 8, 5, 5)[:, ::2]
     with pytest.warns(UserWarning, match=r"an interpolate or a dropout .* its input is not dense"):

@@ -220,7 +220,7 @@ class LayerConversion:
 
 
 class Converted:
-    """Marks the classes that convert makes; `conversion` is each class's own."""
+    """Marks the classes that convert makes, each with a conversion of its own."""
 
     _fastcnn_conversion: Any
     _fastcnn_class: type[nn.Module]

@@ -56,13 +56,13 @@ class Guard:
             for name, child in m._modules.items()
             if child is None or id(child) in fixed
         ]
+        self.kinds_compiled = [m for m in consumed if kind_of(m) in _COMPARED_COMPILED]
         self.seen_compiled = [
             (m, name, value)
-            for m in (*opened, *(m for m in consumed if kind_of(m) in _COMPARED_COMPILED))
+            for m in (*opened, *self.kinds_compiled)
             for _, name, value, where in _values(m)
             if where == _name(m) and isinstance(value, _PLAIN)
         ]
-        self.kinds_compiled = [m for m in consumed if kind_of(m) in _COMPARED_COMPILED]
         self._counts = [(m._modules, len(m._modules), m) for m in opened]
         self._own = [(m.__dict__, m) for m in inner]
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastcnn import _C, functional
 from fastcnn.convert.layers import kind_of, own_act
+from fastcnn.convert.patterns import INTERPOLATE
 from fastcnn.nn.batch_norm_act import running_statistics, step_momentum, uses_batch_statistics
 from fastcnn.ops.checks import FLOATS, memory_format_of
 from fastcnn.ops.conv_bn_act_step import Memory, pair
@@ -45,7 +46,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-_RESIZING = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
+_RESIZING = INTERPOLATE[1:]  # all but the input
 HAS_CUDA = bool(_C.cuda_version)
 
 
@@ -105,9 +106,13 @@ def upsamples_small(
     x: Tensor, concat: Tensor | None, conv: nn.Conv2d, how: dict[str, Any], options: Options
 ) -> bool:
     """Whether a convolution of an upsampled image has a kernel that reads the small one."""
-    if unfit(x, options) is not None or (concat is not None and unfit(concat, options) is not None):
+    why = unfit(x, options)
+    if why is None and concat is not None:
+        why = _unlike(concat, None, x, cast=autocast_dtype(x) is not None)
+    if why is not None:
         return False
-    return by_taps(x, concat, conv.weight, resize_of(x, **_resize_arguments(how)))
+    absent: dict[str, Any] = {**dict.fromkeys(_RESIZING), "mode": "nearest"}
+    return by_taps(x, concat, conv.weight, resize_of(x, **(absent | how)))
 
 
 def resizing(how: Resizing) -> dict[str, Any]:
@@ -115,11 +120,6 @@ def resizing(how: Resizing) -> dict[str, Any]:
     if isinstance(how, nn.Upsample):
         return {name: getattr(how, name) for name in _RESIZING}
     return how
-
-
-def _resize_arguments(how: dict[str, Any]) -> dict[str, Any]:
-    absent = dict.fromkeys(_RESIZING, None) | {"mode": "nearest"}
-    return absent | how
 
 
 def conv_bn_act_blocks(
