@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from card import DEVICE, needs_a_card
 from conv2d_int8_cases import CASES, Case, problem
 from shapes import LAYOUTS
 from test_conv2d_int8 import ACTS, FLOATS, INT8, assert_same, onnx_qlinear_conv
@@ -15,7 +16,7 @@ from test_conv2d_int8_errors import CASE, ERRORS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
-from triton_proof import DEVICE, INTERPRETED
+from triton_proof import INTERPRETED
 
 from fastcnn import reference
 from fastcnn.functional import conv2d_int8, pack_conv2d_int8
@@ -151,10 +152,7 @@ def test_sizes_beyond_a_kernel_s() -> None:
         launches.launch(grouped, y, y.new_empty(1, 65536, 1, 1))
 
 
-needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@needs_a_gpu
+@needs_a_card
 def test_numbers_compile_no_kernel_anew() -> None:
     given = {**problem(PLAIN), "x_zero_point": 7, "out_zero_point": 5}
     call(**given)
@@ -171,7 +169,7 @@ def test_numbers_compile_no_kernel_anew() -> None:
     assert not compiled
 
 
-@needs_a_gpu
+@needs_a_card
 def test_tensors_of_two_devices() -> None:
     given = problem(PLAIN)
     there = {k: t.cuda() if isinstance(t, Tensor) else t for k, t in given.items()}

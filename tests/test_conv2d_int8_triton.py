@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from card import DEVICE
 from test_conv2d_triton import GEOMETRIES
 from torch import Tensor
-from triton_proof import DEVICE
 
 from fastcnn.ops.conv2d_int8_call import Call
 from fastcnn.reference.conv2d_int8 import conv2d_int8 as reference

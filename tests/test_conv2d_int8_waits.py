@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from card import DEVICE, needs_a_card
 from conv2d_int8_cases import problem
 from test_conv2d_int8 import assert_same
-from test_conv2d_int8_cuda import PLAIN, OnCuda, call, needs_a_gpu, on_device
+from test_conv2d_int8_cuda import PLAIN, OnCuda, call, on_device
 from torch import Tensor
-from triton_proof import DEVICE, INTERPRETED
+from triton_proof import INTERPRETED
 
 from fastcnn import reference
 from fastcnn.functional import conv2d_int8, pack_conv2d_int8
@@ -135,7 +136,7 @@ def test_what_was_not_looked_at_is_refused_while_capturing(monkeypatch: pytest.M
     check_data(arguments)
 
 
-@needs_a_gpu
+@needs_a_card
 def test_a_captured_graph_gives_the_same_and_reads_new_inputs() -> None:
     given = problem(PLAIN, residual_dtype=torch.uint8, act="relu")
     there = {k: t.cuda() if isinstance(t, Tensor) else t for k, t in given.items()}

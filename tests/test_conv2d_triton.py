@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from activations import ACTS
+from card import DEVICE
 from tolerance import assert_as_exact_as_torch
 from torch import Tensor
-from triton_proof import DEVICE, channels_last, norm_of, normed, without_tf32
+from triton_proof import channels_last, norm_of, normed, without_tf32
 
 from fastcnn.ops.activation import ACT_NUMBER
 from fastcnn.ops.conv2d_fused import allows_tf32

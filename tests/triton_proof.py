@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 import triton.language as tl
+from card import DEVICE
 from torch import Tensor
 from triton import knobs
 from triton.runtime import interpreter
@@ -15,7 +16,6 @@ from triton.runtime import interpreter
 from fastcnn.ops.norm import Norm
 
 INTERPRETED = knobs.runtime.interpret
-DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 def _from_bits(handle: interpreter.TensorHandle) -> interpreter.TensorHandle:
