@@ -4,13 +4,14 @@ BIN := .venv/bin
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 export FASTCNN_WERROR = ON
 
-.PHONY: help demo test fuzz lint bench wheel clean
+.PHONY: help demo test fuzz lint bench gpu wheel clean
 
 help:
 	@echo "make demo   train ResNet-20 on real images through the fused kernels, measured and drawn"
 	@echo "make test   lint, then all tests"
 	@echo "make fuzz   N random calls of the ops, N=20000, against PyTorch in float64; SEED=... again"
 	@echo "make bench  the kernels and whole networks beside PyTorch, interleaved in one process"
+	@echo "make gpu    with a GPU: build, test, sanitize, tune, bench into RESULTS=dir; STAGES=test,bench"
 	@echo "make wheel  a wheel for this Python and CUDA, in dist/"
 
 demo:
@@ -43,6 +44,11 @@ bench: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 bench:
 	@$(PYTHON) tools/environment.py dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# With the Python and the packages that are there, without .venv and downloads.
+gpu: export FASTCNN_WERROR = OFF
+gpu:
+	@PYTHONPATH=tools $(PYTHON) -m gpu "$(RESULTS)" "$(STAGES)"
 
 wheel:
 	@$(PYTHON) tools/environment.py dev

@@ -1,0 +1,187 @@
+"""`make gpu` loses nothing: its stages, limits and files, with made-up stages and no card."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from card import HAS_CARD
+from gpu import __main__ as make_gpu
+from gpu import run as runs
+from gpu import sanitize, stages
+from gpu.run import Failed, Found, Run
+
+ROOT = Path(__file__).resolve().parents[1]
+MACHINE = {"commit": "c0ffee", "device": "card", "driver": "1.2", "versions": {"torch": "2.11"}}
+
+
+def good(run: Run) -> Found:
+    assert run.execute([sys.executable, "-c", "print('a word')"]) == 0
+    return {"passed": 3, "skipped": {}}
+
+
+def bad(run: Run) -> Found:
+    raise Failed("2 failed", {"failures": {"a::b": "assert 1 | 2"}})
+
+
+def broken(run: Run) -> Found:
+    return {"rows": [][0]}
+
+
+SAYS_AT_THE_END = """
+import time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("so far: 5")
+"""
+
+
+def slow(run: Run) -> Found:
+    status = run.execute([sys.executable, "-c", SAYS_AT_THE_END])
+    raise Failed(runs.how(status, "a sleeper"))
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Stages of each kind; returns the folder of results."""
+    of_kind = {"build": good, "test": bad, "sanitize": broken, "tune": slow, "bench": good}
+    limits = {name: 2.0 if name == "tune" else 60.0 for name in of_kind}
+    monkeypatch.setattr(
+        make_gpu, "STAGES", {name: (run, limits[name]) for name, run in of_kind.items()}
+    )
+    monkeypatch.setattr(runs, "PATIENCE", 1.0)
+    monkeypatch.setattr(make_gpu, "look", lambda: MACHINE)
+    monkeypatch.setattr(make_gpu, "SITE", tmp_path)
+    for module in (make_gpu, runs, stages):
+        monkeypatch.setattr(module, "WORK", tmp_path)
+    return tmp_path / "results"
+
+
+def results_in(folder: Path) -> Any:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_stage_that_fails_loses_nothing(made_up: Path, capsys: pytest.CaptureFixture) -> None:
+    assert make_gpu.main([f"{made_up}"]) == 1
+    found = results_in(made_up)
+    assert {name: stage["status"] for name, stage in found["stages"].items()} == {
+        "build": "passed", "test": "failed", "sanitize": "failed", "tune": "failed",
+        "bench": "passed",
+    }  # fmt: skip
+    assert found["stages"]["test"]["failures"] == {"a::b": "assert 1 | 2"}
+    assert found["stages"]["sanitize"]["why"] == "IndexError: list index out of range"
+    assert found["stages"]["tune"]["why"] == "a sleeper took too long"
+    assert "so far: 5" in (made_up / "tune.log").read_text()  # interrupted, not killed
+    assert "a word" in (made_up / "bench.log").read_text()
+    assert {name: found[name] for name in MACHINE} == MACHINE
+    table = (made_up / "table.md").read_text()
+    assert "| a::b | assert 1 / 2 |" in table
+    assert "c0ffee" in table
+    last = capsys.readouterr().out.splitlines()[-5:]  # a short table, last
+    assert [line.split()[:2] for line in last][1] == ["test", "failed"]
+    assert "3 passed, 0 skipped" in last[0]
+
+
+def test_named_stages_keep_what_others_found(made_up: Path) -> None:
+    assert make_gpu.main([f"{made_up}", "bench"]) == 0
+    assert make_gpu.main([f"{made_up}", "build,test"]) == 1
+    assert [*results_in(made_up)["stages"]] == ["bench", "build", "test"]
+
+
+def test_results_of_another_state_are_not_mixed(
+    made_up: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_gpu.main([f"{made_up}", "bench"])
+    monkeypatch.setattr(make_gpu, "look", lambda: {**MACHINE, "commit": "other"})
+    with pytest.raises(SystemExit, match=r"expected an empty folder, .* of commit c0ffee"):
+        make_gpu.main([f"{made_up}", "build"])
+    assert [*results_in(made_up)["stages"]] == ["bench"]
+
+
+def test_nothing_is_run_that_was_not_built(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_gpu, "SITE", made_up / "none")
+    assert make_gpu.main([f"{made_up}", "bench"]) == 1
+    assert "name the stage build first" in results_in(made_up)["stages"]["bench"]["why"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [([], "expected a folder"), (["x", "bulid"], "expected stages among build, .*, got bulid")],
+)
+def test_errors(arguments: list[str], expected: str, made_up: Path) -> None:
+    with pytest.raises(SystemExit, match=f"^gpu: {expected}"):
+        make_gpu.main(arguments)
+
+
+@pytest.mark.skipif(HAS_CARD, reason="there is a card")
+def test_without_a_card(tmp_path: Path) -> None:
+    # As the Makefile calls it: one line that says what is missing, and no folder.
+    done = subprocess.run(
+        [sys.executable, "-m", "gpu", tmp_path / "results"],
+        env={"PYTHONPATH": f"{ROOT / 'tools'}"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    expected = f"expected a CUDA card that torch {torch.__version__} can use, got none"
+    assert done.stderr == f"gpu: {expected}\n"
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_process_that_ignores_interrupts_is_killed(made_up: Path) -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    made_up.mkdir()
+    run = Run(made_up, made_up / "log", time.monotonic() + 1)
+    start = time.monotonic()
+    assert run.execute([sys.executable, "-c", deaf]) is None
+    assert time.monotonic() - start < 30
+
+
+TESTS = """
+import pytest
+pytestmark = pytest.mark.gpu
+def test_good(): pass
+def test_bad(): assert 1 == 2
+@pytest.mark.skip(reason="needs two cards")
+def test_skipped(): pass
+@pytest.fixture
+def fixture(): raise ValueError("no")
+def test_error(fixture): pass
+"""
+
+
+def test_a_file_of_tests(made_up: Path) -> None:
+    made_up.mkdir()
+    path = made_up / "test_some.py"
+    path.write_text(TESTS)
+    assert stages.is_marked(path)
+    found = stages.test_file(Run(made_up, made_up / "log", time.monotonic() + 60), path)
+    by_name = {name.rpartition("::")[2]: why for name, why in found["failures"].items()}
+    assert by_name == {
+        "test_bad": "assert 1 == 2",
+        "test_error": 'failed on setup with "ValueError: no"',
+    }
+    assert [*found["skipped"].values()] == ["needs two cards"]
+    assert found["passed"] == 1
+    assert "assert 1 == 2" in (made_up / "log").read_text()
+    path.write_text("import os, pytest\npytestmark = pytest.mark.gpu\ndef test_x(): os._exit(139)")
+    found = stages.test_file(Run(made_up, made_up / "log", time.monotonic() + 60), path)
+    assert found["failures"] == {"test_some.py": "test_some.py ended with status 139"}
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "expected"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, 0),
+        ("========= ERROR SUMMARY: 1 error", 86, 1),
+        ("========= RACECHECK SUMMARY: 3 hazards displayed (0 errors, 3 warnings)", 86, 3),
+        ("========= ERROR SUMMARY: 0 errors", 1, "no errors, but status 1"),
+        ("Traceback", 1, "no summary, status 1"),
+        ("========= ERROR SUMMARY: 0 errors", None, "took too long"),
+    ],
+)
+def test_what_compute_sanitizer_says(text: str, status: int | None, expected: int | str) -> None:
+    assert sanitize.errors_of(text, status) == expected

@@ -1,0 +1,131 @@
+"""The stages: what each runs, and what it finds."""
+
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from xml.etree import ElementTree
+
+from gpu import table
+from gpu.run import CACHE, ROOT, SITE, WORK, Failed, Found, Run, expect, how
+from gpu.sanitize import sanitize
+
+PIP: list[str | Path] = [
+    sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--no-index",
+]  # fmt: skip
+PYTEST: list[str | Path] = [
+    sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT,
+    # What these versions of PyTorch and Triton warn of is shown, and fails nothing.
+    *("-W", "default", "-p", "no:cacheprovider"),
+]  # fmt: skip
+BENCHMARKS = [*PYTEST, "-q", "--benchmark-only"]
+TEST_PROCESSES = 4  # a file each: a launch that goes wrong ends all else in its process
+
+
+def build(run: Run) -> Found:
+    """Install from this checkout, with code for this machine's cards alone."""
+    started = time.monotonic()
+    status = run.execute(
+        [*PIP, "--upgrade", "--target", SITE, f"-Cbuild-dir={WORK / 'cmake'}", ROOT],
+        FASTCNN_CUDA="ON",
+        CUDAFLAGS="-lineinfo",  # for compute-sanitizer; the code is the same
+    )
+    seconds = round(time.monotonic() - started, 1)
+    expect(status, "pip install")
+    expect(run.execute([sys.executable, "-m", "fastcnn.info"]), "fastcnn.info")
+    return {"build_seconds": seconds}
+
+
+def test(run: Run) -> Found:
+    """Run the tests marked gpu."""
+    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if is_marked(path)]
+    with ThreadPoolExecutor(TEST_PROCESSES) as pool:
+        ended = [*pool.map(lambda path: test_file(run, path), files)]
+    failures = {name: why for one in ended for name, why in one["failures"].items()}
+    skipped = {name: why for one in ended for name, why in one["skipped"].items()}
+    found: Found = {"passed": sum(one["passed"] for one in ended)}
+    found |= {"failures": failures, "skipped": skipped}
+    if failures or not found["passed"]:
+        raise Failed(f"{len(failures)} failed, {found['passed']} passed", found)
+    return found
+
+
+def is_marked(path: Path) -> bool:
+    """Whether a file has tests marked gpu."""
+    return re.search(r"\bmark\.gpu\b", path.read_text()) is not None
+
+
+def test_file(run: Run, path: Path) -> Found:
+    """Run the marked tests of one file."""
+    own = run.apart(path.stem)
+    report = own.log.with_suffix(".xml")
+    report.unlink(missing_ok=True)
+    status = own.execute([*PYTEST, "-q", "-m", "gpu", f"--junitxml={report}", path])
+    run.append(own)
+    found: Found = {"passed": 0, "failures": {}, "skipped": {}}
+    for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
+        name = f"{case.get('classname')}::{case.get('name')}"
+        why = {child.tag: first_line(child.get("message", "")) for child in case}
+        if "failure" in why or "error" in why:
+            found["failures"][name] = why.get("failure") or why["error"]
+        elif "skipped" in why:
+            found["skipped"][name] = why["skipped"]
+        else:
+            found["passed"] += 1
+    if status is None or (status != 0 and not found["failures"]):
+        found["failures"][path.name] = how(status, path.name)
+    return found
+
+
+def first_line(text: str) -> str:
+    """Return the first line, for a table."""
+    return (text.splitlines() or [""])[0][:200]
+
+
+def tune(run: Run) -> Found:
+    """Time all candidates of the convolutions of ResNet-50 and U-Net."""
+    program = Path(__file__).with_name("tune_networks.py")
+    status = run.execute([sys.executable, program], FASTCNN_PLAN="tune")
+    found = keep_plans(run)
+    if status != 0:
+        raise Failed(how(status, program.name), found)
+    return found
+
+
+def bench(run: Run) -> Found:
+    """Run the benchmarks, with the plans there are; what has none is tuned there."""
+    rows = WORK / "rows.jsonl"
+    rows.unlink(missing_ok=True)
+    seconds = int(run.seconds_left()) - 20  # the case that is running then may end
+    status = run.execute(
+        [*BENCHMARKS, f"--rows={rows}", f"--seconds={seconds}", ROOT / "benchmarks"],
+        FASTCNN_PLAN="tune",
+    )
+    found = {"rows": table.read(rows), **keep_plans(run)}
+    if status != 0:
+        raise Failed(how(status, "benchmarks"), found)
+    return found
+
+
+def keep_plans(run: Run) -> Found:
+    """Copy the card's plan file, the newest, and count its plans."""
+    files = sorted((CACHE / "plans").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        return {"plans": 0}
+    shutil.copy(files[-1], run.results / "plans.json")
+    return {"plans": len(json.loads(files[-1].read_text())["plans"])}
+
+
+# In this order: tuning before the benchmarks, which find its plans then. With the seconds that each
+# may take, ten minutes in all.
+STAGES: dict[str, tuple[Callable[[Run], Found], float]] = {
+    "build": (build, 120),
+    "test": (test, 150),
+    "sanitize": (sanitize, 80),
+    "tune": (tune, 60),
+    "bench": (bench, 180),
+}
