@@ -12,7 +12,7 @@ import torch
 from card import HAS_CARD
 from gpu import __main__ as make_gpu
 from gpu import run as runs
-from gpu import sanitize, stages
+from gpu import sanitize, stages, tune_networks
 from gpu.run import Failed, Found, Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,3 +185,17 @@ def test_a_file_of_tests(made_up: Path) -> None:
 )
 def test_what_compute_sanitizer_says(text: str, status: int | None, expected: int | str) -> None:
     assert sanitize.errors_of(text, status) == expected
+
+
+def test_networks_are_met_for_tuning(capsys: pytest.CaptureFixture) -> None:
+    # All but the card: on a CPU nothing is planned, and the table of plans is empty.
+    tune_networks.main({"resnet50": (2, 32), "unet": (1, 32)}, "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    words = [" ".join(line.split()[:2]) for line in lines[:4]]
+    assert words == [
+        "resnet50 inference:",
+        "unet inference:",
+        "resnet50 training:",
+        "unet training:",
+    ]
+    assert len(lines) > 4
