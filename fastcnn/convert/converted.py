@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastcnn.convert import runtime
 from fastcnn.convert.describe import describe
 from fastcnn.convert.guards import Guard
-from fastcnn.convert.patterns import Matcher
+from fastcnn.convert.patterns import Matcher, Pattern
 from fastcnn.convert.rewrite import comparison_of, drop_identities, function_of, fuse
 from fastcnn.convert.runtime import Options
 from fastcnn.convert.trace import Untraceable, arguments_of, is_leaf, trace
@@ -46,6 +46,16 @@ class Plan(NamedTuple):
     calls: list[str]  # paths of the modules that it calls
 
 
+def match(
+    graph: fx.Graph, module: nn.Module, options: Options
+) -> tuple[dict[str, nn.Module], list[nn.Module], Matcher, list[Pattern]]:
+    """Return a module's modules, the identities taken out of its graph, and the patterns."""
+    modules = dict(module.named_modules(remove_duplicate=False))
+    dropped = drop_identities(graph, modules)
+    matcher = Matcher(graph, modules, folds=options.mode == "infer")
+    return modules, dropped, matcher, matcher.match()
+
+
 def plan(module: nn.Module, leaves: set[nn.Module], options: Options, name: str) -> Plan:
     """Trace a module with its training flags as they are, and fuse what is found.
 
@@ -53,10 +63,7 @@ def plan(module: nn.Module, leaves: set[nn.Module], options: Options, name: str)
         Untraceable: the forward cannot be replaced.
     """
     graph, opened, asked = trace(module, leaves)
-    modules = dict(module.named_modules(remove_duplicate=False))
-    dropped = drop_identities(graph, modules)
-    matcher = Matcher(graph, modules, folds=options.mode == "infer")
-    patterns = matcher.match()
+    modules, dropped, matcher, patterns = match(graph, module, options)
     inside = [modules[str(n.target)] for p in patterns for n in p.nodes if n.op == "call_module"]
     consumed = {m: None for layer in (*inside, *dropped) for m in layer.modules()}
     described = [describe(p, modules) for p in patterns]

@@ -7,10 +7,10 @@ from typing import NamedTuple
 from torch import fx, nn
 
 from fastcnn.convert import runtime
-from fastcnn.convert.converted import Conversion, as_original
+from fastcnn.convert.converted import Conversion, as_original, match
 from fastcnn.convert.describe import describe
 from fastcnn.convert.patterns import Chain, Matcher, Norm, Pattern
-from fastcnn.convert.rewrite import drop_identities, fuse
+from fastcnn.convert.rewrite import fuse
 from fastcnn.convert.trace import trace
 
 # Where the functions are that fused graphs call.
@@ -44,10 +44,7 @@ def unit(module: nn.Module, conversion: Conversion) -> Unit:
     with as_original(list(module.modules())):
         graph = trace(module, leaves).graph
         original = copy.deepcopy(graph)
-        modules = dict(module.named_modules(remove_duplicate=False))
-        drop_identities(graph, modules)
-        matcher = Matcher(graph, modules, folds=conversion.options.mode == "infer")
-        found = matcher.match()
+        modules, _, matcher, found = match(graph, module, conversion.options)
         made = [_call(p, matcher, modules) for p in found]
         fuse(graph, matcher, found, conversion.options)
     return Unit(original, graph, _by_node(graph, made))
