@@ -34,7 +34,6 @@ def told_apart(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_family(name: str) -> None:
-    torch.set_num_threads(1)
     model = told_apart(make(name, small=True)).double()
     before, x = copy.deepcopy(model), images(name).double()
     convert(model)

@@ -4,7 +4,6 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +16,6 @@ from sklearn.datasets import load_digits
 import fastcnn.train
 from fastcnn import cli
 from fastcnn.train import demo
-
-
-@pytest.fixture(autouse=True)
-def keep_threads() -> Iterator[None]:
-    """--threads is for the process: the tests that follow get theirs back."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
