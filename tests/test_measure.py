@@ -4,7 +4,6 @@ import gc
 import time
 import weakref
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastcnn.lab import interleaved, kept_for_backward, ratio
-from fastcnn.lab.measure import clock_of
 
 FLOAT = 4  # bytes
 
@@ -132,49 +130,6 @@ def test_interleaved_by_another_clock() -> None:
     runs = {name: lambda name=name: calls.append(name) for name in "ab"}
     times = interleaved(runs, repeats=2, warmup=1, seconds=clock)
     assert times == {"a": [4.0, 5.0], "b": [3.0, 6.0]}  # after a and b, b a, a b
-
-
-class StandIn:
-    """CUDA's events and memory, that only write down what they are asked for."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.asked: list[str] = []
-        self.events = 0
-        monkeypatch.setattr(torch.cuda, "Event", self.event)
-        monkeypatch.setattr(torch, "empty", self.memory)
-
-    def event(self, *, enable_timing: bool) -> SimpleNamespace:
-        assert enable_timing
-        self.events += 1
-        name = f"event {self.events}"
-        return SimpleNamespace(
-            record=lambda: self.asked.append(name),
-            synchronize=lambda: self.asked.append(f"{name} waited for"),
-            elapsed_time=lambda end: 0.25,  # ms
-        )
-
-    def memory(self, size: int, *, dtype: torch.dtype, device: torch.device) -> SimpleNamespace:
-        assert size * dtype.itemsize > 126e6  # B200's L2
-        assert device == torch.device("cuda", 1)
-        return SimpleNamespace(zero_=lambda: self.asked.append("cleared"))
-
-
-def test_cuda_is_timed_by_events_and_cold(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in = StandIn(monkeypatch)
-    clock = clock_of(torch.device("cuda", 1))
-    runs = {"kernel": lambda: stand_in.asked.append("kernel")}
-    assert interleaved(runs, 2, 0, clock) == {"kernel": [0.25e-3, 0.25e-3]}
-    # Clearing is outside of what is timed, and nothing waits between the events.
-    assert stand_in.asked == [
-        *("cleared", "event 1", "kernel", "event 2", "event 2 waited for"),
-        *("cleared", "event 3", "kernel", "event 4", "event 4 waited for"),
-    ]
-
-
-def test_the_cpu_is_timed_by_the_process_s_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([10.0, 13.0])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-    assert clock_of(torch.device("cpu"))(lambda: None) == 3.0
 
 
 @pytest.mark.parametrize(("repeats", "warmup", "name"), [(0, 0, "repeats"), (1, -1, "warmup")])

@@ -16,9 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastcnn.plan.clock import timer_for
-
-__all__ = ["clock_of", "interleaved", "kept_for_backward", "ratio"]
+__all__ = ["interleaved", "kept_for_backward", "ratio"]
 
 
 class _Saved:
@@ -75,16 +73,6 @@ def _synchronize() -> None:
         torch.accelerator.synchronize()
 
 
-def clock_of(device: torch.device) -> Callable[[Callable[[], object]], float]:
-    """Return what times one call on a device, for `interleaved`.
-
-    On CUDA, where it has to be the current device, by events, and with the L2 cleared: by the
-    process's clock a short kernel would be mostly its launch and the synchronisation. Elsewhere by
-    that clock, as `interleaved` does by itself.
-    """
-    return timer_for(device).seconds if device.type == "cuda" else _seconds
-
-
 def interleaved(
     runs: Mapping[str, Callable[[], object]],
     repeats: int,
@@ -96,8 +84,8 @@ def interleaved(
     Every round calls each of `runs` once, odd rounds in reverse order, so that nobody always runs
     into the other's warm or cold cache; `warmup` rounds come first and are not reported. `seconds`
     makes a call and times it; as it is, by the process's clock, with an accelerator synchronised
-    before and after, which overstates short kernels: `clock_of` has a better one. Compare with
-    `ratio`.
+    before and after, which overstates short kernels: fastcnn.plan.clock has a better one. Compare
+    with `ratio`.
 
     Raises:
         ValueError: repeats < 1 or warmup < 0.
