@@ -11,31 +11,35 @@ import torch
 import torch.nn.functional as F
 from shapes import RESNET50_CONVS, UNET_CONVS, Conv
 from torch import Tensor
+from where import DEVICE, cases, on, tiny, tiny_conv
 
 from fastcnn.functional import conv2d_int8, pack_conv2d_int8
 
 INPUTS = 4  # in turn: most are beyond the L2 caches, and all outputs replace each other
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-BATCH = {"resnet50": {"cpu": 16, "cuda": 128}, "unet": {"cpu": 1, "cuda": 16}}
-CASES = [
-    pytest.param(conv, BATCH[network], id=f"{network}-{conv}")
+BATCH = {"resnet50": on(16, 256), "unet": on(1, 16)}
+CASES = {
+    f"{network}-{conv}": (conv, BATCH[network])
     for network, convs in (("resnet50", RESNET50_CONVS), ("unet", UNET_CONVS))
     for conv in convs
-]
+}
+CARD = [
+    "resnet50-64-256-k1-s1-56", "resnet50-128-128-k3-s1-28", "resnet50-1024-256-k1-s1-14",
+    "resnet50-256-256-k3-s1-14", "unet-64-64-k3-s1-256",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("conv", "batch"), CASES)
-def test_convolutions(compare: Any, conv: Conv, batch: dict[str, int], device: str) -> None:
-    last, sizes = torch.channels_last, (batch[device], conv.c_in, conv.side, conv.side)
+@pytest.mark.parametrize("case", cases(CASES, CARD))
+def test_convolutions(compare: Any, case: tuple[Conv, int]) -> None:
+    conv, (batch,) = tiny_conv(case[0]), tiny(case[1])
+    last, sizes = torch.channels_last, (batch, conv.c_in, conv.side, conv.side)
     # Half of what ReLU gives is 0; weights as those of trained networks: few are large.
-    numbers = {"dtype": torch.int8, "device": device}
+    numbers = {"dtype": torch.int8, "device": DEVICE}
     images = [torch.randint(-127, 128, sizes, **numbers).clamp_(min=0) for _ in range(INPUTS)]
     weight = torch.randn(conv.c_out, conv.c_in, conv.kernel, conv.kernel).mul(30).clamp(-127, 127)
     weight_scale, bias = torch.rand(conv.c_out) * 0.01 + 1e-3, torch.randn(conv.c_out)
-    packed = pack_conv2d_int8(weight.to(device, torch.int8))
-    weight16 = weight.to(device, torch.bfloat16, memory_format=last)
-    bias, weight_scale = bias.to(device), weight_scale.to(device)
+    packed = pack_conv2d_int8(weight.to(DEVICE, torch.int8))
+    weight16 = weight.to(DEVICE, torch.bfloat16, memory_format=last)
+    bias, weight_scale = bias.to(DEVICE), weight_scale.to(DEVICE)
     bias16 = bias.bfloat16()
     padding = conv.kernel // 2
 

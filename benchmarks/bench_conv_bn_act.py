@@ -6,9 +6,11 @@
     blocks  ResNet-50's, forward and backward, also in fp32
 
 PyTorch runs each of them one by one ("eager"), compiled, and in evaluation with the batch norm
-folded into the weights beforehand, which fastcnn does at every call. The floor of an inference in
-bytes is x, weight, residual and y once; with a backward most of the time is the convolutions', and
-there is none to compare with. On CUDA FASTCNN_PLAN=tune finds each step's plan before its times.
+folded into the weights beforehand, which fastcnn does at every call; on a card also by cuDNN's own
+convolution + bias + ReLU (+ residual) from the same folded weights ("cudnn"), and what is compiled
+there is the folded one, by max-autotune. The floor of an inference in bytes is x, weight, residual
+and y once; with a backward most of the time is the convolutions', and there is none to compare
+with. On CUDA FASTCNN_PLAN=tune finds each step's plan before its times.
 """
 
 from collections.abc import Callable
@@ -17,8 +19,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from candidates import compiled
 from shapes import RESNET50_CONVS, UNET_CONVS, Conv
 from torch import Tensor, nn
+from where import ALL, DEVICE, HAS_CARD, cases, on, tiny, tiny_conv
 
 from fastcnn import convert
 from fastcnn.functional import conv_bn_act
@@ -26,30 +30,35 @@ from fastcnn.lab import eager_twin
 from fastcnn.models.resnet import Bottleneck
 from fastcnn.ops.conv_bn_act_step import ConvBnActStep
 
-# What cuDNN, the compiler or a refused plan warn of is shown at the end, and ends no measurement.
-pytestmark = pytest.mark.filterwarnings("default")
-
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-BATCH = {"resnet50": 128 if CUDA else 16, "unet": 16 if CUDA else 1}
+BATCH = {"resnet50": on(16, 256), "unet": on(1, 16)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INPUTS = 4  # in turn: all but the smallest steps' are beyond the caches, as a block's activations
-# Compiling all of them takes a CPU minutes. There these stand for them: much to move beside little
-# arithmetic, with a residual and without; much arithmetic; little of both.
-COMPILED_ON_CPU = {
-    Conv(64, 256, 1, 1, 56, 4), Conv(256, 64, 1, 1, 56, 2), Conv(64, 64, 3, 1, 256, 2),
-    Conv(512, 512, 3, 1, 7, 2),
+# Compiling all of them takes minutes. These stand for them: much to move beside little arithmetic,
+# with a residual and without; much arithmetic; little of both. On a card two in inference.
+COMPILED = on(
+    {"64-256-k1-s1-56", "256-64-k1-s1-56", "64-64-k3-s1-256", "512-512-k3-s1-7"},
+    {"64-256-k1-s1-56", "256-256-k3-s1-14"},
+)
+CARD = {
+    "infer": [
+        "resnet50-64-256-k1-s1-56", "resnet50-256-64-k1-s1-56", "resnet50-128-128-k3-s1-28",
+        "resnet50-256-256-k3-s1-14", "resnet50-1024-256-k1-s1-14", "resnet50-512-2048-k1-s1-7",
+        "unet-64-64-k3-s1-256",
+    ],
+    "train": ["resnet50-64-256-k1-s1-56", "resnet50-128-128-k3-s1-28"],
 }  # fmt: skip
+BLOCKS_ON_CARD = ["stage1-identity-bf16", "stage3-identity-bf16"]
 
 Step = Callable[[Tensor, ConvBnActStep, Tensor | None], Tensor]
 
 
-def cases(what: str) -> list[Any]:
-    return [
-        pytest.param(conv, BATCH[network], id=f"{what}-{network}-{conv}")
+def convolutions(what: str) -> list[Any]:
+    everything = {
+        f"{what}-{network}-{conv}": (conv, BATCH[network])
         for network, convs in (("resnet50", RESNET50_CONVS), ("unet", UNET_CONVS))
         for conv in convs
-    ]
+    }
+    return cases(everything, [f"{what}-{name}" for name in CARD[what]])
 
 
 def image(n: int, c: int, side: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -83,11 +92,15 @@ def eager(x: Tensor, step: ConvBnActStep, residual: Tensor | None) -> Tensor:
     return F.relu_(y)
 
 
-def folded(step: ConvBnActStep) -> Step:
+def folded_weights(step: ConvBnActStep) -> tuple[Tensor, Tensor]:
     scale = step.bn_weight * torch.rsqrt(step.running_var + step.eps)
     bias = (step.bn_bias - step.running_mean * scale).bfloat16()
     weight = (step.weight * scale[:, None, None, None]).bfloat16()
-    weight = weight.contiguous(memory_format=torch.channels_last)
+    return weight.contiguous(memory_format=torch.channels_last), bias
+
+
+def folded(step: ConvBnActStep) -> Step:
+    weight, bias = folded_weights(step)
 
     def run(x: Tensor, step: ConvBnActStep, residual: Tensor | None) -> Tensor:
         y = F.conv2d(x, weight, bias, step.stride, step.padding)
@@ -96,22 +109,28 @@ def folded(step: ConvBnActStep) -> Step:
     return run
 
 
-def compiled(conv: Conv) -> dict[str, Step]:
-    """Return eager, compiled for these sizes alone, by its name, or nothing."""
-    if not CUDA and conv not in COMPILED_ON_CPU:
-        return {}
-    torch.compiler.reset()
-    mode = "max-autotune-no-cudagraphs" if CUDA else "default"
-    return {"compiled": torch.compile(eager, dynamic=False, mode=mode)}
+def cudnn(step: ConvBnActStep) -> Step:
+    weight, bias = folded_weights(step)
+    stride, padding = step.stride, step.padding
+    geometry = (stride, stride), (padding, padding), (1, 1), 1
+
+    def run(x: Tensor, step: ConvBnActStep, residual: Tensor | None) -> Tensor:
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+
+    return run
 
 
-@pytest.mark.parametrize(("conv", "batch"), cases("infer"))
-def test_inference(compare: Any, conv: Conv, batch: int) -> None:
+@pytest.mark.parametrize("case", convolutions("infer"))
+def test_inference(compare: Any, case: tuple[Conv, int]) -> None:
+    conv, (batch,) = tiny_conv(case[0]), tiny(case[1])
     step = step_of(conv, training=False)
     # A bottleneck's last convolution widens 4 times; what widens less stands in its shortcut.
-    adds = conv.kernel == 1 and conv.c_out == 4 * conv.c_in
+    adds = conv.kernel == 1 and case[0].c_out == 4 * case[0].c_in
+    side = (conv.side - 1) // conv.stride + 1
     inputs = [
-        (image(batch, conv.c_in, conv.side), image(batch, conv.c_out, conv.side) if adds else None)
+        (image(batch, conv.c_in, conv.side), image(batch, conv.c_out, side) if adds else None)
         for _ in range(INPUTS)
     ]
 
@@ -119,7 +138,12 @@ def test_inference(compare: Any, conv: Conv, batch: int) -> None:
         return lambda pair: run(pair[0], step, pair[1])
 
     with torch.inference_mode():
-        baselines = {"eager": eager, "folded": folded(step), **compiled(conv)}
+        baselines = {"eager": eager, "folded": folded(step)}
+        if HAS_CARD:
+            baselines["cudnn"] = cudnn(step)
+        if ALL or str(case[0]) in COMPILED:
+            options = on({}, {"mode": "max-autotune-no-cudagraphs"})
+            baselines["compiled"] = compiled(on(eager, folded(step)), **options)
         x, residual = inputs[0]
         y = ours(x, step, residual)  # tunes here
         moved = [t.numel() for t in (x, step.weight, residual, y) if t is not None]
@@ -130,8 +154,9 @@ def test_inference(compare: Any, conv: Conv, batch: int) -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(("conv", "batch"), cases("train"))
-def test_training(compare: Any, conv: Conv, batch: int) -> None:
+@pytest.mark.parametrize("case", convolutions("train"))
+def test_training(compare: Any, case: tuple[Conv, int]) -> None:
+    conv, (batch,) = tiny_conv(case[0]), tiny(case[1])
     step = step_of(conv, training=True)
     inputs = [image(batch, conv.c_in, conv.side).requires_grad_() for _ in range(INPUTS)]
     dy = torch.randn_like(ours(inputs[0], step, None))
@@ -141,7 +166,10 @@ def test_training(compare: Any, conv: Conv, batch: int) -> None:
         return lambda x: torch.autograd.grad(run(x, step, None), [x, *parameters], dy)
 
     gradients(ours)(inputs[0])  # tunes here
-    baselines = {"eager": eager, **compiled(conv)}
+    baselines = {"eager": eager}
+    if ALL or (not HAS_CARD and str(case[0]) in COMPILED):
+        options = on({}, {"mode": "max-autotune-no-cudagraphs"})
+        baselines["compiled"] = compiled(eager, **options)
     beside = {name: gradients(run) for name, run in baselines.items()}
     compare(gradients(ours), beside, inputs, 0, dy)
 
@@ -166,18 +194,26 @@ def bottleneck(planes: int, projection: bool) -> Bottleneck:
     return convert(Bottleneck(c_in, planes, stride, beside))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["projection", "identity"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_blocks(compare: Any, stage: str, kind: str, dtype: str) -> None:
+BLOCKS = {
+    f"{stage}-{kind}-{dtype}": (stage, kind, DTYPES[dtype])
+    for stage in STAGES
+    for kind in ("projection", "identity")
+    for dtype in DTYPES
+}
+
+
+@pytest.mark.parametrize("case", cases(BLOCKS, BLOCKS_ON_CARD))
+def test_blocks(compare: Any, case: tuple[str, str, torch.dtype]) -> None:
+    stage, kind, dtype = case
     planes, side = STAGES[stage]
     model = bottleneck(planes, kind == "projection").to(
-        DEVICE, DTYPES[dtype], memory_format=torch.channels_last
+        DEVICE, dtype, memory_format=torch.channels_last
     )
     twin = eager_twin(model)
-    side *= model.conv2.stride[0]
-    sizes = BATCH["resnet50"], model.conv1.in_channels, side
-    inputs = [image(*sizes, DTYPES[dtype]).requires_grad_() for _ in range(INPUTS)]
+    batch, side = tiny(BATCH["resnet50"], side * model.conv2.stride[0])
+    inputs = [
+        image(batch, model.conv1.in_channels, side, dtype).requires_grad_() for _ in range(INPUTS)
+    ]
     with torch.no_grad():
         dy = torch.randn_like(model(inputs[0]))
 

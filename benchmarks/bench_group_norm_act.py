@@ -4,20 +4,41 @@ Floor in passes over the tensor (docs/performance.md): forward 3, backward 5; fo
 pixels stay in the cache, 2 and 3.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from candidates import beside
 from shapes import GROUP_NORM, LAYOUTS, Image
 from torch import Tensor
+from where import DEVICE, cases, on, tiny
 
 from fastcnn.functional import group_norm_act
 from fastcnn.nn import LayerNorm2d
 
+# A card's L2 of 60 MB takes eight times the batch: 52 to 206 MB in bf16.
+BATCHES = on(1, 8)
+# ConvNeXt-T's second stage.
+LAYER_NORM = Image(16, 192, 28, 28, "ConvNeXt-T, stage 2")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INPUTS = 4  # sets of tensors in turn, together beyond the last-level cache
-IN_LAYOUTS = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=["nchw", "nhwc"])
+TYPES = {
+    f"{dtype}-{layout}": (DTYPES[dtype], LAYOUTS[name])
+    for dtype in DTYPES
+    for layout, name in (("nchw", "nchw"), ("nhwc", "channels_last"))
+}
+CASES = {
+    f"{image}-{groups}-{kind}": (image, groups, *TYPES[kind])
+    for image, groups in GROUP_NORM
+    for kind in TYPES
+}
+CARD = [
+    "16x256x56x56-32-bf16-nhwc", "16x256x56x56-32-bf16-nchw", "8x320x64x64-32-bf16-nhwc",
+    "4x64x256x256-8-fp32-nhwc", "32x128x28x28-128-bf16-nchw",
+]  # fmt: skip
+LAYER_NORM_ON_CARD = ["bf16-nchw", "bf16-nhwc"]
 
 
 class Layer(NamedTuple):
@@ -29,57 +50,65 @@ class Layer(NamedTuple):
     bias: Tensor
 
 
+Forward = Callable[[Layer], Tensor]
+
+
 def layers(image: Image, dtype: torch.dtype, layout: torch.memory_format) -> list[Layer]:
+    n, c, h, w = tiny(BATCHES * image.n, *image.sizes[1:])
+
     def tensor() -> Tensor:
-        return torch.randn(image.sizes).to(dtype, memory_format=layout)
+        return torch.randn(n, c, h, w, device=DEVICE).to(dtype, memory_format=layout)
 
     return [
         Layer(
             tensor().requires_grad_(), tensor(),
-            torch.ones(image.c, requires_grad=True, dtype=dtype),
-            torch.zeros(image.c, requires_grad=True, dtype=dtype),
+            torch.ones(c, requires_grad=True, dtype=dtype, device=DEVICE),
+            torch.zeros(c, requires_grad=True, dtype=dtype, device=DEVICE),
         )
         for _ in range(INPUTS)
     ]  # fmt: skip
 
 
-def gradients(y: Tensor, layer: Layer) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(y, [layer.x, layer.weight, layer.bias], layer.dy)
+def gradients(forward: Forward) -> Callable[[Layer], tuple[Tensor, ...]]:
+    return lambda layer: torch.autograd.grad(
+        forward(layer), [layer.x, layer.weight, layer.bias], layer.dy
+    )
 
 
-@IN_LAYOUTS
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("image", "groups"), GROUP_NORM, ids=str)
-def test_training(
-    compare: Any, image: Image, groups: int, dtype: str, layout: torch.memory_format
-) -> None:
-    def ours(layer: Layer) -> tuple[Tensor, ...]:
-        return gradients(group_norm_act(layer.x, groups, layer.weight, layer.bias), layer)
+@pytest.mark.parametrize("case", cases(CASES, CARD))
+def test_training(compare: Any, case: tuple[Image, int, torch.dtype, torch.memory_format]) -> None:
+    image, groups, dtype, layout = case
+    (groups,) = tiny(groups)
 
-    def eager(layer: Layer) -> tuple[Tensor, ...]:
-        y = F.group_norm(layer.x, groups, layer.weight, layer.bias)
-        return gradients(F.relu_(y), layer)
+    def ours(layer: Layer) -> Tensor:
+        return group_norm_act(layer.x, groups, layer.weight, layer.bias)
 
-    inputs = layers(image, DTYPES[dtype], layout)
-    compare(ours, eager, inputs, 8, inputs[0].dy)
+    def eager(layer: Layer) -> Tensor:
+        return F.relu_(F.group_norm(layer.x, groups, layer.weight, layer.bias))
+
+    inputs = layers(image, dtype, layout)
+    others = {name: gradients(forward) for name, forward in beside(eager).items()}
+    compare(gradients(ours), others, inputs, 8, inputs[0].dy)
 
 
-@IN_LAYOUTS
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_layer_norm_2d(compare: Any, dtype: str, layout: torch.memory_format) -> None:
-    # ConvNeXt-T's second stage. Eager is torchvision's class: permute, layer_norm, permute back.
-    image = Image(16, 192, 28, 28, "ConvNeXt-T, stage 2")
-    module = LayerNorm2d(image.c, dtype=DTYPES[dtype])
+@pytest.mark.parametrize("case", cases(TYPES, LAYER_NORM_ON_CARD))
+def test_layer_norm_2d(compare: Any, case: tuple[torch.dtype, torch.memory_format]) -> None:
+    # Eager is torchvision's class: permute, layer_norm, permute back.
+    inputs = layers(LAYER_NORM, *case)
+    c = inputs[0].x.shape[1]
+    module = LayerNorm2d(c, dtype=case[0], device=DEVICE)
 
-    def results(y: Tensor, layer: Layer) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(y, [layer.x, module.weight, module.bias], layer.dy)
+    def ours(layer: Layer) -> Tensor:
+        return module(layer.x)
 
-    def ours(layer: Layer) -> tuple[Tensor, ...]:
-        return results(module(layer.x), layer)
+    def eager(layer: Layer) -> Tensor:
+        y = F.layer_norm(layer.x.permute(0, 2, 3, 1), (c,), module.weight, module.bias, module.eps)
+        return y.permute(0, 3, 1, 2)
 
-    def eager(layer: Layer) -> tuple[Tensor, ...]:
-        y = torch.nn.LayerNorm.forward(module, layer.x.permute(0, 2, 3, 1))
-        return results(y.permute(0, 3, 1, 2), layer)
+    def results(forward: Forward) -> Callable[[Layer], tuple[Tensor, ...]]:
+        return lambda layer: torch.autograd.grad(
+            forward(layer), [layer.x, module.weight, module.bias], layer.dy
+        )
 
-    inputs = layers(image, DTYPES[dtype], layout)
-    compare(ours, eager, inputs, 5, inputs[0].dy)
+    others = {name: results(forward) for name, forward in beside(eager).items()}
+    compare(results(ours), others, inputs, 5, inputs[0].dy)

@@ -1,11 +1,15 @@
-"""Whole networks through fastcnn.convert: a training step, and inference beside OpenVINO.
+"""Whole networks through fastcnn.convert: a training step, and inference; images a second.
 
 torchvision's ResNets and this package's ResNet-20 and U-Net (64 channels, 4 levels, bilinear), in
-channels_last, beside themselves unconverted ("eager"), beside torch.compile of that, whose first
-call compiles for a minute or two, and in inference beside OpenVINO. Training is in bf16 autocast
-but for the small ResNets. So is converted inference, from float32 weights; its baselines get
-weights in bf16, which spares them autocast's casts, torch.compile freezes them too, and OpenVINO
-has the latency hint: on two cores its throughput hint gave ResNet-50 the same speed, within 1 %.
+channels_last, beside themselves unconverted ("eager"), and beside torch.compile of that, whose
+first call compiles for a minute or two. Training is in bf16 autocast but for the small ResNets.
+
+On the CPU converted inference is in bf16 autocast from float32 weights; its baselines get weights
+in bf16, which spares them autocast's casts, torch.compile freezes them too, and OpenVINO has the
+latency hint: on two cores its throughput hint gave ResNet-50 the same speed, within 1 %.
+
+On a card all get weights in bf16 in inference, and ours and eager are captured in a CUDA graph as
+well; FASTCNN_BENCH=all adds torch.compile with CUDA graphs and with its longest search.
 """
 
 import copy
@@ -16,8 +20,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from candidates import Graph, compiled
 from oracles import torchvision
 from torch import Tensor, nn
+from where import ALL, DEVICE, ON_CARD, TINY, cases, on, tiny
 
 import fastcnn
 from fastcnn.lab import eager_twin, kept_for_backward
@@ -31,6 +37,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet50": torchvision.models.resnet50,
     "unet": partial(fastcnn.create_model, "unet", num_classes=2),
 }
+if TINY:
+    bottleneck = torchvision.models.resnet.Bottleneck
+    MODELS["resnet50"] = partial(
+        torchvision.models.ResNet, bottleneck, [1, 1, 1, 1], width_per_group=8
+    )
+    MODELS["unet"] = partial(fastcnn.create_model, "unet", num_classes=2, depth=2, width=8)
 
 
 class Training(NamedTuple):
@@ -46,32 +58,73 @@ class Training(NamedTuple):
 
 TRAINING = {
     "resnet20-32px-fp32": Training("resnet20", 128, 32, None),
-    "resnet18-224px-fp32": Training("resnet18", 8, 224, None),
-    "resnet50-224px-bf16": Training("resnet50", 16, 224, compiled=True),
-    "resnet50-224px-bf16-low": Training("resnet50", 16, 224, memory="low"),
-    "resnet50-224px-bf16-lowest": Training("resnet50", 16, 224, memory="lowest"),
-    "unet-256px-bf16": Training("unet", 4, 256, compiled=True),
+    "resnet18-224px-fp32": Training("resnet18", on(8, 256), 224, None),
+    "resnet50-224px-bf16": Training("resnet50", on(16, 256), 224, compiled=True),
+    "resnet50-224px-bf16-low": Training("resnet50", on(16, 256), 224, memory="low"),
+    "resnet50-224px-bf16-lowest": Training("resnet50", on(16, 256), 224, memory="lowest"),
+    # Of compiling on a card, half a minute each, one must do in three minutes.
+    "unet-256px-bf16": Training("unet", on(4, 32), 256, compiled=ALL or not ON_CARD),
 }
+TRAINING_ON_CARD = list(TRAINING)[2:]
+
+
+class Inference(NamedTuple):
+    """What is run, and beside what."""
+
+    name: str
+    batch: int
+    size: int
+    compiled: bool = True
+
+
 INFERENCE = {
-    "resnet50-224px-inference": ("resnet50", (16, 3, 224, 224)),
-    "unet-256px-inference": ("unet", (4, 3, 256, 256)),
+    "resnet50-224px-inference": Inference("resnet50", on(16, 256), 224),
+    "unet-256px-inference": Inference("unet", on(4, 32), 256, ALL or not ON_CARD),
 }
+if ON_CARD:  # where launches are all
+    INFERENCE["resnet50-224px-inference-b1"] = Inference("resnet50", 1, 224)
+INFERENCE_ON_CARD = list(INFERENCE)[:2]
+
+Run = Callable[[Any], object]
 
 
-@pytest.mark.parametrize("case", TRAINING)
-def test_training_step(compare: Any, benchmark: Any, case: str) -> None:
-    name, batch, size, dtype, memory, compiled = TRAINING[case]
+def network(name: str) -> nn.Module:
     torch.manual_seed(0)
-    model = MODELS[name]().to(memory_format=torch.channels_last)
-    ours = fastcnn.convert(model, memory=memory)
+    return MODELS[name]().to(DEVICE, memory_format=torch.channels_last)
+
+
+def graphs(runs: dict[str, Run]) -> dict[str, Run]:
+    """Return them each as a CUDA graph, on a card."""
+    return {f"{name}, graph": Graph(partial(run, None)) for name, run in runs.items() if ON_CARD}
+
+
+def compilers(model: nn.Module, wanted: bool, **options: Any) -> dict[str, Any]:
+    """Return torch.compile's ways by name; options are those of its default mode."""
+    if not wanted:
+        return {}
+    ways = {"compiled": compiled(model, options=options or None)}
+    if ON_CARD and ALL:
+        for name, more in (
+            ("compiled, graph", {"triton.cudagraphs": True}),
+            ("compiled, searched", {"max_autotune": True}),
+        ):
+            ways[name] = compiled(copy.deepcopy(model), options={**options, **more})
+    return ways
+
+
+@pytest.mark.parametrize("case", cases(TRAINING, TRAINING_ON_CARD))
+def test_training_step(compare: Any, case: Training) -> None:
+    name, dtype, memory = case.name, case.dtype, case.memory
+    (batch,), (size,) = tiny(case.batch, most=2), tiny(case.size, most=32)
+    ours = fastcnn.convert(network(name), memory=memory)
     eager = eager_twin(ours)
-    x = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+    x = torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=torch.channels_last)
     with torch.no_grad():
         n, classes, *image = eager(x).shape
-    labels = torch.randint(classes, (n, *image))
+    labels = torch.randint(classes, (n, *image), device=DEVICE)
 
     def loss(model: Any) -> Tensor:
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype is not None):
             y = model(x)
         return F.cross_entropy(y.float(), labels)
 
@@ -79,18 +132,23 @@ def test_training_step(compare: Any, benchmark: Any, case: str) -> None:
         weights = [*model.parameters(), *model.buffers()]
         return kept_for_backward(lambda: loss(model), exclude=weights)
 
-    def step(model: Any) -> Callable[[Any], None]:
+    def step(model: Any) -> Run:
         def run(_: Any) -> None:
             model.zero_grad()
             loss(model).backward()
 
         return run
 
-    benchmark.extra_info["activation_memory_ratio"] = kept(ours) / kept(eager)
     others = {"eager": step(eager)}
-    if compiled:
-        others["compiled"] = step(torch.compile(eager))
-    compare(step(ours), others, [None], 0, x)
+    captured = graphs({"ours": step(ours), **others})
+    more = {name: run for name, run in captured.items() if name.startswith("ours")}
+    compiled_ones = compilers(eager, case.compiled)
+    others |= {name: step(model) for name, model in compiled_ones.items()}
+    others |= {name: run for name, run in captured.items() if name not in more}
+    compare(
+        step(ours), others, [None], 0, x, more, batch, whole=True,
+        kept_ratio=kept(ours) / kept(eager),
+    )  # fmt: skip
 
 
 def openvino(model: nn.Module, x: Tensor) -> Callable[[], object]:
@@ -104,28 +162,35 @@ def openvino(model: nn.Module, x: Tensor) -> Callable[[], object]:
     return lambda: request.infer({0: image}, share_inputs=True, share_outputs=True)
 
 
-@pytest.mark.parametrize("case", INFERENCE)
-def test_inference(compare: Any, case: str) -> None:
-    name, size = INFERENCE[case]
-    torch.manual_seed(0)
-    model = MODELS[name]().eval().to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("case", cases(INFERENCE, INFERENCE_ON_CARD))
+def test_inference(compare: Any, case: Inference) -> None:
+    (batch,), (size,) = tiny(case.batch, most=2), tiny(case.size, most=32)
+    dtype = on(torch.float32, torch.bfloat16)
+    model = network(case.name).eval().to(dtype)
     ours = fastcnn.convert(model, mode="infer")
-    x = torch.randn(size).to(memory_format=torch.channels_last)
+    x = torch.randn(batch, 3, size, size, device=DEVICE)
+    x = x.to(dtype, memory_format=torch.channels_last)
     eager = eager_twin(ours)
-    latency = openvino(eager, x)
+    latency = {} if ON_CARD else {"OpenVINO": openvino(eager, x)}
     half = eager.bfloat16()
-    compiled = torch.compile(copy.deepcopy(half), options={"freezing": True})
 
-    def autocast(_: Any) -> Tensor:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            return ours(x)
-
-    def run(model: Any) -> Callable[[Any], Tensor]:
+    def run(model: Any) -> Run:
         def call(_: Any) -> Tensor:
             with torch.no_grad():
                 return model(x.bfloat16())
 
         return call
 
-    others = {"eager": run(half), "compiled": run(compiled), "OpenVINO": lambda _: latency()}
-    compare(autocast, others, [None], 0, x)
+    def autocast(_: Any) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return ours(x)
+
+    others: dict[str, Run] = {"eager": run(half)}
+    own = on(autocast, run(ours))
+    captured = graphs({"ours": own, **others})
+    for name, one in compilers(copy.deepcopy(half), case.compiled, freezing=True).items():
+        others[name] = run(one)
+    others |= {name: lambda _, one=one: one() for name, one in latency.items()}
+    more = {name: one for name, one in captured.items() if name.startswith("ours")}
+    others |= {name: one for name, one in captured.items() if name not in more}
+    compare(own, others, [None], 0, x, more, batch, whole=True)

@@ -4,38 +4,108 @@ Each benchmark gives candidates, the bytes that the op must move at least, and r
 that nothing is read from a warm cache). The table at the end shows medians; `speedup` is the median
 of ratios of neighbouring calls, and `of copy` is the floor's bytes over the time, as a share of the
 bandwidth that a copy of the same tensor reached in the same rounds. Where PyTorch has several ways,
-the fastest counts, and `beside` names it. CUDA is timed by events, with its L2 cleared before each
-call; below the table stand the plans that ran, where there was a choice.
+the fastest counts, and `beside` names it. On CUDA calls of ops are timed by fastcnn/plan/clock.py,
+whole networks by the process's clock, as on the CPU; below the table stand the plans that ran,
+where there was a choice.
+
+    --rows=FILE   each case becomes a line of JSON there at once (records.py)
+    --seconds=N   cases that would begin later are skipped, and counted
+    --warm        every candidate is called once and nothing timed: what they compile is then in
+                  the caches on disk, and may be compiled by many processes at once
 """
 
+import contextlib
+import gc
 import itertools
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from candidates import peak_bytes
+from records import OURS, Records, measured
 from torch import Tensor
+from where import HAS_CARD, ON_CARD, TINY
 
 from fastcnn import plan
-from fastcnn.lab import interleaved, ratio
-from fastcnn.lab.measure import clock_of
+from fastcnn.lab import interleaved
+from fastcnn.plan.clock import timer_for
 from fastcnn.plan.environment import environment_of
 from fastcnn.plan.problem import describe
 from fastcnn.plan.table import table
 
-ROUNDS, WARMUP = 12, 3
-ROWS: list[list[str]] = []
-DEVICES: set[torch.device] = set()  # that the rows were measured on
+START = time.monotonic()
+ROUNDS, WARMUP = (2, 0) if TINY else (12, 3)
 HEADER = ["case", "fastcnn ms", "PyTorch ms", "speedup", "copy ms", "of copy", "beside"]
+# On a card: what is worth most comes first, where time may run out.
+ORDER = ["batch_norm_act", "networks", "upsample", "dropout", "group_norm_act", "conv_bn_act"]
+
+RECORDS = pytest.StashKey[Records]()
+SKIPPED = pytest.StashKey[list[str]]()
+RECORDED = pytest.StashKey[bool]()
 
 Candidate = Callable[[Any], object]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastcnn")
+    group.addoption("--rows", type=Path, help="file for a line of JSON a case")
+    group.addoption("--seconds", type=float, help="skip cases that would begin later")
+    group.addoption("--warm", action="store_true", help="call every candidate once, time nothing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RECORDS] = Records(config.getoption("rows"))
+    config.stash[SKIPPED] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let warnings end no measurement: they are shown at the end."""
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("default"))
+    if ON_CARD:
+        names = [f"bench_{name}" for name in ORDER]
+        items.sort(
+            key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names)
+        )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what would begin too late."""
+    seconds = item.config.getoption("seconds")
+    if seconds is not None and time.monotonic() - START >= seconds:
+        item.config.stash[SKIPPED].append(item.nodeid)
+        pytest.skip(f"--seconds={seconds:g} were over")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
+    """Make a row of an error too, and end the run where the card is lost."""
+    report = yield
+    if report.failed and not item.stash.get(RECORDED, False):
+        record(item, {"error": report.longreprtext.strip().splitlines()[-1]})
+    if report.failed and HAS_CARD:
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:
+            item.session.shouldfail = f"the card answers no more: {error}"
+    return report
+
+
 @pytest.fixture(autouse=True)
-def fastest_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let cuDNN try its algorithms, for all candidates alike."""
+def on_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let cuDNN try its algorithms, for all candidates alike; leave nothing to the next case."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    gc.collect()
+    if HAS_CARD:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture
@@ -43,7 +113,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
     """Return a function that measures candidates, records them in extra_info and adds a row.
 
     ours and eager, or each of several by name, take one element of inputs; floor_passes counts
-    reads and writes of image's bytes, of which a copy makes two.
+    reads and writes of image's bytes, of which a copy makes two. more: other ways of ours, by their
+    names, "ours, ...". images: how many go into a call. whole: the host's time counts too.
     """
 
     def run(
@@ -52,43 +123,117 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
         inputs: Sequence[Any],
         floor_passes: float,
         image: Tensor,
+        more: Mapping[str, Candidate] | None = None,
+        images: int = 0,
+        whole: bool = False,
+        **facts: Any,
     ) -> None:
+        warm = request.config.getoption("warm")
         baselines = eager if isinstance(eager, Mapping) else {"eager": eager}
 
         def in_turn(candidate: Candidate) -> Callable[[], object]:
             turn = itertools.cycle(inputs)
             return lambda: candidate(next(turn))
 
-        target = torch.empty_like(image)
-        copies = itertools.cycle([torch.randn_like(image) for _ in inputs])
-        candidates = {name: in_turn(one) for name, one in {"ours": ours, **baselines}.items()}
-        copy = {"copy": lambda: target.copy_(next(copies))}
-        times = interleaved({**candidates, **copy}, ROUNDS, WARMUP, clock_of(image.device))
-        DEVICES.add(image.device)
-        ms = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
-        best = min(baselines, key=ms.__getitem__)
-        speedup = ratio(times[best], times["ours"])
-        of_copy = floor_passes / 2 * ratio(times["copy"], times["ours"])
-        benchmark.extra_info.update(
-            ms, best=best, speedup=speedup, of_copy=of_copy, floor_passes=floor_passes,
-            bytes=image.numel() * image.element_size(),
-        )  # fmt: skip
-        ROWS.append(
-            [
-                request.node.callspec.id,
-                digits(ms["ours"]),
-                digits(ms[best]),
-                f"{speedup:.2f}x",
-                digits(ms["copy"]),
-                f"{of_copy:.0%}" if floor_passes else "-",
-                best,
-            ]
-        )
+        candidates = {OURS: ours, **({} if warm else more or {}), **baselines}
+        runs = {name: in_turn(one) for name, one in candidates.items()}
+        with noted_plans(image.device) as plans:
+            runs[OURS]()
+        errors = first_calls(runs)
+        if not warm:
+            row = {
+                "plans": plans,
+                **facts,
+                **timed(runs, len(inputs), floor_passes, image, images, whole),
+            }
+            benchmark.extra_info.update(row)
+            record(request.node, {**row, **({"errors": errors} if errors else {})})
         # For pytest-benchmark's record, which holds only what runs through it. Its time is of calls
         # in a row and of one candidate: nothing to compare with. The table at the end is.
-        benchmark.pedantic(ours, args=(inputs[0],), rounds=3)
+        benchmark.pedantic(ours, args=(inputs[0],), rounds=1 if TINY or warm else 3)
+        if errors:
+            pytest.fail("\n".join(f"{name}: {error}" for name, error in errors.items()))
 
     return run
+
+
+def first_calls(runs: dict[str, Callable[[], object]]) -> dict[str, str]:
+    """Call each, which may compile; take out those that raise, and return what they raised."""
+    errors: dict[str, str] = {}
+    for name in list(runs):
+        try:
+            runs[name]()
+            if HAS_CARD:
+                torch.cuda.synchronize()
+        except Exception as error:
+            if name == OURS:
+                raise
+            errors[name] = f"{type(error).__name__}: {error}"
+            del runs[name]
+    return errors
+
+
+def timed(
+    runs: Mapping[str, Callable[[], object]],
+    inputs: int,
+    floor_passes: float,
+    image: Tensor,
+    images: int,
+    whole: bool,
+) -> dict[str, Any]:
+    """Return a row's numbers."""
+    target = torch.empty_like(image)
+    copies = itertools.cycle([torch.randn_like(image) for _ in range(inputs)])
+    runs = {**runs, "copy": lambda: target.copy_(next(copies))}
+    late: dict[str, int] = {}
+    if image.device.type == "cpu" or whole:
+        times = interleaved(runs, ROUNDS, WARMUP)
+    else:
+        timer = timer_for(image.device)
+        names = {run: name for name, run in runs.items()}
+
+        def seconds(run: Callable[[], object]) -> float:
+            before = timer.late
+            took = timer.seconds(run)
+            if timer.late > before:
+                late[names[run]] = late.get(names[run], 0) + 1
+            return took
+
+        times = interleaved(runs, ROUNDS, WARMUP, seconds)
+    row = measured(times, floor_passes, image.numel() * image.element_size(), images)
+    if late:
+        row["late"] = late
+    if whole and HAS_CARD:
+        names_of_peaks = [name for name in runs if "graph" not in name and name != "copy"]
+        row["peak_bytes"] = {name: peak_bytes(runs[name]) for name in names_of_peaks}
+    return row
+
+
+@contextlib.contextmanager
+def noted_plans(device: torch.device) -> Iterator[dict[str, str]]:
+    """Note what the planner answers."""
+    planner = plan._planner()
+    found: dict[str, str] = {}
+
+    def choose(problem: plan.Problem, busy: str | None = None) -> Any:
+        chosen = type(planner).choose(planner, problem, busy)
+        key = problem.key(describe(problem.device)).split(" on ")[0]
+        found[key] = f"{chosen.name} ({chosen.source})"
+        return chosen
+
+    planner.choose = choose  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        del planner.choose  # type: ignore[method-assign]
+
+
+def record(item: Any, row: dict[str, Any]) -> None:
+    """Keep a case's row."""
+    item.stash[RECORDED] = True
+    device = torch.device("cuda", torch.cuda.current_device()) if HAS_CARD else torch.device("cpu")
+    names = {"case": item.callspec.id, "test": item.originalname, "file": item.path.stem}
+    item.config.stash[RECORDS].add({**names, "device": conditions(device), **row})
 
 
 def digits(milliseconds: float) -> str:
@@ -99,7 +244,7 @@ def digits(milliseconds: float) -> str:
 def conditions(device: torch.device) -> str:
     """Return the device and the versions that times depend on, in a line."""
     found = environment_of(describe(device))
-    line = f"{found['device']}, torch {found['torch']}"
+    line = f"{'tiny sizes, no times: ' if TINY else ''}{found['device']}, torch {found['torch']}"
     if device.type == "cuda":
         return (
             f"{line}, CUDA {torch.version.cuda}, driver {found['driver']}, triton {found['triton']}"
@@ -107,18 +252,40 @@ def conditions(device: torch.device) -> str:
     return f"{line} with {torch.backends.cpu.get_cpu_capability()}"
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the table, and below it the plans."""
-    if not ROWS:
-        return
-    for device in sorted(DEVICES, key=str):
-        terminalreporter.write_line(conditions(device))
-    widths = [max(map(len, column)) for column in zip(HEADER, *ROWS, strict=True)]
-    for row in [HEADER, *ROWS]:
-        first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        terminalreporter.write_line("  ".join([first, *rest]))
+def lines(row: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield the table's lines of a row, one for each of ours."""
+    best, ms = row["best"], row["ms"]
+    for way, speedups in row["speedup"].items():
+        yield [
+            row["case"] + way.removeprefix(OURS),
+            digits(ms[way]),
+            digits(ms[best]) if best else "-",
+            f"{speedups[best]:.2f}x" if best else "-",
+            digits(ms["copy"]),
+            f"{row['of_copy']:.0%}" if "of_copy" in row and way == OURS else "-",
+            best or "-",
+        ]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the table, and below it the plans and what is missing."""
+    rows = config.stash[RECORDS].rows
+    timed_rows = [row for row in rows if "ms" in row]
+    write = terminalreporter.write_line
+    if timed_rows:
+        for device in sorted({row["device"] for row in timed_rows}):
+            write(device)
+        cells = [HEADER, *itertools.chain.from_iterable(map(lines, timed_rows))]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for row in cells:
+            first, *rest = (
+                cell.ljust(w) if i == 0 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            write("  ".join([first, *rest]))
     if chosen := plan.rows():
-        terminalreporter.write_line(f"\nplans: {plan.summary()}\n{table(chosen)}")
+        write(f"\nplans: {plan.summary()}\n{table(chosen)}")
+    if failed := len(rows) - len(timed_rows):
+        write(f"{failed} cases ended in an error")
+    if skipped := config.stash[SKIPPED]:
+        write(f"{len(skipped)} cases were skipped: --seconds={config.getoption('seconds'):g}")
