@@ -15,6 +15,7 @@ where there was a choice.
 """
 
 import contextlib
+import functools
 import gc
 import itertools
 import sys
@@ -26,7 +27,7 @@ from typing import Any
 import pytest
 import torch
 from candidates import peak_bytes
-from records import OURS, Records, measured
+from records import OURS, Records, counted, measured
 from torch import Tensor
 from where import HAS_CARD, ON_CARD, TINY
 
@@ -83,11 +84,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
     """Make a row of an error too, and end the run where the card is lost."""
     report = yield
-    if report.failed and not item.stash.get(RECORDED, False):
-        record(item, {"error": report.longreprtext.strip().splitlines()[-1]})
+    if report.failed and call.excinfo is not None and not item.stash.get(RECORDED, False):
+        record(item, {"error": call.excinfo.exconly()})
     if report.failed and HAS_CARD:
         try:
             torch.cuda.synchronize()
@@ -103,8 +104,8 @@ def on_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-    gc.collect()
     if HAS_CARD:
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -189,17 +190,8 @@ def timed(
     if image.device.type == "cpu" or whole:
         times = interleaved(runs, ROUNDS, WARMUP)
     else:
-        timer = timer_for(image.device)
-        names = {run: name for name, run in runs.items()}
-
-        def seconds(run: Callable[[], object]) -> float:
-            before = timer.late
-            took = timer.seconds(run)
-            if timer.late > before:
-                late[names[run]] = late.get(names[run], 0) + 1
-            return took
-
-        times = interleaved(runs, ROUNDS, WARMUP, seconds)
+        clock = counted(timer_for(image.device), runs, late)
+        times = interleaved(runs, ROUNDS, WARMUP, clock)
     row = measured(times, floor_passes, image.numel() * image.element_size(), images)
     if late:
         row["late"] = late
@@ -241,6 +233,7 @@ def digits(milliseconds: float) -> str:
     return f"{milliseconds:.{2 if milliseconds >= 1 else 4}f}"
 
 
+@functools.cache
 def conditions(device: torch.device) -> str:
     """Return the device and the versions that times depend on, in a line."""
     found = environment_of(describe(device))

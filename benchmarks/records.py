@@ -16,13 +16,14 @@ errors             by candidate, which then has no times; of the case alone: `er
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastcnn.lab import ratio
+from fastcnn.plan.clock import Timer
 
-__all__ = ["OURS", "Records", "measured"]
+__all__ = ["OURS", "Records", "counted", "measured"]
 
 OURS = "ours"  # by this name, or with more behind a comma
 
@@ -67,6 +68,22 @@ def measured(
     if images:
         row["images_per_s"] = {name: 1e3 * images / ms[name] for name in (*ways, *baselines)}
     return row
+
+
+def counted(
+    timer: Timer, runs: Mapping[str, Callable[[], object]], late: dict[str, int]
+) -> Callable[[Callable[[], object]], float]:
+    """Return the timer's clock, which counts in `late` the calls of each run that were late."""
+    names = {run: name for name, run in runs.items()}
+
+    def seconds(run: Callable[[], object]) -> float:
+        before = timer.late
+        took = timer.seconds(run)
+        if timer.late > before:
+            late[names[run]] = late.get(names[run], 0) + 1
+        return took
+
+    return seconds
 
 
 def _quartiles(seconds: Sequence[float]) -> list[float]:
