@@ -1,16 +1,17 @@
 """What benchmarks compute from times, and what is said of it: all numbers here are made up."""
 
-import importlib
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from gpu import benchmark_table
 
-ROOT = Path(__file__).parents[1]
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import records
+
 # Rounds of three candidates and a copy: ms 2, 3, 4 and so on.
 TIMES = {
     "ours": [2e-3, 2e-3, 4e-3, 2e-3],
@@ -19,17 +20,6 @@ TIMES = {
     "compiled": [3e-3, 3e-3, 6e-3, 3e-3],
     "copy": [1e-3, 1e-3, 2e-3, 1e-3],
 }
-
-
-def load(folder: str, name: str) -> ModuleType:
-    sys.path.insert(0, str(ROOT / folder))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(ROOT / folder))
-
-
-records, gpu_table = load("benchmarks", "records"), load("tools", "gpu_table")
 
 
 def test_a_row_s_numbers() -> None:
@@ -99,15 +89,15 @@ def without_images(file: str, test: str, case: str, **more: Any) -> dict[str, An
     ],
 )  # fmt: skip
 def test_floors(file: str, test: str, case: str, of_copy: float, said: list[str]) -> None:
-    assert gpu_table.verdict(row(file, test, case, of_copy=of_copy)) == "; ".join(said)
+    assert benchmark_table.verdict(row(file, test, case, of_copy=of_copy)) == "; ".join(said)
 
 
 def test_what_was_not_measured_is_said() -> None:
     lost = row("networks", "training_step", "resnet50-224px-bf16", errors={"compiled": "x"})
     del lost["speedup"]["ours"]["compiled"]
-    assert gpu_table.verdict(lost).endswith("1.1x compiled: not measured")
+    assert benchmark_table.verdict(lost).endswith("1.1x compiled: not measured")
     best = row("dropout", "training", "a", errors={"compiled": "x"})
-    assert "1.2x best of those that ran: reached" in gpu_table.verdict(best)
+    assert "1.2x best of those that ran: reached" in benchmark_table.verdict(best)
 
 
 def test_the_table() -> None:
@@ -118,7 +108,7 @@ def test_the_table() -> None:
                peak_bytes={"ours": 2 * 10**9, "eager": 3 * 10**9})  # fmt: skip
     lost = {"error": "out of\nmemory", "device": "made up"}
     lost |= {"file": "bench_dropout", "test": "test_training", "case": "large"}
-    text = gpu_table.table([op, alone, step, lost, again])
+    text = benchmark_table.table([op, alone, step, lost, again])
     assert text.splitlines()[0] == "made up:"
     (line,) = (line for line in text.splitlines() if line.startswith("| small"))  # the last run's
     assert line == (
@@ -131,6 +121,16 @@ def test_the_table() -> None:
     assert ours.endswith("| 4000 | - | 2.00 | 0.70 | 1.3x eager: reached, 3.00x |")
     assert eager.endswith("| 1333 | 3.00x | 3.00 | - |  |")
     assert "| compiled |" in compiled
+
+
+def test_a_killed_run_s_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"case": "a"}\n{"case": "b"}\n{"ca')
+    assert benchmark_table.read(file) == [{"case": "a"}, {"case": "b"}]
+    assert "the last row is incomplete" in capsys.readouterr().err
+    file.write_text('{"case": "a"}\n')
+    assert benchmark_table.read(file) == [{"case": "a"}]
+    assert not capsys.readouterr().err
 
 
 class Timer:

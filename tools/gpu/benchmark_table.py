@@ -1,7 +1,7 @@
 """Rows of the benchmarks on a card as Markdown, each beside the floor that it is held against.
 
-python tools/gpu_table.py ROWS...    files that `pytest benchmarks --rows=FILE` wrote; of the same
-                                     case in several runs the last counts
+python tools/gpu/benchmark_table.py ROWS...    files that `pytest benchmarks --rows=FILE` wrote; of
+                                               the same case in several runs the last counts
 """
 
 import json
@@ -144,10 +144,17 @@ def _whole(row: Row) -> dict[str, str]:
     return {"not measured": row["error"]} if "error" in row else {}
 
 
+def read(path: pathlib.Path) -> list[Row]:
+    """Return the rows of a file, without the last one if it was cut off."""
+    *lines, rest = path.read_text().split("\n")
+    if rest:
+        print(f"{path}: the last row is incomplete", file=sys.stderr)
+    return [json.loads(line) for line in lines]
+
+
 def main(paths: list[str]) -> None:
     """Print the table of these files."""
-    lines = [line for path in paths for line in pathlib.Path(path).read_text().splitlines()]
-    print(table(json.loads(line) for line in lines))
+    print(table(row for path in paths for row in read(pathlib.Path(path))))
 
 
 if __name__ == "__main__":
