@@ -12,8 +12,9 @@ import torch
 from card import HAS_CARD
 from gpu import __main__ as make_gpu
 from gpu import run as runs
-from gpu import sanitize, stages, tune_networks
+from gpu import sanitize, stages, table, tune_networks
 from gpu.run import Failed, Found, Run
+from test_benchmark_rows import row
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE = {"commit": "c0ffee", "device": "card", "driver": "1.2", "versions": {"torch": "2.11"}}
@@ -199,3 +200,33 @@ def test_networks_are_met_for_tuning(capsys: pytest.CaptureFixture) -> None:
         "unet training:",
     ]
     assert len(lines) > 4
+
+
+MEASURES = """
+import json, os, pathlib, sys
+if "--warm" in sys.argv:
+    sys.exit(3)  # its errors are the timed run's as well, and are told there
+assert os.environ["FASTCNN_PLAN"] == "tune"
+rows = next(word.partition("=")[2] for word in sys.argv if word.startswith("--rows="))
+pathlib.Path(rows).write_text(json.dumps(ROW) + "\\n" + '{"file": "cut o')
+sys.exit(1)
+"""
+
+
+def test_benchmarks_that_fail_keep_their_rows(
+    made_up: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up.mkdir()
+    program = made_up / "measures.py"
+    one = row("dropout", "training", "a", of_copy=0.7)
+    program.write_text(MEASURES.replace("ROW", repr(one)))
+    monkeypatch.setattr(stages, "BENCHMARKS", [sys.executable, program])
+    monkeypatch.setattr(make_gpu, "STAGES", {"bench": (stages.bench, 60.0)})
+    assert make_gpu.main([f"{made_up}"]) == 1
+    found = results_in(made_up)["stages"]["bench"]
+    assert found["why"] == "benchmarks ended with status 1"
+    assert found["rows"] == [one]
+    assert found["plans"] == 0
+    found["why"] = ""
+    assert table.said(found) == "1 cases, 1 floors reached, 1 missed, 0 plans"
+    assert "80% of copy: **missed**, 70%" in (made_up / "table.md").read_text()

@@ -59,6 +59,12 @@ def floors_of(row: Row) -> list[Floor]:
     return []
 
 
+def tally(rows: Iterable[Row]) -> str:
+    """Say in some words how many floors were reached."""
+    verdicts = " ".join(verdict(row) for row in rows)
+    return f"{verdicts.count(': reached')} floors reached, {verdicts.count('**missed**')} missed"
+
+
 def verdict(row: Row) -> str:
     """Say for each floor what was reached."""
     said = []

@@ -18,6 +18,7 @@ SURROUNDINGS = {
     "PYTHONUNBUFFERED": "1",
     "FASTCNN_CACHE": f"{CACHE}",
     "TRITON_CACHE_DIR": f"{WORK / 'triton'}",
+    "TORCHINDUCTOR_CACHE_DIR": f"{WORK / 'inductor'}",
 }
 
 PATIENCE = 10.0  # seconds that a process has for its last words

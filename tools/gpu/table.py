@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from gpu import benchmark_table
 from gpu.run import Found
 
 
@@ -28,7 +29,7 @@ def said(stage: Found) -> str:
     if "kernels" in stage:
         words.append(f"{stage['kernels']} kernels, no errors")
     if "rows" in stage:
-        words.append(f"{len(stage['rows'])} benchmarks")
+        words.append(f"{len(stage['rows'])} cases, {benchmark_table.tally(stage['rows'])}")
     if "plans" in stage:
         words.append(f"{stage['plans']} plans")
     return ", ".join(words)
@@ -55,6 +56,8 @@ def whole(found: Found) -> str:
     if errors := found["stages"].get("sanitize", {}).get("errors"):
         rows = [(job, f"{number}") for job, number in errors.items()]
         parts.append(markdown(("compute-sanitizer", "errors"), rows))
+    if rows := found["stages"].get("bench", {}).get("rows"):
+        parts.append(benchmark_table.table(rows))
     return "\n\n".join(parts) + "\n"
 
 
