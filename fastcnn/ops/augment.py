@@ -188,12 +188,11 @@ def augment(
         ],
         dtype=torch.float32,
     )
-    rows = pack(parameters, (h, w), out)
-    reals, integers = (t.to(images.device, non_blocking=True) for t in rows)
+    rows = *pack(parameters, (h, w), out), channels
+    # Not waiting for the card: CUDA has taken the values of pageable memory when the call returns.
+    reals, integers, channels = (t.to(images.device, non_blocking=True) for t in rows)
     channels_last = memory_format is torch.channels_last
-    y = _augment(
-        images, reals, integers, channels.to(images.device), *out, DTYPES[dtype], channels_last
-    )
+    y = _augment(images, reals, integers, channels, *out, DTYPES[dtype], channels_last)
     if masks is None:
         return y
     followed = _augment_mask(masks.view(n, h, w), reals, *out, mask_fill)

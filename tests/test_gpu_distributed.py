@@ -1,0 +1,89 @@
+"""Process groups of one process: what there is to communicate goes through the real library."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from card import DEVICE, HAS_CARD
+from card_networks import assert_as_exact, assert_bitwise, batch, networks, results
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastcnn import convert
+from fastcnn.ops import batch_norm_act, conv_bn_act_step
+from fastcnn.ops.process_group import Group, group_of
+
+pytestmark = pytest.mark.gpu
+
+NATIVE = "nccl" if HAS_CARD else "gloo"
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+@contextmanager
+def alone(backend: str, folder: Path) -> Iterator[None]:
+    """A group of this process; NCCL is told its card, or it would guess, and say so."""
+    more: dict[str, Any] = {"device_id": torch.device("cuda", 0)} if backend == "nccl" else {}
+    distributed.init_process_group(
+        backend, init_method=f"file://{folder}/store", rank=0, world_size=1, **more
+    )
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def gathers_even_alone(op: str, sync: bool, process_group: object) -> Group | None:
+    """group_of, which sees that there is nobody to talk to: here it talks to itself."""
+    group = group_of(op, sync, process_group)
+    return Group(distributed.group.WORLD.group_name, 1) if sync and group is None else group
+
+
+def test_synchronised_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The collectives run on streams of their own: statistics that are used before they have come,
+    # or sums that are gathered before they are there, would be garbage.
+    fused, plain = networks()
+    synced = convert(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain)))
+    x, target = batch()
+    eager = results(plain, x, target)
+    exact = results(networks()[1].double(), x.double(), target)
+    names: list[str] = []
+    gather = torch.ops._c10d_functional.all_gather_into_tensor
+
+    def counted(*args: Any) -> Any:
+        names.append(args[2])
+        return gather(*args)
+
+    with alone(NATIVE, tmp_path):
+        assert_bitwise(results(copy.deepcopy(synced), x, target), results(fused, x, target))
+        monkeypatch.setattr(batch_norm_act, "group_of", gathers_even_alone)
+        monkeypatch.setattr(conv_bn_act_step, "group_of", gathers_even_alone)
+        monkeypatch.setattr(torch.ops._c10d_functional, "all_gather_into_tensor", counted)
+        found = results(synced, x, target)
+    assert len(names) == 8  # statistics and sums of four batch norms
+    assert_as_exact(found, eager, exact)
+
+
+@pytest.mark.parametrize("backend", sorted({NATIVE, "gloo"}))
+def test_ddp_gives_the_gradients_of_one_process(backend: str, tmp_path: Path) -> None:
+    # DDP hooks every parameter's gradient, which must come once and in the parameter's layout:
+    # channels_last weights whose gradient has other strides make it warn.
+    plain, _ = networks(dropout=0.3)
+    with alone(backend, tmp_path):
+        devices = {"device_ids": [0]} if HAS_CARD else {}
+        wrapped = DistributedDataParallel(copy.deepcopy(plain), **devices)
+        x, target = batch()
+        found = []
+        for model in (plain, wrapped):
+            torch.manual_seed(6)
+            found.append(results(model, x, target))
+    assert_bitwise({k.replace("module.", ""): t for k, t in found[1].items()}, found[0])
+    assert all(p.device.type == DEVICE.type for p in wrapped.parameters())
