@@ -5,28 +5,23 @@ stages), more shared memory than 48 KiB, and convolutions by cuDNN and by Triton
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import pytest
 import torch
-from card import DEVICE, HAS_CARD
+from card import DEVICE
+from card_plans import planned_by, wherever_it_can
+from card_tensors import Maker
 from torch import Tensor
 
-import fastcnn.plan
 from fastcnn import functional
 from fastcnn.augment import Augment
 from fastcnn.functional import ConvBnActStep
-from fastcnn.ops import conv2d_folded, conv_bn_act
 from fastcnn.ops.augment_pack import pack
 from fastcnn.ops.batch_norm_sync import joined_statistics
 from fastcnn.ops.group_norm_act import pixel_norm_act
 from fastcnn.ops.instance_norm_act import instance_norm_act
-from fastcnn.plan import OPS, Problem
-from fastcnn.plan.planner import Plan
 
 LAST = torch.channels_last
 
@@ -63,53 +58,6 @@ def assert_equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         assert torch.equal(a.cpu(), b.cpu()), f"result {i}"
 
 
-@contextmanager
-def planned_by(choose: Callable[[Problem], str]) -> Iterator[None]:
-    """Let convolutions run by these plans; without a card, Triton's in the interpreter."""
-
-    def plan(problem: Problem, busy: str | None = None) -> Plan:
-        return Plan(choose(problem), "model", "", None)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fastcnn.plan, "_planner", lambda: SimpleNamespace(choose=plan))
-        if not HAS_CARD:
-            patch.setattr(conv_bn_act, "is_planned", lambda x: True)
-            patch.setattr(conv2d_folded, "is_planned", lambda x: True)
-        yield
-
-
-def wherever_it_can(name: str, problem: Problem) -> str:
-    """This candidate, or cuDNN's for problems that it does not support."""
-    able, _ = OPS[problem.op].supporting(problem)
-    return name if name in able else "cudnn"
-
-
-class _Maker:
-    """Tensors of order 1, in the order in which they are asked for."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
-
-    def image(
-        self,
-        *sizes: int,
-        dtype: torch.dtype = torch.float32,
-        layout: torch.memory_format = torch.contiguous_format,
-    ) -> Tensor:
-        drawn = torch.randn(sizes, generator=self.generator)
-        return drawn.to(dtype).contiguous(memory_format=layout)
-
-    def vector(self, n: int) -> Tensor:
-        return torch.rand(n, generator=self.generator) + 0.5
-
-    def integers(self, dtype: torch.dtype, *sizes: int) -> Tensor:
-        limits = torch.iinfo(dtype)
-        drawn = torch.randint(
-            limits.min, limits.max + 1, sizes, dtype=dtype, generator=self.generator
-        )
-        return drawn.contiguous(memory_format=LAST) if len(sizes) == 4 else drawn
-
-
 def differentiated(fn: Callable[..., Tensor], dy: Tensor, *leaves: Tensor) -> list[Tensor]:
     """fn's result and the gradients of all leaves."""
     given = [t.detach().requires_grad_() for t in leaves]
@@ -124,7 +72,7 @@ def differentiated(fn: Callable[..., Tensor], dy: Tensor, *leaves: Tensor) -> li
 def _batch_norm_inputs(
     sizes: tuple[int, int, int, int], dtype: torch.dtype, layout: torch.memory_format, g: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    make, c = _Maker(g), sizes[1]
+    make, c = Maker(g), sizes[1]
     images = [make.image(*sizes, dtype=dtype, layout=layout) for _ in range(3)]
     return [*images, *(make.vector(c) for _ in range(4))], []
 
@@ -159,7 +107,7 @@ def _shared_batch_norm(*args: Tensor) -> list[Tensor]:
 
 
 def _chain_inputs(dtype: torch.dtype, g: Any) -> tuple[list[Tensor], list[Tensor]]:
-    make = _Maker(g)
+    make = Maker(g)
     image = partial(make.image, dtype=dtype, layout=LAST)
     weights = [image(16, 16, 3, 3), image(32, 16, 1, 1), image(32, 16, 1, 1)]
     weights = [w / math.sqrt(w[0].numel()) for w in weights]
@@ -200,13 +148,13 @@ def _inference(plan: str, *args: Tensor) -> list[Tensor]:
 
 
 def _int8_inputs(groups: int, g: Any) -> tuple[list[Tensor], list[Tensor]]:
-    make = _Maker(g)
+    make = Maker(g)
     late = [
         make.integers(torch.uint8, 2, 32, 9, 8),
         make.integers(torch.int8, 32, 32 // groups, 3, 3),
         make.integers(torch.int8, 2, 32, 9, 8),
     ]
-    fixed = _Maker(torch.Generator().manual_seed(7))
+    fixed = Maker(torch.Generator().manual_seed(7))
     return late, [fixed.vector(32) * 1e-3, fixed.vector(32)]
 
 
@@ -226,7 +174,7 @@ def _int8(groups: int, *args: Tensor) -> list[Tensor]:
 def _norm_inputs(
     sizes: tuple[int, int, int, int], dtype: torch.dtype, layout: torch.memory_format, g: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    make = _Maker(g)
+    make = Maker(g)
     image = partial(make.image, *sizes, dtype=dtype, layout=layout)
     return [image(), image(), make.vector(sizes[1]), make.vector(sizes[1])], []
 
@@ -255,7 +203,7 @@ def _instance_norm(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> list[
 
 
 def _images(*sizes: tuple[int, ...], **how: Any) -> Callable[[Any], Any]:
-    return lambda g: ([_Maker(g).image(*size, **how) for size in sizes], [])
+    return lambda g: ([Maker(g).image(*size, **how) for size in sizes], [])
 
 
 def _dropout(per_channel: bool, x: Tensor, residual: Tensor, dy: Tensor) -> list[Tensor]:
@@ -279,7 +227,7 @@ def _interpolate(how: dict[str, Any], x: Tensor, skip: Tensor, dy: Tensor) -> li
 def _augment_inputs(g: Any) -> tuple[list[Tensor], list[Tensor]]:
     module = Augment((12, 10), degrees=30, brightness=0.3, contrast=0.4, hue=0.1, noise=0.1)
     reals, integers = pack(module.draw(3, (16, 14), g), (16, 14), (12, 10))
-    make = _Maker(g)
+    make = Maker(g)
     images, masks = make.integers(torch.uint8, 3, 3, 16, 14), make.integers(torch.uint8, 3, 16, 14)
     return [images, masks, reals, integers, torch.rand(3, 4, generator=g) + 0.5], []
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from card import DEVICE, HAS_CARD, needs_a_card
-from card_calls import planned_by, wherever_it_can
+from card_plans import planned_by, wherever_it_can
 from chains import stage
 from oracles import timm, torchvision
 from test_conv_bn_act_memory import expected_bytes, state

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from card import DEVICE, HAS_CARD, needs_a_card
-from card_calls import planned_by, wherever_it_can
 from card_networks import assert_as_exact, batch, networks, results
+from card_plans import planned_by, wherever_it_can
 from torch import Tensor
 
 import fastcnn.plan
@@ -26,9 +26,6 @@ from fastcnn.plan import OPS, Problem
 from fastcnn.plan.environment import environment_of
 from fastcnn.plan.file import PlanFile
 from fastcnn.plan.planner import Planner
-
-if not HAS_CARD:
-    import triton_proof  # noqa: F401 (mends the interpreter)
 
 pytestmark = pytest.mark.gpu
 
