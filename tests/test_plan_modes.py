@@ -1,9 +1,11 @@
 """Modes, and what users see of planning: FASTCNN_PLAN, report() and `fastcnn info`."""
 
+import ctypes
 import re
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +148,15 @@ def test_names_are_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
         register(op())
 
 
+class Driver:
+    """As much of libcuda.so.1 as is asked."""
+
+    @staticmethod
+    def cuDriverGetVersion(version: Any) -> int:
+        version._obj.value = 12040
+        return 0
+
+
 @pytest.mark.parametrize(
     ("text", "driver"),
     [
@@ -163,7 +174,7 @@ def test_names_are_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_driver_s_version(text: str, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12040, raising=False)
+    monkeypatch.setattr(ctypes, "CDLL", {"libcuda.so.1": Driver}.__getitem__)
     monkeypatch.setattr(Path, "read_text", lambda _: text)
     plan_problem._describe_cuda.cache_clear()
     assert describe(torch.device("cuda", 0)) == ("NVIDIA H200", "sm_90", driver)

@@ -1,5 +1,6 @@
 """A problem: everything that the choice of a plan may depend on, and the name it goes by."""
 
+import ctypes
 import functools
 import math
 import re
@@ -118,8 +119,11 @@ def _processor() -> str:
 @functools.cache
 def _describe_cuda(index: int) -> Device:
     major, minor = torch.cuda.get_device_capability(index)
-    # PyTorch knows which CUDA the driver is made for; its own version is in the kernel's file.
-    driver = f"CUDA {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
+    # The driver tells which CUDA it is made for, PyTorch does not (since 2.11); its own version is
+    # in the kernel's file.
+    made_for = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(made_for))
+    driver = f"CUDA {made_for.value}"
     try:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
