@@ -1,5 +1,10 @@
 """Other people's implementations, which tests compare with."""
 
+import importlib.util
+from types import ModuleType
+from typing import Any
+
+import pytest
 import torch
 
 try:
@@ -14,11 +19,27 @@ except RuntimeError as error:
         schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import torchvision
 
-import segmentation_models_pytorch
 import timm
 from torchvision.transforms import v2 as torchvision_transforms
 
 torchvision_resnet = torchvision.models.resnet
+
+
+class _Absent:
+    """A package that is not installed: the tests that ask anything of it are skipped."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, _: str) -> Any:
+        pytest.skip(f"{self._name} is not installed")
+
+
+def _optional(name: str) -> ModuleType | _Absent:
+    return importlib.import_module(name) if importlib.util.find_spec(name) else _Absent(name)
+
+
+segmentation_models_pytorch: Any = _optional("segmentation_models_pytorch")
 
 __all__ = [
     "segmentation_models_pytorch",

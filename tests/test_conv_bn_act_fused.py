@@ -17,7 +17,8 @@ from tolerance import assert_as_exact_over_draws, error_ratio
 from torch import Tensor, nn
 
 from fastcnn.nn import BatchNormAct2d, Block
-from fastcnn.ops import conv_bn_act, conv_bn_act_check, conv_bn_act_eval
+from fastcnn.ops import conv2d_folded, conv_bn_act, conv_bn_act_check, conv_bn_act_eval
+from fastcnn.ops.conv2d_folded import FoldedConv2d
 from fastcnn.ops.conv_bn_act_step import Geometry
 
 Plan = tuple[bool, bool, bool]  # fused, dx_fused, dw_fused
@@ -223,6 +224,26 @@ def test_inference(
         for residual in (None, image(2, 24, 3, 4)):
             draws.check(model, image(2, 16, 6, 7), residual)
         draws.check(stage("projection", "identity", act=act).eval(), image(2, 4, 6, 7))
+
+
+@pytest.mark.parametrize("plan", ["cudnn", "triton"])
+def test_inference_in_autocast(plan: str, force: Force, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of weights in float32: as of the same weights in bfloat16.
+    force(NONE)
+    monkeypatch.setattr(conv_bn_act, "folds", lambda x: False)
+    monkeypatch.setattr(conv_bn_act_eval, "choose", lambda problem: plan)
+    monkeypatch.setattr(conv2d_folded, "folds", lambda x: False)
+    monkeypatch.setattr(conv2d_folded, "is_planned", lambda x: True)
+    model, x = chain(bias=False).eval(), image(2, 16, 6, 7)
+    half = copy.deepcopy(model)
+    half.convs.bfloat16()
+    whole = FoldedConv2d(model.convs[0], model.bns[0], "silu")
+    with torch.no_grad():
+        wanted, first = half(x.bfloat16()), Chain((half.convs[0], half.bns[0]))(x.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model(x), wanted)
+            for _ in range(2):  # made, and kept
+                assert torch.equal(whole(x), first)
 
 
 @pytest.mark.parametrize("c_in", [1, 3])

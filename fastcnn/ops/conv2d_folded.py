@@ -171,14 +171,14 @@ class FoldedConv2d:
 
     def _run(self, state: State, x: Tensor, step: ConvBnActStep, g: Geometry) -> Run:
         if is_planned(x):
-            return lambda x, residual, _: convolve_planned(x, step, g, residual, False, state.fold)
+            return lambda x, residual, _: convolve_planned(x, step, g, residual, False, state.kept)
         norm, geometry = norm_of_step(step), (g.padding, g.stride, g.dilation, g.groups)
         crashes = onednn_crashes(x, step.weight, g.stride, g.padding, g.dilation)
         if memory_format_of(x) is torch.channels_last and not crashes:
             weight, bias = folded(step.weight, step.conv_bias, norm, x.dtype)
             weight = reorder(weight, *geometry, list(x.shape))
         else:
-            weight, bias = state.fold(step.weight, step.conv_bias, norm, x.dtype)
+            weight, bias = state.kept(folded, step.weight, step.conv_bias, norm, x.dtype)
 
         def run(x: Tensor, residual: Tensor | None, dies: bool) -> Tensor:
             into = dies and residual is not None and _may_be_written(residual, x)

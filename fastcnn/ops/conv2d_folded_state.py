@@ -7,9 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcnn.ops.convolution import folded
-from fastcnn.ops.norm import Norm
-
 Tensors = tuple[Tensor | None, ...]  # weight, bias, mean, var, weight and bias of the batch norm
 Run = Callable[[Tensor, Tensor | None, bool], Tensor]  # x, residual, whether that dies
 
@@ -63,7 +60,7 @@ class State:
         self.numbers = numbers
         self.runs: dict[Any, tuple[Run, list[int]]] = {}  # with the sizes of y
         self._lock = threading.Lock()
-        self._folded: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._made: dict[Any, Any] = {}
 
     def is_of(self, tensors: Tensors, numbers: tuple[Any, ...]) -> bool:
         for seen, t in zip(self.seen, tensors, strict=True):
@@ -79,21 +76,19 @@ class State:
             self.runs[key] = run, sizes
         return run, sizes
 
-    def fold(
-        self, weight: Tensor, conv_bias: Tensor | None, norm: Norm, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Return folded(...), kept."""
+    def kept(self, make: Callable[..., Any], weight: Tensor, *how: Any) -> Any:
+        """Return make(weight, *how), kept; how ends in a dtype."""
         stream = 0
         if weight.is_cuda:
             if torch.cuda.is_current_stream_capturing():
                 # A part of the graph, which may be replayed after other weights.
-                return folded(weight, conv_bias, norm, dtype)
-            # Other streams would have to wait for the one that folds.
+                return make(weight, *how)
+            # Other streams would have to wait for the one that makes it.
             stream = torch.cuda.current_stream(weight.device).cuda_stream
-        key = dtype, stream
-        if key not in self._folded:
-            self._folded[key] = folded(weight, conv_bias, norm, dtype)
-        return self._folded[key]
+        key = make, how[-1], stream
+        if key not in self._made:
+            self._made[key] = make(weight, *how)
+        return self._made[key]
 
 
 def parameter_of(module: nn.Module, name: str) -> Tensor | None:

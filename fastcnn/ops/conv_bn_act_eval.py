@@ -42,7 +42,7 @@ from fastcnn.plan import Candidate, Kernel, Op, Problem, choose, register
 from fastcnn.reference.batch_norm_act import activation
 
 EVAL = "conv_bn_act_eval"
-Fold = Callable[[Tensor, Tensor | None, Norm, torch.dtype], tuple[Tensor, Tensor]]
+Keep = Callable[..., Any]  # make(weight, *how, dtype), or what that gave before
 
 
 def _relu_fake(
@@ -78,28 +78,33 @@ torch.library.impl("fastcnn::conv2d_relu", "cuda")(_relu_cuda)
 torch.library.impl("fastcnn::conv2d_relu", "cpu")(_relu_cpu)
 
 
+def _made(make: Callable[..., Any], *args: Any) -> Any:
+    return make(*args)
+
+
 def convolve_planned(
     x: Tensor,
     step: ConvBnActStep,
     g: Geometry,
     residual: Tensor | None,
     own: bool,
-    fold: Fold = folded,
+    keep: Keep = _made,
 ) -> Tensor:
-    """Return the step's output, pooled where it pools.
+    """Return the step's output, pooled where it pools; in autocast the step has its own weight.
 
     own: the residual is of the block's making, and may come in the other layout.
-    fold: folds the batch norm, or has kept what that gave.
+    keep: makes what is made of the weight, or has kept it.
     """
     words = [word("out", g.act), *(["residual"] if residual is not None else [])]
     norm = norm_of_step(step)
     plan = choose(problem(EVAL, x, x.shape, step.weight.shape, g, *words))
     if plan == "cudnn_fused":
-        weight, bias = fold(step.weight, step.conv_bias, norm, x.dtype)
+        weight, bias = keep(folded, step.weight, step.conv_bias, norm, x.dtype)
         return max_pool(_cudnn_folded(x, weight, bias, g, residual, own), g)
     if step.conv_bias is not None:
         norm = norm._replace(mean=norm.mean - step.conv_bias)
-    return max_pool(_RUN[plan](x, step.weight, g, norm, g.act, residual, own), g)
+    weight = keep(Tensor.to, step.weight, x.dtype)
+    return max_pool(_RUN[plan](x, weight, g, norm, g.act, residual, own), g)
 
 
 def _cudnn(
