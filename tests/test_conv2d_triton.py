@@ -21,6 +21,7 @@ from fastcnn.ops.activation import ACT_NUMBER
 from fastcnn.ops.conv2d_fused import allows_tf32
 from fastcnn.ops.norm import Norm
 from fastcnn.triton.conv2d import Epilogue, Prologue, Tile, conv2d
+from fastcnn.triton.launch import checked_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = Tile(m=32, n=16, k=16, warps=4, stages=2, group=2)
@@ -165,6 +166,17 @@ def test_depthwise_before_and_behind(dtype: torch.dtype) -> None:
     }  # fmt: skip
     check(x, weight, padding=(1, 1), groups=20, prologue=prologue, epilogue=epilogue)
     check(x, weight, padding=(1, 1), groups=20, tile=None)
+
+
+def test_a_norm_comes_whole() -> None:
+    # Triton 3.6 compiles no tuple with a None in it; the interpreter does not mind.
+    mean, var, *_ = norm_of(16)
+    found = checked_norm(16, "", Norm(mean, var), 0)
+    assert found is not None
+    assert torch.equal(found.weight, torch.ones(16, device=DEVICE))
+    assert torch.equal(found.bias, torch.zeros(16, device=DEVICE))
+    assert found[:2] == (mean, var)
+    assert checked_norm(16, "", None, 0) is None
 
 
 def test_nothing_cancels() -> None:

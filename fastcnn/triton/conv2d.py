@@ -19,11 +19,11 @@ from fastcnn.triton.launch import (
     blocks,
     cdiv,
     check_groups,
-    check_norm,
     check_numbers,
     check_pixels,
     check_sizes,
     check_tensors,
+    checked_norm,
     current_device,
     default_tile,
     depthwise_blocks,
@@ -81,10 +81,10 @@ def conv2d(
     check_tensors(x, weight)
     _check_groups(x, weight, groups)
     pre_norm, pre_act = prologue or (None, 0)
-    check_norm(x.shape[1], "prologue.", pre_norm, pre_act)
-    check_norm(weight.shape[0], "epilogue.", epilogue.norm, epilogue.act)
+    pre_norm = checked_norm(x.shape[1], "prologue.", pre_norm, pre_act)
+    norm = checked_norm(weight.shape[0], "epilogue.", epilogue.norm, epilogue.act)
     check_numbers(weight.shape[0], **{"epilogue.bias": epilogue.bias})
-    if epilogue.norm is not None and epilogue.bias is not None:
+    if norm is not None and epilogue.bias is not None:
         raise ValueError("conv2d: epilogue: expected a norm or a bias, got both")
     n, c_in, h, w = x.shape
     c_out, c_in_group, *window = weight.shape
@@ -106,7 +106,7 @@ def conv2d(
         tile = default_tile(pixels, c_out // groups, c_in_group, x.dtype, lean)
     tiles_m, tiles_n = cdiv(pixels, tile.m), cdiv(c_out // groups, tile.n)
     parts = [x.new_empty((tiles_m, c_out), dtype=torch.float32) for _ in range(2 * asked)]
-    around = (pre_norm, epilogue.norm, epilogue.bias, epilogue.residual, *(parts or (None, None)))
+    around = (pre_norm, norm, epilogue.bias, epilogue.residual, *(parts or (None, None)))
     acts = {"PRE_ACT": pre_act, "ACT": epilogue.act}
     options = {**acts, **blocks(tile), "GROUP_M": tile.group}
     with current_device(x):

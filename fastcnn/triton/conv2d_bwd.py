@@ -24,11 +24,11 @@ from fastcnn.triton.launch import (
     blocks,
     cdiv,
     check_groups,
-    check_norm,
     check_numbers,
     check_pixels,
     check_sizes,
     check_tensors,
+    checked_norm,
     current_device,
     default_tile,
     depthwise_blocks,
@@ -113,7 +113,7 @@ def conv2d_bwd_input(
     check_sizes("add", add, dx.shape, dy.dtype)
     if activated is not None:
         check_sizes("activated.raw", activated.raw, dx.shape, dy.dtype)
-        check_norm(c_in, "activated.", activated.norm, activated.act)
+        after = checked_norm(c_in, "activated.", activated.norm, activated.act)
     by_descriptors = has_descriptors(window, stride, padding, groups, dy, weight, before[0])
     # Multiplied without TF32 it would spill 1.6 KB on sm_90, the kernel of addresses nothing.
     by_descriptors = by_descriptors and (dy.dtype.itemsize == 2 or allows_tf32())
@@ -134,7 +134,7 @@ def conv2d_bwd_input(
     tiles = cdiv(pixels, tile.m)
     count = 2 if activated else 0
     parts = [dy.new_empty((phases * tiles, c_in), dtype=torch.float32) for _ in range(count)]
-    behind = (*activated[:2], *parts) if activated else (None,) * 4
+    behind = (activated.raw, after, *parts) if activated else (None,) * 4
     tensors = (dy, weight, dx, *before, add, *behind)
     sizes = (n, h, w, c_in, h_out, w_out, c_out)
     acts = {"DY_ACT": dy_act, "ACT": activated.act if activated else 0}
@@ -188,7 +188,7 @@ def conv2d_bwd_weight(
     before, dy_act = _before(norm, dy)
     check_groups(c_in, c_out, groups)
     pre_norm, pre_act = prologue or (None, 0)
-    check_norm(c_in, "prologue.", pre_norm, pre_act)
+    pre_norm = checked_norm(c_in, "prologue.", pre_norm, pre_act)
     c_in_group, c_out_group, taps = c_in // groups, c_out // groups, math.prod(window)
     pixels = n * h_out * w_out
     check_pixels(pixels)
@@ -252,12 +252,12 @@ def _before(norm: BatchNormGradient | None, dy: Tensor) -> tuple[tuple[Any, ...]
     if norm is None:
         return (None, None, None, 1.0), 0
     check_sizes("norm.raw", norm.raw, dy.shape, dy.dtype)
-    check_norm(dy.shape[1], "norm.", norm.norm, norm.act)
+    whole = checked_norm(dy.shape[1], "norm.", norm.norm, norm.act)
     if norm.sums is not None:
         check_numbers(dy.shape[1], **{f"norm.sums.{k}": t for k, t in norm.sums._asdict().items()})
     needed = norm.act != 0 or norm.sums is not None
     count = max(dy.numel() // dy.shape[1], 1)
-    return (norm.raw if needed else None, norm.norm, norm.sums, 1 / count), norm.act
+    return (norm.raw if needed else None, whole, norm.sums, 1 / count), norm.act
 
 
 def _by_descriptor(before: tuple[Any, ...], *block: int) -> tuple[Any, ...]:

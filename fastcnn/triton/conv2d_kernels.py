@@ -9,7 +9,7 @@ Where a tap lies outside the image a is 0, prologue or not. A norm, forward and 
     norm(t) = (t - mean[c]) * scale[c] + bias[c]   scale = rstd * weight, rstd = 1 / sqrt(var + eps)
 
 in float32, centred first; rstd and scale are made in the kernel, of vectors. Kernels take it as
-fastcnn/ops/norm.py has it.
+fastcnn/ops/norm.py has it, with a weight and a bias.
 
 A program makes a tile of BLOCK_M pixels and BLOCK_N channels of one group. It walks the taps, and
 for each the channels in steps of BLOCK_K; with few channels (FLAT) it walks both as one range, so
@@ -56,12 +56,8 @@ def per_channel(norm, channels, mask):
     mean = numbers(norm.mean, channels, mask)
     var = tl.load(norm.var + channels, mask=mask, other=1.0).to(tl.float32)
     rstd = tl.rsqrt(var + norm.eps)
-    scale, bias = rstd, tl.zeros_like(rstd)
-    if norm.weight is not None:
-        scale = rstd * numbers(norm.weight, channels, mask)
-    if norm.bias is not None:
-        bias = numbers(norm.bias, channels, mask)
-    return mean, rstd, scale, bias
+    scale = rstd * numbers(norm.weight, channels, mask)
+    return mean, rstd, scale, numbers(norm.bias, channels, mask)
 
 
 @triton.jit

@@ -221,8 +221,14 @@ def check_numbers(channels: int, **numbers: Tensor | None) -> None:
             )
 
 
-def check_norm(channels: int, name: str, norm: Norm | None, act: int) -> None:
-    """Raise ValueError for a batch norm of other channels, or an act behind it that is none."""
+def checked_norm(channels: int, name: str, norm: Norm | None, act: int) -> Norm | None:
+    """Return the batch norm with a weight and a bias, as kernels take it.
+
+    Triton 3.6, torch 2.11's, cannot ask of a tuple with a None in it whether it is None.
+
+    Raises:
+        ValueError: a batch norm of other channels, or an act behind it that is none.
+    """
     if norm is not None:
         tensors = {f"{name}norm.{k}": getattr(norm, k) for k in norm._fields[:4]}
         check_numbers(channels, **tensors)
@@ -230,3 +236,8 @@ def check_norm(channels: int, name: str, norm: Norm | None, act: int) -> None:
         raise ValueError(
             f"conv2d: {name}act: expected a number from 0 to {len(ACT_NUMBER) - 1}, got {act!r}"
         )
+    if norm is None:
+        return None
+    weight = torch.ones_like(norm.mean) if norm.weight is None else norm.weight
+    bias = torch.zeros_like(norm.mean) if norm.bias is None else norm.bias
+    return norm._replace(weight=weight, bias=bias)
