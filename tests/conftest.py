@@ -9,8 +9,11 @@ import pytest
 # two cores made single tests take minutes. It must be set before torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# Read where kernels are defined. It must be set before Triton is imported, by torch too.
-if not os.path.exists("/dev/nvidiactl"):
+import torch  # noqa: E402
+
+# Read where kernels are defined. It must be set before Triton is imported, which torch does late.
+# Asked as tests/card.py asks: beside a card, kernels in the interpreter would prove nothing.
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Networks, chains and planning, whose tensors are small: a second thread made them slower and took

@@ -96,7 +96,9 @@ class ConvBnActFunction(torch.autograd.Function):
             added = residual
             if block.shortcut is not None:
                 added = _steps_fwd(x, None, block.shortcut, tensors, kept, own=True)
-            x = _steps_fwd(x, added, block.steps, tensors, kept, own=bool(block.shortcut))
+            # Dynamo of torch 2.11 cannot take a tuple for a truth value.
+            own = block.shortcut is not None and len(block.shortcut) > 0
+            x = _steps_fwd(x, added, block.steps, tensors, kept, own)
         return x, *kept
 
     @staticmethod
