@@ -9,7 +9,7 @@ import pytest
 # two cores made single tests take minutes. It must be set before torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch  # noqa: E402
+import torch
 
 # Read where kernels are defined. It must be set before Triton is imported, which torch does late.
 # Asked as tests/card.py asks: beside a card, kernels in the interpreter would prove nothing.
