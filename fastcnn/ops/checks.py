@@ -23,7 +23,7 @@ def memory_format_of(x: Tensor) -> torch.memory_format | None:
         return torch.contiguous_format
     if x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
-    if torch.compiler.is_compiling() and x.dim() == 4:
+    if x.dim() == 4:
         # Of symbolic sizes torch 2.11 says no to both, as one of them might be 1.
         (_, c, h, w), strides = x.shape, x.stride()
         if strides[1] == 1 and strides[3] == c and strides[2] == c * w and strides[0] == c * h * w:
