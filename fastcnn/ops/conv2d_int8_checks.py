@@ -162,7 +162,9 @@ def _check_residual(t: Tensor, sizes: list[int], out_dtype: torch.dtype, x: Tens
     _check_device("residual", t, x)
     layouts = (torch.contiguous_format, torch.channels_last)
     # What is dense in both layouts is in x's.
-    if not any(all(i.is_contiguous(memory_format=format) for i in (t, x)) for format in layouts):
+    same = memory_format_of(t) is memory_format_of(x)
+    same = same or any(all(i.is_contiguous(memory_format=f) for i in (t, x)) for f in layouts)
+    if not same:
         raise ValueError(
             f"{OP}: residual: expected x's memory format {memory_format_of(x)}, got strides "
             f"{list(t.stride())}; call residual.contiguous(memory_format={memory_format_of(x)}) "
