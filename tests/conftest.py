@@ -24,8 +24,6 @@ ONE_THREAD = ("test_conv_bn_act", "test_convert", "test_models", "test_plan", "t
 @pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """One thread for the tests above, and for each the number that it was."""
-    import torch
-
     before = torch.get_num_threads()
     if request.path.name.startswith(ONE_THREAD):
         torch.set_num_threads(1)

@@ -188,6 +188,24 @@ def test_what_compute_sanitizer_says(text: str, status: int | None, expected: in
     assert sanitize.errors_of(text, status) == expected
 
 
+UNWRITTEN = """
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void at::native::vectorized_elementwise_kernel<(int)4>(int, T2, T3)+0x1f0
+=========     by thread (0,0,0) in block (0,0,0)
+========= Uninitialized __global__ memory read of size 16 bytes
+=========     at void fastcnn::(anonymous namespace)::dropout_flat_kernel<float, (int)4>+0x120
+=========     by thread (32,0,0) in block (1,0,0)
+========= ERROR SUMMARY: 2 errors
+"""
+
+
+def test_errors_of_other_people_s_kernels_are_not_ours() -> None:
+    assert sanitize.ours(UNWRITTEN, 86) == 1
+    assert sanitize.ours(UNWRITTEN.replace("dropout_flat_kernel", "some_kernel"), 86) == 0
+    assert sanitize.ours("Traceback", 1) == "no summary, status 1"
+    assert sanitize.triton_kernels() >= {"conv2d_kernel", "depthwise_int8_kernel"}
+
+
 def test_networks_are_met_for_tuning(capsys: pytest.CaptureFixture) -> None:
     # All but the card: on a CPU nothing is planned, and the table of plans is empty.
     tune_networks.main({"resnet50": (2, 32), "unet": (1, 32)}, "cpu")
