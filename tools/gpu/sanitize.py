@@ -25,8 +25,9 @@ def sanitize(run: Run) -> Found:
     status = plain.execute([sys.executable, CASES, "--launched", "cuda", "triton"])
     text = run.append(plain)
     expect(status, CASES.name)
-    launched = set(re.findall(r"^launched: .*?(\w+_kernel)\b", text, re.MULTILINE))
-    missing = sorted(kernels() - launched)
+    everything = kernels() | triton_kernels()
+    launched = everything & set(re.findall(r"^launched: .*?(\w+_kernel)\b", text, re.MULTILINE))
+    missing = sorted(everything - launched)
     option = filter_option(program)
     with ThreadPoolExecutor(len(JOBS)) as pool:
         ended = pool.map(lambda job: check(run, program, option, *job), JOBS)
@@ -74,8 +75,8 @@ def ours(text: str, status: int | None) -> int | str:
     if not isinstance(errors, int):
         return errors
     places = re.findall(r"^=+ +at (.*)", text, re.MULTILINE)
-    names = kernels() | triton_kernels()
-    return sum(any(re.search(rf"\b{name}\b", place) for name in names) for place in places)
+    names = re.compile(rf"\b({'|'.join(kernels() | triton_kernels())})\b")
+    return sum(names.search(place) is not None for place in places)
 
 
 def filter_option(program: str) -> str:
