@@ -47,14 +47,14 @@ def check(run: Run, program: str, option: str, tool: str, kind: str) -> int | st
     command += ["--launch-timeout", "120"]  # until torch is imported
     command += ["--report-api-errors", "no"] * (tool == "memcheck")  # PyTorch asks and is refused
     # initcheck must also see what PyTorch's kernels write, or our inputs look unwritten.
-    everything = kind == "triton" or tool == "initcheck"
-    command += ["--print-limit", "0"] if everything else [option, "kns=fastcnn"]
+    filtered = kind == "cuda" and tool != "initcheck"
+    command += [option, "kns=fastcnn"] if filtered else ["--print-limit", "0"]
     # Without PyTorch's cache of memory each tensor is an allocation, whose end is known.
     status = own.execute(
         [*command, sys.executable, CASES, kind], PYTORCH_NO_CUDA_MEMORY_CACHING="1"
     )
     text = run.append(own)
-    return errors_of(text, status) if kind == "cuda" and tool != "initcheck" else ours(text, status)
+    return errors_of(text, status) if filtered else ours(text, status)
 
 
 def errors_of(text: str, status: int | None) -> int | str:
