@@ -8,19 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from card import DEVICE, needs_a_card
+import triton_proof  # noqa: F401 (mends the interpreter)
+from card import DEVICE, needs_a_card, on_card
 from conv2d_int8_cases import CASES, Case, problem
 from shapes import LAYOUTS
 from test_conv2d_int8 import ACTS, FLOATS, INT8, assert_same, onnx_qlinear_conv
 from test_conv2d_int8_errors import CASE, ERRORS
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
-from triton_proof import INTERPRETED
 
 from fastcnn import reference
 from fastcnn.functional import conv2d_int8, pack_conv2d_int8
-from fastcnn.ops import conv2d_int8 as operator
 from fastcnn.ops.conv2d_int8_call import Call
 from fastcnn.triton import conv2d_int8 as launches
 
@@ -33,28 +31,12 @@ OUTPUTS = [
 ]
 
 
-class OnCuda(TorchDispatchMode):
-    """Leads the operator to its CUDA implementation; what else was called is in `others`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.others: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.fastcnn.conv2d_int8.default and INTERPRETED:
-            with self:
-                return operator._cuda(*args)
-        if func is not torch.ops.fastcnn.conv2d_int8.default:
-            self.others.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def on_device(given: dict[str, Any]) -> dict[str, Any]:
     return {k: t.to(DEVICE) if isinstance(t, Tensor) else t for k, t in given.items()}
 
 
 def call(**given: Any) -> Tensor:
-    with OnCuda():
+    with on_card():
         return conv2d_int8(**on_device(given)).cpu()
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from card import DEVICE, needs_a_card
+from card import DEVICE, needs_a_card, on_card
 from conv2d_int8_cases import problem
 from test_conv2d_int8 import assert_same
-from test_conv2d_int8_cuda import PLAIN, OnCuda, call, on_device
+from test_conv2d_int8_cuda import PLAIN, call, on_device
 from torch import Tensor
 from triton_proof import INTERPRETED
 
@@ -57,15 +57,15 @@ def test_the_second_call_waits_for_nothing(groups: int, waits_raise: Callable[[]
     calls = [(packed, [EMPTY]), (number, [EMPTY]), (floating, [EMPTY]), (given, [EMPTY, SUM])]
     calls += [(nchw, [EMPTY, SUM] + [COPY] * (groups == 1))]
     for arguments, _ in calls:
-        with OnCuda():
+        with on_card():
             conv2d_int8(**arguments)
     waits_raise()
     for arguments, kernels in calls:
         for change in ({}, {"x_zero_point": 9}, {"x_scale": 0.0456}):  # known on the host
-            with OnCuda() as mode:
+            with on_card() as called:
                 conv2d_int8(**{**arguments, **change})
             if INTERPRETED:
-                assert mode.others == kernels
+                assert called.others == kernels
 
 
 def test_data_is_looked_at_anew_after_a_change() -> None:

@@ -13,16 +13,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "cuda_emu"
 HEADER = Path(__file__).with_name("cuda_emu.h")
-FLAGS = [
-    *("-std=c++20", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),  # #pragma unroll is nvcc's
-    *("-x", "c++", "-DFASTCNN_CUDA_EMULATION"),
-]
+AS_CUDA = ["-x", "c++", "-DFASTCNN_CUDA_EMULATION", "-include", str(HEADER)]
+STANDARD = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror"]
+STANDARD += ["-Wno-unknown-pragmas"]  # #pragma unroll is nvcc's
+FLAGS = [*STANDARD, "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *AS_CUDA]
 
 
 def build_runner(sources: list[Path], out: Path) -> Path:
     """Compile `sources` into the program `CACHE / out`, unless it is there from the same text."""
-    command = compile_command()
+    return build([*compile_command(), *map(str, sources)], sources, out)
+
+
+def build(command: list[str], sources: list[Path], out: Path) -> Path:
+    """Let `command -o` write `CACHE / out`, unless it is there from the same command and text."""
     key = _key(command, sources)
     out = CACHE / out
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +36,7 @@ def build_runner(sources: list[Path], out: Path) -> Path:
             # Never write over `out` itself: another process may be running it.
             new = out.with_name(out.name + ".new")
             done = subprocess.run(
-                [*command, *sources, "-o", new], capture_output=True, text=True, check=False
+                [*command, "-o", str(new)], capture_output=True, text=True, check=False
             )
             if done.returncode != 0:
                 raise RuntimeError(f"g++ failed on {', '.join(map(str, sources))}:\n{done.stderr}")
@@ -44,13 +47,17 @@ def build_runner(sources: list[Path], out: Path) -> Path:
 
 def compile_command() -> list[str]:
     """The g++ command line without sources and output."""
+    include = ["-I", str(ROOT / "csrc"), "-isystem", str(find_cuda_include())]
+    return [find_gxx(), *FLAGS, *include]
+
+
+def find_gxx() -> str:
     gxx = shutil.which("g++")
     if gxx is None:
         raise RuntimeError(
             "the CUDA kernels are tested by compiling them with g++: install g++ 12 or newer"
         )
-    include = ["-I", str(ROOT / "csrc"), "-isystem", str(find_cuda_include())]
-    return [gxx, *FLAGS, "-include", str(HEADER), *include]
+    return gxx
 
 
 def find_cuda_include() -> Path:

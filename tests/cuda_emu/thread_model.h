@@ -18,7 +18,16 @@
 // hangs), and speed.
 #pragma once
 
-#ifndef __SANITIZE_ADDRESS__
+#include <cstddef>
+
+#ifdef FASTCNN_EMULATED_IN_TORCH
+// Loaded into Python, which runs without AddressSanitizer: the driver programs, which launch the
+// same kernels, look for accesses out of bounds.
+inline void __sanitizer_start_switch_fiber(void**, const void*, std::size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, std::size_t*) {}
+#elif defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#else
 #error "cuda_emu.h needs -fsanitize=address: without it, an access out of bounds would go unseen"
 #endif
 
@@ -30,7 +39,6 @@
 
 #include <dlfcn.h>
 #include <math.h>
-#include <sanitizer/common_interface_defs.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 

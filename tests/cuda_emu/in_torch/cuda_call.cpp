@@ -1,0 +1,35 @@
+// CudaCall of the emulated build; compiled with the emulator's header in front.
+#include "common/cuda_call.h"
+
+namespace fastcnn {
+namespace {
+
+constexpr int64_t kBehind = 1024;         // floats behind a workspace
+constexpr unsigned char kPattern = 0xff;  // NaN, as memory that nobody has written yet
+
+}  // namespace
+
+CudaCall::CudaCall(const char* op, const Tensor& x) : op_(op), x_(x), device_{} {
+  static std::mutex card;
+  alone_ = std::unique_lock(card);
+  device_ = {cuda_emu::kMultiprocessors, nullptr, cuda_emu::kMaxSharedBytes};
+}
+
+Tensor CudaCall::workspace(int64_t floats) const {
+  workspace_ = torch::stable::new_empty(x_, {floats + kBehind}, ScalarType::Float);
+  std::memset(workspace_->mutable_data_ptr(), kPattern, (floats + kBehind) * sizeof(float));
+  return *workspace_;
+}
+
+void CudaCall::check(int error) const {
+  if (error != cudaSuccess) fail(op_, cudaGetErrorString(static_cast<cudaError_t>(error)));
+  if (!workspace_) return;
+  const auto* end = static_cast<const unsigned char*>(workspace_->const_data_ptr()) +
+                    workspace_->numel() * sizeof(float);
+  const auto* behind = end - kBehind * sizeof(float);
+  if (std::any_of(behind, end, [](unsigned char byte) { return byte != kPattern; })) {
+    fail(op_, "a kernel wrote behind its workspace of ", workspace_->numel() - kBehind, " floats");
+  }
+}
+
+}  // namespace fastcnn
