@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from activations import ACTS, near_a_kink
-from norm_cases import Draw, compare, magnitudes
+from norm_cases import CPU, Draw, Place, compare, magnitudes
 from tolerance import margin
 from torch import Tensor
 
@@ -32,8 +32,8 @@ class Case:
     momentum: float = 0.1
     eps: float = 1e-5
 
-    def to(self, dtype: torch.dtype) -> "Case":
-        tensors = {k: t.to(dtype) for k in TENSORS if (t := getattr(self, k)) is not None}
+    def to(self, what: torch.dtype | torch.device) -> "Case":
+        tensors = {k: t.to(what) for k in TENSORS if (t := getattr(self, k)) is not None}
         return replace(self, **tensors)
 
 
@@ -96,9 +96,9 @@ def scales_of(case: Case) -> dict[str, float]:
     return magnitudes(case, var)
 
 
-def check(case: Case) -> dict[str, Tensor]:
-    """Compare everything with float64, by PyTorch's own error in the dtype."""
-    actual, eager = run(fastcnn_batch_norm_act, case), run(torch_batch_norm_act, case)
+def check(case: Case, place: Place = CPU) -> dict[str, Tensor]:
+    """Compare everything with float64, by PyTorch's own error in the dtype, in the same place."""
+    actual, eager = place.run(run, case, fastcnn_batch_norm_act, torch_batch_norm_act)
     exact = run(torch_batch_norm_act, case.to(torch.float64))
     compare(case, actual, eager, exact, scales_of(case), case.x.numel() // case.x.shape[1])
     return actual

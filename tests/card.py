@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_emu import library
+from norm_cases import Place
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,6 +48,9 @@ def on_card() -> Iterator["Called"]:
                 patch.setattr(module, "folds", lambda x: False)
         with called:
             yield called
+
+
+CARD = Place(DEVICE, on_card)
 
 
 class Called(TorchDispatchMode):

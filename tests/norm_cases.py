@@ -1,12 +1,31 @@
 """What the tests of normalisations draw, what cancels in them, and how results are compared."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from shapes import LAYOUTS
 from tolerance import assert_as_exact_as_torch, assert_same_in_float64
 from torch import Tensor
+
+
+class Place(NamedTuple):
+    """Where a case runs: a device, and the context of our calls there."""
+
+    device: torch.device
+    around: Callable[[], AbstractContextManager[Any]]
+
+    def run(self, run: Callable[..., dict[str, Tensor]], case: Any, *fns: Any) -> list[Any]:
+        """run(fn, case) there for our function and others, back on the CPU."""
+        found, there = [], case.to(self.device)
+        for fn, around in zip(fns, (self.around, *[nullcontext] * len(fns)), strict=False):
+            with around():
+                found.append({k: t.cpu() for k, t in run(fn, there).items()})
+        return found
+
+
+CPU = Place(torch.device("cpu"), nullcontext)
 
 
 class Draw:

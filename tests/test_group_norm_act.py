@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from activations import ACTS, near_a_kink
-from norm_cases import Draw, compare, magnitudes
+from norm_cases import CPU, Draw, Place, compare, magnitudes
 from shapes import GROUPED, LAYOUTS, Image
 from tolerance import margin
 from torch import Tensor
@@ -38,8 +38,8 @@ class Case:
     act: str
     eps: float = 1e-5
 
-    def to(self, dtype: torch.dtype) -> "Case":
-        tensors = {k: t.to(dtype) for k in TENSORS if (t := getattr(self, k)) is not None}
+    def to(self, what: torch.dtype | torch.device) -> "Case":
+        tensors = {k: t.to(what) for k in TENSORS if (t := getattr(self, k)) is not None}
         return replace(self, **tensors)
 
 
@@ -86,11 +86,12 @@ def run(fn: Callable[[Case], Tensor], case: Case) -> dict[str, Tensor]:
     return {"y": y.detach()} | {f"d{k}": t.grad for k, t in leaves.items()}
 
 
-def check(case: Case) -> dict[str, Tensor]:
-    """Compare everything with float64, by PyTorch's own error in the dtype."""
-    actual, wide = run(fastcnn_norm_act, case), case.to(torch.float64)
+def check(case: Case, place: Place = CPU) -> dict[str, Tensor]:
+    """Compare everything with float64, by PyTorch's own error in the dtype, in the same place."""
+    actual, eager = place.run(run, case, fastcnn_norm_act, torch_norm_act)
+    wide = case.to(torch.float64)
     scales = magnitudes(wide, reference.group_norm_act(wide.x, case.groups)[2])
-    eager, exact = run(torch_norm_act, case), run(torch_norm_act, wide)
+    exact = run(torch_norm_act, wide)
     compare(case, actual, eager, exact, scales, case.x.numel())
     return actual
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from norm_cases import CPU, Place
 from shapes import LAYOUTS
 from tolerance import assert_as_exact_as_torch, assert_same_in_float64
 from torch import Tensor
@@ -87,14 +88,18 @@ def run(fn: Callable[..., Tensor], x: Tensor, dy: Tensor | None, **how: Any) -> 
     return [y.detach(), *([] if x.grad is None else [x.grad])]
 
 
-def check(case: Resize, dtype: torch.dtype, layout: str, how: dict[str, Any]) -> None:
+def check(
+    case: Resize, dtype: torch.dtype, layout: str, how: dict[str, Any], place: Place = CPU
+) -> None:
     how = {**case.to, **how}
     x = image(case.sizes, dtype, layout)
     bilinear = how["mode"] == "bilinear"
     shape = F.interpolate(x.float(), **how).shape
     dy = image(shape, dtype, layout, 1)
-    y, dx = run(functional.interpolate, x, dy, **how)
-    eager_y, eager_dx = run(F.interpolate, x, dy, **how)
+    there = x.to(place.device), dy.to(place.device)
+    with place.around():
+        y, dx = (t.cpu() for t in run(functional.interpolate, *there, **how))
+    eager_y, eager_dx = (t.cpu() for t in run(F.interpolate, *there, **how))
     exact = torch.float64 if bilinear else torch.float32
     exact_y, exact_dx = run(F.interpolate, x.to(exact), dy.to(exact), **how)
     assert y.dtype == dx.dtype == dtype
