@@ -26,6 +26,8 @@ from fastcnn.triton.conv2d_bwd import (
 )
 from fastcnn.triton.launch import arch_of, matrix
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.fixture(autouse=True)
 def seed() -> Iterator[None]:

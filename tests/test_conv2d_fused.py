@@ -1,4 +1,7 @@
-"""The operators of Triton's convolutions: as PyTorch wants operators, and what they refuse."""
+"""The operators of Triton's convolutions: as PyTorch wants operators, and what they refuse.
+
+What a device cannot change is asked on the CPU alone.
+"""
 
 import copy
 from typing import Any
@@ -6,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import triton_proof  # noqa: F401 (mends the interpreter)
+from card import DEVICE
 from chains import Stage, results, stage
 from test_conv_bn_act_frozen import Operators
 from torch import Tensor
@@ -26,20 +30,23 @@ def seed() -> None:
 
 
 def image(*sizes: int) -> Tensor:
-    return torch.randn(sizes).contiguous(memory_format=torch.channels_last)
+    return torch.randn(sizes, device=DEVICE).contiguous(memory_format=torch.channels_last)
 
 
 def norm(c: int) -> tuple[Any, ...]:
-    return torch.randn(c), torch.rand(c) + 0.5, torch.randn(c), torch.randn(c), 1e-5
+    mean, std, weight, bias = torch.randn(4, c, device=DEVICE)
+    return mean, std.square() + 0.5, weight, bias, 1e-5
 
 
 X, Y, WEIGHT = (2, 8, 4, 5), (2, 6, 4, 5), (6, 8, 3, 3)
 
 
+@pytest.mark.gpu
 def test_opcheck() -> None:
+    pytest.importorskip("expecttest")  # which torch's opcheck imports
     # Schema, fake results against real ones (sizes, strides, dtypes), symbolic sizes.
     x, y, weight = image(*X), image(*Y), image(*WEIGHT)
-    sums = torch.randn(6), torch.randn(6)
+    sums = tuple(torch.randn(2, 6, device=DEVICE))
     for statistics in (True, False):
         args = (x, weight, None, *norm(8), 1, *norm(6), y, 1, statistics, *GEOMETRY)
         opcheck(ops.conv2d_fused, args)
@@ -54,13 +61,19 @@ def test_opcheck() -> None:
             opcheck(ops.conv2d_fused_bwd_input, args)
             args = (y, x, 3, 3, *gradient, *before[1:], *GEOMETRY)
             opcheck(ops.conv2d_fused_bwd_weight, args)
-    opcheck(ops.conv2d_relu, (x, weight, torch.randn(6), y, *GEOMETRY))
-    opcheck(ops.conv2d_relu, (x, weight, torch.randn(6), None, *GEOMETRY))
 
 
+def test_opcheck_of_cudnn_s() -> None:
+    # Not on a card, whose cuDNN has no such convolution for all sizes.
+    x, y, weight, bias = image(*X).cpu(), image(*Y).cpu(), image(*WEIGHT).cpu(), torch.randn(6)
+    opcheck(ops.conv2d_relu, (x, weight, bias, y, *GEOMETRY))
+    opcheck(ops.conv2d_relu, (x, weight, bias, None, *GEOMETRY))
+
+
+@pytest.mark.gpu
 def test_a_weight_in_the_other_layout() -> None:
     # As a model has it that nobody converted: copied, since it is small; images never are.
-    x, weight = image(*X), torch.randn(WEIGHT)
+    x, weight = image(*X), torch.randn(WEIGHT, device=DEVICE)
     rest = (None, *NONE, 0, *NONE, None, 0, False, *GEOMETRY)
     y, _, _ = ops.conv2d_fused(x, weight, *rest)
     same, _, _ = ops.conv2d_fused(x, weight.contiguous(memory_format=torch.channels_last), *rest)
@@ -73,7 +86,7 @@ def test_without_a_gpu_and_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(operators, "interpreted", lambda: False)
     with pytest.raises(ValueError, match=r"x: expected a CUDA tensor, .* got one on cpu"):
         ops.conv2d_fused(
-            image(*X), image(*WEIGHT), None, *NONE, 0, *NONE, None, 0, False, *GEOMETRY
+            image(*X).cpu(), image(*WEIGHT).cpu(), None, *NONE, 0, *NONE, None, 0, False, *GEOMETRY
         )
 
 
@@ -86,9 +99,10 @@ def all_fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def blocks() -> Stage:
-    return stage("projection", "identity", act="silu")
+    return stage("projection", "identity", act="silu").to(DEVICE)
 
 
+@pytest.mark.gpu
 def test_what_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     # Two blocks: 4 + 3 convolutions. Written beside raw outputs are the blocks' outputs and the
     # projection's; statistics and sums come with the convolutions, but for each block's last sums,

@@ -22,6 +22,7 @@ from fastcnn.functional import conv2d_int8, pack_conv2d_int8
 from fastcnn.ops.conv2d_int8_call import Call
 from fastcnn.triton import conv2d_int8 as launches
 
+pytestmark = pytest.mark.gpu
 PLAIN = Case((2, 16, 5, 4), 24, 3, "for anything", padding=1)
 OUTPUTS = [
     (out_dtype, residual_dtype, act)

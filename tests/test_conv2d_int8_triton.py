@@ -14,6 +14,7 @@ from fastcnn.reference.conv2d_int8 import conv2d_int8 as reference
 from fastcnn.triton.conv2d_int8 import launch
 from fastcnn.triton.launch import Tile
 
+pytestmark = pytest.mark.gpu
 SMALL = Tile(m=32, n=16, k=32, warps=4, stages=2, group=2)
 
 

@@ -18,6 +18,8 @@ from fastcnn.ops.conv2d_int8_call import Call
 from fastcnn.ops.conv2d_int8_data import check_data
 from fastcnn.triton import conv2d_int8 as launches
 
+pytestmark = pytest.mark.gpu
+
 
 class NoKernel:
     """Stands for a kernel: the interpreter copies tensors, as a launch on a card does not."""

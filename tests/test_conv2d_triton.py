@@ -23,6 +23,7 @@ from fastcnn.ops.norm import Norm
 from fastcnn.triton.conv2d import Epilogue, Prologue, Tile, conv2d
 from fastcnn.triton.launch import checked_norm
 
+pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = Tile(m=32, n=16, k=16, warps=4, stages=2, group=2)
 

@@ -5,12 +5,15 @@ CPU operator's. And: no operator with a CUDA implementation goes without a call 
 """
 
 import itertools
+import re
+from pathlib import Path
 from typing import Any
 
 import card_calls
 import pytest
 import torch
-from card import CARD, DEVICE, cuda_operators, needs_a_card, on_card
+from card import CARD, DEVICE, HAS_CARD, cuda_operators, needs_a_card, on_card
+from cuda_emu import library
 from shapes import EDGES, LAYOUTS, RESNET50, Image
 from test_augment import SIZE, draw_everything, level_limit, smooth_images
 from test_dropout import SEED
@@ -37,6 +40,20 @@ def test_every_operator_with_a_cuda_implementation_is_called() -> None:
         geometry = [1, 1], [1, 1], [1, 1], 1
         torch.ops.fastcnn.conv2d_relu(x, weight, weight[:, 0, 0, 0].contiguous(), None, *geometry)
     assert cuda_operators() <= {*called.operators, "afresh"}  # that one stands in compiled graphs
+
+
+@pytest.mark.skipif(HAS_CARD, reason="there is a card: nothing is emulated")
+def test_every_cuda_implementation_in_csrc_is_emulated() -> None:
+    # One that is not would be called on the CPU, and its tests would prove nothing.
+    library.load()
+    named: set[str] = set()
+    for source in (Path(__file__).parents[1] / "csrc").glob("*.cpp"):
+        _, _, cuda = source.read_text().partition("(fastcnn, CUDA, m)")
+        named |= set(re.findall(r'm\.impl\(\s*"(\w+)"', cuda))
+    assert "batch_norm_act_fwd" in named
+    for name in named:
+        has = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcnn::{name}", library.KEY)
+        assert has, name
 
 
 # ---- dropout -------------------------------------------------------------------------------------

@@ -4,9 +4,11 @@ Every argument of every operator is replaced by everything that could lead a ker
 time and several at once.
 """
 
+import itertools
 import random
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from card import DEVICE, cuda_operators, on_card
+from nonsense_cases import good_arguments
 from shapes import LAYOUTS
 from torch import Tensor
 
@@ -38,6 +42,7 @@ ANY: dict[str, Callable[[Tensor], Any]] = {
     "other float": lambda t: t.half() if t.dtype == torch.float64 else t.double(),
     "another half": lambda t: t.half() if t.dtype == torch.bfloat16 else t.bfloat16(),
     "meta": lambda t: t.to("meta"),
+    "on the CPU": lambda t: t.cpu(),
     "sparse": lambda t: t.to_sparse(),
     "expanded": lambda t: t.flatten()[0].expand(t.shape),
     "huge strides": lambda t: t.new_zeros(t.numel() * 64).as_strided(
@@ -150,114 +155,6 @@ NO_NONSENSE = {
 }
 
 
-def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
-    def image() -> Tensor:  # square, so that a transposed one has the same sizes
-        return torch.randn(2, 6, 4, 4).to(dtype).contiguous(memory_format=LAYOUTS[layout])
-
-    if op.startswith("augment"):
-        table, size = torch.ones(2, 17), {"h": 5, "w": 3}
-        if op == "augment_mask":
-            return {"masks": torch.ones(2, 4, 4).long(), "reals": table, **size, "fill": 255}
-        images = torch.ones(2, 3, 4, 4).byte().contiguous(memory_format=LAYOUTS[layout])
-        tables = {"integers": torch.ones(2, 5).long(), "channels": torch.ones(3, 4)}
-        rest = {"dtype": 1, "channels_last": True}
-        return {"images": images, "reals": table, **tables, **size, **rest}
-    acc = torch.promote_types(dtype, torch.float32)
-    c = [torch.ones(6, dtype=acc) for _ in range(4)]
-    norm: dict[str, Any] = {"weight": c[0], "bias": c[1]}
-    stats, rest = {"mean": c[2], "var": c[3]}, {"eps": 1e-5, "act": 1}
-    if op.startswith("dropout"):
-        seed = {"seed": torch.tensor([5]), "p": 0.3, "per_channel": True}
-        return {"x": image(), "residual": image(), **seed}
-    if op.startswith(("group_norm_act", "pixel_norm_act")):
-        per_pixel = op.startswith("pixel")
-        groups = {} if per_pixel or op.endswith("bwd") else {"groups": 3}
-        if op.endswith("fwd"):
-            return {"x": image(), **norm, **groups, **rest}
-        matrices = {name: torch.ones(2, 16 if per_pixel else 3, dtype=c[0].dtype) for name in stats}
-        return {"dy": image(), "x": image(), **norm, **matrices, **rest}
-    if op == "batch_norm_act_fwd":
-        return {"x": image(), "residual": image(), **norm, **rest}
-    if op == "batch_norm_act_apply":
-        return {"x": image(), "residual": image(), **norm, **stats, **rest}
-    if op == "batch_norm_act_stats":
-        return {"x": image()}
-    if op == "batch_norm_join_stats":
-        return {"gathered": torch.ones(3, 13, dtype=acc)}
-    images = {"dy": image(), "x": image(), "saved": image()}
-    if op == "batch_norm_act_bwd":
-        return {**images, **norm, **stats, **rest, "training": True, "want_dresidual": True}
-    if op == "batch_norm_act_reduce":
-        return {**images, **norm, **stats, **rest, "want_dresidual": True}
-    if op == "batch_norm_act_dx":
-        sums = {"dweight": c[0].clone(), "dbias": c[1].clone(), "total": c[0][:1].clone()}
-        return {**images, **norm, **stats, **sums, **rest, "training": True}
-    if op.startswith("upsample_taps"):  # channels_last alone
-        layout, sizes = "channels_last", {"h": 4, "w": 2 if op.endswith("bwd") else 4}
-        how = {"scale_h": 1.0, "scale_w": 2.0, "sampling": 2}
-        if op.endswith("bwd"):
-            return {"dy": image(), **sizes, **how}
-        z = torch.randn(2, 18, 4, 2).to(dtype).contiguous(memory_format=LAYOUTS[layout])
-        return {"z": z, **sizes, **how}
-    if op.startswith("upsample"):
-        how = {"scale_h": 1.0, "scale_w": 2.0, "sampling": 2}
-        how["channels_last"] = layout == "channels_last"
-        if op == "upsample_bwd":
-            return {"dy": image(), "h": 4, "w": 2, **how}
-        tall = image()[..., :2].contiguous(memory_format=LAYOUTS[layout])
-        return {"x": tall, "skip": image(), "h": 4, "w": 4, **how, "skip_last": True}
-    if op == "conv2d_bwd_weight":
-        dtype, layout = torch.bfloat16, "channels_last"
-        how = {"kernel_h": 3, "kernel_w": 3, "stride_h": 1, "stride_w": 1}
-        how |= {"padding_h": 1, "padding_w": 1, "dilation_h": 1, "dilation_w": 1}
-        return {"dy": image(), "x": image(), **how}
-    if op.startswith("conv2d_fused"):
-        dtype = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
-        layout = "channels_last"
-        before, behind = (
-            {f"{side}_{key}": torch.ones(6) for key in ("mean", "var", "weight", "bias")}
-            | {f"{side}_eps": 1e-5, f"{side}_act": 1}
-            for side in ("in", "out")
-        )
-        how = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}
-        weight = {"weight": torch.ones(6, 6, 3, 3, dtype=dtype)}
-        if op == "conv2d_fused":
-            act = {"residual": image(), "out_act": behind.pop("out_act"), "statistics": True}
-            return {"x": image(), **weight, "bias": None, **before, **behind, **act, **how}
-        behind = {"out_raw": image(), **behind, "sum": torch.ones(6), "sum_xhat": torch.ones(6)}
-        if op == "conv2d_fused_bwd_weight":
-            return {
-                "dy": image(),
-                "x": image(),
-                "kernel_h": 3,
-                "kernel_w": 3,
-                **behind,
-                **before,
-                **how,
-            }
-        before = {"in_raw": image(), **before}
-        return {"dy": image(), **weight, "h": 4, "w": 4, **behind, "add": image(), **before, **how}
-    if op.startswith("conv2d_int8"):
-        layout = "channels_last"
-        q = image().mul(20).to(torch.uint8)
-        scales = {"residual_scale": 0.1, "residual_zero_point": 3}
-        if op == "conv2d_int8_epilogue":
-            sums = {
-                "acc": image().float(),
-                "multiplier": torch.ones(6),
-                "bias": torch.ones(6).int(),
-            }
-            return {"y": q.clone(), **sums, "residual": q, **scales, "act": 2, "cap": 6.0,
-                    "zero_point": 3}  # fmt: skip
-        weight = {"weight": torch.ones(6, 6, 3, 3).char(), "weight_scale": torch.ones(6)}
-        how = {"out_scale": 0.1, "out_zero_point": 3, "out_dtype": torch.uint8}
-        how |= {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1, "act": 1}
-        return {"x": q, **weight, "bias": torch.ones(6), "residual": q.clone(), "x_scale": 0.1,
-                "x_zero_point": 3, **scales, **how}  # fmt: skip
-    running = {"running_mean": c[0], "running_var": c[1], **stats}
-    return {**running, "total": None, "momentum": 0.1, "count": 9}
-
-
 OPS = ["batch_norm_act_fwd", "batch_norm_act_apply", "batch_norm_act_bwd", "batch_norm_act_stats"]
 OPS += ["batch_norm_act_reduce", "batch_norm_act_dx", "batch_norm_join_stats"]
 OPS += ["batch_norm_update_running"]
@@ -270,43 +167,63 @@ OPS += ["dropout_apply", "dropout_apply_"]
 OPS += ["group_norm_act_fwd", "group_norm_act_bwd", "pixel_norm_act_fwd", "pixel_norm_act_bwd"]
 
 
-def accepted_nonsense(log: Path) -> tuple[int, list[str]]:
+HOW = [
+    (dtype, layout)
+    for layout in LAYOUTS
+    for dtype in (torch.float32, torch.bfloat16, torch.float64)
+]
+HOW_ON_CARD = [(torch.float32, "nchw"), (torch.bfloat16, "channels_last")]
+
+
+def accepted_nonsense(log: Path, on_the_card: bool) -> tuple[int, list[str]]:
     """Call the operators with nonsense; how often, and which calls did not raise."""
     accepted, calls = [], 0
+    around, device = (on_card, DEVICE) if on_the_card else (nullcontext, torch.device("cpu"))
     generator = random.Random(0)
 
     def attempt(op: str, dtype: torch.dtype, layout: str, bad: list[tuple[str, str]]) -> None:
         nonlocal calls
-        arguments = good_arguments(op, dtype, layout)
+        arguments = good(op, dtype, layout)
         for name, kind in bad:
             spoil = (ANY | IMAGE | CHANNELS).get(kind)
-            good = arguments[name]
-            arguments[name] = numbers(op, name)[int(kind)] if spoil is None else spoil(good)
+            given = arguments[name]
+            arguments[name] = numbers(op, name)[int(kind)] if spoil is None else spoil(given)
         case = f"{op} {dtype} {layout} {bad}"
         log.write_text(case)
         calls += 1
         try:
             getattr(torch.ops.fastcnn, op)(*arguments.values())
+            accepted.append(case)
         except Exception:
-            return
-        accepted.append(case)
+            pass
+        synchronize()
 
-    for op in OPS:
-        for layout in LAYOUTS:
-            for dtype in (torch.float32, torch.bfloat16, torch.float64):
-                getattr(torch.ops.fastcnn, op)(*good_arguments(op, dtype, layout).values())
-                choices = [
-                    (name, kind)
-                    for name, good in good_arguments(op, dtype, layout).items()
-                    for kind in kinds(op, name, good)
-                ]
-                for choice in choices:
-                    attempt(op, dtype, layout, [choice])
-                # Several at once: one check must not lead another astray. Different kinds, since
-                # x and residual in the other layout are no nonsense.
-                for _ in range(30):
-                    bad = {kind: name for name, kind in generator.sample(choices, 3)}
-                    attempt(op, dtype, layout, list({v: k for k, v in bad.items()}.items()))
+    def good(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
+        arguments = good_arguments(op, dtype, layout)
+        return {k: t.to(device) if isinstance(t, Tensor) else t for k, t in arguments.items()}
+
+    def synchronize() -> None:
+        """Raise here what a kernel did wrong: every later call would raise, and seem right."""
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    ops = [op for op in OPS if not on_the_card or op in cuda_operators()]
+    for op, (dtype, layout) in itertools.product(ops, HOW_ON_CARD if on_the_card else HOW):
+        with around():
+            getattr(torch.ops.fastcnn, op)(*good(op, dtype, layout).values())
+            synchronize()
+            choices = [
+                (name, kind)
+                for name, given in good(op, dtype, layout).items()
+                for kind in kinds(op, name, given)
+            ]
+            for choice in choices:
+                attempt(op, dtype, layout, [choice])
+            # Several at once: one check must not lead another astray. Different kinds, since x and
+            # residual in the other layout are no nonsense.
+            for _ in range(30):
+                bad = {kind: name for name, kind in generator.sample(choices, 3)}
+                attempt(op, dtype, layout, list({v: k for k, v in bad.items()}.items()))
     return calls, accepted
 
 
@@ -318,9 +235,11 @@ def kinds(op: str, name: str, good: Any) -> list[str]:
     if not isinstance(good, Tensor):
         return [str(i) for i in range(len(numbers(op, name)))]
     if name == "seed":
-        return SEED
+        return [*SEED, *(["on the CPU"] if good.is_cuda else [])]
     own = ANY | (IMAGE if name in IMAGES else CHANNELS)
     legal = NO_NONSENSE.get((op, name), set()) | ({"None"} if name in OPTIONAL else set())
+    if good.device.type == "cpu" or "meta" in legal:
+        legal = legal | {"on the CPU"}
     if good.numel() == 1:
         legal = legal | set(SAME_NUMBER)
     if good.dtype is torch.int64:
@@ -337,13 +256,17 @@ def test_every_operator_is_here() -> None:
     assert set(OPS) <= registered
 
 
-def test_nonsense_raises(tmp_path: Path) -> None:
-    # In a process of its own, so that a crash is a failure that names the call.
+@pytest.mark.parametrize(
+    "on_the_card", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["cpu", "card"]
+)
+def test_nonsense_raises(on_the_card: bool, tmp_path: Path) -> None:
+    # In a process of its own, so that a crash is a failure that names the call; and on a card, so
+    # that a kernel that went wrong spoils no other test.
     log = tmp_path / "call"
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            calls, accepted = pool.submit(partial(accepted_nonsense, log)).result()
+            calls, accepted = pool.submit(partial(accepted_nonsense, log, on_the_card)).result()
         except Exception as error:
-            pytest.fail(f"{type(error).__name__} in {log.read_text()}")
+            pytest.fail(f"{type(error).__name__}: {error}: in {log.read_text()}")
     assert calls > 1000
     assert not accepted, f"{len(accepted)} of {calls} calls did not raise:\n" + "\n".join(accepted)
