@@ -5,6 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+INT8 = [torch.uint8, torch.int8]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+ACTS = ["none", "relu", "relu6"]
+
 
 class Case(NamedTuple):
     """An input [n, c, h, w], a convolution, and why it is in the list."""
@@ -103,3 +107,9 @@ def problem(
         residual = torch.randn(out_sizes(case), generator=g) * spread
         given["residual"] = residual.to(residual_dtype, memory_format=torch.channels_last)
     return given
+
+
+def assert_same(actual: Tensor, expected: Tensor, *case: Any) -> None:
+    assert actual.dtype == expected.dtype
+    wrong = (actual != expected).sum().item() if actual.shape == expected.shape else None
+    assert wrong == 0, (*map(str, case), f"{wrong} of {expected.numel()} differ")

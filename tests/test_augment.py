@@ -13,6 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from augment_cases import (
+    EVERYTHING,
+    SIZE,
+    draw_everything,
+    level_limit,
+    smooth_images,
+    with_values,
+)
 from oracles import torchvision_transforms as v2
 from shapes import LAYOUTS
 from torch import Tensor
@@ -25,43 +33,6 @@ from fastcnn.ops.augment_pack import pack
 
 F = v2.functional
 BILINEAR, EXACT = v2.InterpolationMode.BILINEAR, v2.InterpolationMode.NEAREST_EXACT
-SIZE = (37, 51)  # odd, and no whole number of vectors
-EVERYTHING: dict[str, Any] = {
-    "degrees": 30, "translate": (0.2, 0.1), "scale": (0.7, 1.4), "shear": (-10, 10, -5, 5),
-    "crop_scale": (0.3, 1.0), "horizontal_flip": 0.5, "vertical_flip": 0.5, "brightness": 0.4,
-    "contrast": (0.5, 1.5), "saturation": 0.5, "hue": 0.3, "noise": (0.0, 0.1), "erasing": 0.5,
-}  # fmt: skip
-
-
-def smooth_images(n: int, c: int, h: int, w: int) -> Tensor:
-    """uint8, all levels, neighbours alike as in photographs."""
-    g = torch.Generator().manual_seed(n + c + h + w)
-    coarse = torch.rand(n, c, -(-h // 4) + 1, -(-w // 4) + 1, generator=g)
-    fine = torch.nn.functional.interpolate(coarse, size=(h, w), mode="bilinear")
-    return (fine * 255.99).to(torch.uint8)
-
-
-def draw_everything(n: int, size_in: tuple[int, int], size: tuple[int, int]) -> AugmentParameters:
-    g = torch.Generator().manual_seed(n)
-    return Augment(size, **EVERYTHING).draw(n, size_in, g)
-
-
-def with_values(n: int, size: tuple[int, int], **values: Any) -> AugmentParameters:
-    """Identity but for some fields, the same for all samples."""
-    fields = dataclasses.asdict(AugmentParameters.identity(n, size))
-    for name, value in values.items():
-        fields[name] = torch.tensor([value] * n, dtype=fields[name].dtype)
-    return AugmentParameters(**fields)
-
-
-def level_limit(images: Tensor, extent: int = 64) -> float:
-    """Of levels from 0 to 1. Coordinates of up to `extent` and the image's sides are rounded 8
-    times in float32, and a pixel's neighbours may differ by all of 1; levels are rounded some 16
-    times. Brightness, contrast, saturation and hue may each double an error."""
-    eps = torch.finfo(torch.float32).eps
-    return 16 * (8 * max(extent, *images.shape) + 16) * eps / 2
-
-
 # The case: our parameters, torchvision's call, how theirs is rounded, the share of pixels that may
 # differ by one level. Where both compute the same number it is TIES, the share of levels that
 # float32 moves over the border between two: a coordinate of up to 64 is half an ulp of it off, 4e-6

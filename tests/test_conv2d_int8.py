@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conv2d_int8_cases import CASES, Case, problem, quantised
+from conv2d_int8_cases import ACTS, CASES, FLOATS, INT8, Case, assert_same, problem, quantised
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
@@ -25,16 +25,7 @@ from fastcnn import _C, info, reference
 from fastcnn.functional import conv2d_int8
 from fastcnn.ops import conv2d_int8_sums
 
-INT8 = [torch.uint8, torch.int8]
-FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-ACTS = ["none", "relu", "relu6"]
 ONNX_TYPES = {torch.uint8: TensorProto.UINT8, torch.int8: TensorProto.INT8}
-
-
-def assert_same(actual: Tensor, expected: Tensor, *case: Any) -> None:
-    assert actual.dtype == expected.dtype
-    wrong = (actual != expected).sum().item() if actual.shape == expected.shape else None
-    assert wrong == 0, (*map(str, case), f"{wrong} of {expected.numel()} differ")
 
 
 @pytest.mark.parametrize("x_dtype", INT8, ids=str)

@@ -10,9 +10,8 @@ import pytest
 import torch
 import triton_proof  # noqa: F401 (mends the interpreter)
 from card import DEVICE, needs_a_card, on_card
-from conv2d_int8_cases import CASES, Case, problem
+from conv2d_int8_cases import ACTS, CASES, FLOATS, INT8, Case, assert_same, problem
 from shapes import LAYOUTS
-from test_conv2d_int8 import ACTS, FLOATS, INT8, assert_same, onnx_qlinear_conv
 from test_conv2d_int8_errors import CASE, ERRORS
 from torch import Tensor
 from triton import knobs
@@ -68,6 +67,9 @@ def test_every_output(groups: int) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_onnx_reference(case: Case) -> None:
+    pytest.importorskip("onnx")
+    from test_conv2d_int8 import onnx_qlinear_conv
+
     for seed, (x_dtype, out_dtype) in enumerate(itertools.product(INT8, INT8)):
         units = torch.randint(-5000, 5000, (case.c_out,)).float()
         given = problem(case, x_dtype, out_dtype, None, "none", seed, units)

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 from card import DEVICE, needs_a_card, on_card
-from conv2d_int8_cases import problem
-from test_conv2d_int8 import assert_same
+from conv2d_int8_cases import assert_same, problem
 from test_conv2d_int8_cuda import PLAIN, call, on_device
 from torch import Tensor
 from triton_proof import INTERPRETED

@@ -12,10 +12,10 @@ from typing import Any
 import card_calls
 import pytest
 import torch
+from augment_cases import SIZE, draw_everything, level_limit, smooth_images
 from card import CARD, DEVICE, HAS_CARD, cuda_operators, needs_a_card, on_card
 from cuda_emu import library
 from shapes import EDGES, LAYOUTS, RESNET50, Image
-from test_augment import SIZE, draw_everything, level_limit, smooth_images
 from test_dropout import SEED
 from test_upsample import CASES, MODES, Resize, check, image, run
 from tolerance import assert_as_exact_as_torch

@@ -7,10 +7,10 @@ with few copies where there is no card.
 import pytest
 import torch
 import torch.nn.functional as F
+from augment_cases import draw_everything
 from card import DEVICE, needs_a_card, on_card
 from norm_cases import Draw
 from shapes import LAYOUTS
-from test_augment import draw_everything
 from test_dropout import SEED
 from tolerance import assert_as_exact_as_torch
 from torch import Tensor
