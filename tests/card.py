@@ -6,9 +6,9 @@ on_card() the operators' CUDA implementations, the CUDA kernels in the emulator 
 only a card can answer is skipped.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -20,10 +20,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcnn.ops import conv2d_folded, conv_bn_act
 
+T = TypeVar("T")
 HAS_CARD = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_CARD else "cpu")
 
 needs_a_card = pytest.mark.skipif(not HAS_CARD, reason="needs a GPU")
+
+COMPILES = HAS_CARD  # Triton's kernels, a second for each kind of them
+
+
+def thinned(cases: Iterable[T], step: int) -> list[T]:
+    """All of them; where kernels are compiled every step-th, so that a card is asked in minutes."""
+    return list(cases)[:: step if COMPILES else 1]
+
 
 CUDNN = "fastcnn::conv2d_relu"  # its CUDA implementation is an operator of PyTorch's
 

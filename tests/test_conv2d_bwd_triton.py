@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from activations import ACTS
+from card import thinned
 from test_conv2d_triton import DTYPES, GEOMETRIES, NAMES, SMALL, normalised
 from tolerance import assert_as_exact_as_torch
 from torch import Tensor
@@ -65,8 +66,7 @@ PHASES = {
 ALL = {**GEOMETRIES, **PHASES}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "dtype"), thinned(itertools.product(ALL, DTYPES), 5))
 def test_geometries(name: str, dtype: torch.dtype) -> None:
     sizes, window, geometry = ALL[name]
     geometry = {"groups": 1, **geometry}
@@ -93,7 +93,7 @@ def test_parts_of_the_pixels(dtype: torch.dtype, size: int) -> None:
     dy = output_like(x, weight, geometry)
     _, eager = gradients(dy, x, weight, geometry)
     _, exact = gradients(dy.double(), x.double(), weight.double(), geometry)
-    for parts in (1, 2, 3, 100):
+    for parts in thinned((1, 2, 3, 100), 3):
         dweight = conv2d_bwd_weight(dy, x, (size, size), **geometry, tile=SMALL, parts=parts)
         assert_as_exact_as_torch(f"{parts} parts", dweight, eager, exact)
 
@@ -176,7 +176,9 @@ HALF = [("relu", torch.bfloat16), ("gelu", torch.bfloat16), ("silu", torch.float
 STRIDED = {"stride": (2, 2), "padding": (1, 1)}
 
 
-@pytest.mark.parametrize(("act", "dtype"), [*((act, torch.float32) for act in ACTS), *HALF])
+@pytest.mark.parametrize(
+    ("act", "dtype"), thinned([*((act, torch.float32) for act in ACTS), *HALF], 4)
+)
 def test_batch_norms_on_both_sides(act: str, dtype: torch.dtype) -> None:
     # Padding: where no window reaches, g and a are 0, not the offset of a batch norm.
     for geometry, training in (
@@ -193,17 +195,21 @@ def moved(t: Tensor) -> Tensor:
     return torch.empty(t.numel() + 1).to(t)[1:].as_strided(t.shape, t.stride()).copy_(t)
 
 
-@pytest.mark.parametrize(("act", "dtype"), [("silu", torch.float32), *HALF])
 @pytest.mark.parametrize(
-    ("c_in", "c_out", "aside", "matrices"),
-    [(24, 40, "", 6), (24, 37, "", 0), (19, 40, "", 0), (24, 40, "raw", 0), (24, 40, "x", 3)],
-)
+    ("sizes", "how"),
+    thinned(
+        itertools.product(
+            [(24, 40, "", 6), (24, 37, "", 0), (19, 40, "", 0), (24, 40, "raw", 0),
+             (24, 40, "x", 3)],
+            [("silu", torch.float32), *HALF],
+        ), 7,
+    ),
+)  # fmt: skip
 def test_1x1_with_batch_norms(
-    c_in: int, c_out: int, aside: str, matrices: int, act: str, dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    sizes: tuple[int, int, str, int], how: tuple[str, torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # 6 ragged tiles of dx, two a program in the interpreter. matrices: dy, its raw, and w or x.
-    read = []
+    (c_in, c_out, aside, matrices), (act, dtype), read = sizes, how, []
     monkeypatch.setattr(conv2d_bwd, "matrix", lambda *a: (read.append(a), matrix(*a))[1])
     images = {k: channels_last(2, c, 7, 5, dtype=dtype) for k, c in (("x", c_in), ("raw", c_out))}
     x, raw = (moved(t) if k == aside else t for k, t in images.items())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import triton_proof  # noqa: F401 (mends the interpreter)
-from card import DEVICE, needs_a_card, on_card
+from card import DEVICE, needs_a_card, on_card, thinned
 from conv2d_int8_cases import ACTS, CASES, FLOATS, INT8, Case, assert_same, problem
 from shapes import LAYOUTS
 from test_conv2d_int8_errors import CASE, ERRORS
@@ -40,12 +40,11 @@ def call(**given: Any) -> Tensor:
         return conv2d_int8(**on_device(given)).cpu()
 
 
-@pytest.mark.parametrize("x_dtype", INT8, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "x_dtype"), thinned(itertools.product(CASES, INT8), 3), ids=str)
 def test_packed_and_unpacked(case: Case, x_dtype: torch.dtype) -> None:
     # Fewer options a case than there are; their number shares no factor with the step.
     first = 7 * CASES.index(case)
-    for seed in range(first, first + 4):
+    for seed in thinned(range(first, first + 4), 4):
         out_dtype, residual_dtype, act = OUTPUTS[seed % len(OUTPUTS)]
         given = problem(case, x_dtype, out_dtype, residual_dtype, act, seed)
         expected = reference.conv2d_int8(**given)
@@ -59,13 +58,13 @@ def test_packed_and_unpacked(case: Case, x_dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("groups", [1, 2, 8])
 def test_every_output(groups: int) -> None:
     case = Case((1, 8, 3, 4), 16, 3, "plain, grouped, depthwise", padding=1, groups=groups)
-    for seed, (out_dtype, residual_dtype, act) in enumerate(OUTPUTS):
+    for seed, (out_dtype, residual_dtype, act) in thinned(enumerate(OUTPUTS), 13):
         given = problem(case, INT8[seed % 2], out_dtype, residual_dtype, act, seed)
         expected = reference.conv2d_int8(**given)
         assert_same(call(**given), expected, out_dtype, residual_dtype, act)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", thinned(CASES, 4), ids=str)
 def test_onnx_reference(case: Case) -> None:
     pytest.importorskip("onnx")
     from test_conv2d_int8 import onnx_qlinear_conv

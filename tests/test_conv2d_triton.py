@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from activations import ACTS
-from card import DEVICE
+from card import DEVICE, thinned
 from tolerance import assert_as_exact_as_torch
 from torch import Tensor
 from triton_proof import channels_last, norm_of, normed, without_tf32
@@ -118,8 +118,7 @@ GEOMETRIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize(("name", "dtype"), thinned(itertools.product(GEOMETRIES, DTYPES), 2))
 def test_geometries(name: str, dtype: torch.dtype) -> None:
     x, weight, geometry = GEOMETRIES[name]
     check(channels_last(*x, dtype=dtype), channels_last(*weight, dtype=dtype), **geometry)
@@ -128,7 +127,9 @@ def test_geometries(name: str, dtype: torch.dtype) -> None:
 HALF = [("relu", torch.bfloat16), ("gelu", torch.bfloat16), ("silu", torch.float16)]
 
 
-@pytest.mark.parametrize(("act", "dtype"), [*((act, torch.float32) for act in ACTS), *HALF])
+@pytest.mark.parametrize(
+    ("act", "dtype"), thinned([*((act, torch.float32) for act in ACTS), *HALF], 5)
+)
 def test_activations_before_and_behind(act: str, dtype: torch.dtype) -> None:
     # Padding: act(bias) of a pixel outside would be seen in every border pixel.
     for size in (1, 3):
@@ -151,7 +152,7 @@ def test_every_epilogue(dtype: torch.dtype) -> None:
     ]  # fmt: skip
     residuals = [{}, {"residual": channels_last(2, 24, 5, 7, dtype=dtype)}]
     statistics = [{}, {"statistics": True}]
-    for size, *three in itertools.product((1, 3), affine, residuals, statistics):
+    for size, *three in thinned(itertools.product((1, 3), affine, residuals, statistics), 11):
         epilogue = {k: v for options in three for k, v in options.items()}
         weight = channels_last(24, 16, size, size, dtype=dtype)
         check(x, weight, padding=(size // 2, size // 2), epilogue=epilogue)

@@ -22,7 +22,7 @@ from fastcnn import functional, reference
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LARGE = [pytest.param(image, marks=needs_a_card) for image in RESNET50]
+LARGE = [pytest.param(image, marks=needs_a_card) for image in RESNET50[::2]]
 TRAINING_AND_EVAL = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 
 
