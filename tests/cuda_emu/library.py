@@ -24,10 +24,10 @@ KEY = "PrivateUse1"
 @functools.cache
 def load() -> None:
     """Build the library, unless it is there from the same text, and load it."""
-    torch.ops.load_library(_build())
+    torch.ops.load_library(build_library())
 
 
-def _build() -> Path:
+def build_library() -> Path:
     csrc, torch_dir = build.ROOT / "csrc", Path(torch.__file__).parent
     glue = [path for path in sorted(csrc.glob("*.cpp")) if "(fastcnn, CUDA, m)" in path.read_text()]
     kernels = [HERE / "cuda_call.cpp", *sorted((csrc / "cuda").glob("*.cu"))]

@@ -384,6 +384,19 @@ inline bool fits(const dim3& dim, const dim3& limit) {
          dim.z - 1 < limit.z;  // 0 wraps around and does not fit
 }
 
+// Where CUDA_EMU_LAUNCHED names a file, each launch adds a line: the kernel's place in its library,
+// whose symbols know its name.
+inline void note_launch(const void* kernel) {
+  const char* name = std::getenv("CUDA_EMU_LAUNCHED");
+  Dl_info library;
+  if (name == nullptr || dladdr(kernel, &library) == 0) return;
+  FILE* file = std::fopen(name, "a");
+  if (file == nullptr) fail("cannot write %s", name);
+  const auto* base = static_cast<const char*>(library.dli_fbase);
+  std::fprintf(file, "%tx\n", static_cast<const char*>(kernel) - base);
+  std::fclose(file);
+}
+
 inline cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                           const std::function<void()>& body) {
   for (unsigned i = 0; i < config.numAttrs; ++i) {
@@ -402,6 +415,7 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   const size_t shared_limit =
       opt_in == emulator.max_shared_bytes.end() ? kDefaultSharedBytes : opt_in->second;
   if (config.dynamicSmemBytes > shared_limit) return result(cudaErrorInvalidValue);
+  note_launch(kernel);
 
   emulator.kernel = &body;
   emulator.block_dim = block;

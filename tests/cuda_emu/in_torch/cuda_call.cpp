@@ -7,12 +7,18 @@ namespace {
 constexpr int64_t kBehind = 1024;         // floats behind a workspace
 constexpr unsigned char kPattern = 0xff;  // NaN, as memory that nobody has written yet
 
+// CUDA_EMU_SMS: of another card, for the paths that are chosen there.
+int multiprocessors() {
+  const char* given = std::getenv("CUDA_EMU_SMS");
+  return given == nullptr ? cuda_emu::kMultiprocessors : std::atoi(given);
+}
+
 }  // namespace
 
 CudaCall::CudaCall(const char* op, const Tensor& x) : op_(op), x_(x), device_{} {
   static std::mutex card;
   alone_ = std::unique_lock(card);
-  device_ = {cuda_emu::kMultiprocessors, nullptr, cuda_emu::kMaxSharedBytes};
+  device_ = {multiprocessors(), nullptr, cuda_emu::kMaxSharedBytes};
 }
 
 Tensor CudaCall::workspace(int64_t floats) const {

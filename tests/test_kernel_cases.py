@@ -1,0 +1,47 @@
+"""What compute-sanitizer is shown on a card: a call of every kernel, as the emulator sees them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from card import HAS_CARD, on_card
+from cuda_emu import library
+from gpu.sanitize import kernels, triton_kernels
+from kernel_cases import run
+from triton.runtime import interpreter
+
+TESTS = Path(__file__).parent
+AS_ON_A_CARD = "import card, kernel_cases\nwith card.on_card(): kernel_cases.run(['cuda'])"
+
+pytestmark = pytest.mark.skipif(HAS_CARD, reason="on a card make gpu asks the card itself")
+
+
+def test_every_cuda_kernel_is_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In a process of its own, since the library reads its environment when it is called; with the
+    # multiprocessors of an H200, by which launchers choose between kernels.
+    launched = tmp_path / "launched"
+    monkeypatch.setenv("CUDA_EMU_LAUNCHED", f"{launched}")
+    monkeypatch.setenv("CUDA_EMU_SMS", "132")
+    subprocess.run([sys.executable, "-c", AS_ON_A_CARD], cwd=TESTS, check=True)
+    symbols = subprocess.run(
+        ["nm", "-C", library.build_library()], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    at = {int(words[0], 16): words[2] for words in (line.split(" ", 2) for line in symbols)
+          if len(words) == 3 and words[0]}  # fmt: skip
+    found = {at[int(line, 16)] for line in launched.read_text().split()}
+    names = {name for name in kernels() if any(f"::{name}" in symbol for symbol in found)}
+    assert names == kernels()
+
+
+def test_every_triton_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, launch = set(), interpreter.GridExecutor.__call__
+
+    def noted(self: interpreter.GridExecutor, *args: object, **kwargs: object) -> None:
+        found.add(self.fn.__name__)
+        launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", noted)
+    with on_card():
+        run(["triton"])
+    assert found == triton_kernels()
