@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
@@ -26,7 +27,9 @@ PYTEST: list[str | Path] = [
 BENCHMARKS = [*PYTEST, "-q", "--benchmark-disable", "-p", "no:logging"]
 WARMERS = 4  # each with tensors of a whole network's training, 30 GB
 WARMING = 0.4  # of the benchmarks' time at most
-TEST_PROCESSES = 4  # a file each: a launch that goes wrong ends all else in its process
+# A file each: a launch that goes wrong ends all else in its process. Most of their time is Triton's
+# compiling.
+TEST_PROCESSES = max(2, min(8, (os.cpu_count() or 2) // 2))
 
 
 def build(run: Run) -> Found:
