@@ -151,25 +151,17 @@ constexpr size_t kStackBytes =
 constexpr size_t kGuardBytes =
     4 << 10;  // below it: an overflow faults instead of overwriting a neighbour
 
-#ifdef FASTCNN_EMULATED_IN_TORCH
-// No AddressSanitizer, and no signal mask to keep: without swapcontext's system calls a test takes
-// a sixth of the time.
+// Without swapcontext's system calls, for there is no signal mask to keep. AddressSanitizer replaces
+// longjmp by a version that clears the red zones of the stack: an array on that stack could then be
+// overrun unseen. Call the C library's own; the annotations around the calls are all it needs.
 inline void swap_context(Context* from, Context* to) {
+  using Jump = void (*)(jmp_buf, int);
+  static const auto jump =
+      reinterpret_cast<Jump>(dlsym(dlopen("libc.so.6", RTLD_LAZY), "_longjmp"));
   if (_setjmp(from->place) != 0) return;
-  if (!std::exchange(to->fresh, false)) _longjmp(to->place, 1);
+  if (!std::exchange(to->fresh, false)) jump(to->place, 1);
   setcontext(&to->registers);
 }
-#else
-// AddressSanitizer replaces swapcontext by a version that clears the red zones of the stack it
-// enters: an array on that stack could then be overrun unseen. Call the C library's own; the
-// annotations around the calls are all it needs.
-inline void swap_context(Context* from, Context* to) {
-  using Swap = int (*)(ucontext_t*, const ucontext_t*);
-  static const auto swap =
-      reinterpret_cast<Swap>(dlsym(dlopen("libc.so.6", RTLD_LAZY), "swapcontext"));
-  swap(&from->registers, &to->registers);
-}
-#endif
 
 inline void switch_to_scheduler(Thread& thread) {
   __sanitizer_start_switch_fiber(&thread.asan_stack, emulator.scheduler_stack,
