@@ -34,8 +34,8 @@ BUILD = ["scikit-build-core>=0.11", "pybind11>=2.13", "ninja", "cmake>=3.24", "n
 # CUDA's headers, for the emulated tests where there is no toolkit. Without their dependencies, so
 # that they cannot touch the packages that a CUDA build of torch brought along.
 HEADERS = ["nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*", "nvidia-cuda-cccl==13.0.*"]
-# Beside the newest Triton, for the tests of what both compile: the one of torch 2.11. In a folder of
-# its own, which those tests put in front.
+# Beside the newest Triton, for the tests of what both compile: the one of torch 2.11, in a folder
+# of its own, which those tests put in front.
 OLDER_TRITON = "triton==3.6.*"
 ASK_TORCH = "import torch; print(torch.__version__)"
 
