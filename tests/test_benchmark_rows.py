@@ -100,6 +100,13 @@ def test_what_was_not_measured_is_said() -> None:
     assert "1.2x best of those that ran: reached" in benchmark_table.verdict(best)
 
 
+def test_a_case_that_ended_in_an_error_reaches_and_misses_nothing() -> None:
+    lost = {"file": "bench_dropout", "test": "test_training", "case": "a", "error": "no memory"}
+    measured = row("dropout", "training", "b", of_copy=0.9)
+    said = "2 floors reached, 0 missed, 1 cases not measured"
+    assert benchmark_table.tally([lost, measured]) == said
+
+
 def test_the_table() -> None:
     op = without_images("dropout", "training", "small", of_copy=0.9, late={"eager": 3})
     again = {**op, "of_copy": 0.5}

@@ -61,8 +61,12 @@ def floors_of(row: Row) -> list[Floor]:
 
 def tally(rows: Iterable[Row]) -> str:
     """Say in some words how many floors were reached."""
-    verdicts = " ".join(verdict(row) for row in rows)
-    return f"{verdicts.count(': reached')} floors reached, {verdicts.count('**missed**')} missed"
+    rows = list(rows)
+    timed = [row for row in rows if "ms" in row]
+    verdicts = " ".join(map(verdict, timed))
+    said = f"{verdicts.count(': reached')} floors reached, {verdicts.count('**missed**')} missed"
+    lost = len(rows) - len(timed)
+    return f"{said}, {lost} cases not measured" if lost else said
 
 
 def verdict(row: Row) -> str:
