@@ -9,7 +9,7 @@ whole networks by the process's clock, as on the CPU; below the table stand the 
 where there was a choice.
 
     --rows=FILE   each case becomes a line of JSON there at once (records.py)
-    --seconds=N   cases that would begin later are skipped, and counted
+    --seconds=N   cases that would begin later are skipped, which their rows say
     --warm        every candidate is called once and nothing timed: what they compile is then in
                   the caches on disk, and may be compiled by many processes at once
 """
@@ -79,8 +79,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what would begin too late."""
     seconds = item.config.getoption("seconds")
     if seconds is not None and time.monotonic() - START >= seconds:
+        why = f"--seconds={seconds:g} were over"
         item.config.stash[SKIPPED].append(item.nodeid)
-        pytest.skip(f"--seconds={seconds:g} were over")
+        record(item, {"skipped": why})
+        pytest.skip(why)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -278,7 +280,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             write("  ".join([first, *rest]))
     if chosen := plan.rows():
         write(f"\nplans: {plan.summary()}\n{table(chosen)}")
-    if failed := len(rows) - len(timed_rows):
+    if failed := sum("error" in row for row in rows):
         write(f"{failed} cases ended in an error")
     if skipped := config.stash[SKIPPED]:
         write(f"{len(skipped)} cases were skipped: --seconds={config.getoption('seconds'):g}")

@@ -11,7 +11,8 @@ images_per_s       by candidate       peak_bytes  likewise, beside what was ther
 kept_ratio         bytes kept for backward, as a share of eager's
 late               calls whose time may include waiting for the host (fastcnn/plan/clock.py)
 plans              problem: plan, of ours
-errors             by candidate, which then has no times; of the case alone: `error`
+errors             by candidate, which then has no times; of the case alone: `error`, or why it
+                   was `skipped`
 """
 
 import json

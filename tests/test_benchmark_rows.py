@@ -115,7 +115,10 @@ def test_the_table() -> None:
                peak_bytes={"ours": 2 * 10**9, "eager": 3 * 10**9})  # fmt: skip
     lost = {"error": "out of\nmemory", "device": "made up"}
     lost |= {"file": "bench_dropout", "test": "test_training", "case": "large"}
-    text = benchmark_table.table([op, alone, step, lost, again])
+    late = {"skipped": "--seconds=9 were over", "device": "made up"}
+    late |= {"file": "bench_dropout", "test": "test_training"}
+    of_a_later_run = [{**late, "case": "small"}, {**late, "case": "other"}]
+    text = benchmark_table.table([op, alone, step, lost, again, *of_a_later_run])
     assert text.splitlines()[0] == "made up:"
     (line,) = (line for line in text.splitlines() if line.startswith("| small"))  # the last run's
     assert line == (
@@ -124,6 +127,8 @@ def test_the_table() -> None:
     )
     assert "| alone | 2.00 (2.00 to 2.50) | - | - | - |" in text
     assert "- large: not measured: out of memory" in text
+    assert "- other: not measured: --seconds=9 were over" in text
+    assert "- small: not measured" not in text  # an earlier run's row stays
     ours, eager, compiled = (line for line in text.splitlines() if line.startswith("| unet"))
     assert ours.endswith("| 4000 | - | 2.00 | 0.70 | 1.3x eager: reached, 3.00x |")
     assert eager.endswith("| 1333 | 3.00x | 3.00 | - |  |")

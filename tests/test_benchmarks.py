@@ -99,7 +99,7 @@ def test_errors_and_a_time_limit(tmp_path: Path) -> None:
     assert "1 cases were skipped: --seconds=1000" in out
     assert "2 cases ended in an error" in out
     by_case = {row["case"]: row for row in rows}
-    assert list(by_case) == ["right", "baseline", "ours", "setup", "late"]
+    assert list(by_case) == ["right", "baseline", "ours", "setup", "late", "later"]
     assert set(by_case["right"]["ms"]) == {"ours", "eager", "compiled", "copy"}
     assert "errors" not in by_case["right"]
     # One baseline is lost, not the others' times.
@@ -111,6 +111,7 @@ def test_errors_and_a_time_limit(tmp_path: Path) -> None:
     assert "ms" not in by_case["ours"]
     assert by_case["setup"]["error"] == "ValueError: of the\ncase"
     assert "\nlate  " in out  # in the table
+    assert by_case["later"]["skipped"] == "--seconds=1000 were over"
 
 
 def test_warming_up_times_nothing(tmp_path: Path) -> None:

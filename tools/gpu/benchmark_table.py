@@ -130,7 +130,11 @@ def network_lines(rows: list[Row]) -> Iterator[str]:
 
 def table(rows: Iterable[Row]) -> str:
     """Return the rows' Markdown."""
-    last = {(row["file"], row["test"], row["case"]): row for row in rows}
+    last: dict[tuple[str, str, str], Row] = {}
+    for row in rows:
+        key = row["file"], row["test"], row["case"]
+        if "skipped" not in row or key not in last:
+            last[key] = row
     out: list[str] = []
     for device in dict.fromkeys(row["device"] for row in last.values()):
         out += [f"{device}:", ""]
@@ -151,7 +155,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def _whole(row: Row) -> dict[str, str]:
-    return {"not measured": row["error"]} if "error" in row else {}
+    return {"not measured": row[why] for why in ("error", "skipped") if why in row}
 
 
 def read(path: pathlib.Path) -> list[Row]:
