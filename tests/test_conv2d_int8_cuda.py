@@ -111,7 +111,8 @@ def test_layouts_strides_and_an_empty_batch(layout: str) -> None:
 
 @pytest.mark.parametrize(("changes", "error", "message"), ERRORS)
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    given = problem(CASE, torch.uint8, torch.int8, torch.uint8)
+    # Changed on the card: a tensor that is moved there becomes dense.
+    given = on_device(problem(CASE, torch.uint8, torch.int8, torch.uint8))
     for name, change in changes.items():
         given[name] = change(given[name]) if callable(change) else change
     with pytest.raises(error, match=f"^conv2d_int8: {message}"):
