@@ -9,6 +9,7 @@ possible. tests/test_kernel_cases.py proves that no kernel of csrc/cuda is left 
 """
 
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 
@@ -170,26 +171,33 @@ TRITON: dict[str, Callable[[], None]] = {
 CASES = {"cuda": CUDA, "triton": TRITON}
 
 
-def run(kinds: list[str]) -> None:
-    """Run the cases of some kinds, and wait for the card after each."""
+def run(kinds: list[str]) -> int:
+    """Run the cases of some kinds, and wait for the card after each; return how many raised."""
     torch.manual_seed(0)
+    raised = 0
     for kind in kinds:
         for name, case in CASES[kind].items():
             print(name, flush=True)
-            case()
-            if HAS_CARD:
-                torch.cuda.synchronize()
+            try:
+                case()
+                if HAS_CARD:
+                    torch.cuda.synchronize()
+            except Exception:
+                raised += 1
+                traceback.print_exc()
+    return raised
 
 
-def print_launched(kinds: list[str]) -> None:
-    """Run them, and print what the card ran."""
+def run_and_print_launched(kinds: list[str]) -> int:
+    """Run them likewise, and print what the card ran."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run(kinds)
+        raised = run(kinds)
     on_card = torch.autograd.DeviceType.CUDA
     for name in sorted({e.name for e in profile.events() if e.device_type is on_card}):
         print(f"launched: {name}")
+    return raised
 
 
 if __name__ == "__main__":
     arguments = [one for one in sys.argv[1:] if one != "--launched"] or [*CASES]
-    (print_launched if "--launched" in sys.argv else run)(arguments)
+    sys.exit((run_and_print_launched if "--launched" in sys.argv else run)(arguments) > 0)

@@ -8,11 +8,11 @@ import pytest
 from card import HAS_CARD, on_card
 from cuda_emu import library
 from gpu.sanitize import kernels, triton_kernels
-from kernel_cases import run
+from kernel_cases import CASES, run
 from triton.runtime import interpreter
 
 TESTS = Path(__file__).parent
-AS_ON_A_CARD = "import card, kernel_cases\nwith card.on_card(): kernel_cases.run(['cuda'])"
+AS_ON_A_CARD = "import card, kernel_cases\nwith card.on_card(): raise SystemExit(kernel_cases.run(['cuda']))"
 
 pytestmark = pytest.mark.skipif(HAS_CARD, reason="on a card make gpu asks the card itself")
 
@@ -43,5 +43,13 @@ def test_every_triton_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", noted)
     with on_card():
-        run(["triton"])
+        assert run(["triton"]) == 0
     assert found == triton_kernels()
+
+
+def test_a_case_that_raises_loses_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    cases = {"first": lambda: 1 / 0, "second": lambda: called.append(1)}
+    monkeypatch.setitem(CASES, "cuda", cases)
+    assert run(["cuda"]) == 1
+    assert called

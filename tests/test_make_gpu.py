@@ -193,8 +193,10 @@ UNWRITTEN = """
 =========     at void at::native::vectorized_elementwise_kernel<(int)4>(int, T2, T3)+0x1f0
 =========     by thread (0,0,0) in block (0,0,0)
 ========= Uninitialized __global__ memory read of size 16 bytes
-=========     at void fastcnn::(anonymous namespace)::dropout_flat_kernel<float, (int)4>+0x120
+=========     at fastcnn::load(const float *)+0x120 in vector.cuh:12
 =========     by thread (32,0,0) in block (1,0,0)
+=========     Device Frame: void fastcnn::(anonymous namespace)::dropout_flat_kernel<float, (int)4>
+=========
 ========= ERROR SUMMARY: 2 errors
 """
 
@@ -248,3 +250,21 @@ def test_benchmarks_that_fail_keep_their_rows(
     found["why"] = ""
     assert table.said(found) == "1 cases, 1 floors reached, 1 missed, 0 plans"
     assert "80% of copy: **missed**, 70%" in (made_up / "table.md").read_text()
+
+
+def test_a_tool_looks_although_a_case_raises(
+    made_up: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up.mkdir()
+    cases = made_up / "cases.py"
+    cases.write_text("import sys\nprint('launched: void one_kernel<float>(int)')\nsys.exit(1)")
+    monkeypatch.setattr(sanitize, "CASES", cases)
+    monkeypatch.setattr(sanitize, "kernels", lambda: {"one_kernel"})
+    monkeypatch.setattr(sanitize, "triton_kernels", set)
+    monkeypatch.setattr(sanitize, "find", lambda: "compute-sanitizer")
+    monkeypatch.setattr(sanitize, "filter_option", lambda program: "--kernel-name")
+    monkeypatch.setattr(sanitize, "check", lambda *_: 0)
+    with pytest.raises(Failed, match=r"^cases\.py ended with status 1$") as failed:
+        sanitize.sanitize(Run(made_up, made_up / "log", time.monotonic() + 60))
+    assert failed.value.found["kernels"] == 1
+    assert set(failed.value.found["errors"].values()) == {0}
