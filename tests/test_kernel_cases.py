@@ -12,7 +12,11 @@ from kernel_cases import CASES, run
 from triton.runtime import interpreter
 
 TESTS = Path(__file__).parent
-AS_ON_A_CARD = "import card, kernel_cases\nwith card.on_card(): raise SystemExit(kernel_cases.run(['cuda']))"
+AS_ON_A_CARD = """
+import card, kernel_cases
+with card.on_card():
+    raise SystemExit(kernel_cases.run(["cuda"]))
+"""
 
 pytestmark = pytest.mark.skipif(HAS_CARD, reason="on a card make gpu asks the card itself")
 

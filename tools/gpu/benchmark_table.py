@@ -155,7 +155,8 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def _whole(row: Row) -> dict[str, str]:
-    return {"not measured": row[why] for why in ("error", "skipped") if why in row}
+    why = row.get("error") or row.get("skipped")
+    return {"not measured": why} if why else {}
 
 
 def read(path: pathlib.Path) -> list[Row]:
