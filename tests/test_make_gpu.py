@@ -12,7 +12,7 @@ import torch
 from card import HAS_CARD
 from gpu import __main__ as make_gpu
 from gpu import run as runs
-from gpu import sanitize, stages, table, tune_networks
+from gpu import stages, table, tune_networks
 from gpu.run import Failed, Found, Run
 from test_benchmark_rows import row
 
@@ -57,6 +57,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     )
     monkeypatch.setattr(runs, "PATIENCE", 1.0)
     monkeypatch.setattr(make_gpu, "look", lambda: MACHINE)
+    monkeypatch.setattr(make_gpu, "START", time.monotonic())
     monkeypatch.setattr(make_gpu, "SITE", tmp_path)
     for module in (make_gpu, runs, stages):
         monkeypatch.setattr(module, "WORK", tmp_path)
@@ -141,6 +142,44 @@ def test_a_process_that_ignores_interrupts_is_killed(made_up: Path) -> None:
     assert time.monotonic() - start < 30
 
 
+LEAVES_A_CHILD = """
+import signal, subprocess, sys, time
+child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+print(subprocess.Popen([sys.executable, "-c", child]).pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_nothing_of_an_interrupted_process_goes_on(made_up: Path) -> None:
+    # It would share the card with what is timed next.
+    made_up.mkdir()
+    run = Run(made_up, made_up / "log", time.monotonic() + 3)
+    assert run.execute([sys.executable, "-c", LEAVES_A_CHILD]) is None
+    child = next(line for line in run.log.read_text().splitlines() if line.isdigit())
+    state = Path(f"/proc/{child}/stat")
+    for _ in range(100):
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {child} goes on")
+
+
+def test_all_stages_end_in_time(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Were each as late as it may be, what is given ten minutes would be killed before its end.
+    monkeypatch.setattr(make_gpu, "ALL", 1.0)
+    monkeypatch.setattr(make_gpu, "STAGES", {"bench": (slow, 60.0)})
+    start = time.monotonic()
+    assert make_gpu.main([f"{made_up}"]) == 1
+    assert time.monotonic() - start < 30
+    assert results_in(made_up)["stages"]["bench"]["why"] == "a sleeper took too long"
+
+
+def test_a_commit_is_named_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/none")
+    monkeypatch.setenv("COMMIT", "abc")
+    assert make_gpu.commit() == "abc"
+
+
 TESTS = """
 import pytest
 pytestmark = pytest.mark.gpu
@@ -152,6 +191,18 @@ def test_skipped(): pass
 def fixture(): raise ValueError("no")
 def test_error(fixture): pass
 """
+
+
+def test_a_test_that_hangs_is_named(made_up: Path) -> None:
+    made_up.mkdir()
+    path = made_up / "test_some.py"
+    path.write_text("import time, pytest\npytestmark = pytest.mark.gpu\n"
+                    "def test_x(): pass\ndef test_hangs(): time.sleep(60)")  # fmt: skip
+    run = Run(made_up, made_up / "log", time.monotonic() + 8)
+    found = stages.test_file(run, path)
+    assert found["failures"]["test_some.py"] == "test_some.py took too long"
+    assert "::test_x PASSED" in run.log.read_text()
+    assert "::test_hangs" in run.log.read_text()
 
 
 def test_a_file_of_tests(made_up: Path) -> None:
@@ -173,41 +224,6 @@ def test_a_file_of_tests(made_up: Path) -> None:
     assert found["failures"] == {"test_some.py": "test_some.py ended with status 139"}
 
 
-@pytest.mark.parametrize(
-    ("text", "status", "expected"),
-    [
-        ("========= ERROR SUMMARY: 0 errors", 0, 0),
-        ("========= ERROR SUMMARY: 1 error", 86, 1),
-        ("========= RACECHECK SUMMARY: 3 hazards displayed (0 errors, 3 warnings)", 86, 3),
-        ("========= ERROR SUMMARY: 0 errors", 1, "no errors, but status 1"),
-        ("Traceback", 1, "no summary, status 1"),
-        ("========= ERROR SUMMARY: 0 errors", None, "took too long"),
-    ],
-)
-def test_what_compute_sanitizer_says(text: str, status: int | None, expected: int | str) -> None:
-    assert sanitize.errors_of(text, status) == expected
-
-
-UNWRITTEN = """
-========= Uninitialized __global__ memory read of size 4 bytes
-=========     at void at::native::vectorized_elementwise_kernel<(int)4>(int, T2, T3)+0x1f0
-=========     by thread (0,0,0) in block (0,0,0)
-========= Uninitialized __global__ memory read of size 16 bytes
-=========     at fastcnn::load(const float *)+0x120 in vector.cuh:12
-=========     by thread (32,0,0) in block (1,0,0)
-=========     Device Frame: void fastcnn::(anonymous namespace)::dropout_flat_kernel<float, (int)4>
-=========
-========= ERROR SUMMARY: 2 errors
-"""
-
-
-def test_errors_of_other_people_s_kernels_are_not_ours() -> None:
-    assert sanitize.ours(UNWRITTEN, 86) == 1
-    assert sanitize.ours(UNWRITTEN.replace("dropout_flat_kernel", "some_kernel"), 86) == 0
-    assert sanitize.ours("Traceback", 1) == "no summary, status 1"
-    assert sanitize.triton_kernels() >= {"conv2d_kernel", "depthwise_int8_kernel"}
-
-
 def test_networks_are_met_for_tuning(capsys: pytest.CaptureFixture) -> None:
     # All but the card: on a CPU nothing is planned, and the table of plans is empty.
     tune_networks.main({"resnet50": (2, 32), "unet": (1, 32)}, "cpu")
@@ -225,7 +241,10 @@ def test_networks_are_met_for_tuning(capsys: pytest.CaptureFixture) -> None:
 MEASURES = """
 import json, os, pathlib, sys
 if "--warm" in sys.argv:
+    pathlib.Path(CHOSEN).parent.mkdir(parents=True)
+    pathlib.Path(CHOSEN).touch()
     sys.exit(3)  # its errors are the timed run's as well, and are told there
+assert not pathlib.Path(CHOSEN).exists()  # chosen while others were using the card
 assert os.environ["FASTCNN_PLAN"] == "tune"
 rows = next(word.partition("=")[2] for word in sys.argv if word.startswith("--rows="))
 pathlib.Path(rows).write_text(json.dumps(ROW) + "\\n" + '{"file": "cut o')
@@ -239,7 +258,9 @@ def test_benchmarks_that_fail_keep_their_rows(
     made_up.mkdir()
     program = made_up / "measures.py"
     one = row("dropout", "training", "a", of_copy=0.7)
-    program.write_text(MEASURES.replace("ROW", repr(one)))
+    chosen = made_up.parent / "inductor" / "ab" / "c.best_config"
+    text = MEASURES.replace("ROW", repr(one)).replace("CHOSEN", repr(f"{chosen}"))
+    program.write_text(text)
     monkeypatch.setattr(stages, "BENCHMARKS", [sys.executable, program])
     monkeypatch.setattr(make_gpu, "STAGES", {"bench": (stages.bench, 60.0)})
     assert make_gpu.main([f"{made_up}"]) == 1
@@ -250,21 +271,3 @@ def test_benchmarks_that_fail_keep_their_rows(
     found["why"] = ""
     assert table.said(found) == "1 cases, 1 floors reached, 1 missed, 0 plans"
     assert "80% of copy: **missed**, 70%" in (made_up / "table.md").read_text()
-
-
-def test_a_tool_looks_although_a_case_raises(
-    made_up: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made_up.mkdir()
-    cases = made_up / "cases.py"
-    cases.write_text("import sys\nprint('launched: void one_kernel<float>(int)')\nsys.exit(1)")
-    monkeypatch.setattr(sanitize, "CASES", cases)
-    monkeypatch.setattr(sanitize, "kernels", lambda: {"one_kernel"})
-    monkeypatch.setattr(sanitize, "triton_kernels", set)
-    monkeypatch.setattr(sanitize, "find", lambda: "compute-sanitizer")
-    monkeypatch.setattr(sanitize, "filter_option", lambda program: "--kernel-name")
-    monkeypatch.setattr(sanitize, "check", lambda *_: 0)
-    with pytest.raises(Failed, match=r"^cases\.py ended with status 1$") as failed:
-        sanitize.sanitize(Run(made_up, made_up / "log", time.monotonic() + 60))
-    assert failed.value.found["kernels"] == 1
-    assert set(failed.value.found["errors"].values()) == {0}

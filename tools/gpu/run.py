@@ -1,5 +1,6 @@
 """What a stage has: a log, a time limit, processes, and a way to fail without losing anything."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -64,11 +65,11 @@ class Run(NamedTuple):
             finally:  # also where this process itself is interrupted
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGINT)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):  # its children may outlive it
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
             return None
 
     def apart(self, name: str) -> "Run":

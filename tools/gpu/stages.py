@@ -27,6 +27,7 @@ PYTEST: list[str | Path] = [
 BENCHMARKS = [*PYTEST, "-q", "--benchmark-disable", "-p", "no:logging"]
 WARMERS = 4  # each with tensors of a whole network's training, 30 GB
 WARMING = 0.4  # of the benchmarks' time at most
+HANGS = 60  # seconds after which a test's log says where it is
 # A file each: a launch that goes wrong ends all else in its process. Most of their time is Triton's
 # compiling.
 TEST_PROCESSES = max(2, min(8, (os.cpu_count() or 2) // 2))
@@ -70,7 +71,9 @@ def test_file(run: Run, path: Path) -> Found:
     own = run.apart(path.stem)
     report = own.log.with_suffix(".xml")
     report.unlink(missing_ok=True)
-    status = own.execute([*PYTEST, "-q", "-m", "gpu", f"--junitxml={report}", path])
+    # The log names the test that hangs, and where it does: not all are ended by an interrupt.
+    hangs = ["-v", "-o", f"faulthandler_timeout={HANGS}"]
+    status = own.execute([*PYTEST, *hangs, "-m", "gpu", f"--junitxml={report}", path])
     run.append(own)
     found: Found = {"passed": 0, "failures": {}, "skipped": {}}
     for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
@@ -111,6 +114,9 @@ def bench(run: Run) -> Found:
         warming.execute(
             [*BENCHMARKS, "--warm", "-n", f"{WARMERS}", ROOT / "benchmarks"], FASTCNN_PLAN="read"
         )
+        # Nor has inductor timed its kernels alone: it does so again.
+        for path in (WORK / "inductor").rglob("*.best_config"):
+            path.unlink()
     rows = WORK / "rows.jsonl"
     rows.unlink(missing_ok=True)
     seconds = int(run.seconds_left()) - 20  # the case that is running then may end
