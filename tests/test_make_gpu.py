@@ -222,6 +222,10 @@ def test_a_file_of_tests(made_up: Path) -> None:
     path.write_text("import os, pytest\npytestmark = pytest.mark.gpu\ndef test_x(): os._exit(139)")
     found = stages.test_file(Run(made_up, made_up / "log", time.monotonic() + 60), path)
     assert found["failures"] == {"test_some.py": "test_some.py ended with status 139"}
+    path.write_text("import pytest\ndef test_x(): 'as pytest.mark.gpu'")  # as this file itself
+    assert stages.is_marked(path)
+    found = stages.test_file(Run(made_up, made_up / "log", time.monotonic() + 60), path)
+    assert found == {"passed": 0, "failures": {}, "skipped": {}}
 
 
 def test_networks_are_met_for_tuning(capsys: pytest.CaptureFixture) -> None:
