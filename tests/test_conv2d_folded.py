@@ -169,6 +169,17 @@ def test_errors() -> None:
             FoldedConv2d(nn.Conv2d(4, 4, 3, **options))
 
 
+def test_images_of_one_pixel_with_a_residual() -> None:
+    # In channels_last torch 2.11's oneDNN "could not create a memory" for their sum.
+    for layout, dtype in itertools.product(LAYOUTS.values(), (torch.float32, torch.bfloat16)):
+        layer = pair(8, 16).to(dtype)
+        x, residual = (torch.randn(2, c, 1, 1).to(dtype, memory_format=layout) for c in (8, 16))
+        before = residual.clone()
+        with torch.no_grad():
+            assert torch.equal(layer(x, residual), layer.step(x, residual))
+        assert torch.equal(residual, before)
+
+
 def test_other_types_empty_batches_and_narrow_images() -> None:
     with torch.no_grad():
         for dtype in (torch.float64, torch.float16):

@@ -256,7 +256,11 @@ def convolve_onednn(
         # In NCHW and with groups it adds in a pass of its own, whose ReLU does not know bfloat16.
         one_pass = memory_format_of(x) is torch.channels_last and g.groups == 1
         relu = "relu" if act == "relu" and (one_pass or x.dtype is torch.float32) else None
-        if into and one_pass and residual.is_contiguous(memory_format=torch.channels_last):
+        if single := residual.shape[2:] == (1, 1):
+            # In channels_last torch 2.11 adds images of one pixel in place only.
+            residual = residual.clone()
+        into = into and one_pass and residual.is_contiguous(memory_format=torch.channels_last)
+        if into or single:
             y = _convolution_pointwise_.binary(residual, x, *arguments, "add", 1.0, relu, [], "")
         else:
             y = _convolution_pointwise.binary(x, residual, *arguments, "add", 1.0, relu, [], "")
