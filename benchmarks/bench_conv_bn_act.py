@@ -123,7 +123,7 @@ def cudnn(step: ConvBnActStep) -> Step:
 
 
 @pytest.mark.parametrize("case", convolutions("infer"))
-def test_inference(compare: Any, case: tuple[Conv, int]) -> None:
+def test_inference(compare: Any, warm: bool, case: tuple[Conv, int]) -> None:
     conv, (batch,) = tiny_conv(case[0]), tiny(case[1])
     step = step_of(conv, training=False)
     # A bottleneck's last convolution widens 4 times; what widens less stands in its shortcut.
@@ -141,7 +141,8 @@ def test_inference(compare: Any, case: tuple[Conv, int]) -> None:
         baselines = {"eager": eager, "folded": folded(step)}
         if HAS_CARD:
             baselines["cudnn"] = cudnn(step)
-        if ALL or str(case[0]) in COMPILED:
+        # Not to warm up: max-autotune times what it finds, and keeps the choice on disk.
+        if not warm and (ALL or str(case[0]) in COMPILED):
             options = on({}, {"mode": "max-autotune-no-cudagraphs"})
             baselines["compiled"] = compiled(on(eager, folded(step)), **options)
         x, residual = inputs[0]
@@ -155,7 +156,7 @@ def test_inference(compare: Any, case: tuple[Conv, int]) -> None:
 
 
 @pytest.mark.parametrize("case", convolutions("train"))
-def test_training(compare: Any, case: tuple[Conv, int]) -> None:
+def test_training(compare: Any, warm: bool, case: tuple[Conv, int]) -> None:
     conv, (batch,) = tiny_conv(case[0]), tiny(case[1])
     step = step_of(conv, training=True)
     inputs = [image(batch, conv.c_in, conv.side).requires_grad_() for _ in range(INPUTS)]
@@ -167,7 +168,7 @@ def test_training(compare: Any, case: tuple[Conv, int]) -> None:
 
     gradients(ours)(inputs[0])  # tunes here
     baselines = {"eager": eager}
-    if ALL or (not HAS_CARD and str(case[0]) in COMPILED):
+    if not warm and (ALL or (not HAS_CARD and str(case[0]) in COMPILED)):
         options = on({}, {"mode": "max-autotune-no-cudagraphs"})
         baselines["compiled"] = compiled(eager, **options)
     beside = {name: gradients(run) for name, run in baselines.items()}

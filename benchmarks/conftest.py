@@ -112,7 +112,13 @@ def on_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+def warm(request: pytest.FixtureRequest) -> bool:
+    """Whether candidates are only called once, beside other processes."""
+    return bool(request.config.getoption("warm"))
+
+
+@pytest.fixture
+def compare(benchmark: Any, warm: bool, request: pytest.FixtureRequest) -> Callable[..., None]:
     """Return a function that measures candidates, records them in extra_info and adds a row.
 
     ours and eager, or each of several by name, take one element of inputs; floor_passes counts
@@ -131,7 +137,6 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
         whole: bool = False,
         **facts: Any,
     ) -> None:
-        warm = request.config.getoption("warm")
         baselines = eager if isinstance(eager, Mapping) else {"eager": eager}
 
         def in_turn(candidate: Candidate) -> Callable[[], object]:

@@ -275,3 +275,15 @@ def test_benchmarks_that_fail_keep_their_rows(
     found["why"] = ""
     assert table.said(found) == "1 cases, 1 floors reached, 1 missed, 0 plans"
     assert "80% of copy: **missed**, 70%" in (made_up / "table.md").read_text()
+
+
+def test_long_logs_keep_both_ends(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up.mkdir()
+    monkeypatch.setattr(runs, "LOG_END", 10)
+    run = Run(made_up, made_up / "log", time.monotonic() + 60)
+    other = run.apart("other")
+    other.log.write_text("the beginning" + "x" * 1000 + "the end...")
+    assert len(run.append(other)) == 1023
+    kept = (made_up / "log").read_text()
+    assert kept.startswith("the beginn\n... 1003 characters are in ")
+    assert kept.endswith("...\nthe end...")

@@ -24,6 +24,8 @@ SURROUNDINGS = {
 
 PATIENCE = 10.0  # seconds that a process has for its last words
 
+LOG_END = 500_000  # characters that are kept of either end of a long log
+
 Found = dict[str, Any]
 
 
@@ -79,10 +81,15 @@ class Run(NamedTuple):
         return self._replace(log=log)
 
     def append(self, other: "Run") -> str:
-        """Add another's log to this one, and return it."""
+        """Add another's log to this one, without the middle of a very long one, and return it."""
         text = other.log.read_text(errors="replace")
+        left_out = len(text) - 2 * LOG_END
         with self.log.open("a") as log:
-            log.write(text)
+            if left_out > 0:
+                middle = f"\n... {left_out} characters are in {other.log} ...\n"
+                log.write(text[:LOG_END] + middle + text[-LOG_END:])
+            else:
+                log.write(text)
         return text
 
 
