@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from gpu.adopt import MEASURED, adopt
 from plan_cases import H200, Clock, candidate, planner, problem
 
 import fastcnn
@@ -35,6 +36,24 @@ def test_what_is_kept_is_read(tmp_path: Path) -> None:
     assert file.path is not None
     assert file.path.name.startswith("NVIDIA-H200-sm_90-")
     assert {path.suffix for path in where.iterdir()} == {".json", ".lock"}
+
+
+def test_plan_files_become_default_plans(tmp_path: Path) -> None:
+    # Of two runs: what only the first met stays, what both met is the second's.
+    measured = tmp_path / "measured.json"
+    measured.write_text('{"schema": 1, "environment": {}, "plans": {}}')
+    for run, entries in enumerate(({"p": ENTRY, "q": ENTRY}, {"q": ENTRY._replace(plan="b")})):
+        file = new(tmp_path / f"{run}")
+        for key, entry in entries.items():
+            file.keep(key, entry)
+        assert file.path is not None
+        assert adopt(file.path, measured) == 2
+    found = plan_file.parse(measured.read_bytes(), {})
+    assert found == {"p": ENTRY, "q": ENTRY._replace(plan="b")}
+    plan_file.parse(MEASURED.read_bytes(), {})  # what comes with the package, at its place
+    measured.write_text('{"schema": 0, "plans": {}}')
+    with pytest.raises(ValueError, match="expected schema 0, got 1"):
+        adopt(file.path, measured)
 
 
 ENVIRONMENT = ["device", "driver", "torch", "triton", "fastcnn", "kernels"]
