@@ -151,9 +151,10 @@ constexpr size_t kStackBytes =
 constexpr size_t kGuardBytes =
     4 << 10;  // below it: an overflow faults instead of overwriting a neighbour
 
-// Without swapcontext's system calls, for there is no signal mask to keep. AddressSanitizer replaces
-// longjmp by a version that clears the red zones of the stack: an array on that stack could then be
-// overrun unseen. Call the C library's own; the annotations around the calls are all it needs.
+// Without swapcontext's system calls, for there is no signal mask to keep. AddressSanitizer
+// replaces longjmp by a version that clears the red zones of the stack: an array on that stack
+// could then be overrun unseen. Call the C library's own; the annotations around the calls are all
+// it needs.
 inline void swap_context(Context* from, Context* to) {
   using Jump = void (*)(jmp_buf, int);
   static const auto jump =
