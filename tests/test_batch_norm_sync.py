@@ -23,6 +23,7 @@ from batch_norm_cases import (
     torch_batch_norm_act,
 )
 from chains import assert_same
+from leave_group import leave_group
 from shapes import LAYOUTS
 from tolerance import assert_as_exact_as_torch, assert_same_in_float64
 from torch import Tensor, distributed, nn
@@ -183,7 +184,7 @@ def work(rank: int, folder: str) -> None:
     )  # fmt: skip
     found = {scenario.__name__: scenario(rank) for scenario in SCENARIOS}
     torch.save(found, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    leave_group()
 
 
 def fail_on_one_rank(rank: int, folder: str) -> None:
