@@ -45,7 +45,6 @@ HEADER = ["case", "fastcnn ms", "PyTorch ms", "speedup", "copy ms", "of copy", "
 ORDER = ["batch_norm_act", "networks", "upsample", "dropout", "group_norm_act", "conv_bn_act"]
 
 RECORDS = pytest.StashKey[Records]()
-SKIPPED = pytest.StashKey[list[str]]()
 RECORDED = pytest.StashKey[bool]()
 
 Candidate = Callable[[Any], object]
@@ -60,7 +59,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RECORDS] = Records(config.getoption("rows"))
-    config.stash[SKIPPED] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -80,7 +78,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     seconds = item.config.getoption("seconds")
     if seconds is not None and time.monotonic() - START >= seconds:
         why = f"--seconds={seconds:g} were over"
-        item.config.stash[SKIPPED].append(item.nodeid)
         record(item, {"skipped": why})
         pytest.skip(why)
 
@@ -287,5 +284,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         write(f"\nplans: {plan.summary()}\n{table(chosen)}")
     if failed := sum("error" in row for row in rows):
         write(f"{failed} cases ended in an error")
-    if skipped := config.stash[SKIPPED]:
-        write(f"{len(skipped)} cases were skipped: --seconds={config.getoption('seconds'):g}")
+    if skipped := sum("skipped" in row for row in rows):
+        write(f"{skipped} cases were skipped: --seconds={config.getoption('seconds'):g}")

@@ -1,6 +1,7 @@
 """Images and parameters that the tests of augment share, and how exact a result must be."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,6 +29,18 @@ def smooth_images(n: int, c: int, h: int, w: int) -> Tensor:
 def draw_everything(n: int, size_in: tuple[int, int], size: tuple[int, int]) -> AugmentParameters:
     g = torch.Generator().manual_seed(n)
     return Augment(size, **EVERYTHING).draw(n, size_in, g)
+
+
+def resized(
+    c: int, layout: torch.memory_format
+) -> Iterator[tuple[Tensor, AugmentParameters, tuple[int, int], dict[str, Any]]]:
+    """Images, parameters, size and options: everything, noise and resizing included, at sizes at
+    the edges of vectors and from sources of one row or column."""
+    sizes = [((1, 1), (5, 3)), ((1, 9), (4, 17)), ((9, 1), (16, 16)), ((33, 47), (47, 33))]
+    for size_in, size in [*sizes, ((2, 2), (1, 1)), ((40, 30), (3, 100))]:
+        images = smooth_images(5, c, *size_in).contiguous(memory_format=layout)
+        options = {"mean": 0.3, "std": 0.5, "fill": 60.0, "erase_value": -1.0}
+        yield images, draw_everything(5, size_in, size), size, options
 
 
 def with_values(n: int, size: tuple[int, int], **values: Any) -> AugmentParameters:

@@ -26,12 +26,10 @@ DEVICE = torch.device("cuda" if HAS_CARD else "cpu")
 
 needs_a_card = pytest.mark.skipif(not HAS_CARD, reason="needs a GPU")
 
-COMPILES = HAS_CARD  # Triton's kernels, a second for each kind of them
-
 
 def thinned(cases: Iterable[T], step: int) -> list[T]:
-    """All of them; where kernels are compiled every step-th, so that a card is asked in minutes."""
-    return list(cases)[:: step if COMPILES else 1]
+    """All of them; on a card, where Triton compiles each kind of its kernels, every step-th."""
+    return list(cases)[:: step if HAS_CARD else 1]
 
 
 CUDNN = "fastcnn::conv2d_relu"  # its CUDA implementation is an operator of PyTorch's

@@ -38,7 +38,7 @@ SIZES = {
     # More than 32 words of 16 bytes a thread: three launches over the whole card.
     "stages": (9, 16, 64, 65),
 }
-HALF = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def image(*sizes: int, layout: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -110,7 +110,7 @@ CUDA: dict[str, Callable[[], None]] = {
     **{
         f"{name} {layout} {dtype}": partial(run, layout, dtype)
         for layout in LAYOUTS
-        for dtype in HALF
+        for dtype in DTYPES
         for name, run in {
             "batch norm, slab": partial(batch_norm, "slab"),
             "batch norm, stages": partial(batch_norm, "stages"),

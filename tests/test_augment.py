@@ -18,6 +18,7 @@ from augment_cases import (
     SIZE,
     draw_everything,
     level_limit,
+    resized,
     smooth_images,
     with_values,
 )
@@ -141,12 +142,7 @@ def test_compositions_equal_compose_on_floats(c: int) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("c", [3, 1], ids=["rgb", "grey"])
 def test_everything_against_the_reference(c: int, layout: str) -> None:
-    # Noise and resizing included, sizes at the edges of vectors, sources of one row or column.
-    sizes = [((1, 1), (5, 3)), ((1, 9), (4, 17)), ((9, 1), (16, 16)), ((33, 47), (47, 33))]
-    for size_in, size in [*sizes, ((2, 2), (1, 1)), ((40, 30), (3, 100))]:
-        images = smooth_images(5, c, *size_in).contiguous(memory_format=LAYOUTS[layout])
-        p = draw_everything(5, size_in, size)
-        options: dict[str, Any] = {"mean": 0.3, "std": 0.5, "fill": 60.0, "erase_value": -1.0}
+    for images, p, size, options in resized(c, LAYOUTS[layout]):
         actual = augment(images, p, size=size, **options, memory_format=LAYOUTS[layout])
         expected = reference.augment(images, p, size, **options)
         assert actual.is_contiguous(memory_format=LAYOUTS[layout])

@@ -12,7 +12,7 @@ from typing import Any
 import card_calls
 import pytest
 import torch
-from augment_cases import SIZE, draw_everything, level_limit, smooth_images
+from augment_cases import SIZE, draw_everything, level_limit, resized, smooth_images
 from card import CARD, DEVICE, HAS_CARD, cuda_operators, needs_a_card, on_card
 from cuda_emu import library
 from shapes import EDGES, LAYOUTS, RESNET50, Image
@@ -199,18 +199,13 @@ def test_empty_batches() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("c", [3, 1], ids=["rgb", "grey"])
 def test_augment_is_the_reference_s(c: int, layout: str) -> None:
-    # Noise and resizing included, sizes at the edges of vectors, sources of one row or column; and
-    # half types are float32 rounded.
-    sizes = [((1, 1), (5, 3)), ((1, 9), (4, 17)), ((9, 1), (16, 16)), ((33, 47), (47, 33))]
-    for size_in, size in [*sizes, ((2, 2), (1, 1)), ((40, 30), (3, 100))]:
-        images = smooth_images(5, c, *size_in).contiguous(memory_format=LAYOUTS[layout])
-        p = draw_everything(5, size_in, size)
-        options: dict[str, Any] = {"mean": 0.3, "std": 0.5, "fill": 60.0, "erase_value": -1.0}
+    # Half types are float32 rounded.
+    for images, p, size, options in resized(c, LAYOUTS[layout]):
         expected = reference.augment(images, p, size, **options)
-        options |= {"size": size, "memory_format": LAYOUTS[layout]}
+        how: dict[str, Any] = {**options, "size": size, "memory_format": LAYOUTS[layout]}
         with on_card():
-            y, *halves = (augment(images.to(DEVICE), p, **options, dtype=t) for t in DTYPES)
-            again = augment(images.to(DEVICE), p, **options)
+            y, *halves = (augment(images.to(DEVICE), p, **how, dtype=t) for t in DTYPES)
+            again = augment(images.to(DEVICE), p, **how)
         assert y.is_contiguous(memory_format=LAYOUTS[layout])
         assert (y.cpu() - expected).abs().max() <= 2 * level_limit(images, 100)
         assert all(torch.equal(half, y.to(half.dtype)) for half in halves)
