@@ -4,11 +4,13 @@ BIN := .venv/bin
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 export FASTCNN_WERROR = ON
 
-.PHONY: help demo test fuzz lint bench gpu wheel clean
+.PHONY: help demo test test-all test-processors fuzz lint bench gpu wheel clean
 
 help:
 	@echo "make demo   train ResNet-20 on real images through the fused kernels, measured and drawn"
-	@echo "make test   lint, then all tests"
+	@echo "make test   lint, then the tests, the most telling first"
+	@echo "make test-all         and what takes long: foreign models, the whole demo, fuzz"
+	@echo "make test-processors  all of it on each instruction set that is here, from five seeds"
 	@echo "make fuzz   N random calls of the ops, N=20000, against PyTorch in float64; SEED=... again"
 	@echo "make bench  the kernels and whole networks beside PyTorch, interleaved in one process"
 	@echo "make gpu    with a GPU: build, test, sanitize, tune, bench into RESULTS=dir; STAGES=test,bench"
@@ -18,10 +20,18 @@ demo:
 	@$(PYTHON) tools/environment.py train
 	@$(BIN)/fastcnn demo
 
-# Two processes, each with files of its own, in order: most tests have work for one core, and the
-# long ones must not come last.
+# Two processes, each with files of its own, in order: most tests have work for one core.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow" --maxfail=3
+
+test-all: test
+	$(PYTEST) -m slow
+
+test-processors:
+	@$(PYTHON) tools/environment.py dev
+	$(BIN)/python tools/processors.py $(PYTEST)
 
 # The command is printed with its seed: the same seed makes the same calls.
 fuzz: N ?= 20000

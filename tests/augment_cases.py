@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from seeds import seeded
 from torch import Tensor
 
 from fastcnn.augment import Augment
@@ -20,14 +21,14 @@ EVERYTHING: dict[str, Any] = {
 
 def smooth_images(n: int, c: int, h: int, w: int) -> Tensor:
     """uint8, all levels, neighbours alike as in photographs."""
-    g = torch.Generator().manual_seed(n + c + h + w)
+    g = seeded(n + c + h + w)
     coarse = torch.rand(n, c, -(-h // 4) + 1, -(-w // 4) + 1, generator=g)
     fine = torch.nn.functional.interpolate(coarse, size=(h, w), mode="bilinear")
     return (fine * 255.99).to(torch.uint8)
 
 
 def draw_everything(n: int, size_in: tuple[int, int], size: tuple[int, int]) -> AugmentParameters:
-    g = torch.Generator().manual_seed(n)
+    g = seeded(n)
     return Augment(size, **EVERYTHING).draw(n, size_in, g)
 
 

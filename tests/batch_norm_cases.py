@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from activations import ACTS, near_a_kink
-from norm_cases import CPU, Draw, Place, compare, magnitudes
+from norm_cases import CPU, Draw, Normalised, Place, compare, halved, norm_errors
 from tolerance import margin
 from torch import Tensor
 
@@ -89,16 +89,29 @@ def run(fn: Callable[[Case], Tensor], case: Case, forward_only: bool = False) ->
     return results
 
 
-def scales_of(case: Case) -> dict[str, float]:
-    """The magnitude of what cancels in each result."""
-    case = case.to(torch.float64)
-    var = case.x.var((0, 2, 3), correction=0) if case.training else case.running_var
-    return magnitudes(case, var)
+def normalised(case: Case) -> Normalised:
+    """What happens in a case, in float64."""
+    case, dims = case.to(torch.float64), (0, 2, 3)
+
+    def per_channel(t: Tensor | None, missing: float) -> Tensor | float:
+        return missing if t is None else t[:, None, None]
+
+    mean, var = case.running_mean, case.running_var
+    if case.training:
+        mean, var = case.x.mean(dims), case.x.var(dims, correction=0)
+    return Normalised(
+        case.x, mean[:, None, None], (var + case.eps).sqrt()[:, None, None],
+        per_channel(case.weight, 1.0), per_channel(case.bias, 0.0),
+        0.0 if case.residual is None else case.residual, case.dy,
+        lambda t: t.mean(dims, keepdim=True), m := case.x.numel() // case.x.shape[1],
+        lambda t: t.sum(dims), m, case.training,
+    )  # fmt: skip
 
 
 def check(case: Case, place: Place = CPU) -> dict[str, Tensor]:
-    """Compare everything with float64, by PyTorch's own error in the dtype, in the same place."""
-    actual, eager = place.run(run, case, fastcnn_batch_norm_act, torch_batch_norm_act)
-    exact = run(torch_batch_norm_act, case.to(torch.float64))
-    compare(case, actual, eager, exact, scales_of(case), case.x.numel() // case.x.shape[1])
+    """Compare everything with float64."""
+    (actual,) = place.run(run, case, fastcnn_batch_norm_act)
+    exact, terms = run(torch_batch_norm_act, case.to(torch.float64)), normalised(case)
+    errors = norm_errors(terms, case.x.dtype)
+    compare(case, actual, exact, errors, {} if case.residual is None else halved(terms))
     return actual

@@ -13,6 +13,7 @@ import torch
 from card import DEVICE
 from card_plans import planned_by, wherever_it_can
 from card_tensors import Maker
+from seeds import seeded
 from torch import Tensor
 
 from fastcnn import functional
@@ -41,7 +42,7 @@ def inputs(
     name: str, seed: int, device: torch.device = DEVICE
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors of a call, of values by the seed, on a device."""
-    made = CALLS[name].make(torch.Generator().manual_seed(seed))
+    made = CALLS[name].make(seeded(seed))
     late, constant = ([t.to(device) for t in tensors] for tensors in made)
     return late, constant
 
@@ -154,7 +155,7 @@ def _int8_inputs(groups: int, g: Any) -> tuple[list[Tensor], list[Tensor]]:
         make.integers(torch.int8, 32, 32 // groups, 3, 3),
         make.integers(torch.int8, 2, 32, 9, 8),
     ]
-    fixed = Maker(torch.Generator().manual_seed(7))
+    fixed = Maker(seeded(7))
     return late, [fixed.vector(32) * 1e-3, fixed.vector(32)]
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from card import DEVICE
 from chains import randomize
+from seeds import seed_all, seeded
 from tolerance import assert_as_exact_over_draws, error_ratio
 from torch import Tensor, nn
 
@@ -46,7 +47,7 @@ class Network(nn.Module):
 
 def networks(dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
     """The network converted, and as it was."""
-    torch.manual_seed(0)
+    seed_all(0)
     plain = Network(dropout)
     randomize(plain)
     plain = plain.to(DEVICE, memory_format=torch.channels_last)
@@ -54,7 +55,7 @@ def networks(dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
 
 
 def batch(seed: int = 0, n: int = 8) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     x = torch.randn(n, 3, 12, 16, generator=generator).to(memory_format=torch.channels_last)
     return x.to(DEVICE), torch.randint(10, (n,), generator=generator).to(DEVICE)
 

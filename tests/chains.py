@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from activations import ACTS
+from seeds import seeded
 from shapes import LAYOUTS
 from tolerance import ROUNDINGS, assert_same_in_float64
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from fastcnn.nn.conv_bn_act import Step
 
 def randomize(model: nn.Module) -> None:
     """Fresh BatchNorms are too kind: gamma 1, beta 0, mean 0 and variance 1 hide what is unused."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     for bn in model.modules():
         if isinstance(bn, nn.BatchNorm2d):
             for t, low, high in (
@@ -126,7 +127,7 @@ def results(
     y = chain(x, residual)
     found = {"y": y.detach(), "dx": None, "dresidual": None}
     if y.requires_grad:
-        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
+        dy = torch.randn(y.shape, generator=seeded(seed))
         y.backward(dy.to(y))
         found["dx"] = x.grad
         found["dresidual"] = None if residual is None else residual.grad

@@ -9,6 +9,7 @@ import pytest
 # two cores made single tests take minutes. It must be set before torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import seeds
 import torch
 
 # Read where kernels are defined. It must be set before Triton is imported, which torch does late.
@@ -19,6 +20,40 @@ if not torch.cuda.is_available():
 # Networks, chains and planning, whose tensors are small: a second thread made them slower and took
 # a sixth more of the processors' time. The kernels' own tests ask how loops are cut over threads.
 ONE_THREAD = ("test_conv_bn_act", "test_convert", "test_models", "test_plan", "test_zoo")
+
+
+# In order of worth: what a change breaks first, and breaks most, is asked first. Then the others.
+FIRST = (
+    "test_house", "test_guard", "test_batch_norm_act", "test_group_norm_act", "test_dropout",
+    "test_upsample", "test_augment", "test_activation", "test_cancellation", "test_conv_bn_act",
+    "test_conv2d", "test_nn", "test_errors", "test_convert", "test_composition",
+)  # fmt: skip
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=0, help="of all random numbers (tests/seeds.py)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    seeds.use(config.getoption("--seed"))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"--seed={config.getoption('--seed')}, PyTorch's CPU capability: {capability}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        name = item.path.name
+        return next((i for i, first in enumerate(FIRST) if name.startswith(first)), len(FIRST))
+
+    items.sort(key=rank)  # stable: within a file the order stays
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    seeds.seed_all()
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+from seeds import seeded
 from torch import Tensor
 
 INT8 = [torch.uint8, torch.int8]
@@ -81,7 +82,7 @@ def problem(
 
     bias_units: the bias is so many x_scale * weight_scale, in place of random numbers.
     """
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(seed)
 
     def number(dtype: torch.dtype) -> int:
         return int(quantised((1, 1, 1, 1), dtype, g))

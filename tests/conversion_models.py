@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from oracles import segmentation_models_pytorch, timm, torchvision
+from seeds import seed_all, seeded
 from torch import Tensor, nn
 
 from fastcnn import convert
@@ -82,7 +83,7 @@ def make(name: str, small: bool = False) -> nn.Module:
     """
     package, _, model = name.partition("/")
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        seed_all(0)
         if small and model in _SMALL:
             return _SMALL[model]()
         if package == "torchvision":
@@ -96,7 +97,7 @@ def make(name: str, small: bool = False) -> nn.Module:
 def images(name: str) -> Tensor:
     """Return a small batch for a model."""
     size = _SIZES.get(name, 64)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     return torch.randn(_BATCHES.get(name, 2), 3, size, size, generator=generator)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from seeds import seeded
 from tolerance import assert_as_exact_as_torch
 from torch import Tensor, nn
 
@@ -21,13 +22,13 @@ NEAR = 1e-9
 
 def images(*sizes: int, seed: int = 0) -> Tensor:
     """Return normal numbers in float64."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return torch.randn(sizes, dtype=torch.float64, generator=generator)
 
 
 def prepared(model: nn.Module) -> nn.Module:
     """Make a model float64, with weights, gammas of both signs and statistics that tell apart."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     model.double()
     for t in (*model.parameters(), *model.buffers()):
         if t.is_floating_point():

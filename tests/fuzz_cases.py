@@ -12,6 +12,7 @@ import hypothesis.strategies as st
 import torch
 from activations import ACTS
 from hypothesis import HealthCheck, Phase, given, settings
+from seeds import seeded
 from shapes import LAYOUTS
 from torch import Tensor
 
@@ -92,7 +93,7 @@ class Numbers:
     def __init__(self, image: dict[str, Any]) -> None:
         self.layout, self.offset = LAYOUTS[image["layout"]], image["offset"]
         self.dtype = image["dtype"]
-        self.generator = torch.Generator().manual_seed(image["seed"])
+        self.generator = seeded(image["seed"])
 
     def normal(self, sizes: tuple[int, ...], mean: float = 0.0, deviation: float = 1.0) -> Tensor:
         t = torch.randn(sizes, generator=self.generator) * deviation + mean

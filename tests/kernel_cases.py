@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from card import DEVICE, HAS_CARD
+from seeds import seed_all
 from shapes import LAYOUTS
 from torch import Tensor
 
@@ -173,7 +174,7 @@ CASES = {"cuda": CUDA, "triton": TRITON}
 
 def run(kinds: list[str]) -> int:
     """Run the cases of some kinds, and wait for the card after each; return how many raised."""
-    torch.manual_seed(0)
+    seed_all(0)
     raised = 0
     for kind in kinds:
         for name, case in CASES[kind].items():

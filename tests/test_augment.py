@@ -23,6 +23,7 @@ from augment_cases import (
     with_values,
 )
 from oracles import torchvision_transforms as v2
+from seeds import seeded
 from shapes import LAYOUTS
 from torch import Tensor
 from torch.library import opcheck
@@ -119,7 +120,7 @@ def test_fill_outside_of_the_image(fill: float) -> None:
 def test_compositions_equal_compose_on_floats(c: int) -> None:
     # One interpolation each, so that torchvision's composition interpolates once too.
     size, images = (24, 32), smooth_images(6, c, *SIZE)
-    g = torch.Generator().manual_seed(1)
+    g = seeded(1)
     ranges = {k: v for k, v in EVERYTHING.items() if k not in ("crop_scale", "noise")}
     module = Augment(size, **ranges, mean=0.4, std=0.3, erase_value=0.7)
     p = module.draw(6, SIZE, g)

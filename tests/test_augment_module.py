@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from seeds import seed_all, seeded
 from test_augment import EVERYTHING, SIZE, draw_everything, smooth_images, with_values
 from torch import Tensor
 
@@ -26,10 +27,6 @@ def fields(p: AugmentParameters) -> dict[str, Tensor]:
 
 def same(a: AugmentParameters, b: AugmentParameters) -> bool:
     return all(torch.equal(t, fields(b)[name]) for name, t in fields(a).items())
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def test_the_stream_is_philox() -> None:
@@ -176,9 +173,9 @@ def test_the_module_compiles_without_graph_breaks() -> None:
     module = Augment((20, 30), **EVERYTHING)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for seed in (3, 4):  # the seed is drawn within the graph, anew at each call
-        torch.manual_seed(seed)
+        seed_all(seed)
         expected = module(images, keys=keys)
-        torch.manual_seed(seed)
+        seed_all(seed)
         assert torch.equal(compiled(images, keys=keys), expected)
     assert torch.equal(torch.compile(module.eval(), fullgraph=True)(images), module(images))
 
@@ -250,7 +247,7 @@ def test_a_default_device_changes_nothing() -> None:
     # Parameters are drawn on the CPU, from a generator of its own.
     def draw() -> AugmentParameters:
         module = Augment((20, 30), degrees=10, crop_scale=(0.1, 1), erasing=0.5, noise=0.1)
-        return module.draw(4, SIZE, generator=torch.Generator("cpu").manual_seed(1))
+        return module.draw(4, SIZE, generator=seeded(1))
 
     pairs = [(draw(), AugmentParameters.identity(2, SIZE))]
     with torch.device("meta"):  # as CUDA would be, of values that nobody can look at

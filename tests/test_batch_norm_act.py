@@ -18,6 +18,7 @@ from batch_norm_cases import (
     run,
     torch_batch_norm_act,
 )
+from seeds import seeded
 from shapes import EDGES, LAYOUTS, RESNET50, Image
 from tolerance import assert_as_exact_as_torch
 from torch import Tensor
@@ -133,7 +134,7 @@ def test_a_large_mean_keeps_its_variance(layout: str) -> None:
 def test_the_first_of_averaged_statistics_replaces_what_was_there() -> None:
     # Momentum 1, as BatchNormAct2d(momentum=None) passes for its first batch: of a small variance
     # all digits count, not those that are left beside the initial 1. (Of two roundings: 4 eps.)
-    x = 0.01 * torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1))
+    x = 0.01 * torch.randn(2, 3, 4, 5, generator=seeded(1))
     mean, var = torch.full((3,), 1e3), torch.ones(3)
     functional.batch_norm_act(x, mean, var, training=True, momentum=1.0)
     for actual, exact in ((mean, x.double().mean((0, 2, 3))), (var, x.double().var((0, 2, 3)))):

@@ -13,6 +13,7 @@ import torch
 from activations import ACTS
 from cuda_emu.batch_norm_act import SLABS, STAGES, Call, Options, Shape, U, near
 from cuda_emu.run import DTYPE_NUMBER, Case, run_cases
+from seeds import seeded
 from torch import Tensor
 
 from fastcnn.ops.activation import ACT_NUMBER
@@ -229,7 +230,7 @@ def test_not_finite(dtype: torch.dtype) -> None:
 def test_running(dtype: torch.dtype) -> None:
     cases = []
     for c, momentum, count in [(1, 0.1, 2), (256, 0.1, 50), (257, 1.0, 3), (300, 0.25, 10**6)]:
-        normal = partial(torch.randn, generator=torch.Generator().manual_seed(c))
+        normal = partial(torch.randn, generator=seeded(c))
         tensors = {
             "running_mean": normal(c).to(dtype),
             "running_var": normal(c).square().to(dtype),

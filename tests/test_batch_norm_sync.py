@@ -24,6 +24,7 @@ from batch_norm_cases import (
 )
 from chains import assert_same
 from leave_group import leave_group
+from seeds import seed_all, seeded
 from shapes import LAYOUTS
 from tolerance import assert_as_exact_as_torch, assert_same_in_float64
 from torch import Tensor, distributed, nn
@@ -75,7 +76,7 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        seed_all(0)
         self.conv, self.bn = nn.Conv2d(3, 4, 3, padding=1), BatchNormAct2d(4)
         self.convs = nn.ModuleList([nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 3, padding=1)])
         self.bns = nn.ModuleList([BatchNormAct2d(6, act="relu6"), BatchNormAct2d(4)])
@@ -87,7 +88,7 @@ class Network(nn.Module):
 
 
 def chain_images() -> Tensor:
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     return torch.randn(sum(CHAIN_PARTS), 3, 6, 5, generator=generator).double()
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cuda_emu.batch_norm_act import SLABS, STAGES, Call, U, in_memory, near
 from cuda_emu.run import DTYPE_NUMBER, Case, run_cases
+from seeds import seeded
 
 DTYPES = [torch.float32, torch.bfloat16]
 FULL = ("relu6", True, True, True, True)
@@ -51,7 +52,7 @@ def test_stages_by_themselves(dtype: torch.dtype, channels_last: bool) -> None:
 @pytest.mark.parametrize("c", [1, 256, 300])
 def test_join(c: int) -> None:
     # Ranks with many values, few, and none; the means lie 1e3 deviations from 0.
-    normal = torch.Generator().manual_seed(c)
+    normal = seeded(c)
     counts = torch.tensor([100.0, 0.0, 1.0, 7.0, 3000.0])
     means = torch.randn(5, c, generator=normal) + 1e3
     variances = torch.rand(5, c, generator=normal)

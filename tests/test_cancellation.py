@@ -6,6 +6,7 @@ wrong answer was seen: the variance off by up to 12 %, dbias by 5e-4, where PyTo
 
 import pytest
 import torch
+from seeds import seeded
 from shapes import LAYOUTS
 from torch import Tensor
 
@@ -63,7 +64,7 @@ def test_the_variance_keeps_its_digits(
 ) -> None:
     # Terms of float32 added up m times lose at most m / 2 of their last bits, and chunks are of at
     # most 8192 values: 8192 EPS. What is lost without the second look at a chunk is 1e-3 and more.
-    x = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(sizes, generator=seeded(0))
     x = change(x).contiguous(memory_format=layout)  # type: ignore[operator]
     running_var = torch.zeros(sizes[1])
     batch_norm_act(x, torch.zeros(sizes[1]), running_var, training=True, momentum=1.0)
@@ -78,7 +79,7 @@ def test_the_variance_keeps_its_digits(
 def test_long_sums_of_one_value(sizes: tuple[int, ...], layout: torch.memory_format) -> None:
     # Every rounding goes the same way, so that m terms lose m / 2 of their last bits. dx of a
     # constant dy is 0 but for roundings of dy itself.
-    x = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(sizes, generator=seeded(0))
     x = x.contiguous(memory_format=layout).requires_grad_()
     bias = torch.zeros(sizes[1], requires_grad=True)
     y = batch_norm_act(x, None, None, None, bias, training=True, act="none")
@@ -97,7 +98,7 @@ def test_long_sums_of_one_value_in_group_norms(
 ) -> None:
     # As above. Summed in a row, 9216 terms a column lost 1e-4.
     c = sizes[1]
-    x = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(sizes, generator=seeded(0))
     x = x.contiguous(memory_format=layout).requires_grad_()
     exact = 0.1 * x.numel() / c
     pixels, bias = LayerNorm2d(c), torch.zeros(c, requires_grad=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from activations import ACTS, near_a_kink
 from leave_group import leave_group
+from seeds import seed_all, seeded
 from shapes import LAYOUTS
 from torch import Tensor, distributed, nn
 from torch.autograd import gradcheck
@@ -55,16 +56,11 @@ class Network(nn.Module):
         return self.last(x, x)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def steps_of_training(run: Callable[[Tensor], Tensor], network: Network) -> list[Tensor]:
     """Outputs and gradients of two batches (the second meets what the first compiled), buffers."""
     found = []
     for i in range(2):
-        x = torch.randn(2, 3, 8, 9, generator=torch.Generator().manual_seed(i)).requires_grad_()
+        x = torch.randn(2, 3, 8, 9, generator=seeded(i)).requires_grad_()
         y = run(x)
         y.square().mean().backward()
         found += [y.detach(), x.grad]
@@ -248,7 +244,7 @@ def test_opcheck(dtype: torch.dtype, layout: str) -> None:
 
 def test_models_are_pickled_and_copied() -> None:
     # Chains hold a function on the class: neither copy may lose it or share parameters.
-    torch.manual_seed(0)
+    seed_all(0)
     model = resnet20().eval()
     x = torch.randn(2, 3, 8, 8)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -259,7 +255,7 @@ def test_models_are_pickled_and_copied() -> None:
 @pytorchs_own_warnings
 def test_a_whole_network_compiles_to_one_graph() -> None:
     # Identity blocks pass one tensor as input and residual, strided ones a padded view.
-    torch.manual_seed(0)
+    seed_all(0)
     eager, compiled = (resnet20() for _ in range(2))
     compiled.load_state_dict(eager.state_dict())
     x = torch.randn(4, 3, 16, 16).to(memory_format=torch.channels_last)
@@ -282,7 +278,7 @@ def test_meta_tensors_have_shapes_and_no_numbers() -> None:
 
 def test_ddp_gives_the_gradients_of_one_process(tmp_path: Path) -> None:
     # DDP hooks every parameter's gradient accumulation: a Function must feed each exactly once.
-    torch.manual_seed(0)
+    seed_all(0)
     plain = resnet20()
     distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from activations import ACTS
 from card import thinned
+from seeds import seed_all
 from test_conv2d_triton import DTYPES, GEOMETRIES, NAMES, SMALL, normalised
 from tolerance import assert_as_exact_as_torch
 from torch import Tensor
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def seed() -> Iterator[None]:
-    torch.manual_seed(0)
+    seed_all(0)
     with without_tf32():
         yield
 

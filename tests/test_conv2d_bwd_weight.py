@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from seeds import seeded
 from tolerance import assert_as_exact_as_torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,7 +59,7 @@ CONVS = [
 
 def operands(conv: Conv, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
     """dy, x and a weight of the sizes, all channels_last."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     x = torch.randn(conv.n, conv.c_in, conv.h, conv.w, generator=generator)
     weight = torch.randn(conv.c_out, conv.c_in, *conv.kernel, generator=generator)
     y = nn.functional.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation)

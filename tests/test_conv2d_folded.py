@@ -24,11 +24,6 @@ pytorchs_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 CL = torch.channels_last
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def check(model: Pair, x: Tensor, dtype: torch.dtype, autocast: bool, residual: bool) -> None:
     """Against float64 by eager's own error, and to the bit as the step that keeps nothing."""
     model = copy.deepcopy(model).to(torch.float32 if autocast else dtype)

@@ -17,11 +17,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def changes() -> dict[str, Callable[[Pair], object]]:
     def step(model: Pair) -> None:
         model.requires_grad_(True)

@@ -24,11 +24,6 @@ GEOMETRY = ([1, 1], [1, 1], [1, 1], 1)
 NONE = (None, None, None, None, 0.0)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def image(*sizes: int) -> Tensor:
     return torch.randn(sizes, device=DEVICE).contiguous(memory_format=torch.channels_last)
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from conv2d_int8_cases import ACTS, CASES, FLOATS, INT8, Case, assert_same, problem, quantised
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
+from seeds import seeded
 from torch import Tensor
 
 from fastcnn import _C, info, reference
@@ -146,7 +147,7 @@ def test_the_largest_sums(terms: tuple[int, int], x_dtype: torch.dtype) -> None:
 
 
 def test_digits_add_up() -> None:
-    g = torch.Generator().manual_seed(0)
+    g = seeded(0)
     for c, most in itertools.product((100, 2000, 14336), (64, 128)):
         for weight in (
             quantised((2, c, 1, 1), torch.int8, g),
@@ -164,14 +165,14 @@ def test_digits_add_up() -> None:
 def test_padding_is_the_zero_point() -> None:
     for x_dtype, zero in itertools.product(INT8, [0, 5, 127]):
         x = torch.full((1, 8, 5, 5), zero, dtype=x_dtype)
-        w = quantised((4, 8, 3, 3), torch.int8, torch.Generator().manual_seed(0))
+        w = quantised((4, 8, 3, 3), torch.int8, seeded(0))
         y = conv2d_int8(x, w, x_scale=0.1, x_zero_point=zero, weight_scale=0.1, padding=2,
                         out_scale=1e-3, out_zero_point=17)  # fmt: skip
         assert (y == 17).all()
 
 
 def test_sums_of_random_problems() -> None:
-    g = torch.Generator().manual_seed(0)
+    g = seeded(0)
     pick = lambda *values: values[int(torch.randint(len(values), (), generator=g))]  # noqa: E731
     for seed in range(200):
         groups = pick(1, 1, 1, 2, 3, 16)

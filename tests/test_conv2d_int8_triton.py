@@ -18,11 +18,6 @@ pytestmark = pytest.mark.gpu
 SMALL = Tile(m=32, n=16, k=32, warps=4, stages=2, group=2)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def integers(*sizes: int, dtype: torch.dtype = torch.int8) -> Tensor:
     """The whole range, the ends included, in channels_last."""
     info = torch.iinfo(dtype)

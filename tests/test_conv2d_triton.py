@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from activations import ACTS
 from card import DEVICE, thinned
+from seeds import seed_all
 from tolerance import assert_as_exact_as_torch
 from torch import Tensor
 from triton_proof import channels_last, norm_of, normed, without_tf32
@@ -30,7 +31,7 @@ SMALL = Tile(m=32, n=16, k=16, warps=4, stages=2, group=2)
 
 @pytest.fixture(autouse=True)
 def seed() -> Iterator[None]:
-    torch.manual_seed(0)
+    seed_all(0)
     with without_tf32():
         yield
 

@@ -22,11 +22,6 @@ from fastcnn.lab import kept_for_backward
 from fastcnn.nn import BatchNormAct2d, conv_bn_act
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def bottleneck(conv_bias: bool = False, act: str = "relu", **bn: Any) -> Chain:
     """1x1, 3x3, 1x1 that widens: ResNet's."""
     return Chain(

@@ -23,11 +23,6 @@ from fastcnn.nn import BatchNormAct2d, Block
 LEVELS = ["default", "low", "lowest"]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_one_block(shortcut: str, act: str) -> None:

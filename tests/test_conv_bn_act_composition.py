@@ -17,11 +17,6 @@ from fastcnn import convert, models
 LEVELS = ["default", "low", "lowest"]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def bottlenecks(memory: str) -> Stage:
     return stage("projection", "identity", "two steps", memory=memory)
 

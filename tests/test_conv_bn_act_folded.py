@@ -24,11 +24,6 @@ pytestmark = pytest.mark.skipif(
 pytorchs_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 class Convolutions(TorchDispatchMode):
     """Notes the names of the convolutions that run."""
 

@@ -26,11 +26,6 @@ class Operators(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def backward_calls(model: Stage, x: Tensor) -> tuple[int, int, int]:
     """How often backward runs a convolution's backward, a batch norm's, and a convolution."""
     y = model(x).sum()

@@ -26,11 +26,6 @@ Force = Callable[..., None]
 NONE, ALL = (False, False, False), (True, True, True)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def force(monkeypatch: pytest.MonkeyPatch) -> Force:
     """Gives the steps of all chains these plans, in turn."""

@@ -25,11 +25,6 @@ LEVELS = ["default", "low", "lowest"]
 ACTS = ["none", "relu", "silu"]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def expected_bytes(model: Stage, x: Tensor, residual: Tensor | None = None) -> int:
     """The table at the top of fastcnn/ops/conv_bn_act.py as a sum."""
     raw: dict[nn.Module, Tensor] = {}

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from chains import Chain, check_float64, conv_bn, twin
+from seeds import seed_all
 from torch import nn
 
 from fastcnn.nn import BatchNormAct2d
@@ -36,7 +37,7 @@ def test_narrow_pointwise_convolutions_with_a_stride_keep_to_their_memory() -> N
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_their_gradients(layout: str) -> None:
-    torch.manual_seed(0)
+    seed_all(0)
     for c_in in (1, 3, 15):
         check_float64(Chain(conv_bn(c_in, 5, 1, "silu", 2)), (2, c_in, 7, 6), layout=layout)
 
@@ -45,7 +46,7 @@ def test_their_gradients(layout: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_convolutions_that_read_padding_only(groups: int, dtype: torch.dtype) -> None:
     # Columns -3 and -1, -1 and 1, 1 and 3 of an image that has column 0: oneDNN ends the process.
-    torch.manual_seed(0)
+    seed_all(0)
     conv = nn.Conv2d(4, 8, 2, stride=(1, 2), padding=3, dilation=2, groups=groups)
     chain = Chain((conv, BatchNormAct2d(8))).eval().to(dtype, memory_format=torch.channels_last)
     exact = twin(chain).double()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conversion_models import HEADER, NAMES, images, line, make
 from conversions import assert_same, results
+from seeds import seeded
 from torch import nn
 
 from fastcnn import convert
@@ -16,7 +17,7 @@ from fastcnn.convert.comparable import Comparable, without_dropout
 
 def told_apart(model: nn.Module) -> nn.Module:
     """Change what fresh norms have at 0 and 1, so that nothing can be left out unseen."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     for layer in model.modules():
         own = {**layer._parameters, **layer._buffers}
         if not {"weight", "bias"} <= own.keys() or own["weight"] is None:

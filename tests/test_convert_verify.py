@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import torchvision_resnet
+from seeds import seed_all, seeded
 from test_convert import Forward
 from test_convert_report import Branch
 from torch import Tensor, nn
@@ -30,12 +31,12 @@ def four() -> nn.Sequential:
     """Four chains, told apart by their channels: the tanh between them keeps them apart."""
     layers = [cbr(3, 8), nn.Tanh(), cbr(8, 5), nn.Tanh(), cbr(5, 6), nn.Tanh(), cbr(6, 7)]
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        seed_all(0)
         return nn.Sequential(*layers)
 
 
 def images(*sizes: int) -> Tensor:
-    return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+    return torch.randn(sizes, generator=seeded(0))
 
 
 X = images(2, 3, 12, 12)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from seeds import seed_all, seeded
 from shapes import EDGES, LAYOUTS, RESNET50, Image
 from tolerance import assert_as_exact_as_torch, assert_same_in_float64
 from torch import Tensor, nn
@@ -75,17 +76,17 @@ def test_values_and_gradients(dtype: torch.dtype, layout: str) -> None:
     for sizes, added, per_channel, inplace in itertools.product(
         [(5, 7, 9, 11), (2, 64, 8, 8), (3, 200, 7, 7)], [False, True], [False, True], [False, True]
     ):
-        g = torch.Generator().manual_seed(1)
+        g = seeded(1)
         base = torch.randn((3, sizes[0] + 1, *sizes[1:]), generator=g).to(dtype)
         images = [t.contiguous(memory_format=LAYOUTS[layout])[1:] for t in base.unbind()]
         x, residual, dy = (t.detach().requires_grad_() for t in images)
-        torch.manual_seed(5)
+        seed_all(5)
         y = dropout(
             x * 1 if inplace else x, 0.3, inplace=inplace, residual=residual if added else None,
             per_channel=per_channel,
         )  # fmt: skip
         y.backward(dy.detach())
-        torch.manual_seed(5)
+        seed_all(5)
         keep = dropout(torch.ones_like(x), 0.3, per_channel=per_channel).detach() != 0
         results = {"y": y.detach(), "dx": x.grad}
         if added:
@@ -238,9 +239,9 @@ def test_everything_dropped_and_not_finite() -> None:
 
 def test_in_place_is_torchs() -> None:
     x = torch.randn(2, 6, 4, 4)
-    torch.manual_seed(1)
+    seed_all(1)
     expected = dropout(x, 0.5)
-    torch.manual_seed(1)
+    seed_all(1)
     y = x.clone()
     assert dropout(y, 0.5, inplace=True) is y
     assert torch.equal(y, expected)
@@ -276,7 +277,7 @@ def test_generators() -> None:
     x = torch.ones(2, 4, 8, 8)
 
     def seeded() -> torch.Generator:
-        return torch.Generator().manual_seed(7)
+        return seeded(7)
 
     state = torch.get_rng_state()
     assert torch.equal(dropout(x, generator=seeded()), dropout(x, generator=seeded()))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from seeds import seed_all
 from shapes import LAYOUTS
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -39,7 +40,7 @@ class Network(nn.Module):
 
 def step(run: Callable[[Tensor], Tensor], network: Network, layout: str = "nchw") -> list[Tensor]:
     """Outputs and gradients of two batches after one seed."""
-    torch.manual_seed(3)
+    seed_all(3)
     found = []
     for _ in range(2):
         x = torch.randn(2, 3, 8, 9).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
@@ -53,7 +54,7 @@ def step(run: Callable[[Tensor], Tensor], network: Network, layout: str = "nchw"
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compile(layout: str, backend: str) -> None:
-    torch.manual_seed(0)
+    seed_all(0)
     network = Network()
     compiled = copy.deepcopy(network)
     run = torch.compile(compiled, fullgraph=True, backend=backend)
@@ -74,7 +75,7 @@ def test_export() -> None:
         x = torch.randn(n, 3, 8, 9)
         found = []
         for run in (network, program.module()):
-            torch.manual_seed(1)
+            seed_all(1)
             found.append(run(x))
         assert torch.equal(*found)
 
@@ -82,7 +83,7 @@ def test_export() -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant: bool) -> None:
     # Forward runs again in backward, with the generator's state put back: the same masks.
-    torch.manual_seed(0)
+    seed_all(0)
     network = Network()
     expected = step(network, network)
     network.zero_grad()
@@ -94,7 +95,7 @@ def test_func_grad() -> None:
     x, residual = torch.randn(2, 2, 3, 4, 5).unbind()
 
     def loss(x: Tensor, residual: Tensor) -> Tensor:
-        torch.manual_seed(1)
+        seed_all(1)
         return dropout(x, 0.5, residual=residual).square().sum()
 
     leaves = [t.clone().requires_grad_() for t in (x, residual)]
@@ -128,7 +129,7 @@ def test_vmap_follows_torchs_randomness(per_channel: bool) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_of_both_orders(layout: str, per_channel: bool) -> None:
     # It is linear in x: the double backward of a gradient penalty is the same map once more.
-    torch.manual_seed(0)
+    seed_all(0)
     x, residual = (
         torch.randn(2, 3, 3, 5, dtype=torch.float64)
         .contiguous(memory_format=LAYOUTS[layout])
@@ -137,7 +138,7 @@ def test_gradients_of_both_orders(layout: str, per_channel: bool) -> None:
     )
 
     def run(x: Tensor, residual: Tensor) -> Tensor:
-        torch.manual_seed(1)
+        seed_all(1)
         return dropout(x, 0.4, residual=residual, per_channel=per_channel)
 
     assert gradcheck(run, (x, residual))

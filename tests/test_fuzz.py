@@ -24,6 +24,7 @@ from fuzz_cases import (
     images,
 )
 from fuzz_check import Tensors, away_from_kinks, check, layouts, norm_scales
+from seeds import seeded
 from shapes import LAYOUTS
 from torch import Tensor
 
@@ -180,7 +181,7 @@ def test_dropout(
         tensors["residual"] = numbers.normal(sizes)
 
     def generator() -> torch.Generator:
-        return torch.Generator().manual_seed(image["seed"])
+        return seeded(image["seed"])
 
     def ours(t: Tensors) -> Tensor:
         x = t["x"] * 1 if inplace else t["x"]

@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import torch
 from fuzz_cases import DTYPES, SEEDS, SIDES, fuzz, placed
 from fuzz_check import distance, layouts, memory, one_thread
+from seeds import seeded
 from shapes import LAYOUTS
 from test_augment import level_limit
 from torch import Tensor
@@ -63,7 +64,7 @@ def test_augment(
     n: int, c: int, size_in: tuple[int, int], size: tuple[int, int], on: set[str], layout: str,
     out: str, dtype: torch.dtype, fill: float, offset: int, labels: torch.dtype, seed: int,
 ) -> None:  # fmt: skip
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(seed)
     images = torch.randint(0, 256, (n, c, *size_in), generator=g).to(torch.uint8)
     images = placed(images, LAYOUTS[layout], offset)
     masks = torch.randint(0, 100, (n, *size_in), generator=g).to(labels)

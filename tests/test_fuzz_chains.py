@@ -16,6 +16,7 @@ from chains import SHORTCUTS, Stage, check_float64, results, twin, uses_batch_st
 from fuzz_cases import DTYPES, FLAGS, SEEDS, fuzz
 from fuzz_check import distance, same_bits
 from hypothesis import assume
+from seeds import seed_all
 from shapes import LAYOUTS
 from tolerance import ROUNDINGS, assert_as_exact_as_torch, error_ratio
 from torch import Tensor, nn
@@ -233,7 +234,7 @@ def test_conv_bn_act(
 ) -> None:  # fmt: skip
     # In float64 all that there is; in other types what has no kinks, by pooled errors.
     drawn = data.draw(stages(smooth=dtype is not torch.float64))
-    torch.manual_seed(seed)
+    seed_all(seed)
     model, residual = make_stage(drawn)
     sizes = (n, drawn["c"], h, w)
     x = torch.randn(sizes).contiguous(memory_format=LAYOUTS[layout])

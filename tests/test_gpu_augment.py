@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from card import DEVICE, HAS_CARD, needs_a_card
+from seeds import seeded
 from torch import Tensor
 
 from fastcnn.augment import Augment
@@ -24,7 +25,7 @@ def module() -> Augment:
 
 
 def data(seed: int) -> tuple[Tensor, Tensor, AugmentParameters]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     images = torch.randint(256, (4, 3, 32, 30), dtype=torch.uint8, generator=generator)
     masks = torch.randint(9, (4, 32, 30), generator=generator)
     return images, masks, module().draw(4, (32, 30), generator)

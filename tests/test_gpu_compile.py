@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from card import DEVICE, HAS_CARD, needs_a_card
 from card_networks import Results, batch, networks, results
+from seeds import seed_all
 from torch import Tensor, nn
 
 from fastcnn.nn import Dropout
@@ -47,7 +48,7 @@ def test_a_converted_network_is_one_graph() -> None:
     for seed in (0, 1):
         found = []
         for model in (compiled, eager):
-            torch.manual_seed(seed)
+            seed_all(seed)
             found.append(results(model, *batch(seed)))
         assert_near(*found)
 

@@ -14,6 +14,7 @@ from card_networks import (
     networks,
     results,
 )
+from seeds import seed_all
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -108,7 +109,7 @@ def test_activation_checkpointing() -> None:
     found = []
     for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
         model.zero_grad()
-        torch.manual_seed(3)
+        seed_all(3)
         F.cross_entropy(run(x), target).backward()
         found.append({name: p.grad for name, p in model.named_parameters()})
     assert_bitwise(*found)
@@ -121,7 +122,7 @@ def test_func_grad() -> None:
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
 
     def loss(parameters: dict[str, Tensor]) -> Tensor:
-        torch.manual_seed(3)
+        seed_all(3)
         state = parameters | {name: b.clone() for name, b in buffers.items()}
         return F.cross_entropy(torch.func.functional_call(model, state, (x,)), target)
 
@@ -153,7 +154,7 @@ def steps(dropout: float) -> dict[str, Tensor]:
     """Parameters, momenta and buffers after two steps."""
     model, _ = networks(dropout)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    torch.manual_seed(4)
+    seed_all(4)
     for seed in (0, 1):
         results(model, *batch(seed))
         optimizer.step()

@@ -11,6 +11,7 @@ from card import DEVICE, HAS_CARD, needs_a_card
 from card_plans import planned_by, wherever_it_can
 from chains import stage
 from oracles import timm, torchvision
+from seeds import seed_all
 from test_conv_bn_act_memory import expected_bytes, state
 from torch import nn
 
@@ -78,7 +79,7 @@ def test_a_network_is_what_it_was(name: str, capsys: pytest.CaptureFixture[str])
     # verify runs it beside itself unconverted and beside float64, forward and backward, and looks
     # at each fused call: its table says where the first difference arises.
     case = CASES[name]
-    torch.manual_seed(0)
+    seed_all(0)
     model = convert(case.make(), mode=case.mode).train(case.training)
     model = model.to(DEVICE, memory_format=LAST)
     x = torch.randn(4, 3, 33, 47).to(DEVICE, memory_format=LAST)
@@ -109,7 +110,7 @@ def test_bytes_kept_for_backward(plan: str, memory: str) -> None:
 
 def test_to_the_card_and_back() -> None:
     # Nothing of the card stays with the model: on the CPU again, it computes the bits of before.
-    torch.manual_seed(0)
+    seed_all(0)
     for mode in ("train", "infer"):
         model = convert(_unet().eval(), mode=mode)
         x = torch.randn(2, 3, 16, 16)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from card import needs_a_card
 from card_calls import CALLS, assert_equal, inputs, run
+from seeds import seed_all
 
 import fastcnn.plan
 from fastcnn.nn import BatchNormAct2d, conv_bn_act
@@ -26,7 +27,7 @@ def test_a_call_runs_where_its_tensors_are(name: str, monkeypatch: pytest.Monkey
     found = []
     for index in (0, 1):
         late, constant = inputs(name, 1, torch.device("cuda", index))
-        torch.manual_seed(0)
+        seed_all(0)
         results = run(name, late, constant)
         assert all(t.device.index == index for t in results)
         assert torch.cuda.current_device() == 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 from card import DEVICE, needs_a_card
 from card_networks import assert_as_exact, assert_bitwise, batch, networks, results
+from seeds import seed_all
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -82,7 +83,7 @@ def test_ddp_gives_the_gradients_of_one_process(tmp_path: Path) -> None:
         x, target = batch()
         found = []
         for model in (plain, wrapped):
-            torch.manual_seed(6)
+            seed_all(6)
             found.append(results(model, x, target))
     assert_bitwise({k.replace("module.", ""): t for k, t in found[1].items()}, found[0])
     assert all(p.device.type == DEVICE.type for p in wrapped.parameters())

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from card import DEVICE, needs_a_card
 from card_calls import CALLS, assert_equal, inputs, run
 from card_graphs import WARM_UPS, captured
+from seeds import seed_all, seeded
 from torch import Tensor, nn
 
 import fastcnn.plan
@@ -39,9 +40,9 @@ def test_a_replay_computes_what_eager_does(name: str) -> None:
         new, _ = inputs(name, seed)
         for t, value in zip(late, new, strict=True):
             t.copy_(value)
-        torch.manual_seed(seed)
+        seed_all(seed)
         replay()
-        torch.manual_seed(seed)
+        seed_all(seed)
         assert_equal(found, run(name, new, constant))
 
 
@@ -58,12 +59,12 @@ def test_dropout_draws_anew_at_every_replay(per_channel: bool) -> None:
         return [y.detach(), *torch.autograd.grad(y, leaf, x)]
 
     found, replay = captured(step)
-    torch.manual_seed(5)
+    seed_all(5)
     replayed = []
     for _ in range(3):
         replay()
         replayed.append([t.clone().cpu() for t in found])
-    torch.manual_seed(5)
+    seed_all(5)
     for y, dx in replayed:
         seed = int(draw_seed(DEVICE).item())
         expected = reference.dropout(torch.ones(x.shape), seed, 0.4, per_channel=per_channel)
@@ -73,13 +74,13 @@ def test_dropout_draws_anew_at_every_replay(per_channel: bool) -> None:
 
 
 def network() -> nn.Module:
-    torch.manual_seed(0)
+    seed_all(0)
     model = nn.Sequential(models.resnet20(), nn.Dropout(0.2))
     return convert(model).to(DEVICE, memory_format=torch.channels_last)
 
 
 def batch(seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     x = torch.randn(8, 3, 16, 16, generator=generator).to(memory_format=torch.channels_last)
     return x.to(DEVICE), torch.randint(10, (8,), generator=generator).to(DEVICE)
 
@@ -118,9 +119,9 @@ def test_a_whole_training_step(optimizer_inside: bool) -> None:
         new_x, new_target = batch(seed)
         x.copy_(new_x)
         target.copy_(new_target)
-        torch.manual_seed(seed)
+        seed_all(seed)
         replay()
-        torch.manual_seed(seed)
+        seed_all(seed)
         loss = forward_backward(twin, twin_optimizer, new_x, new_target)
         if not optimizer_inside:
             optimizer.step()
@@ -144,7 +145,7 @@ def test_graphed_callables() -> None:
         x, target = batch(seed)
         for one in (model, twin):
             one.zero_grad()
-            torch.manual_seed(seed)
+            seed_all(seed)
             F.cross_entropy(one(x), target).backward()
         for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
             assert torch.equal(p.grad, q.grad), name
@@ -222,9 +223,9 @@ for name in CALLS:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = run(name, late, constant)
-    torch.manual_seed(1)
+    seed_all(1)
     graph.replay()
-    torch.manual_seed(1)
+    seed_all(1)
     assert_equal(found, run(name, late, constant))
     print(name)
 """

@@ -15,6 +15,7 @@ import torch
 from augment_cases import SIZE, draw_everything, level_limit, resized, smooth_images
 from card import CARD, DEVICE, HAS_CARD, cuda_operators, needs_a_card, on_card
 from cuda_emu import library
+from seeds import seed_all
 from shapes import EDGES, LAYOUTS, RESNET50, Image
 from test_dropout import SEED
 from test_upsample import CASES, MODES, Resize, check, image, run
@@ -85,14 +86,14 @@ def test_dropout_and_its_gradient(dtype: torch.dtype, layout: str) -> None:
         base = image((3 * (sizes[0] + 1), *sizes[1:]), dtype, "nchw").to(DEVICE)
         images = [t.contiguous(memory_format=LAYOUTS[layout])[1:] for t in base.chunk(3)]
         x, residual, dy = (t.detach().requires_grad_() for t in images)
-        torch.manual_seed(5)
+        seed_all(5)
         with on_card():
             y = dropout(
                 x * 1 if inplace else x, 0.3, inplace=inplace, per_channel=per_channel,
                 residual=residual if added else None,
             )  # fmt: skip
             y.backward(dy.detach())
-        torch.manual_seed(5)
+        seed_all(5)
         seed = int(draw_seed(DEVICE))
         keep = reference.dropout(torch.ones(sizes), seed, 0.3, None, per_channel) != 0
         assert y.stride() == x.grad.stride() == x.stride()

@@ -16,6 +16,7 @@ from activations import ACTS
 from card import DEVICE, HAS_CARD, needs_a_card, on_card
 from card_plans import planned_by, wherever_it_can
 from chains import Chain, Stage, conv_bn, results, stage, twin
+from seeds import seed_all
 from test_conv_bn_act_fused import chain
 from tolerance import assert_as_exact_over_draws, error_ratio
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "
 
 @pytest.fixture(autouse=True)
 def seed() -> Iterator[None]:
-    torch.manual_seed(0)
+    seed_all(0)
     with without_tf32():
         yield
 

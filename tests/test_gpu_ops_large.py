@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from augment_cases import draw_everything
 from card import DEVICE, needs_a_card, on_card
 from norm_cases import Draw
+from seeds import seeded
 from shapes import LAYOUTS
 from test_dropout import SEED
 from tolerance import assert_as_exact_as_torch
@@ -167,7 +168,7 @@ def test_augment(layout: str, large: bool) -> None:
     # A sample's bits do not depend on its batch.
     size = (224, 224) if large else (9, 16)
     n = LIMIT * 51 // 50 // (3 * size[0] * size[1]) if large else 5
-    g = torch.Generator(DEVICE).manual_seed(0)
+    g = seeded(0, DEVICE)
     images = torch.randint(256, (n, 3, 33, 47), dtype=torch.uint8, device=DEVICE, generator=g)
     p = draw_everything(n, (33, 47), size)
     options = {"size": size, "dtype": DTYPE, "memory_format": LAYOUTS[layout]}

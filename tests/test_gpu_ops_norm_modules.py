@@ -9,6 +9,7 @@ import pytest
 import torch
 from card import DEVICE, on_card
 from norm_cases import Place, compare
+from seeds import seeded
 from shapes import LAYOUTS
 from tolerance import assert_as_exact_as_torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ MODULES: dict[str, tuple[nn.Module, nn.Module]] = {
 @pytest.mark.parametrize("name", MODULES)
 def test_modules(name: str, training: bool) -> None:
     ours, theirs = (copy.deepcopy(module).train(training) for module in MODULES[name])
-    x, dy = torch.randn(2, 4, 6, 5, 7, generator=torch.Generator().manual_seed(1))
+    x, dy = torch.randn(2, 4, 6, 5, 7, generator=seeded(1))
 
     def results(module: nn.Module, act: Any, place: torch.device | torch.dtype) -> Any:
         module = copy.deepcopy(module).to(place)

@@ -15,6 +15,7 @@ import torch
 from card import DEVICE, HAS_CARD, needs_a_card
 from card_networks import assert_as_exact, batch, networks, results
 from card_plans import planned_by, wherever_it_can
+from seeds import seed_all
 from torch import Tensor
 
 import fastcnn.plan
@@ -50,7 +51,7 @@ if os.environ["FASTCNN_PLAN"] == "read":
         raise AssertionError("a candidate is run")
     fastcnn.plan.tune._checked = never
 torch.backends.cudnn.deterministic = True
-torch.manual_seed(0)
+seed_all(0)
 wide, narrow, images = (256, 64, (32, 256, 56, 56)) if HAS_CARD else (16, 16, (1, 16, 3, 4))
 layers = [(wide, narrow, 1), (narrow, narrow, 3), (narrow, wide, 1)][: 3 if HAS_CARD else 1]
 half = torch.bfloat16 if HAS_CARD else torch.float32
@@ -122,7 +123,7 @@ def test_every_plan_trains_as_exactly(
 def step_of(*sizes: int) -> list[Tensor]:
     """A step in front of another, trained: the output of both, and x's gradient."""
     c, dtype = sizes[1], torch.bfloat16 if HAS_CARD else torch.float32
-    torch.manual_seed(0)
+    seed_all(0)
     modules = [(torch.nn.Conv2d(c, c, 1, bias=False), BatchNormAct2d(c)) for _ in range(2)]
     last = torch.channels_last
     steps = [(conv.to(DEVICE, dtype, memory_format=last), bn.to(DEVICE)) for conv, bn in modules]

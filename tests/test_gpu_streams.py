@@ -7,6 +7,7 @@ import pytest
 import torch
 from card import DEVICE, needs_a_card
 from card_calls import CALLS, assert_equal, inputs, run
+from seeds import seed_all
 from torch import Tensor
 
 from fastcnn.functional import batch_norm_act
@@ -24,8 +25,8 @@ def same_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
-def seeded(name: str, late: list[Tensor], constant: list[Tensor]) -> list[Tensor]:
-    torch.manual_seed(0)  # dropout draws its seed in the call
+def run_seeded(name: str, late: list[Tensor], constant: list[Tensor]) -> list[Tensor]:
+    seed_all(0)  # dropout draws its seed in the call
     return run(name, late, constant)
 
 
@@ -38,7 +39,7 @@ def warmed_up(name: str, constant: list[Tensor]) -> torch.cuda.Stream:
     other, _ = inputs(name, 2)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        seeded(name, other, constant)
+        run_seeded(name, other, constant)
     torch.cuda.synchronize()
     return stream
 
@@ -55,7 +56,7 @@ def test_a_call_waits_for_what_its_stream_does(name: str) -> None:
     # The inputs get their values after 0.5 s. A kernel on another stream, the default one above
     # all, would read zeros, and a workspace that is not the stream's own would be written over.
     late, constant = inputs(name, 1)
-    expected = seeded(name, late, constant)
+    expected = run_seeded(name, late, constant)
     stream = warmed_up(name, constant)
     empty = [torch.zeros_like(t) for t in late]
     torch.cuda.synchronize()
@@ -65,7 +66,7 @@ def test_a_call_waits_for_what_its_stream_does(name: str) -> None:
             t.copy_(value)
         slept = torch.cuda.Event()
         slept.record()
-        found = seeded(name, empty, constant)
+        found = run_seeded(name, empty, constant)
     # Nor has the call waited for the device: the CPU is here before the inputs are.
     assert not slept.query()
     dirty_free_memory()
@@ -78,13 +79,13 @@ def test_a_call_waits_for_no_other_stream(name: str) -> None:
     # The default stream sleeps, the call's results are there meanwhile: nothing of it, forward or
     # backward, ran there, and nothing waited for the whole device.
     late, constant = inputs(name, 1)
-    expected = seeded(name, late, constant)
+    expected = run_seeded(name, late, constant)
     stream = warmed_up(name, constant)
     torch.cuda._sleep(CYCLES)
     slept = torch.cuda.Event()
     slept.record()
     with torch.cuda.stream(stream):
-        found = [t.cpu() for t in seeded(name, late, constant)]
+        found = [t.cpu() for t in run_seeded(name, late, constant)]
     assert not slept.query()
     assert_equal(found, expected)
     torch.cuda.synchronize()
@@ -95,7 +96,7 @@ def test_a_call_waits_for_no_other_stream(name: str) -> None:
 def test_a_call_asks_pytorch_for_no_synchronisation(name: str) -> None:
     # PyTorch raises where it would wait for the device, as .item() and .cpu() do.
     late, constant = inputs(name, 1)
-    seeded(name, late, constant)
+    run_seeded(name, late, constant)
     torch.cuda.set_sync_debug_mode("error")
     try:
         run(name, late, constant)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from activations import ACTS, near_a_kink
 from norm_cases import CPU, Draw, Place, compare, magnitudes
+from seeds import seed_all
 from shapes import GROUPED, LAYOUTS, Image
 from tolerance import margin
 from torch import Tensor
@@ -226,7 +227,7 @@ def test_an_empty_batch_is_torchs() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradcheck(layout: str) -> None:
     # Against differences of the forward itself, by all inputs at once, away from kinks.
-    torch.manual_seed(0)
+    seed_all(0)
     weight, bias = torch.tensor([[3.0, -2.5, 1, 2], [0.5, 1, -1, 0]], dtype=torch.float64)
     for act, groups in itertools.product(ACTS, (1, 2, 4, PIXELS)):
         near = torch.tensor(True)

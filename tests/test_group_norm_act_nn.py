@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from seeds import seeded
 from shapes import LAYOUTS
 from tolerance import assert_same_in_float64
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ INSTANCE_NORMS: list[dict[str, Any]] = [
 
 
 def images(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return (2 * torch.randn(3, 6, 5, 7, generator=generator) + 1).to(dtype)
 
 

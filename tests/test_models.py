@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from chains import randomize
 from oracles import torchvision_resnet
+from seeds import seed_all, seeded
 from torch import Tensor, nn
 
 from fastcnn import models
@@ -31,11 +32,6 @@ COMPUTED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def assert_same(actual: Tensor, expected: Tensor, name: str = "") -> None:
     """Equal to 1e-11 of the largest value, in float64: 20 times what torchvision's own ResNet-50
     differs by between NCHW and channels_last (5e-13); another eps is off by 1e-6 and more."""
@@ -55,7 +51,7 @@ def outputs_and_gradients(model: nn.Module, x: Tensor, dy: Tensor) -> dict[str, 
 
 
 def assert_same_network(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
-    dy = torch.randn(len(x), 10, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    dy = torch.randn(len(x), 10, dtype=torch.float64, generator=seeded(2))
     expected = outputs_and_gradients(theirs, x, dy)
     actual = outputs_and_gradients(ours, x, dy)
     assert actual.keys() == expected.keys()
@@ -79,9 +75,9 @@ def test_state_dict_is_torchvisions(name: str, options: dict[str, Any]) -> None:
 )
 def test_same_seed_gives_torchvisions_initial_weights(name: str, options: dict[str, Any]) -> None:
     # Somebody who switches a training script to fastcnn repeats the same experiment.
-    torch.manual_seed(0)
+    seed_all(0)
     ours = getattr(models, name)(**options).state_dict()
-    torch.manual_seed(0)
+    seed_all(0)
     theirs = getattr(torchvision_resnet, name)(**options).state_dict()
     for key, value in theirs.items():
         assert torch.equal(ours[key], value), key

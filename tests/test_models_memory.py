@@ -17,11 +17,6 @@ from fastcnn.lab import eager_twin, kept_for_backward
 LEVELS = ["default", "low", "lowest"]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def images(n: int, size: int) -> Tensor:
     return torch.randn(n, 3, size, size).to(memory_format=torch.channels_last)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from seeds import seeded
 from tolerance import assert_as_exact_as_torch, assert_same_in_float64
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ def pair(dtype: torch.dtype | None = None, **kwargs: Any) -> tuple[nn.BatchNorm2
 
 
 def images(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return (2 * torch.randn(4, 3, 5, 7, generator=generator) + 1).to(dtype)
 
 

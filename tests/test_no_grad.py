@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from seeds import seed_all, seeded
 from torch import Tensor, nn
 
 from fastcnn import functional
@@ -41,13 +42,13 @@ CASES: dict[str, Callable[[], Callable[[Tensor], Any]]] = {
 )
 @pytest.mark.parametrize("case", CASES)
 def test_one_graph_without_gradients(case: str, mode: Callable[[], Any]) -> None:
-    x = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(0)
+    x = torch.randn(2, 8, 6, 6, generator=seeded(0))
+    seed_all(0)
     run = CASES[case]()
     with mode():
-        torch.manual_seed(1)
+        seed_all(1)
         expected = run(x)
-        torch.manual_seed(1)
+        seed_all(1)
         actual = torch.compile(run, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
@@ -57,16 +58,16 @@ def test_one_graph_of_what_has_no_parameters(case: str) -> None:
     # In grad mode, with an input that is a leaf without a gradient: the first layer of a network.
     run = CASES[case]()
     x = torch.randn(2, 8, 6, 6)
-    torch.manual_seed(1)
+    seed_all(1)
     expected = run(x)
-    torch.manual_seed(1)
+    seed_all(1)
     actual = torch.compile(run, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_a_network_in_training_mode() -> None:
     # Recalibration of running statistics: training mode, and no gradient.
-    torch.manual_seed(0)
+    seed_all(0)
     model, x = resnet20(), torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         expected = model(x)

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from norm_cases import CPU, Place
+from seeds import seeded
 from shapes import LAYOUTS
 from tolerance import assert_as_exact_as_torch, assert_same_in_float64
 from torch import Tensor
@@ -74,7 +75,7 @@ CASES = [
 
 def image(sizes: tuple[int, ...], dtype: torch.dtype, layout: str, seed: int = 0) -> Tensor:
     """Values that float32 holds exactly, so that it can be the oracle of a float64 case."""
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(seed)
     t = torch.randn(sizes, generator=g).to(dtype)
     return t.contiguous(memory_format=LAYOUTS[layout])
 

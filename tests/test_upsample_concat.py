@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from seeds import seed_all
 from shapes import LAYOUTS
 from test_upsample import DTYPES, MODES, image
 from tolerance import assert_as_exact_as_torch
@@ -114,7 +115,7 @@ class Decoder(nn.Module):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compile_checkpoint_and_func(layout: str) -> None:
     # The same bits through each of them; compiled without a graph break.
-    torch.manual_seed(0)
+    seed_all(0)
     module = Decoder().to(memory_format=LAYOUTS[layout])
     x, skip = image((2, 2, 4, 4), torch.float32, layout), image((2, 3, 8, 8), torch.float32, layout)
 

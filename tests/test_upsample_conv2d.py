@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from activations import ACTS
 from chains import randomize
+from seeds import seed_all
 from tolerance import assert_as_exact_as_torch
 from torch import Tensor, nn
 
@@ -38,7 +39,7 @@ RESIZES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
+    seed_all(0)
     monkeypatch.setattr(module, "_LEAST_CHANNELS", 1)
 
 

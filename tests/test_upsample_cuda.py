@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from cuda_emu.run import DTYPE_NUMBER, Case, Result, run_cases
+from seeds import seeded
 from torch import Tensor
 
 from fastcnn import reference
@@ -61,7 +62,7 @@ class Call:
         sm_count: int = 1,
         skip_last: bool = False,
     ) -> None:
-        g = torch.Generator().manual_seed(1)
+        g = seeded(1)
         self.dtype, self.how, self.sm_count = dtype, how, sm_count
         self.size, self.scales, self.c_skip = size, scales, c_skip
         n, c, _, _ = shape

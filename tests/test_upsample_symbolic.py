@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from seeds import seeded
 from torch import Tensor, nn
 
 from fastcnn.functional import interpolate
@@ -23,7 +24,7 @@ def forget_graphs() -> None:
 
 
 def image(h: int = 12, w: int = 15, n: int = 2) -> Tensor:
-    return torch.randn(n, 3, h, w, generator=torch.Generator().manual_seed(h))
+    return torch.randn(n, 3, h, w, generator=seeded(h))
 
 
 def gradients(run: Any, x: Tensor) -> list[Tensor]:

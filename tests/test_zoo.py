@@ -11,6 +11,7 @@ import pytest
 import torch
 from conversions import assert_same, images, patterns
 from oracles import torchvision
+from seeds import seed_all
 from torch import nn
 from zoo import (
     CLASSIFIERS,
@@ -58,9 +59,9 @@ def test_keys_shapes_and_types(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_same_seed_gives_the_same_initial_weights(name: str) -> None:
     # Somebody who switches a training script to fastcnn repeats the same experiment.
-    torch.manual_seed(0)
+    seed_all(0)
     actual = ours(name, 7).state_dict()
-    torch.manual_seed(0)
+    seed_all(0)
     expected = theirs(name, 7).state_dict()
     assert_identical(actual, expected)
 

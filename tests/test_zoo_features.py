@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import timm
+from seeds import seeded
 from torch import Tensor, nn
 from zoo import ZOO, fill, pair
 
@@ -46,7 +47,7 @@ def test_timms_checkpoint(
     whole = timms(theirs, num_classes=7)
     path = tmp_path / "timm.pth"
     torch.save(whole.state_dict(), path)
-    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 3, size, size, generator=seeded(0))
 
     model = create_model(ours, num_classes=7, weights=path, **options).eval()
     assert_close(model(x), whole(x))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import segmentation_models_pytorch
+from seeds import seed_all
 from torch import Tensor, nn
 from zoo import assert_identical, fill, results
 
@@ -107,7 +108,7 @@ def test_computes_the_formula(options: dict[str, Any], training: bool) -> None:
 
 
 def test_dropout_drops_channels_in_training_only() -> None:
-    torch.manual_seed(0)
+    seed_all(0)
     model, without = UNet(depth=1, width=64, dropout=0.5), UNet(depth=1, width=64)
     assert [type(layer).__name__ for layer in model.stem][2:4] == ["ReLU", "Dropout2d"]
     x = torch.randn(1, 3, 8, 8)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from oracles import timm, torchvision
 from safetensors.torch import save_file
+from seeds import seed_all
 from torch import Tensor, nn
 from zoo import pair
 
@@ -24,7 +25,7 @@ State = dict[str, Tensor]
 @pytest.fixture(scope="module")
 def state() -> State:
     """A ResNet-18 of torchvision for 10 classes."""
-    torch.manual_seed(0)
+    seed_all(0)
     return torchvision.models.resnet18(num_classes=10).state_dict()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from chains import randomize
 from oracles import segmentation_models_pytorch, torchvision
+from seeds import seed_all, seeded
 from torch import Tensor, nn
 
 from fastcnn import keep_freed_memory
@@ -66,7 +67,7 @@ def pair(name: str, num_classes: int = 10, **options: Any) -> tuple[nn.Module, n
 
 def fill(model: nn.Module) -> None:
     """Weights of deviation sqrt(2 / fan_in) from a million draws, over and over; biases of 0.1."""
-    noise = torch.randn(1_000_003, generator=torch.Generator().manual_seed(3))
+    noise = torch.randn(1_000_003, generator=seeded(3))
     for p in model.parameters():
         gain = math.sqrt(2 / p[0].numel()) if p.ndim > 1 else 0.1
         repeats = -(-p.numel() // len(noise))
@@ -86,9 +87,9 @@ def outputs(y: Any) -> dict[str, Tensor]:
 def results(model: nn.Module, x: Tensor, seed: int = 5) -> dict[str, Tensor]:
     """Outputs, gradients of x and of every parameter, and buffers, after one call."""
     x = x.clone().requires_grad_()
-    torch.manual_seed(seed)  # dropout
+    seed_all(seed)  # dropout
     y = outputs(model(x))
-    torch.manual_seed(seed)
+    seed_all(seed)
     torch.autograd.backward(list(y.values()), [torch.randn_like(v) for v in y.values()])
     found = {name: v.detach() for name, v in y.items()}
     found["dx"] = x.grad

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from activations import near_a_kink
 from cuda_emu.run import DTYPE_NUMBER, Case, Result
+from seeds import seeded
 from torch import Tensor
 
 from fastcnn import reference
@@ -59,7 +60,7 @@ class Call:
         self.dtype, self.shape = dtype, shape
         self.device = {"sm_count": sm_count, "shared_bytes": shared_bytes}
         self.act, has_residual, has_weight, has_bias, self.training = options
-        normal = partial(torch.randn, generator=torch.Generator().manual_seed(1))
+        normal = partial(torch.randn, generator=seeded(1))
         c = shape[1]
         self.x = (normal(shape) + column(center + normal(c))).to(dtype)
         self.residual = (2 * normal(shape)).to(dtype) if has_residual else None

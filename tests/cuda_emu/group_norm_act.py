@@ -22,6 +22,7 @@ from cuda_emu.batch_norm_act import (
     total,
 )
 from cuda_emu.run import DTYPE_NUMBER, Case, Result
+from seeds import seeded
 from torch import Tensor
 
 from fastcnn import reference
@@ -48,7 +49,7 @@ class Call:
     ) -> None:
         self.dtype, self.shape, self.groups, self.sm_count = dtype, shape, groups, sm_count
         self.act, has_weight, has_bias = options
-        normal = partial(torch.randn, generator=torch.Generator().manual_seed(1))
+        normal = partial(torch.randn, generator=seeded(1))
         c = shape[1]
         self.x = (normal(shape) + column(center + normal(c))).to(dtype)
         self.weight = 3 * normal(c) if has_weight else None  # about half of them negative
