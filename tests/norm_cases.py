@@ -93,17 +93,17 @@ STEEPEST = 1.5
 def norm_errors(n: Normalised, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return each result's error before its last rounding (tests/tolerance.py), to first order.
 
-    The statistics err by a walk over `count` values, relative to what is summed: the mean of
-    magnitudes; and the variance by that of its squares and, where partial results are merged, by
-    their means' errors. They move all values alike, so that sums over values keep them. What one
-    value's own operations add, 4 roundings, is smaller, and is counted as if sums kept that, too.
+    The statistics err by a walk over `count` values, relative to what is summed: magnitudes, and
+    squares around a center, of which two bits cancel at most (csrc/common/moments.h), so that the
+    variance has four times their error and std twice. They move all values alike, so that sums over
+    values keep that. What one value's own operations add is counted as if sums kept it, too.
     """
     one, sums = walk(1, dtype), walk(n.count if n.training else 1, dtype)
     parameters = walk(n.samples, dtype)
     normalised, typical = (n.x - n.mean) / n.std, n.over(n.x.abs())
     gain = abs(n.weight) / n.std
     d_mean = sums * typical / n.std if n.training else 0.0
-    d_std = sums * (1 + typical / n.std) if n.training else one
+    d_std = 2 * sums if n.training else one
     d_normalised = one * (n.x.abs() + n.mean.abs()) / n.std + d_mean + normalised.abs() * d_std
     d_z = abs(n.weight) * d_normalised
     d_z = d_z + one * ((n.weight * normalised).abs() + abs(n.bias) + abs(n.residual))
@@ -124,6 +124,7 @@ def norm_errors(n: Normalised, dtype: torch.dtype) -> dict[str, Tensor]:
         d_x = (inner + size * (d_std + one)) / n.std
     else:
         d_x = gain * (d_dz + 2 * one * dz)
+    unbiased = n.count / max(n.count - 1, 1)
     return {
         "y": STEEPEST * d_z,
         "dx": d_x,
@@ -131,7 +132,7 @@ def norm_errors(n: Normalised, dtype: torch.dtype) -> dict[str, Tensor]:
         "dweight": d_weight,
         "dbias": d_bias,
         "running_mean": d_mean * n.std if n.training else torch.zeros(()),
-        "running_var": 2 * d_std * n.std.square() if n.training else torch.zeros(()),
+        "running_var": 2 * d_std * n.std.square() * unbiased if n.training else torch.zeros(()),
     }
 
 

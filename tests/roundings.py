@@ -4,8 +4,8 @@ A chain of convolutions and batch norms amplifies the roundings of its early lay
 no count of operations tells. Here they are measured, by stochastic arithmetic (Vignes, "Discrete
 stochastic arithmetic for validating results of numerical software", Numer. Algorithms 37, 2004):
 the network runs in float64 several times, and each time every operator's result is moved by a
-random error as large as the lower precision's roundings in it. The spread of a result over these runs is
-the error to expect of any honest implementation, in any order of summation, and is the same number
+random error as large as the lower precision's roundings in it. The spread of a result over these
+runs is the error to expect of any implementation, in any order of summation, and is the same number
 on every processor: float64's own errors are 1e-8 of it.
 
 The errors of one operator's result, drawn independently:

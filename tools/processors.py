@@ -3,8 +3,8 @@
     python tools/processors.py COMMAND...      the command that runs pytest
 
 Each instruction set that this processor has is tried with seed 0: oneDNN, PyTorch and fastcnn are
-held to it by their environment variables. Then the processor as it is, with seeds 1 to 4. A set that it
-lacks is named, so that nobody takes it for tried.
+held to it by their environment variables. Then the processor as it is, with seeds 1 to 4. A set that
+it lacks is named, so that nobody takes it for tried.
 """
 
 import os
