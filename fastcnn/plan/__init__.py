@@ -12,8 +12,8 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.fx.experimental import symbolic_shapes
 
+from fastcnn._constant_result import constant_result
 from fastcnn.plan.cards import Kernel
 from fastcnn.plan.planner import Planner, measured, mode_of_environment, open_file
 from fastcnn.plan.problem import Problem, describe
@@ -34,9 +34,6 @@ __all__ = [
     "summary",
 ]
 
-# The size that a symbolic one stands for, as torch.compile saw it; guard_scalar makes it constant.
-_concrete = getattr(symbolic_shapes, "optimization_hint", symbolic_shapes.guard_scalar)
-
 
 @functools.cache
 def _planner() -> Planner:
@@ -55,9 +52,13 @@ def choose(problem: Problem) -> str:
         RuntimeError: tuning found every candidate wrong.
     """
     if torch.compiler.is_compiling():
+        from torch.fx.experimental import symbolic_shapes  # imports sympy; here, dynamo has
+
+        # The size that a symbolic one stands for, as it was seen; guard_scalar makes it constant.
+        concrete = getattr(symbolic_shapes, "optimization_hint", symbolic_shapes.guard_scalar)
         # Field by field: a tuple with a class of its own arrives empty (torch 2.13).
         op, x, weight, *others = problem
-        sizes = [tuple(_concrete(size) for size in shape) for shape in (x, weight)]
+        sizes = [tuple(concrete(size) for size in shape) for shape in (x, weight)]
         return _choose_traced(op, *sizes, *others)
     return _planner().choose(problem).name
 
@@ -94,7 +95,7 @@ def summary() -> str:
     return f"{mode}; {len(file.entries)} in {file.path or 'no folder: set FASTCNN_CACHE'}"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _choose_traced(*fields: object) -> str:
     """Choose while torch.compile traces; it calls this instead of looking inside."""
     problem = Problem(*fields)  # type: ignore[arg-type]
