@@ -9,6 +9,7 @@ plan file (file.py), or predicts it (cards.py).
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,13 +53,9 @@ def choose(problem: Problem) -> str:
         RuntimeError: tuning found every candidate wrong.
     """
     if torch.compiler.is_compiling():
-        from torch.fx.experimental import symbolic_shapes  # imports sympy; here, dynamo has
-
-        # The size that a symbolic one stands for, as it was seen; guard_scalar makes it constant.
-        concrete = getattr(symbolic_shapes, "optimization_hint", symbolic_shapes.guard_scalar)
         # Field by field: a tuple with a class of its own arrives empty (torch 2.13).
         op, x, weight, *others = problem
-        sizes = [tuple(concrete(size) for size in shape) for shape in (x, weight)]
+        sizes = [tuple(_concrete(size) for size in shape) for shape in (x, weight)]
         return _choose_traced(op, *sizes, *others)
     return _planner().choose(problem).name
 
@@ -100,3 +97,13 @@ def _choose_traced(*fields: object) -> str:
     """Choose while torch.compile traces; it calls this instead of looking inside."""
     problem = Problem(*fields)  # type: ignore[arg-type]
     return _planner().choose(problem, busy="under torch.compile").name
+
+
+def _concrete(size: Any) -> int:
+    """Return the size that a symbolic one stands for, as torch.compile saw it."""
+    # Here: it imports sympy, and torch.compile has.
+    from torch.fx.experimental import symbolic_shapes
+
+    # guard_scalar makes it constant, for a torch that does not tell, as 2.11.
+    hint = getattr(symbolic_shapes, "optimization_hint", symbolic_shapes.guard_scalar)
+    return hint(size)
