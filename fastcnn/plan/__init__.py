@@ -106,4 +106,4 @@ def _concrete(size: Any) -> int:
 
     # guard_scalar makes it constant, for a torch that does not tell, as 2.11.
     hint = getattr(symbolic_shapes, "optimization_hint", symbolic_shapes.guard_scalar)
-    return hint(size)
+    return int(hint(size))
