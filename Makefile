@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 export FASTCNN_WERROR = ON
+# Packages are installed without bytecode: the first import writes it.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-all test-processors fuzz lint bench gpu wheel clean
 
@@ -62,7 +64,8 @@ gpu:
 
 wheel:
 	@$(PYTHON) tools/environment.py dev
-	FASTCNN_CUDA_ARCHS=$${FASTCNN_CUDA_ARCHS:-80-real,90} $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
+	FASTCNN_CUDA=$${FASTCNN_CUDA:-ON} FASTCNN_CUDA_ARCHS=$${FASTCNN_CUDA_ARCHS:-80-real,90} \
+		$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:
 	rm -rf .venv build dist runs

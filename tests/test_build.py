@@ -19,7 +19,7 @@ def configure(tmp_path: Path, *options: str) -> str:
     command = [cmake, "-S", ROOT, "-B", tmp_path, f"-DPython_EXECUTABLE={sys.executable}"]
     done = subprocess.run([*command, *options], capture_output=True, text=True)
     assert done.returncode != 0
-    return " ".join(done.stderr.split())  # CMake wraps its lines
+    return " ".join((done.stdout + done.stderr).split())  # CMake wraps its lines
 
 
 def test_no_torch_is_one_sentence_with_the_command() -> None:
@@ -59,6 +59,32 @@ def test_cuda_on_without_nvcc_says_the_way_out(tmp_path: Path) -> None:
     said = configure(tmp_path, "-DFASTCNN_CUDA=ON", "-DNVCC=OFF")
     assert "FASTCNN_CUDA=ON needs nvcc" in said
     assert "FASTCNN_CUDA=OFF" in said
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "said"),
+    [
+        ("AUTO", "", "no GPU found, building for the CPU only; FASTCNN_CUDA=ON builds the CUDA"),
+        ("AUTO", r"8.6\n9.0\n8.6\n", "CUDA kernels for 86,90 by"),
+        ("ON", "", "CUDA kernels for 80-real,90 by"),
+        ("OFF", r"9.0\n", ""),
+    ],
+)
+def test_cuda_kernels_are_for_the_gpus_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, gpus: str, said: str
+) -> None:
+    # The two programs that CMake calls, and their end: no compiler, and no pybind11 where none is
+    # wanted. A broken driver prints numbers, too.
+    tools = {"nvidia-smi": f"printf '{gpus or 'driver 535.54 failed'}'; exit {not gpus:d}"}
+    for name, script in {**tools, "nvcc": "exit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    options = [f"-DFASTCNN_CUDA={asked}", f"-DNVCC={tmp_path / 'nvcc'}"]
+    told = configure(tmp_path / "build", *options, "-DCMAKE_DISABLE_FIND_PACKAGE_pybind11=ON")
+    lines = [line for line in told.split("-- ") if line.startswith("fastcnn: ")]
+    assert len(lines) == bool(said)
+    assert said in told
 
 
 def test_instruction_sets_share_no_inline_functions() -> None:

@@ -5,8 +5,12 @@
 Runs on the standard library alone. A torch of 2.11 or later that the calling Python already has is
 used as it is (.venv then sees the packages of that Python); else one is installed into .venv. What
 is there and unchanged is not touched: a second run takes a fraction of a second.
+
+Two cores are kept busy: torch is unpacked while the build's tools are, and fastcnn compiled while
+the extras are installed. Only what is imported is compiled to bytecode, by the first import.
 """
 
+import ast
 import hashlib
 import json
 import os
@@ -18,14 +22,16 @@ import sys
 import sysconfig
 import time
 import venv
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 OLDER = VENV / "older-triton"
 STAMP = "fastcnn.json"  # in .venv: what it was made from, and what is installed
-EXTRAS = {"train": {"train"}, "dev": {"train", "dev"}}  # what an installation serves
+EXTRAS = {"train": ["train"], "dev": ["bench", "dev", "train"]}  # of pyproject.toml
 
 # Without a GPU: the release with which docs/performance.md was measured. A registry that has a CPU
 # build of it gives that one. With a GPU: any release that the stable ABI serves.
@@ -37,7 +43,7 @@ HEADERS = ["nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*", "nvidia-cud
 # Beside the newest Triton, for the tests of what both compile: the one of torch 2.11, in a folder
 # of its own, which those tests put in front.
 OLDER_TRITON = "triton==3.6.*"
-ASK_TORCH = "import torch; print(torch.__version__)"
+ASK_TORCH = "import importlib.metadata as m; print(m.version('torch'))"
 
 
 def main() -> None:
@@ -46,32 +52,36 @@ def main() -> None:
         stop(f"expected one of {', '.join(EXTRAS)}, got {sys.argv[1:]}")
     if sys.version_info < (3, 10):
         stop(f"expected Python 3.10 or later, got {sys.version.split()[0]}")
-    extra, started = sys.argv[1], time.monotonic()
+    started = time.monotonic()
     base = {"root": str(ROOT), "python": sys.version, "prefix": sys.prefix}
     stamp = read_stamp()
-    key = fingerprint()
     same_base = {name: stamp.get(name) for name in base} == base
     # Called by .venv's own Python: it cannot replace itself, and what it has is what there is.
-    if same_base or (Path(sys.prefix) == VENV and "key" in stamp):
-        base = {name: stamp[name] for name in base}
-        if stamp["key"] == key and extra in stamp["serves"]:
-            return
-    else:
+    is_ours = same_base or (Path(sys.prefix) == VENV and "key" in stamp)
+    extras = sorted({*EXTRAS[sys.argv[1]], *(stamp.get("extras", []) if is_ours else [])})
+    options = build_options("dev" in extras)
+    key = fingerprint(options)
+    if is_ours and stamp["key"] == key and stamp.get("extras") == extras:
+        return
+    if not is_ours:
         create()
-        stamp = {**base, "key": None, "serves": []}
-        write_stamp(stamp)
-    serves = EXTRAS[extra] | set(stamp["serves"])
-    wanted = "dev" if "dev" in serves else "train"
-    say(f"building and installing fastcnn[{wanted}]")
-    write_stamp({**stamp, "key": None})  # a failure here leaves torch and the tools in place
-    pip("--no-build-isolation", "-c", constraints(), "-e", f"{ROOT}[{wanted}]")
-    if wanted == "dev":
-        install_oracles()
-        if not OLDER.exists():
-            pip("--no-deps", "--target", str(OLDER), OLDER_TRITON)
-        if not toolkit():
-            pip("--no-deps", *HEADERS)
-    write_stamp({**stamp, "key": key, "serves": sorted(serves)})
+        stamp = base
+    packages = [requirement for extra in extras for requirement in requirements(extra)]
+    stamp = {**stamp, "key": None, "extras": extras}  # a failure leaves what is installed in place
+    write_stamp(stamp)
+
+    def install_packages() -> None:
+        if stamp.get("packages") != packages:
+            # With torch, for what it needs itself.
+            pip("-c", constraints(), "torch", *packages)
+            if "dev" in extras:
+                install_oracles()
+            stamp["packages"] = packages
+            write_stamp(stamp)
+
+    say(f"building fastcnn[{','.join(extras)}]{cpu_only(options)}")
+    at_once(lambda: build(options), install_packages)
+    write_stamp({**stamp, "key": key})
     built = run_python("from fastcnn import info; print(info.facts()['CUDA kernels'])")
     say(f"ready after {time.monotonic() - started:.0f} s; CUDA kernels: {built}")
 
@@ -97,11 +107,38 @@ def create() -> None:
             shown |= {*site.getsitepackages(), site.getusersitepackages()}
         packages = Path(run_python("import sysconfig; print(sysconfig.get_path('purelib'))"))
         (packages / "caller.pth").write_text("\n".join(sorted(shown)) + "\n")
-    if not usable(version_of_torch(VENV / "bin" / "python")):
+    if usable(version_of_torch(VENV / "bin" / "python")):
+        pip(*BUILD)
+    else:
         torch = TORCH_CUDA if has_gpu() else TORCH_CPU
         say(f"installing {torch}")
-        pip(torch)
-    pip(*BUILD)
+        # Without its dependencies: two pips at once must not install the same package.
+        at_once(lambda: pip("--no-deps", torch), lambda: pip(*BUILD))
+
+
+def build(options: dict[str, str]) -> None:
+    """Build fastcnn and install it, editable."""
+    pip("--no-build-isolation", "--no-deps", "-e", str(ROOT), **options)
+
+
+def build_options(dev: bool) -> dict[str, str]:
+    """The build's options (CMakeLists.txt) that differ from what it takes by itself.
+
+    The tests read what nvcc makes of the kernels, with a GPU or without one: for one architecture,
+    with the PTX that all others would be assembled from.
+    """
+    if not dev or "FASTCNN_CUDA" in os.environ or not toolkit():
+        return {}
+    archs = {} if has_gpu() or "FASTCNN_CUDA_ARCHS" in os.environ else {"FASTCNN_CUDA_ARCHS": "90"}
+    return {"FASTCNN_CUDA": "ON", **archs}
+
+
+def cpu_only(options: dict[str, str]) -> str:
+    """What to add where the CUDA kernels could be compiled and are not, '' elsewhere."""
+    cuda = {**os.environ, **options}.get("FASTCNN_CUDA", "AUTO")
+    if cuda != "AUTO" or not toolkit() or has_gpu():
+        return ""
+    return " for the CPU: there is no GPU (FASTCNN_CUDA=ON builds the CUDA kernels)"
 
 
 def read_stamp() -> dict[str, Any]:
@@ -115,14 +152,14 @@ def write_stamp(stamp: dict[str, Any]) -> None:
     (VENV / STAMP).write_text(json.dumps(stamp))
 
 
-def fingerprint() -> str:
+def fingerprint(options: dict[str, str]) -> str:
     """A hash of everything that the built package depends on; Python sources only by their names.
 
     The installation is editable: Python files are used from the checkout as they are.
     """
     names = ("FASTCNN_CUDA", "FASTCNN_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH", "CXX", "CXXFLAGS")
-    options = [os.environ.get(name) for name in names]
-    digest = hashlib.sha256(repr((options, toolkit())).encode())
+    told = [os.environ.get(name) for name in names]
+    digest = hashlib.sha256(repr((told, sorted(options.items()), toolkit(), has_gpu())).encode())
     files = [ROOT / "pyproject.toml", ROOT / "CMakeLists.txt", ROOT / "tools" / "find_torch.py"]
     for path in sorted([*files, *(ROOT / "csrc").rglob("*.*")]):
         digest.update(f"{path.relative_to(ROOT)}".encode() + path.read_bytes())
@@ -145,7 +182,7 @@ def has_gpu() -> bool:
 
 
 def version_of_torch(python: Path) -> str:
-    """The version of the torch that a Python has, '' where it has none that can be imported."""
+    """The version of the torch that a Python has, '' where it has none."""
     told = subprocess.run([python, "-c", ASK_TORCH], capture_output=True, text=True)
     return told.stdout.strip() if told.returncode == 0 else ""
 
@@ -164,6 +201,18 @@ def constraints() -> str:
     return str(path)
 
 
+def requirements(extra: str) -> list[str]:
+    """What pyproject.toml lists for an extra, except other extras of fastcnn.
+
+    The list is read as Python's, which it is as well: Python 3.10 has no tomllib.
+    """
+    text = (ROOT / "pyproject.toml").read_text()
+    found = re.search(rf"^{extra} = (\[.*?\])$", text, re.MULTILINE | re.DOTALL)
+    if found is None:
+        stop(f"expected pyproject.toml to have an extra {extra}, and it has none")
+    return [listed for listed in ast.literal_eval(found[1]) if not listed.startswith("fastcnn[")]
+
+
 def install_oracles() -> None:
     """Install those whose models the tests compare with, torchvision for the torch in .venv.
 
@@ -175,10 +224,19 @@ def install_oracles() -> None:
         "timm": "timm>=1.0",
         "segmentation_models_pytorch": "segmentation-models-pytorch>=0.5",
     }
-    for name, requirement in oracles.items():
-        ask = f"import importlib.util as u; print(u.find_spec({name!r}) is not None)"
-        if run_python(ask) == "False":
-            pip("--no-deps", requirement)
+    ask = f"import importlib.util as u; print(*[n for n in {list(oracles)} if not u.find_spec(n)])"
+    missing = [oracles[name] for name in run_python(ask).split()]
+    if missing := [*missing, *([] if toolkit() else HEADERS)]:
+        pip("--no-deps", *missing)
+    if not OLDER.exists():
+        pip("--no-deps", "--target", str(OLDER), OLDER_TRITON)
+
+
+def at_once(*works: Callable[[], None]) -> None:
+    """Do these at once; the first that fails ends the script, when the others are done."""
+    with ThreadPoolExecutor() as pool:
+        for work in [pool.submit(work) for work in works]:
+            work.result()
 
 
 def run_python(code: str) -> str:
@@ -187,11 +245,15 @@ def run_python(code: str) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
-def pip(*arguments: str) -> None:
-    """Run `pip install` in .venv; show its words only if it fails."""
+def pip(*arguments: str, **options: str) -> None:
+    """Run `pip install` in .venv, with more in its environment; show its words only if it fails."""
     command = [VENV / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install"]
     done = subprocess.run(
-        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, "--no-compile", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **options},
     )
     if done.returncode != 0:
         stop(f"{done.stdout}pip install {' '.join(arguments)} failed: its words are above")
@@ -202,7 +264,7 @@ def say(words: str) -> None:
     print(f"environment: {words}", flush=True)
 
 
-def stop(words: str) -> None:
+def stop(words: str) -> NoReturn:
     """End with one sentence."""
     sys.exit(f"environment: {words}")
 

@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
+from fastcnn._constant_result import constant_result
 from fastcnn.convert import runtime
 from fastcnn.convert.describe import describe
 from fastcnn.convert.guards import Guard
@@ -117,7 +118,7 @@ class Conversion:
         required, optional = arguments_of(original.forward)
         alone = self.options.mode == "infer"  # folded weights are of this module's own
 
-        @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+        @constant_result
         def select(training: bool) -> int:
             return self._select()
 

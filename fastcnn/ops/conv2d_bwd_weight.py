@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastcnn import _C
+from fastcnn._constant_result import constant_result
 from fastcnn.ops._library import declare
 from fastcnn.ops.conv_bn_act_step import Geometry
 
@@ -31,7 +32,7 @@ declare(
 _bwd_weight = torch.ops.fastcnn.conv2d_bwd_weight.default
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _has_bf16_dot() -> bool:
     return _C.has_bf16_dot()
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcnn._constant_result import constant_result
 from fastcnn.ops.activation import ACT_NUMBER
 from fastcnn.ops.checks import memory_format_of
 from fastcnn.ops.conv2d_fused import DTYPES, allows_tf32, interpreted
@@ -38,7 +39,7 @@ def is_planned(x: Tensor) -> bool:
     return x.is_cuda and not torch.compiler.is_exporting()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _settings(float32: bool) -> tuple[str, ...]:
     """Return how PyTorch is set; under torch.compile, how it was while that traced."""
     cudnn = torch.backends.cudnn

@@ -9,11 +9,12 @@ plan file (file.py), or predicts it (cards.py).
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental import symbolic_shapes
 
+from fastcnn._constant_result import constant_result
 from fastcnn.plan.cards import Kernel
 from fastcnn.plan.planner import Planner, measured, mode_of_environment, open_file
 from fastcnn.plan.problem import Problem, describe
@@ -33,9 +34,6 @@ __all__ = [
     "run",
     "summary",
 ]
-
-# The size that a symbolic one stands for, as torch.compile saw it; guard_scalar makes it constant.
-_concrete = getattr(symbolic_shapes, "optimization_hint", symbolic_shapes.guard_scalar)
 
 
 @functools.cache
@@ -94,8 +92,18 @@ def summary() -> str:
     return f"{mode}; {len(file.entries)} in {file.path or 'no folder: set FASTCNN_CACHE'}"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _choose_traced(*fields: object) -> str:
     """Choose while torch.compile traces; it calls this instead of looking inside."""
     problem = Problem(*fields)  # type: ignore[arg-type]
     return _planner().choose(problem, busy="under torch.compile").name
+
+
+def _concrete(size: Any) -> int:
+    """Return the size that a symbolic one stands for, as torch.compile saw it."""
+    # Here: it imports sympy, and torch.compile has.
+    from torch.fx.experimental import symbolic_shapes
+
+    # guard_scalar makes it constant, for a torch that does not tell, as 2.11.
+    hint = getattr(symbolic_shapes, "optimization_hint", symbolic_shapes.guard_scalar)
+    return int(hint(size))
