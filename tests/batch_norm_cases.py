@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from activations import ACTS, near_a_kink
-from norm_cases import CPU, Draw, Normalised, Place, compare, halved, norm_errors
+from norm_cases import (
+    CPU, Draw, Normalised, Place, compare, halved, norm_errors, per_channel,
+)  # fmt: skip
 from tolerance import margin
 from torch import Tensor
 
@@ -92,9 +94,6 @@ def run(fn: Callable[[Case], Tensor], case: Case, forward_only: bool = False) ->
 def normalised(case: Case) -> Normalised:
     """What happens in a case, in float64."""
     case, dims = case.to(torch.float64), (0, 2, 3)
-
-    def per_channel(t: Tensor | None, missing: float) -> Tensor | float:
-        return missing if t is None else t[:, None, None]
 
     mean, var = case.running_mean, case.running_var
     if case.training:

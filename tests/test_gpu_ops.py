@@ -18,9 +18,8 @@ from cuda_emu import library
 from seeds import seed_all
 from shapes import EDGES, LAYOUTS, RESNET50, Image
 from test_dropout import SEED
-from test_upsample import CASES, MODES, Resize, check, image, run
-from tolerance import assert_as_exact_as_torch
-from torch import Tensor
+from tolerance import assert_rounded, walk
+from upsample_cases import CASES, MODES, Resize, check, image, run
 
 from fastcnn import reference
 from fastcnn.functional import augment, dropout, interpolate
