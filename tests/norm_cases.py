@@ -105,7 +105,7 @@ def normalised_by_group(
         t = t.expand(x.shape)
         if groups is None:
             return t.mean(1, keepdim=True)
-        means = t.reshape(n, groups, -1).mean(2)
+        means = t.reshape(n, groups, c // groups * h * w).mean(2)
         return means.repeat_interleave(c // groups, 1)[:, :, None, None]
 
     mean = over(x)

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from augment_cases import EVERYTHING, SIZE, smooth_images, with_values
 from seeds import seed_all
-from test_augment import EVERYTHING, SIZE, smooth_images, with_values
 from torch import Tensor
 
 from fastcnn.augment import Augment

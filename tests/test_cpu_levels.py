@@ -1,7 +1,7 @@
 """The CPU kernels of every instruction set that this processor has below its own.
 
-They are compiled once for each; all other tests run at the highest. Here a process that is held to a
-lower one runs those tests again that look at every kernel, on small shapes.
+They are compiled once for each; all other tests run at the highest. Here a process that is held to
+a lower one runs those tests again that look at every kernel, on small shapes.
 """
 
 import os

@@ -195,8 +195,8 @@ def test_one_value_a_group_is_refused_where_torch_does() -> None:
     assert torch.equal(y, torch.ones_like(y))
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(dx, torch.zeros_like(dx))
-    # PyTorch rounds x * rstd and mean * rstd, both with rstd = 1 / sqrt(eps) = 316, and what it makes
-    # of beta and either: four roundings of values of at most 317 times the largest x, or 1.
+    # PyTorch rounds x * rstd and mean * rstd, both with rstd = 1 / sqrt(eps) = 316, and what it
+    # makes of beta and either: four roundings of values of at most 317 times the largest x, or 1.
     rounding = 4 * unit_roundoff(x.dtype) * 317 * max(x.abs().max().item(), 1)
     torch.testing.assert_close(F.group_norm(x, 6, C6, C6).relu(), y, rtol=0, atol=rounding)
     for module in (nn.InstanceNorm2d(6), InstanceNormAct2d(6)):

@@ -67,9 +67,8 @@ def test_a_module_all_in_half(dtype: torch.dtype) -> None:
     for i in range(3):
         exact.load_state_dict({k: t.double() for k, t in actual.state_dict().items()})
         x = images(i, dtype)
-        case = Case(
-            x, None, exact.weight, exact.bias, exact.running_mean, exact.running_var, x, True, "relu"
-        )  # fmt: skip
+        stats, affine = (exact.running_mean, exact.running_var), (exact.weight, exact.bias)
+        case = Case(x, None, *affine, *stats, x, True, "relu")
         errors = norm_errors(normalised(case), dtype)
         assert_rounded("y", actual(x), exact(x.double()).relu(), errors["y"])
         for name in ("running_mean", "running_var"):

@@ -16,6 +16,7 @@ from upsample_cases import CASES, DTYPES, MODES, Resize, check, image, resized, 
 
 from fastcnn import functional
 
+
 @pytest.mark.parametrize("how", MODES, ids=lambda how: "-".join(map(str, how.values())))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES, ids=str)

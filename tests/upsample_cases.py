@@ -112,7 +112,12 @@ Axis = tuple[Tensor, Tensor]  # interpolation weights, [size_out, size], and how
 
 
 def axis(
-    size: int, size_out: int, scale: float | None, mode: str, align_corners: bool, dtype: torch.dtype
+    size: int,
+    size_out: int,
+    scale: float | None,
+    mode: str,
+    align_corners: bool,
+    dtype: torch.dtype,
 ) -> Axis:
     """Of one axis, in float64.
 
