@@ -28,11 +28,13 @@ from torch import Tensor
 from fastcnn import functional, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# Two of a network's shapes in the quick run: none of their loops is another one than of EDGES.
+LARGE = [*RESNET50[5:8:2], *(pytest.param(i, marks=pytest.mark.slow) for i in RESNET50)]
 TRAINING_AND_EVAL = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("image", EDGES + RESNET50, ids=str)
+@pytest.mark.parametrize("image", [*EDGES, *LARGE], ids=str)
 def test_every_shape(image: Image, layout: str) -> None:
     # The backward has four ways to dz: each in one of these.
     check(make_case(image.sizes, torch.float32, layout, "relu6"))
