@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastcnn.augment import Augment
 from fastcnn.functional import AugmentParameters
+from fastcnn.ops.augment_pack import pack
+from fastcnn.reference.augment import coordinates
 
 SIZE = (37, 51)  # odd, and no whole number of vectors
 EVERYTHING: dict[str, Any] = {
@@ -58,3 +60,22 @@ def level_limit(images: Tensor, extent: int = 64) -> float:
     times. Brightness, contrast, saturation and hue may each double an error."""
     eps = torch.finfo(torch.float32).eps
     return 16 * (8 * max(extent, *images.shape) + 16) * eps / 2
+
+
+def extent_of(p: AugmentParameters, size_in: tuple[int, int], size: tuple[int, int]) -> float:
+    """The largest term of a coordinate's sums, by how much the maps stretch the output's."""
+    reals = pack(p, size_in, size)[0].double().abs()
+    reach = max(*size, *size_in, *p.crop.flatten().abs().tolist())
+    rows = [reals[:, 6 + 3 * i : 9 + 3 * i] for i in range(2)]
+    return max([((r[:, 0] + r[:, 1]) * reach + r[:, 2]).max().item() for r in rows if len(r)] + [1])
+
+
+def clear_of_ties(p: AugmentParameters, size_in: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Mark the output's pixels for which no rounding decides which source pixel is the nearest.
+
+    A coordinate is a sum of three products of float32 numbers that are rounded themselves: at most
+    8 roundings of its largest term, and as many in PyTorch's.
+    """
+    near = 8 * torch.finfo(torch.float32).eps * extent_of(p, size_in, size)
+    at = torch.stack(coordinates(p, size_in, size)) + 0.5
+    return ((at - at.round()).abs() > near).all(0)

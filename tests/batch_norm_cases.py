@@ -7,7 +7,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from activations import ACTS, near_a_kink
-from norm_cases import CPU, Draw, Normalised, Place, compare, halved, norm_errors
+from norm_cases import (
+    CPU,
+    Draw,
+    Normalised,
+    Place,
+    compare,
+    halved,
+    norm_errors,
+    per_channel,
+)  # fmt: skip
 from tolerance import margin
 from torch import Tensor
 
@@ -93,12 +102,10 @@ def normalised(case: Case) -> Normalised:
     """What happens in a case, in float64."""
     case, dims = case.to(torch.float64), (0, 2, 3)
 
-    def per_channel(t: Tensor | None, missing: float) -> Tensor | float:
-        return missing if t is None else t[:, None, None]
-
     mean, var = case.running_mean, case.running_var
     if case.training:
-        mean, var = case.x.mean(dims), case.x.var(dims, correction=0)
+        mean = case.x.mean(dims)
+        var = (case.x - mean[:, None, None]).square().mean(dims)
     return Normalised(
         case.x, mean[:, None, None], (var + case.eps).sqrt()[:, None, None],
         per_channel(case.weight, 1.0), per_channel(case.bias, 0.0),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from activations import ACTS
 from hypothesis import HealthCheck, Phase, given, settings
@@ -16,14 +17,14 @@ from seeds import seeded
 from shapes import LAYOUTS
 from torch import Tensor
 
-# Of every 100 cases. CI runs 2,400, the same in every run; `make fuzz N=...` runs N new ones.
+# Of every 100 cases. The same in every run, as many as below; `make fuzz N=...` runs N new ones.
 SHARES = {
     "batch_norm_act": 28, "group_norm_act": 20, "dropout": 14, "interpolate": 20, "augment": 10,
     "conv_bn_act": 8,
 }  # fmt: skip
-IN_CI = 2400
+QUICK, ALL = 300, 10_000  # of make test, and what make test-all adds
 ASKED = os.environ.get("FASTCNN_FUZZ")
-CASES = {op: -(-int(ASKED or IN_CI) * share // 100) for op, share in SHARES.items()}
+TOTALS = [int(ASKED)] if ASKED else [QUICK, pytest.param(ALL, marks=pytest.mark.slow)]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 GUARD = 64  # elements before and behind a tensor: as many as the widest vector of bytes
@@ -32,24 +33,23 @@ GUARD = 64  # elements before and behind a tensor: as many as the widest vector 
 def fuzz(op: str, **strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Any]:
     """Run a test on the op's number of cases, and see to it that so many ran."""
 
-    def decorate(test: Callable[..., None]) -> Callable[[], None]:
-        ran = 0
+    def decorate(test: Callable[..., None]) -> Callable[[int], None]:
+        @pytest.mark.parametrize("total", TOTALS)
+        def run(total: int) -> None:
+            cases, ran = -(-total * SHARES[op] // 100), 0
 
-        def counted(**drawn: Any) -> None:
-            nonlocal ran
-            ran += 1
-            test(**drawn)
+            def counted(**drawn: Any) -> None:
+                nonlocal ran
+                ran += 1
+                test(**drawn)
 
-        known = settings(
-            max_examples=CASES[op], deadline=None, derandomize=ASKED is None, database=None,
-            print_blob=True, suppress_health_check=list(HealthCheck),
-            phases=[Phase.generate, Phase.shrink],
-        )  # fmt: skip
-        drawn = known(given(**strategies)(counted))
-
-        def run() -> None:
-            drawn()
-            assert ran >= CASES[op], f"{op}: expected {CASES[op]} cases, ran {ran}"
+            known = settings(
+                max_examples=cases, deadline=None, derandomize=ASKED is None, database=None,
+                print_blob=True, suppress_health_check=list(HealthCheck),
+                phases=[Phase.generate, Phase.shrink],
+            )  # fmt: skip
+            known(given(**strategies)(counted))()
+            assert ran >= cases, f"{op}: expected {cases} cases, ran {ran}"
 
         run.__name__, run.__doc__ = test.__name__, test.__doc__
         return run

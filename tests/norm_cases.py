@@ -63,6 +63,11 @@ class Draw:
         return weight, bias
 
 
+def per_channel(t: Tensor | None, missing: float) -> Tensor | float:
+    """A parameter as it multiplies images; what it stands for where it is missing."""
+    return missing if t is None else t[:, None, None]
+
+
 class Normalised(NamedTuple):
     """A normalisation in float64: its terms, and what its statistics are of.
 
@@ -83,6 +88,32 @@ class Normalised(NamedTuple):
     per_parameter: Callable[[Tensor], Tensor]  # the sum that gives a parameter's gradient
     samples: int  # how many terms it has
     training: bool = True
+
+
+def normalised_by_group(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dy: Tensor,
+    groups: int | None,
+    eps: float,
+) -> Normalised:
+    """What group_norm_act does, in float64; groups=None: each pixel over its channels."""
+    n, c, h, w = x.shape
+
+    def over(t: Tensor) -> Tensor:
+        t = t.expand(x.shape)
+        if groups is None:
+            return t.mean(1, keepdim=True)
+        means = t.reshape(n, groups, c // groups * h * w).mean(2)
+        return means.repeat_interleave(c // groups, 1)[:, :, None, None]
+
+    mean = over(x)
+    return Normalised(
+        x, mean, (over((x - mean).square()) + eps).sqrt(), per_channel(weight, 1.0),
+        per_channel(bias, 0.0), 0.0, dy, over, c if groups is None else c // groups * h * w,
+        lambda t: t.sum((0, 2, 3)), n * h * w,
+    )  # fmt: skip
 
 
 # No activation's derivative is above 1.5 (hardswish at 3), and no second derivative above 1 (silu,
@@ -126,6 +157,7 @@ def norm_errors(n: Normalised, dtype: torch.dtype) -> dict[str, Tensor]:
         d_x = gain * (d_dz + 2 * one * dz)
     unbiased = n.count / max(n.count - 1, 1)
     return {
+        "z": d_z,
         "y": STEEPEST * d_z,
         "dx": d_x,
         "dresidual": d_dz,

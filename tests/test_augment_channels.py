@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from augment_cases import SIZE, smooth_images, with_values
 from oracles import torchvision_transforms as v2
 from shapes import LAYOUTS
-from test_augment import SIZE, smooth_images, with_values
 
 from fastcnn.augment import Augment
 from fastcnn.functional import augment
@@ -50,7 +50,7 @@ def test_fill_and_erase_value(c: int) -> None:
         assert (y - x).abs().max() <= LIMIT  # a shift by whole pixels: no level is blended
         assert torch.equal(y[:, :, 30:35, 2:11], x[:, :, 30:35, 2:11])
         shown = (torch.tensor(fill) / 255 - torch.tensor(MEAN[:c])) / torch.tensor(STD[:c])
-        torch.testing.assert_close(y[0, :, 3, 4], shown)
+        assert (y[0, :, 3, 4] - shown).abs().max() <= LIMIT
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_augment import EVERYTHING, SIZE, smooth_images
+from augment_cases import EVERYTHING, SIZE, smooth_images
 from test_augment_module import seeded
 from torch.utils.data import DataLoader
 

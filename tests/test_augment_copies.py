@@ -8,8 +8,8 @@ import itertools
 
 import pytest
 import torch
+from augment_cases import smooth_images, with_values
 from shapes import LAYOUTS
-from test_augment import smooth_images, with_values
 
 from fastcnn.functional import augment
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from augment_cases import draw_everything, level_limit, smooth_images
 from cuda_emu.run import DTYPE_NUMBER, Case, run_cases
-from test_augment import draw_everything, level_limit, smooth_images
 from torch import Tensor
 
 from fastcnn import reference

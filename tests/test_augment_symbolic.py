@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from augment_cases import EVERYTHING, SIZE, smooth_images, with_values
 from seeds import seed_all
-from test_augment import EVERYTHING, SIZE, smooth_images, with_values
 from torch import Tensor
 
 from fastcnn.augment import Augment
@@ -31,19 +31,26 @@ def forget_graphs() -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("name", CHANGING)
-def test_modules_of_several_values(name: str) -> None:
+EACH = [pytest.param({k: values}, marks=pytest.mark.slow, id=k) for k, values in CHANGING.items()]
+
+
+@pytest.mark.parametrize("changing", [pytest.param(CHANGING, id="all at once"), *EACH])
+def test_modules_of_several_values(changing: dict[str, list[Any]]) -> None:
     images, masks = smooth_images(3, 3, *SIZE), torch.ones(3, *SIZE, dtype=torch.int64)
-    for value in CHANGING[name]:
-        module = Augment(**({"size": (20, 30)} | EVERYTHING | {name: value}))
+    for i in range(max(map(len, changing.values()))):
+        values = {k: of[min(i, len(of) - 1)] for k, of in changing.items()}
+        module = Augment(**({"size": (20, 30)} | EVERYTHING | values))
         run = torch.compile(module, fullgraph=True, backend="aot_eager")
         seed_all(1)
         expected = module(images, masks)
         seed_all(1)
-        assert all(map(torch.equal, run(images, masks), expected)), value
+        assert all(map(torch.equal, run(images, masks), expected)), values
 
 
-@pytest.mark.parametrize("name", ["mean", "std", "fill", "erase_value"])
+@pytest.mark.parametrize(
+    "name",
+    ["mean", "fill", *(pytest.param(k, marks=pytest.mark.slow) for k in ("std", "erase_value"))],
+)
 def test_a_number_that_is_an_argument(name: str) -> None:
     images, p = smooth_images(3, 3, *SIZE), with_values(3, SIZE, erase=[1, 2, 3, 4], angle=20)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import seeds
 import torch
 import torch.nn.functional as F
 from conv2d_int8_cases import ACTS, CASES, FLOATS, INT8, Case, assert_same, problem, quantised
@@ -22,30 +23,37 @@ from onnx.reference import ReferenceEvaluator
 from seeds import seeded
 from torch import Tensor
 
-from fastcnn import _C, info, reference
+from fastcnn import info, reference
 from fastcnn.functional import conv2d_int8
 from fastcnn.ops import conv2d_int8_sums
 
 ONNX_TYPES = {torch.uint8: TensorProto.UINT8, torch.int8: TensorProto.INT8}
 
 
+# Of each case a few options, others for each; all of them in make test-all.
+STEPS = pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
+
+
+@STEPS
 @pytest.mark.parametrize("x_dtype", INT8, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_quantised_outputs(case: Case, x_dtype: torch.dtype) -> None:
-    options = itertools.product(INT8, [None, *INT8], ACTS)
-    for seed, (out_dtype, residual_dtype, act) in enumerate(options):
+def test_quantised_outputs(case: Case, x_dtype: torch.dtype, step: int) -> None:
+    options = list(itertools.product(INT8, [None, *INT8], ACTS))
+    for seed in range(CASES.index(case) % step, len(options), step):
+        out_dtype, residual_dtype, act = options[seed]
         given = problem(case, x_dtype, out_dtype, residual_dtype, act, seed)
         y = conv2d_int8(**given)
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert_same(y, reference.conv2d_int8(**given), out_dtype, residual_dtype, act)
 
 
+@STEPS
 @pytest.mark.parametrize("x_dtype", INT8, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_float_outputs(case: Case, x_dtype: torch.dtype) -> None:
-    for seed, (out_dtype, kind, act) in enumerate(
-        itertools.product(FLOATS, ["none", "own", *INT8], ACTS)
-    ):
+def test_float_outputs(case: Case, x_dtype: torch.dtype, step: int) -> None:
+    options = list(itertools.product(FLOATS, ["none", "own", *INT8], ACTS))
+    for seed in range(CASES.index(case) % step, len(options), step):
+        out_dtype, kind, act = options[seed]
         residual_dtype = {"none": None, "own": out_dtype}.get(kind, kind)
         given = problem(case, x_dtype, out_dtype, residual_dtype, act, seed)
         expected = reference.conv2d_int8(**given)
@@ -77,9 +85,9 @@ def onnx_qlinear_conv(given: dict[str, Any], bias_units: Tensor | None) -> Tenso
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_onnx_reference(case: Case) -> None:
-    for seed, (x_dtype, out_dtype, act, biased) in enumerate(
-        itertools.product(INT8, INT8, ["none", "relu"], [False, True])
-    ):
+    options = list(itertools.product(INT8, INT8, ["none", "relu"], [False, True]))
+    for seed in range(CASES.index(case) % 5, len(options), 5):
+        x_dtype, out_dtype, act, biased = options[seed]
         units = torch.randint(-5000, 5000, (case.c_out,)).float() if biased else torch.zeros(1)
         given = problem(case, x_dtype, out_dtype, None, act, seed, units)
         given["bias"] = given["bias"] if biased else None
@@ -174,7 +182,7 @@ def test_padding_is_the_zero_point() -> None:
 def test_sums_of_random_problems() -> None:
     g = seeded(0)
     pick = lambda *values: values[int(torch.randint(len(values), (), generator=g))]  # noqa: E731
-    for seed in range(200):
+    for seed in range(100):
         groups = pick(1, 1, 1, 2, 3, 16)
         case = Case(
             (pick(1, 2, 5), groups * pick(1, 3, 4, 16, 33), pick(1, 4, 7, 14), pick(1, 5, 8, 19)),
@@ -195,19 +203,14 @@ def test_processors_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "without VNNI" in info.facts()["conv2d_int8"]
 
 
-LEVELS = _C.cpu_levels.split(",")
-OTHERS = [{"FASTCNN_CPU_CAPABILITY": level} for level in LEVELS]
-OTHERS += [{"ONEDNN_MAX_CPU_ISA": isa} for isa in ("SSE41", "AVX2", "AVX512_CORE")]
-
-
-@pytest.mark.parametrize("variables", OTHERS, ids=lambda v: "-".join(v.values()))
-def test_other_processors(variables: dict[str, str]) -> None:
-    level = variables.get("FASTCNN_CPU_CAPABILITY", "baseline")
-    if LEVELS.index(level) >= max(LEVELS.index(_C.cpu_capability()), 1):
-        pytest.skip("this processor's own is what all other tests run at, and it has none higher")
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["SSE41", "AVX2", "AVX512_CORE"])
+def test_other_processors(isa: str) -> None:
+    # oneDNN's sums; of the operator's own instruction sets: tests/test_cpu_levels.py.
     chosen = "_outputs or ties or largest or padding or random"
-    arguments = [__file__, "-q", "-k", chosen, "-p", "no:cacheprovider"]
+    arguments = [__file__, "-q", "-k", chosen, "-m", "not slow", "-p", "no:cacheprovider"]
+    arguments.append(f"--seed={os.environ[seeds.VARIABLE]}")
     code = f"import pytest; raise SystemExit(pytest.main({arguments}))"
-    env = {**os.environ, **variables, "PYTHONPATH": str(Path(__file__).parent)}
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -193,8 +193,11 @@ class Network(nn.Module):
 
 
 @pytorchs_own_warnings
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("backend", "layout"),
+    [("aot_eager", "nchw"), ("aot_eager", "channels_last"), ("inductor", "channels_last"),
+     pytest.param("inductor", "nchw", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_compile(layout: str, backend: str) -> None:
     network = Network()
     run = torch.compile(network, fullgraph=True, backend=backend)

@@ -3,13 +3,8 @@
 Masks are compared bit by bit. How exact a value must be, and why: tests/tolerance.py.
 """
 
-import hashlib
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from seeds import seed_all, seeded
 from shapes import EDGES, LAYOUTS, RESNET50, Image
-from tolerance import assert_as_exact_as_torch, assert_same_in_float64
+from tolerance import assert_rounded, walk
 from torch import Tensor, nn
 
-from fastcnn import _C, reference
+from fastcnn import reference
 from fastcnn.functional import dropout
 from fastcnn.lab import kept_for_backward
 from fastcnn.nn import Dropout, Dropout2d
@@ -28,7 +23,6 @@ from fastcnn.philox import philox4x32_10
 from fastcnn.reference.dropout import draws, threshold
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-LEVELS = _C.cpu_levels.split(",")
 SEED = -(2**62) - 12345  # negative: all 64 bits of the key count
 raw = torch.ops.fastcnn.dropout_apply
 
@@ -71,8 +65,8 @@ def test_masks_are_the_references(image: Image, layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_and_gradients(dtype: torch.dtype, layout: str) -> None:
-    # The oracle is PyTorch's product with the reference's mask, in float64; eager is the same in
-    # the dtype. Slices start at addresses that are no multiple of a vector.
+    # The oracle is PyTorch's product with the reference's mask, in float64: the scale, the product
+    # and the sum are rounded. Slices start at addresses that are no multiple of a vector.
     for sizes, added, per_channel, inplace in itertools.product(
         [(5, 7, 9, 11), (2, 64, 8, 8), (3, 200, 7, 7)], [False, True], [False, True], [False, True]
     ):
@@ -92,18 +86,11 @@ def test_values_and_gradients(dtype: torch.dtype, layout: str) -> None:
         if added:
             assert torch.equal(residual.grad, dy.detach())
         for name, source in (("y", x), ("dx", dy)):
-            add_to = residual.detach() if added and name == "y" else torch.zeros(1)
-
-            def product(t: Tensor, k: Tensor = keep, add_to: Tensor = add_to) -> Tensor:
-                return t * k * (2**32 / threshold(0.3)) + add_to.to(t.dtype)
-
-            exact, eager = product(source.detach().double()), product(source.detach())
-            actual = results[name]
-            assert actual.stride() == x.stride()
-            if dtype is torch.float64:
-                assert_same_in_float64(name, actual, exact, 4)
-            else:
-                assert_as_exact_as_torch(name, actual, eager, exact)
+            product = source.detach().double() * keep * (2**32 / threshold(0.3))
+            term = residual.detach().double() if added and name == "y" else torch.zeros(1)
+            assert results[name].stride() == x.stride()
+            error = walk(1, dtype) * (product.abs() + term.abs())
+            assert_rounded(name, results[name], product + term, error)
 
 
 def test_any_number_of_dimensions() -> None:
@@ -118,34 +105,24 @@ def test_any_number_of_dimensions() -> None:
     assert dropout(torch.ones(()), 0.5).shape == ()
 
 
-def digest(threads: int) -> str:
-    """All masks of some shapes, as one hash; run in processes of other instruction sets too."""
-    torch.set_num_threads(threads)
-    h = hashlib.sha256()
-    for sizes in [(8, 32, 29, 31), (2, 3, 128, 128), (3, 70, 7, 7), (4, 64, 16, 16)]:
-        for layout, per_channel in itertools.product(LAYOUTS.values(), (False, True)):
-            bits = mask(sizes, 0.1, per_channel, memory_format=layout).contiguous()
-            h.update(bits.numpy().tobytes())
-    return h.hexdigest()
-
-
-def test_the_same_bits_on_any_threads_and_instruction_set() -> None:
+@pytest.mark.parametrize("sizes", [(8, 32, 29, 31), (3, 70, 7, 7)], ids=str)
+def test_the_same_bits_on_any_number_of_threads(sizes: tuple[int, ...]) -> None:
+    # Large enough for several tasks. Of instruction sets: tests/test_cpu_levels.py.
     threads = torch.get_num_threads()
     try:
-        expected = digest(1)
-        assert digest(2) == expected
+        for layout, per_channel in itertools.product(LAYOUTS.values(), (False, True)):
+            found = []
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                found.append(mask(sizes, 0.1, per_channel, memory_format=layout))
+            assert torch.equal(*found), (layout, per_channel)
     finally:
         torch.set_num_threads(threads)
-    here = str(Path(__file__).parent)
-    code = f"import sys; sys.path.insert(0, {here!r}); import test_dropout as t; print(t.digest(2))"
-    for level in LEVELS[: LEVELS.index(_C.cpu_capability())]:
-        env = os.environ | {"FASTCNN_CPU_CAPABILITY": level}
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-        assert done.stdout.strip() == expected, (level, done.stderr)
 
 
-# ---- statistics: seeds are fixed, so a test that passes always passes. Each limit is what a good
-# generator exceeds with probability 1e-6 (per number looked at; about 100 are).
+# ---- statistics: these seeds are fixed, whatever --seed says, so that a test that passes always
+# passes. Each limit is what a good generator exceeds with probability 1e-6 (per value looked at;
+# about 100 are).
 
 Z = 4.9  # two-sided, of a standard normal
 
@@ -233,8 +210,8 @@ def test_everything_dropped_and_not_finite() -> None:
     assert not x.grad.any()
     bad = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0])
     for dtype in DTYPES:
-        expected = F.dropout(bad.to(dtype), 1.0)
-        torch.testing.assert_close(dropout(bad.to(dtype), 1.0), expected, equal_nan=True)
+        for function in (F.dropout, dropout):
+            assert str(function(bad.to(dtype), 1.0).tolist()) == "[nan, nan, nan, 0.0]"
 
 
 def test_in_place_is_torchs() -> None:
@@ -276,11 +253,8 @@ def test_gradients_of_any_layout_keep_only_the_seed() -> None:
 def test_generators() -> None:
     x = torch.ones(2, 4, 8, 8)
 
-    def seeded() -> torch.Generator:
-        return seeded(7)
-
     state = torch.get_rng_state()
-    assert torch.equal(dropout(x, generator=seeded()), dropout(x, generator=seeded()))
+    assert torch.equal(dropout(x, generator=seeded(7)), dropout(x, generator=seeded(7)))
     assert torch.equal(torch.get_rng_state(), state)  # the default one is left alone
     assert not torch.equal(dropout(x), dropout(x))
 
@@ -291,7 +265,8 @@ def test_layers(kind: tuple[Callable[..., Any], Callable[..., Any]]) -> None:
     ours, theirs = (make(0.25, inplace=True) for make in kind)
     assert isinstance(ours, kind[1])
     assert repr(ours) == repr(theirs)
-    x, residual = torch.randn(2, 3, 16, 5, 5).unbind()
+    # 256 channels. Half of them dropped lie 9 deviations away, and none has a probability of 1e-32.
+    x, residual = torch.randn(2, 8, 32, 5, 5, dtype=torch.float64).unbind()
     y = ours(x.clone(), residual)
     dropped = (y == residual).flatten(2).double().mean(2)
     assert set(dropped.flatten().tolist()) == {0.0, 1.0} or kind[0] is Dropout

@@ -12,10 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from activations import ACTS
+from batch_norm_cases import Case, normalised
 from fuzz_cases import (
     ACTIVATIONS,
-    ASKED,
-    CASES,
     FLAGS,
     SIDES,
     STRANGE,
@@ -23,10 +22,13 @@ from fuzz_cases import (
     fuzz,
     images,
 )
-from fuzz_check import Tensors, away_from_kinks, check, layouts, norm_scales
+from fuzz_check import Tensors, check, layouts, norm_bounds
+from norm_cases import normalised_by_group
 from seeds import seeded
 from shapes import LAYOUTS
+from tolerance import walk
 from torch import Tensor
+from upsample_cases import axes, resize_errors, resized
 
 from fastcnn import functional, reference
 from fastcnn.ops.dropout import draw_seed
@@ -34,10 +36,6 @@ from fastcnn.ops.group_norm_act import pixel_norm_act
 
 EPS = st.sampled_from([1e-5, 1e-3, 0.1, 1e-8])
 AFFINE = st.sampled_from([("weight", "bias"), ("weight",), ("bias",), ()])
-
-
-def test_there_are_enough_cases() -> None:
-    assert sum(CASES.values()) >= (int(ASKED) if ASKED else 2000)
 
 
 def parameters(numbers: Numbers, c: int, names: tuple[str, ...], wide: bool) -> dict[str, Tensor]:
@@ -89,26 +87,13 @@ def test_batch_norm_act(
             with pytest.raises(ValueError, match="more than 1 value per channel"):
                 refuses(tensors)
         return
-    wider = {k: t.double() for k, t in tensors.items()}
-    dims, column = (0, 2, 3), (1, c, 1, 1)
-    if training:
-        center, var = wider["x"].mean(dims).reshape(column), None
-        var = (wider["x"] - center).square().mean(dims).reshape(column)
-    else:
-        center, var = (wider[f"running_{k}"].reshape(column) for k in ("mean", "var"))
-    z = before({k: t.clone() for k, t in wider.items()})
+    wide = {k: t.double() for k, t in tensors.items()}
     dy = numbers.normal(sizes)
-    std = (var + eps).sqrt()
-    scales = norm_scales(tensors, center, std, z, dy)
-    away_from_kinks(dy, z, act, scales["y"])
-    if n > 0 and "running_mean" in tensors:
-        scales["running_mean"] = (x.abs().max() + tensors["running_mean"].abs().max()).item()
-        # A mean is an ulp of x off: (x - mean)^2 by twice that, times x - mean.
-        spread = x.double().abs().max().item() * std.max().item()
-        scales["running_var"] = spread + std.square().max().item()
-    else:
-        scales |= {"running_mean": 0.0, "running_var": 0.0}
-    check(ours, eager, tensors, dy, scales, n * h * w, kind)
+    given = map(wide.get, ("x", "residual", "weight", "bias", "running_mean", "running_var"))
+    case = Case(*given, dy, training, act, momentum, eps)
+    z = before({k: t.clone() for k, t in wide.items()})
+    errors, halves = norm_bounds(normalised(case), z, act, dy)
+    check(ours, eager, tensors, dy, errors, kind, halves)
 
 
 @fuzz(
@@ -147,22 +132,12 @@ def test_group_norm_act(
             with pytest.raises(ValueError, match="more than 1 value"):
                 refuses(tensors)
         return
-    x = tensors["x"].double()
-    if groups is None:
-        center = x.mean(1, keepdim=True)
-        var = (x - center).square().mean(1, keepdim=True)
-    else:
-        parts = x.reshape(n, groups, c // groups, h, w)
-        center = parts.mean((2, 3, 4), keepdim=True)
-        var = (parts - center).square().mean((2, 3, 4), keepdim=True)
-        center, var = (
-            t.expand(n, groups, c // groups, 1, 1).reshape(n, c, 1, 1) for t in (center, var)
-        )
-    z = before({k: t.double() for k, t in tensors.items()})
+    wide = {k: t.double() for k, t in tensors.items()}
     dy = numbers.normal(sizes)
-    scales = norm_scales(tensors, center, (var + eps).sqrt(), z, dy)
-    away_from_kinks(dy, z, act, scales["y"])
-    check(ours, eager, tensors, dy, scales, x.numel(), kind)
+    given = wide["x"], wide.get("weight"), wide.get("bias"), dy.double()
+    terms = normalised_by_group(*given, groups, eps)
+    errors, _ = norm_bounds(terms, before(wide), act, dy)
+    check(ours, eager, tensors, dy, errors, kind)
 
 
 @fuzz(
@@ -201,10 +176,12 @@ def test_dropout(
             ours(tensors)
         return
     dy = numbers.normal(sizes)
-    largest = max([t.abs().max().item() for t in tensors.values() if t.numel() > 0], default=0.0)
     factor = 1 / (1 - p) if p < 1 else 0.0
-    scales = {"y": largest * (1 + factor), "dx": 4 * factor, "dresidual": 0.0}
-    check(ours, eager, tensors, dy, scales, 4, kind if rank == 4 else "nchw")
+    errors = {"y": tensors["x"].double().abs() * factor, "dx": dy.double().abs() * factor}
+    if residual:
+        errors["y"] = errors["y"] + tensors["residual"].double().abs()
+    errors = {k: walk(1, dy.dtype) * t for k, t in errors.items()} | {"dresidual": 0.0}
+    check(ours, eager, tensors, dy, errors, kind if rank == 4 else "nchw")
 
 
 FACTORS = st.sampled_from([2, 2, 4, 3, 0.5, 2.3, 1.1, 0.7, 0.29, 1 / 3]) | st.floats(0.1, 4.0)
@@ -227,7 +204,6 @@ def test_interpolate(
     n, c, h, w = sizes
     mode, align_corners = how
     asked: dict[str, Any] = {"mode": mode, "align_corners": align_corners}
-    scales: tuple[float | None, float | None] = (None, None)
     if by == "size":
         out = asked["size"] = (size[1], size[1] if size[0] else size[2])
     else:
@@ -235,7 +211,6 @@ def test_interpolate(
         asked["recompute_scale_factor"] = recompute
         pair = (factors[0], factors[0 if by == "factor" else 1])
         out = (int(h * pair[0]), int(w * pair[1]))
-        scales = (None, None) if recompute else pair
     tensors = {"x": numbers.normal(sizes, *image["scale"])}
     if min(out) == 0:
         with pytest.raises(ValueError, match="expected an output of at least 1x1 pixels"):
@@ -257,25 +232,16 @@ def test_interpolate(
 
     def exact(t: Tensors) -> Tensor:
         # PyTorch's float64 has float64 coordinates: of the nearest pixels it picks others.
-        if mode == "bilinear":
-            return eager(t)
-        y = reference.upsample(t["x"], out, scales, mode)
-        return joined(y, t)
+        return eager(t) if mode == "bilinear" else joined(resized(t["x"], asked), t)
 
     dy = numbers.normal((n, c + (c_skip or 0), *out))
     if c == 1 or h * w == 1:  # dense in both layouts: a skip, or the strides, decide
         dy = dy.contiguous(memory_format=LAYOUTS[layouts(ours(tensors))[0]])
-    # A rounding of a coordinate moves as much of a weight, between values that differ by a range.
-    values, moved = tensors["x"].double(), 8.0 * max(h, w, *out)
-    terms = 4 * (-(-(out[0] * out[1]) // (h * w)) + 2)
-    extent = (values.max() - values.min()).item() if n > 0 else 0.0
-    largest = values.abs().max().item() if n > 0 else 0.0
-    scale = {"y": 0.0, "dx": float(terms), "dskip": 0.0}
-    if mode == "bilinear":
-        scale = {"y": largest + moved * extent, "dx": terms * moved, "dskip": 0.0}
-    largest_dy = dy.abs().max().item() if dy.numel() > 0 else 0.0
-    scale["dx"] *= largest_dy
-    check(ours, eager, tensors, dy, scale, 4, kind, exact)
+    errors: dict[str, Tensor | float] = {"y": 0.0, "dx": 0.0, "dskip": 0.0}
+    if n > 0:
+        errors |= resize_errors(tensors["x"], dy[:, c_skip or 0 :], *axes(tensors["x"], asked))
+        errors["y"] = torch.cat([torch.zeros(n, c_skip or 0, *out), errors["y"]], 1)
+    check(ours, exact, tensors, dy, errors, kind)
     if mode != "bilinear" and n > 0:
         y, single = ours(tensors), {k: t.float() for k, t in tensors.items()}
         assert torch.equal(y, exact(single).to(dy))

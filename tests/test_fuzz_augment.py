@@ -4,15 +4,14 @@ from typing import Any
 
 import hypothesis.strategies as st
 import torch
+from augment_cases import clear_of_ties, extent_of, level_limit
 from fuzz_cases import DTYPES, SEEDS, SIDES, fuzz, placed
 from fuzz_check import distance, layouts, memory, one_thread
 from seeds import seeded
 from shapes import LAYOUTS
-from test_augment import level_limit
 from torch import Tensor
 
 from fastcnn import functional, reference
-from fastcnn.ops.augment_pack import pack
 from fastcnn.reference.augment import coordinates
 from fastcnn.reference.augment import masks as reference_masks
 
@@ -82,22 +81,12 @@ def test_augment(
         for i in range(n):
             alone = functional.augment(images[i : i + 1], p[i], size=size, **how)
             assert torch.equal(alone[0], plain[i]), "other bits for a sample alone"
-    x, y_in = coordinates(p, size_in, size)
-    # The terms that coordinates are summed of, and by how much they stretch those of the output.
-    reals = pack(p, size_in, size)[0].double().abs()
-    reach = max(*size, *size_in, *p.crop.flatten().abs().tolist())
-    rows = [reals[:, 6 + 3 * i : 9 + 3 * i] for i in range(2)]
-    extent = max(
-        [(r[:, 0] * reach + r[:, 1] * reach + r[:, 2]).max().item() for r in rows if n] + [1]
-    )
     expected = reference.augment(images, p, size, **how)
-    assert distance(plain, expected) <= 2 * level_limit(images, int(extent) + 1)
-    # Where a rounding decides about the pixel, either neighbour is right.
-    near = 8 * torch.finfo(torch.float32).eps * extent
-    clear = torch.ones_like(x, dtype=torch.bool)
-    for t in (x, y_in):
-        clear &= (t + 0.5 - (t + 0.5).round()).abs() > near
-    expected_masks = reference_masks(masks, x, y_in, 255)
+    assert distance(plain, expected) <= 2 * level_limit(
+        images, int(extent_of(p, size_in, size)) + 1
+    )
+    clear = clear_of_ties(p, size_in, size)
+    expected_masks = reference_masks(masks, *coordinates(p, size_in, size), 255)
     assert torch.equal(followed[clear], expected_masks[clear])
     if size == size_in and not on & {"affine", "crop"}:
         assert clear.all()

@@ -12,15 +12,21 @@ from typing import Any
 import card_calls
 import pytest
 import torch
-from augment_cases import SIZE, draw_everything, level_limit, resized, smooth_images
+from augment_cases import (
+    SIZE,
+    clear_of_ties,
+    draw_everything,
+    level_limit,
+    resized,
+    smooth_images,
+)  # fmt: skip
 from card import CARD, DEVICE, HAS_CARD, cuda_operators, needs_a_card, on_card
 from cuda_emu import library
 from seeds import seed_all
 from shapes import EDGES, LAYOUTS, RESNET50, Image
 from test_dropout import SEED
-from test_upsample import CASES, MODES, Resize, check, image, run
-from tolerance import assert_as_exact_as_torch
-from torch import Tensor
+from tolerance import assert_rounded, walk
+from upsample_cases import CASES, MODES, Resize, check, image, run
 
 from fastcnn import reference
 from fastcnn.functional import augment, dropout, interpolate
@@ -99,14 +105,10 @@ def test_dropout_and_its_gradient(dtype: torch.dtype, layout: str) -> None:
         assert y.stride() == x.grad.stride() == x.stride()
         assert not added or torch.equal(residual.grad, dy)
         for name, actual, source in (("y", y, x), ("dx", x.grad, dy)):
-            term = residual if added and name == "y" else torch.zeros(1, device=DEVICE)
-
-            def product(t: Tensor, term: Tensor = term, keep: Tensor = keep) -> Tensor:
-                return t * keep.to(t.device) * (2**32 / threshold(0.3)) + term.to(t)
-
-            exact = product(source.detach().cpu().double())
-            eager = product(source.detach()).cpu()
-            assert_as_exact_as_torch(name, actual.detach().cpu(), eager.detach(), exact.detach())
+            product = source.detach().cpu().double() * keep * (2**32 / threshold(0.3))
+            term = residual.detach().cpu().double() if added and name == "y" else torch.zeros(1)
+            error = walk(1, dtype) * (product.abs() + term.abs())
+            assert_rounded(name, actual.detach().cpu(), product + term, error)
 
 
 # ---- interpolate ---------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ def test_augment_is_the_reference_s(c: int, layout: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
 def test_augment_s_masks_are_the_cpu_operator_s(dtype: torch.dtype) -> None:
     # Nearest sampling: a coordinate beside a half may round to either side, where the compiler
-    # fuses a product and a sum. These parameters are far enough from halves in all but few pixels.
+    # fuses a product and a sum.
     images, p = smooth_images(4, 3, *SIZE), draw_everything(4, SIZE, (29, 31))
     labels = torch.arange(4 * SIZE[0] * SIZE[1]).view(4, *SIZE) % 251
     masks = labels.to(dtype)
@@ -224,5 +226,7 @@ def test_augment_s_masks_are_the_cpu_operator_s(dtype: torch.dtype) -> None:
     with on_card():
         _, found = augment(images.to(DEVICE), p, size=(29, 31), masks=masks.to(DEVICE))
         y, nothing = augment(images[:0].to(DEVICE), p[:0], masks=masks[:0].to(DEVICE))
-    assert (found.cpu() != expected).float().mean() <= 0.001
+    clear = clear_of_ties(p, SIZE, (29, 31))
+    assert clear.float().mean() > 0.99
+    assert torch.equal(found.cpu()[clear], expected[clear])
     assert len(y) == len(nothing) == 0

@@ -1,7 +1,7 @@
 """The normalisations on the card, through their public functions and autograd, against float64.
 
 Cases, oracle and limits are those of the tests on the CPU (test_batch_norm_act.py,
-test_group_norm_act.py); the yardstick is PyTorch's error in the dtype on the same device.
+test_group_norm_act.py).
 """
 
 import itertools

@@ -96,7 +96,9 @@ def test_backward_still_works_and_nothing_leaks() -> None:
         return x.sin()
 
     kept_for_backward(forward)
-    torch.testing.assert_close(x.grad, 1 - x.detach().tanh() ** 2)
+    # Two roundings on either side, of values up to 1.
+    expected = 1 - x.detach().tanh() ** 2
+    assert (x.grad - expected).abs().max() <= 2 * torch.finfo(x.dtype).eps
     gc.collect()
     assert outputs[0]() is None
 
@@ -117,8 +119,9 @@ def test_interleaved_takes_turns_and_alternates() -> None:
 
 
 def test_interleaved_reports_seconds() -> None:
+    start = time.perf_counter()
     times = interleaved({"sleep": lambda: time.sleep(0.02)}, repeats=1, warmup=0)
-    assert 0.02 <= times["sleep"][0] < 2  # two orders: a busy machine may stretch it, units not
+    assert 0.02 <= times["sleep"][0] <= time.perf_counter() - start
 
 
 def test_interleaved_by_another_clock() -> None:

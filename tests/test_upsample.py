@@ -1,137 +1,20 @@
-"""interpolate against torch.nn.functional.interpolate in float64; gradients are autograd's.
+"""interpolate against torch.nn.functional.interpolate (tests/upsample_cases.py).
 
-Bilinear: tests/tolerance.py. The nearest modes move numbers as they are, so forward is compared bit
-for bit, with torch in float32. Of its two definitions csrc/common/source_index.h names the one that
-is ours, and TWO_WAYS where the other one differs.
+Of PyTorch's two definitions of nearest sampling csrc/common/source_index.h names the one that is
+ours, and TWO_WAYS where the other one differs.
 """
 
 import itertools
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from norm_cases import CPU, Place
-from seeds import seeded
 from shapes import LAYOUTS
-from tolerance import assert_as_exact_as_torch, assert_same_in_float64
-from torch import Tensor
+from tolerance import assert_same
+from upsample_cases import CASES, DTYPES, MODES, Resize, check, image, resized, run
 
-from fastcnn import _C, functional, reference
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-MODES: list[dict[str, Any]] = [
-    {"mode": "nearest"},
-    {"mode": "nearest-exact"},
-    {"mode": "bilinear", "align_corners": False},
-    {"mode": "bilinear", "align_corners": True},
-]
-
-
-class Resize(NamedTuple):
-    """Sizes of a batch, how it is resized, and why the case is there."""
-
-    sizes: tuple[int, int, int, int]
-    to: dict[str, Any]
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{'x'.join(map(str, self.sizes))}-{self.to}"
-
-
-CASES = [
-    Resize((2, 3, 5, 7), {"scale_factor": 2}, "doubled, an odd plane"),
-    Resize((1, 64, 6, 6), {"scale_factor": 2}, "channels_last: whole vectors of channels"),
-    Resize((2, 21, 4, 5), {"scale_factor": 4}, "a segmentation head: channels in a short vector"),
-    Resize((1, 5, 40, 37), {"scale_factor": 2}, "rows of several vectors, with a rest"),
-    Resize((1, 2, 3, 900), {"scale_factor": (1, 2)}, "columns in several tiles"),
-    Resize((2, 4, 5, 7), {"size": (5, 7)}, "the identity"),
-    Resize((2, 4, 5, 7), {"size": (5, 14)}, "the identity in one axis"),
-    Resize((2, 3, 1, 1), {"size": (4, 6)}, "1-pixel input: pooled features, spread out again"),
-    Resize((2, 3, 1, 1), {"size": 1}, "1 pixel to 1 pixel"),
-    Resize((2, 3, 6, 5), {"size": 1}, "1-pixel output: align_corners would divide by 0"),
-    Resize((2, 3, 6, 5), {"size": (1, 9)}, "one row"),
-    Resize((1, 3, 10, 11), {"scale_factor": 2.3}, "coordinates by the factor, not the ratio"),
-    Resize(
-        (1, 3, 10, 11), {"scale_factor": 2.3, "recompute_scale_factor": True}, "by the ratio"
-    ),
-    Resize((1, 3, 7, 40), {"scale_factor": 1.1}, "a factor that leaves 7 pixels 7"),
-    Resize((2, 3, 37, 41), {"scale_factor": 1 / 3.7}, "downsampling: pixels that are in no output"),
-    Resize((1, 17, 37, 41), {"scale_factor": 1 / 3.7}, "likewise, by vectors of channels"),
-    Resize((1, 3, 30, 50), {"scale_factor": 0.7}, "fewer pixels, by vectors of the row"),
-    Resize((1, 1, 10, 30), {"scale_factor": 0.1}, "0.1 is inexact: 10 * 0.1 rounds to 1"),
-    Resize((1, 1, 29, 100), {"scale_factor": 0.29}, "100 * 0.29 rounds to just below 29"),
-    Resize((1, 2, 3, 3), {"scale_factor": (3, 1 / 3)}, "up in h, down in w"),
-    Resize((1, 2, 4, 9), {"size": (30, 5)}, "likewise, no whole ratio"),
-    Resize((1, 2, 2, 3), {"scale_factor": 13}, "long ranges in backward"),
-    Resize((1, 33, 50, 70), {"scale_factor": (2.3, 1.9)}, "several tasks in either layout"),
-]  # fmt: skip
-
-
-def image(sizes: tuple[int, ...], dtype: torch.dtype, layout: str, seed: int = 0) -> Tensor:
-    """Values that float32 holds exactly, so that it can be the oracle of a float64 case."""
-    g = seeded(seed)
-    t = torch.randn(sizes, generator=g).to(dtype)
-    return t.contiguous(memory_format=LAYOUTS[layout])
-
-
-def run(fn: Callable[..., Tensor], x: Tensor, dy: Tensor | None, **how: Any) -> list[Tensor]:
-    """y and, if there is dy, dx."""
-    x = x.detach().requires_grad_(dy is not None)
-    y = fn(x, **how)
-    if dy is not None:
-        y.backward(dy.expand(y.shape))
-    return [y.detach(), *([] if x.grad is None else [x.grad])]
-
-
-def check(
-    case: Resize, dtype: torch.dtype, layout: str, how: dict[str, Any], place: Place = CPU
-) -> None:
-    how = {**case.to, **how}
-    x = image(case.sizes, dtype, layout)
-    bilinear = how["mode"] == "bilinear"
-    shape = F.interpolate(x.float(), **how).shape
-    dy = image(shape, dtype, layout, 1)
-    there = x.to(place.device), dy.to(place.device)
-    with place.around():
-        y, dx = (t.cpu() for t in run(functional.interpolate, *there, **how))
-    eager_y, eager_dx = (t.cpu() for t in run(F.interpolate, *there, **how))
-    exact = torch.float64 if bilinear else torch.float32
-    exact_y, exact_dx = run(F.interpolate, x.to(exact), dy.to(exact), **how)
-    assert y.dtype == dx.dtype == dtype
-    assert y.stride() == eager_y.stride()
-    assert dx.stride() == x.stride()
-    # Every output is in at most two rows and columns of its inputs: as many terms has a dx.
-    terms = 4 * (-(-y.numel() // x.numel()) + 2)
-    if not bilinear:
-        assert torch.equal(y.to(exact), exact_y)
-        exact_dx = run(lambda t, **_: reference_of(t, how), x, dy, **how)[1]
-    if dtype is torch.float64:
-        if bilinear:
-            assert_same_in_float64("y", y, exact_y, 4, coordinate_error(case))
-        assert_same_in_float64("dx", dx, exact_dx, terms, terms * coordinate_error(case))
-    else:
-        assert_as_exact_as_torch("y", y, eager_y, exact_y)
-        assert_as_exact_as_torch("dx", dx, eager_dx, exact_dx, float(terms))
-
-
-def coordinate_error(case: Resize) -> float:
-    """A rounding of a coordinate moves as much of a weight, between values a few units apart."""
-    return 8.0 * max(case.sizes[2:])
-
-
-def reference_of(x: Tensor, how: dict[str, Any]) -> Tensor:
-    size = F.interpolate(x[:1, :1].float(), **how).shape[2:]
-    factor = None if how.get("recompute_scale_factor") else how.get("scale_factor")
-    scales = tuple(factor) if isinstance(factor, tuple) else (factor, factor)
-    return reference.upsample(
-        x, tuple(size), scales, how["mode"], how.get("align_corners") or False
-    )
+from fastcnn import functional
 
 
 @pytest.mark.parametrize("how", MODES, ids=lambda how: "-".join(map(str, how.values())))
@@ -146,14 +29,12 @@ def test_every_case(case: Resize, layout: str, how: dict[str, Any]) -> None:
 def test_the_reference_against_torch(how: dict[str, Any]) -> None:
     # It is the oracle of the CUDA kernels' tests, and of nearest gradients in float64.
     for case in CASES:
-        exact = torch.float64 if how["mode"] == "bilinear" else torch.float32
-        x = image(case.sizes, torch.float32, "nchw").to(exact)
-        expected = F.interpolate(x, **case.to, **how)
-        actual = reference_of(x, {**case.to, **how})
+        x = image(case.sizes, torch.float32, "nchw")
+        actual = resized(x.double(), {**case.to, **how})
         if how["mode"] == "bilinear":
-            assert_same_in_float64(str(case), actual, expected, 4, coordinate_error(case))
+            assert_same(actual, F.interpolate(x.double(), **case.to, **how), name=str(case))
         else:
-            assert torch.equal(actual, expected.double()), case
+            assert torch.equal(actual, F.interpolate(x, **case.to, **how).double()), case
 
 
 def test_the_same_source_pixels_as_torch() -> None:
@@ -281,15 +162,3 @@ def test_a_large_output_is_stored_around_the_cache() -> None:
         one = None if skip is None else skip[1:2]
         expected = functional.interpolate(x[1:2], scale_factor=2, mode=mode, concat=one)
         assert torch.equal(y[1:2], expected), (layout, dtype, w, mode, c_skip, c)
-
-
-@pytest.mark.parametrize("level", _C.cpu_levels.split(","))
-def test_every_instruction_set(level: str) -> None:
-    order = _C.cpu_levels.split(",")
-    if order.index(level) >= order.index(_C.cpu_capability()):
-        pytest.skip("this processor's own is what all other tests run at, and it has none higher")
-    arguments = [__file__, "-q", "-k", "every_case or around_the_cache", "-p", "no:cacheprovider"]
-    code = f"import pytest; raise SystemExit(pytest.main({arguments}))"
-    env = {**os.environ, "FASTCNN_CPU_CAPABILITY": level, "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

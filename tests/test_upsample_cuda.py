@@ -1,8 +1,6 @@
 """The CUDA kernels of upsample, run by the emulator, against the reference in float64 and autograd.
 
-Tolerance. Nearest forward: none. Else half a unit in the last place of the result's dtype, and what
-float32 rounds on the way: of a coordinate, which moves a weight as far between two values, and of
-each term of a sum, with U = 2**-24.
+How near: tests/upsample_cases.py.
 """
 
 import itertools
@@ -12,12 +10,13 @@ import pytest
 import torch
 from cuda_emu.run import DTYPE_NUMBER, Case, Result, run_cases
 from seeds import seeded
+from tolerance import assert_rounded
 from torch import Tensor
+from upsample_cases import axis, resize_errors
 
 from fastcnn import reference
 from fastcnn.ops.upsample_arguments import SAMPLING_NUMBER
 
-U = 2.0**-24
 INVALID_VALUE = 1  # cudaErrorInvalidValue
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [pytest.param(False, id="nchw"), pytest.param(True, id="channels_last")]
@@ -71,21 +70,16 @@ class Call:
         self.skip = torch.randn((n, c_skip, *size), generator=g).to(dtype) if c_skip else None
         self.dy = torch.randn((n, c_skip + c, *size), generator=g).to(dtype)
         x = self.x.double().requires_grad_()
-        y = reference.upsample(x, size, scales, *how, self.skip, skip_last, torch.float32)
-        (self.dx,) = torch.autograd.grad(y, x, self.dy.double(), retain_graph=True)
-        # The same with magnitudes: shares are not negative.
-        (terms,) = torch.autograd.grad(y, x, self.dy.double().abs())
-        self.y = y.detach()
-        bilinear = how[0] == "bilinear"
-        coordinate = 8 * max(*shape[2:], *size) * U if bilinear else 0.0
-        self.y_error = bilinear * (coordinate * self.x.double().abs().max() + self.ulp(self.y))
-        count = max(2 * (s // i + 2) for s, i in zip(size, shape[2:], strict=True)) ** 2
-        largest = self.dy.double().abs().max()
-        self.dx_error = count * (coordinate * largest + U * terms) + self.ulp(self.dx)
-
-    def ulp(self, t: Tensor) -> Tensor:
-        limits = torch.finfo(self.dtype)
-        return limits.eps * t.abs().clamp(min=limits.smallest_normal)
+        self.y = reference.upsample(x, size, scales, *how, self.skip, skip_last)
+        (self.dx,) = torch.autograd.grad(self.y, x, self.dy.double())
+        self.y = self.y.detach()
+        h, w = (axis(shape[2 + d], size[d], scales[d], *how, dtype) for d in range(2))
+        self.errors = resize_errors(self.x, self.dy[:, self.x_at : self.x_at + c], h, w)
+        if how[0] != "bilinear":
+            self.errors["y"] = torch.zeros_like(self.errors["y"])
+        beside = torch.zeros(n, c_skip, *size)
+        parts = [self.errors["y"], beside] if skip_last else [beside, self.errors["y"]]
+        self.errors["y"] = torch.cat(parts, 1)
 
     def numbers(self, channels_last: bool, channels: int) -> dict[str, float]:
         n, c, h, w = self.x.shape
@@ -128,16 +122,10 @@ class Call:
 
     def check(self, name: str, result: Result, channels_last: bool) -> None:
         assert result.error == 0
-        expected = in_memory(getattr(self, name), channels_last)
-        error = in_memory(getattr(self, f"{name}_error").expand(getattr(self, name).shape),
-                          channels_last)  # fmt: skip
-        got = result.tensors[name].double()
-        bad = ~((got - expected).abs() <= error)  # a NaN is bad
-        at = tuple(int(i) for i in bad.nonzero()[0]) if bad.any() else ()
-        assert not bad.any(), (
-            f"{name} of {tuple(self.x.shape)} to {self.size}, {self.how}: {int(bad.sum())} of "
-            f"{bad.numel()}, at {at}: expected {expected[at]}, got {got[at]}"
-        )
+        both = getattr(self, name), self.errors[name]
+        expected, error = (in_memory(t, channels_last) for t in both)
+        about = f"{name} of {tuple(self.x.shape)} to {self.size}, {self.how}"
+        assert_rounded(about, result.tensors[name], expected, error)
 
 
 def in_memory(t: Tensor, channels_last: bool) -> Tensor:
