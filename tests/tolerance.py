@@ -95,3 +95,21 @@ def assert_rounded(
             f"{name}: {int(outside.sum())} of {outside.numel()} values outside; the worst is off "
             f"by {off:.3e}, allowed {allowed:.3e}: expected {exact:.9g}, got {actual:.9g}"
         )
+
+
+# Between what float64's roundings do to one function computed in two ways and what a defect does.
+NEAR = 1e-9
+
+
+def assert_same(name: str, got: Tensor, want: Tensor, scale: float = 1.0) -> None:
+    """Fail unless two float64 results agree to NEAR of the largest value, or of `scale`.
+
+    For tests of structure. Other orders of summation and fused operations differ by less than 1e-11
+    of it on any processor; an eps in the wrong place, an unbiased variance for a biased one, a term
+    that is lost or added twice by 1e-6 and more. scale: the magnitude of what cancels, if larger.
+    """
+    assert got.dtype is want.dtype is torch.float64, f"{name}: got {got.dtype}, {want.dtype}"
+    assert got.shape == want.shape, f"{name}: expected {want.shape}, got {got.shape}"
+    if want.numel() > 0:
+        off, allowed = (got - want).abs().max(), NEAR * max(want.abs().max().item(), scale)
+        assert off <= allowed, f"{name}: off by {off:.3e}, allowed {allowed:.3e}"  # nor a NaN
