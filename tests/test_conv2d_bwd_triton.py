@@ -113,7 +113,7 @@ def test_geometries(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_parts_of_the_pixels(dtype: torch.dtype, size: int) -> None:
     # 70 pixels: more parts than sum, a part with no whole step, one part for all.
     geometry = {"padding": (size // 2, size // 2)}
@@ -141,7 +141,7 @@ def batch_norm_gradient(
         var, mean = torch.var_mean(t, dims, correction=0)
         norm = norm._replace(mean=mean.float(), var=var.float())
     z = before_act(given(raw), norm)
-    dy = dy.masked_fill(near_a_kink(z.exact, act, z.error), 0)
+    dy = dy.clone().masked_fill_(near_a_kink(z.exact, act, z.error), 0)  # in place: its layout
     fixed = (None, None) if training else (norm.mean.double(), norm.var.double())
     affine = norm.weight.double(), norm.bias.double()
 
