@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from activations import ACTS
-from card import DEVICE, thinned
+from card import DEVICE, slow_unless, thinned
 from seeds import seed_all
 from tolerance import assert_rounded, unit_roundoff, walk
 from torch import Tensor
@@ -130,13 +130,18 @@ GEOMETRIES = {
 }  # fmt: skip
 
 
-def in_two_types(names: Iterable[str]) -> list[tuple[str, torch.dtype]]:
+def in_float32(_: str, dtype: torch.dtype) -> bool:
+    return dtype is torch.float32
+
+
+def in_two_types(names: Iterable[str], step: int) -> list[Any]:
     """Each in float32 and in a half type: the two differ where values are read and written."""
     halves = itertools.cycle(DTYPES[1:])
-    return [(name, dtype) for name in names for dtype in (torch.float32, next(halves))]
+    cases = [(name, dtype) for name in names for dtype in (torch.float32, next(halves))]
+    return slow_unless(in_float32, thinned(cases, step))
 
 
-@pytest.mark.parametrize(("name", "dtype"), thinned(in_two_types(GEOMETRIES), 2))
+@pytest.mark.parametrize(("name", "dtype"), in_two_types(GEOMETRIES, 2))
 def test_geometries(name: str, dtype: torch.dtype) -> None:
     x, weight, geometry = GEOMETRIES[name]
     check(channels_last(*x, dtype=dtype), channels_last(*weight, dtype=dtype), **geometry)
@@ -145,8 +150,14 @@ def test_geometries(name: str, dtype: torch.dtype) -> None:
 HALF = [("relu", torch.bfloat16), ("gelu", torch.bfloat16), ("silu", torch.float16)]
 
 
+BEFORE_AND_BEHIND = [*((act, torch.float32) for act in ACTS), *HALF]
+
+
 @pytest.mark.parametrize(
-    ("act", "dtype"), thinned([*((act, torch.float32) for act in ACTS), *HALF], 5)
+    ("act", "dtype"),
+    slow_unless(
+        lambda *how: how in (HALF[0], ("gelu", torch.float32)), thinned(BEFORE_AND_BEHIND, 5)
+    ),
 )
 def test_activations_before_and_behind(act: str, dtype: torch.dtype) -> None:
     # Padding: act(bias) of a pixel outside would be seen in every border pixel.
@@ -160,7 +171,9 @@ def test_activations_before_and_behind(act: str, dtype: torch.dtype) -> None:
         check(x, weight, padding=(size // 2, size // 2), epilogue={"act": ACT_NUMBER[act]})
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", [DTYPES[0], *(pytest.param(t, marks=pytest.mark.slow) for t in DTYPES[1:])]
+)
 def test_every_epilogue(dtype: torch.dtype) -> None:
     # Each in one of the types: they differ where values are read and written alone.
     x = channels_last(1, 16, 5, 7, dtype=dtype)
@@ -178,7 +191,9 @@ def test_every_epilogue(dtype: torch.dtype) -> None:
         check(x, weight, padding=(size // 2, size // 2), epilogue=epilogue)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16]
+)
 def test_depthwise_before_and_behind(dtype: torch.dtype) -> None:
     x, weight = channels_last(2, 20, 6, 5, dtype=dtype), channels_last(20, 1, 3, 3, dtype=dtype)
     prologue = Prologue(norm_of(20, dtype)._replace(weight=None), ACT_NUMBER["silu"])

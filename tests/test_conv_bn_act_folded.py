@@ -206,14 +206,13 @@ def test_empty_and_ambiguous_batches() -> None:
 
 
 @pytorchs_own_warnings
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled(dtype: torch.dtype) -> None:
+def test_compiled() -> None:
     # One graph; the weights are folded there too.
-    model = stage("projection", "identity", act="silu").eval().to(dtype)
-    x = torch.randn(2, 4, 9, 8).to(dtype)
+    model = stage("projection", "identity", act="silu").eval()
+    x = torch.randn(2, 4, 9, 8)
     with torch.no_grad():
         y = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
-        expected = expected_roundings(model, x, autocast=dtype)
+        expected = expected_roundings(model, x, autocast=torch.float32)
     expected.check({**expected.exact, "y": y})
 
 

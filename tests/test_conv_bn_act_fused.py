@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import triton_proof  # noqa: F401 (mends the interpreter)
 from activations import ACTS
+from card import slow_unless
 from chains import Chain, Stage, conv_bn, expected_roundings, results, stage
 from roundings import Expected
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ def pooled_grouped_and_depthwise() -> tuple[Chain, Tensor]:
     raise AssertionError("no such data found")
 
 
-SMOOTH = ["none", "silu", "gelu", "sigmoid"]
+SMOOTH = ["none", "silu", "sigmoid"]  # and gelu
 ONE_FOR_ALL = [(p,) for p in itertools.product((False, True), repeat=3)]
 BESIDE_EACH_OTHER = [
     (ALL, NONE, ALL), (NONE, ALL, NONE), (ALL, (True, False, True), (False, True, False)),
@@ -98,7 +99,12 @@ def cases() -> list[Case]:
     return found
 
 
-@pytest.mark.parametrize("plans", [*ONE_FOR_ALL, *BESIDE_EACH_OTHER], ids=str)
+@pytest.mark.parametrize(
+    "plans",
+    [*(pytest.param(p, marks=() if p == (ALL,) else pytest.mark.slow) for p in ONE_FOR_ALL),
+     *BESIDE_EACH_OTHER],
+    ids=str,
+)  # fmt: skip
 def test_every_plan(
     plans: tuple[Plan, ...],
     cases: list[tuple[Stage, Tensor, Tensor | None, Expected]],
@@ -109,7 +115,9 @@ def test_every_plan(
         expected.check(results(copy.deepcopy(model), x, residual))
 
 
-@pytest.mark.parametrize("act", SMOOTH)
+@pytest.mark.parametrize(
+    "act", ["gelu", *(pytest.param(act, marks=pytest.mark.slow) for act in SMOOTH)]
+)
 def test_activations(act: str, force: Force) -> None:
     # Those whose derivative jumps: test_conv2d_bwd_triton.py, where values keep away from it.
     force(ALL, (True, False, True), ALL)
@@ -205,8 +213,12 @@ def test_the_same_bits_twice(force: Force) -> None:
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.mark.parametrize("plan", ["cudnn", "triton"])
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize(
+    ("act", "plan"),
+    slow_unless(
+        lambda act, plan: act in ("relu", "silu"), itertools.product(ACTS, ["cudnn", "triton"])
+    ),
+)
 def test_inference(act: str, plan: str, force: Force, monkeypatch: pytest.MonkeyPatch) -> None:
     force(NONE)
     monkeypatch.setattr(conv_bn_act, "folds", lambda x: False)
