@@ -15,6 +15,7 @@ from tolerance import assert_same
 from torch import nn
 
 from fastcnn.ops.conv2d_folded import FoldedConv2d
+from fastcnn.ops.convolution import folds
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch was built without oneDNN"
@@ -70,16 +71,19 @@ def test_results(dtype: torch.dtype, autocast: bool) -> None:
 
 
 def test_weights_are_kept_for_the_last_sizes() -> None:
+    # In the types that oneDNN has on this processor; the others are folded at every call.
     model = pair()
+    types = [t for t in (torch.float32, torch.bfloat16) if folds(torch.empty(0, dtype=t))]
+    assert types
     with torch.no_grad():
-        for layout, dtype in itertools.product(LAYOUTS.values(), [torch.float32, torch.bfloat16]):
+        for layout, dtype in itertools.product(LAYOUTS.values(), types):
             model = model.to(dtype)
             for size in (9, 7, 5, 3):
                 x = torch.randn(2, 4, size, 8, dtype=dtype).contiguous(memory_format=layout)
                 first = model(x)
                 assert kept(partial(model, x))
                 assert torch.equal(model(x), first)
-        x = torch.randn(2, 4, 11, 8, dtype=torch.bfloat16).contiguous(memory_format=CL)
+        x = torch.randn(2, 4, 11, 8, dtype=types[-1]).contiguous(memory_format=CL)
         model(x)
         assert "kept for 4 inputs" in repr(model.folded)
 

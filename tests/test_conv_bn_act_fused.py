@@ -30,6 +30,12 @@ Case = tuple[Stage, Tensor, Tensor | None, Expected]
 NONE, ALL = (False, False, False), (True, True, True)
 
 
+def plans_of(first: tuple[Plan, ...], *others: tuple[Plan, ...]) -> pytest.MarkDecorator:
+    """Parametrize a test: with these plans in turn, and at length (slow) with the others."""
+    cases = slow_unless(lambda plans: plans is first, [(plans,) for plans in (first, *others)])
+    return pytest.mark.parametrize("plans", cases, ids=str)
+
+
 @pytest.fixture
 def force(monkeypatch: pytest.MonkeyPatch) -> Force:
     """Gives the steps of all chains these plans, in turn."""
@@ -73,10 +79,12 @@ def pooled_grouped_and_depthwise() -> tuple[Chain, Tensor]:
         wide = nn.Conv2d(8, 16, 3, padding=1, groups=2), BatchNormAct2d(16, act="gelu")
         deep = nn.Conv2d(16, 32, (3, 1), padding=(1, 0), groups=16), BatchNormAct2d(32, act="silu")
         model, x = Chain(pooled, wide, deep, conv_bn(32, 8, 1, "none")), image(2, 16, 6, 7)
-        before = results(copy.deepcopy(Chain(pooled[:2])).double(), x.double(), None)["y"]
+        before = results(Chain(copy.deepcopy(pooled[:2]), fused=False).double(), x.double(), None)[
+            "y"
+        ]
         windows = F.unfold(F.pad(before, (1, 1, 1, 1), value=-math.inf), 3, stride=2)
-        first, second = windows.unflatten(1, (8, 9)).topk(2, dim=2).values.unbind(2)
-        if (first - second).min() > 1e-4:  # a thousand of float32's roundings
+        largest, next_one = windows.unflatten(1, (8, 9)).topk(2, dim=2).values.unbind(2)
+        if (largest - next_one).min() > 1e-4:  # a thousand of float32's roundings
             return model, x
     raise AssertionError("no such data found")
 
@@ -125,19 +133,30 @@ def test_activations(act: str, force: Force) -> None:
         check(chain(act), image(2, 16, 6, 7), residual)
 
 
-def test_blocks(force: Force) -> None:
+@pytest.mark.parametrize(
+    "plans",
+    slow_unless(
+        lambda p: p == (ALL,),
+        [((ALL,),), ((NONE, ALL),), ((ALL, NONE),), (((True, False, True),),)],
+    ),
+    ids=str,
+)
+def test_blocks(plans: tuple[Plan, ...], force: Force) -> None:
     # Identity, whose gradient is added in dx's epilogue, and projections.
-    for plans in ((ALL,), (NONE, ALL), (ALL, NONE), ((True, False, True),)):
-        force(*plans)
-        for shortcut in ("none", "identity", "projection", "two steps"):
-            check(stage(shortcut, act="silu"), image(2, 4, 6, 7))
+    force(*plans)
+    for shortcut in ("none", "identity", "projection", "two steps"):
+        check(stage(shortcut, act="silu"), image(2, 4, 6, 7))
 
 
-def test_pooling_grouped_and_depthwise(force: Force) -> None:
-    # A pooled activation is written: the step behind it has an image before it.
-    for plans in ((ALL,), (ALL, NONE), (NONE, ALL)):
-        force(*plans)
-        check(*pooled_grouped_and_depthwise())
+@pytest.mark.parametrize(
+    "plans",
+    slow_unless(lambda p: p == (NONE, ALL), [((ALL,),), ((ALL, NONE),), ((NONE, ALL),)]),
+    ids=str,
+)
+def test_pooling_grouped_and_depthwise(plans: tuple[Plan, ...], force: Force) -> None:
+    # A pooled activation is written: the step behind it has an activation before it.
+    force(*plans)
+    check(*pooled_grouped_and_depthwise())
 
 
 @pytest.mark.parametrize(
@@ -151,19 +170,25 @@ def test_batch_norms_of_other_kinds(kind: dict[str, object], force: Force) -> No
         check(Chain(*steps).train(training), image(2, 8, 4, 5))
 
 
-def test_frozen_parts(force: Force) -> None:
+@pytest.mark.parametrize(
+    "plans",
+    slow_unless(
+        lambda p: p != (ALL,), [((ALL,),), (((True, True, False), (True, False, True), ALL),)]
+    ),
+    ids=str,
+)
+def test_frozen_parts(plans: tuple[Plan, ...], force: Force) -> None:
     # Without a gradient for x, for weights, for batch norms; some statistics fixed.
-    for plans in ((ALL,), ((True, True, False), (True, False, True), ALL)):
-        force(*plans)
-        for part in ("convs.0.weight", "convs.1.weight", "bns.1.weight", "bns.2.bias"):
-            model = chain()
-            model.get_parameter(part).requires_grad_(False)
-            model.bns[1].eval()
-            check(model, image(2, 16, 6, 7))
-        check(chain(), image(2, 16, 6, 7), x_needs_grad=False)
+    force(*plans)
+    for part in ("convs.0.weight", "convs.1.weight", "bns.1.weight", "bns.2.bias"):
+        model = chain()
+        model.get_parameter(part).requires_grad_(False)
+        model.bns[1].eval()
+        check(model, image(2, 16, 6, 7))
+    check(chain(), image(2, 16, 6, 7), x_needs_grad=False)
 
 
-@pytest.mark.parametrize("memory", ["low", "lowest"])
+@pytest.mark.parametrize("memory", [pytest.param("low", marks=pytest.mark.slow), "lowest"])
 def test_memory_levels_give_the_same_bits(memory: str, force: Force) -> None:
     for training in (True, False):
         model = stage("projection", "identity", act="silu").train(training)
@@ -177,7 +202,7 @@ def test_memory_levels_give_the_same_bits(memory: str, force: Force) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves(dtype: torch.dtype, force: Force) -> None:
-    for plans in ((ALL,), (NONE, ALL, NONE), ((True, False, True),)):
+    for plans in ((ALL,), (NONE, ALL, NONE)):
         force(*plans)
         model = chain(bias=False)
         model.convs.to(dtype)

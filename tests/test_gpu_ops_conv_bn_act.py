@@ -21,11 +21,12 @@ from torch import Tensor
 from triton_proof import without_tf32
 
 pytestmark = pytest.mark.gpu
+# The emulator takes seconds a chain.
+slow = pytest.mark.slow
 PLANS = ["cudnn", "triton"]
 # The interpreter's: test_conv_bn_act_fused.py, at length.
-BY_CUDNN = ["cudnn", pytest.param("triton", marks=needs_a_card)]
+BY_CUDNN = [pytest.param("cudnn", marks=slow), pytest.param("triton", marks=needs_a_card)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
 
 
 @pytest.fixture(autouse=True)
@@ -56,11 +57,14 @@ def check(
         expected.check(results(model.to(DEVICE), *there))
 
 
-@TRAINING
 @pytest.mark.parametrize(
-    ("dtype", "plan"),
-    [*itertools.product(DTYPES, ["cudnn"]), (torch.bfloat16, "triton"),
-     *(pytest.param(t, "triton", marks=needs_a_card) for t in (torch.float32, torch.float16))],
+    ("dtype", "plan", "training"),
+    [(torch.float32, "cudnn", True), (torch.bfloat16, "triton", True),
+     *(pytest.param(*how, True, marks=slow) for how in itertools.product(DTYPES[1:], ["cudnn"])),
+     *(pytest.param(*how, False, marks=slow) for how in itertools.product(DTYPES, ["cudnn"])),
+     pytest.param(torch.bfloat16, "triton", False, marks=slow),
+     *(pytest.param(*how, marks=needs_a_card)
+       for how in itertools.product(DTYPES[::2], ["triton"], [True, False]))],
 )  # fmt: skip
 def test_a_chain(dtype: torch.dtype, plan: str, training: bool) -> None:
     for residual in (None, (2, 24, 3, 4)):
@@ -69,7 +73,8 @@ def test_a_chain(dtype: torch.dtype, plan: str, training: bool) -> None:
 
 @pytest.mark.parametrize(
     ("memory", "plan"),
-    [*itertools.product(["default", "low", "lowest"], ["cudnn"]), ("lowest", "triton"),
+    [*(pytest.param(memory, "cudnn", marks=slow) for memory in ("default", "low")),
+     ("lowest", "cudnn"), ("lowest", "triton"),
      *(pytest.param(memory, "triton", marks=needs_a_card) for memory in ("default", "low"))],
 )  # fmt: skip
 def test_bottlenecks_at_each_memory_level(memory: str, plan: str) -> None:
@@ -85,8 +90,8 @@ def test_pooling_grouped_and_depthwise(plan: str) -> None:
 
 @pytest.mark.parametrize(
     ("act", "plan"),
-    [*itertools.product(ACTS, ["cudnn"]),
-     ("relu", "cudnn_fused"),
+    [("relu", "cudnn"), ("relu", "cudnn_fused"),
+     *(pytest.param(act, "cudnn", marks=slow) for act in ACTS if act != "relu"),
      *(pytest.param(act, "triton", marks=needs_a_card) for act in ("relu", "silu"))],
 )  # fmt: skip
 def test_inference(act: str, plan: str) -> None:

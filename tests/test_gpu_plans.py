@@ -76,7 +76,7 @@ def trained(mode: str, cache: Path) -> dict[str, Any]:
     """What a process of its own has planned and computed; a refusal's warning ends it."""
     command = [sys.executable, "-W", "error::UserWarning", "-c", TRAIN, str(Path(__file__).parent)]
     env = os.environ | {"FASTCNN_PLAN": mode, "FASTCNN_CACHE": str(cache)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=85)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -192,10 +192,14 @@ def test_errors(change: dict[str, Any], match: str) -> None:
 def test_where_it_is_not_used() -> None:
     x, concat, weight, bias = (t.float() for t in draw(RESIZES["bilinear by 2"], 3))
     how = RESIZES["bilinear by 2"]
-    for a, b in ((x.contiguous(), concat.contiguous()),):
-        y = upsample_conv2d(a, weight, bias, concat=b, **how)
-        assert torch.equal(y, expected(a, b, weight, bias, how))  # PyTorch's operators
-        assert not taken(lambda a=a, b=b: upsample_conv2d(a, weight, bias, concat=b, **how))
+    nchw = [t.contiguous() for t in (x, weight, bias, concat)]
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, concat: Tensor) -> Tensor:
+        return upsample_conv2d(x, weight, bias, concat=concat, **how)
+
+    assert not taken(lambda: run(*nchw))
+    a, w, b, skip = (t.double() for t in nchw)
+    assert_same("y", run(a, w, b, skip), expected(a, skip, w, b, how))
     assert not taken(lambda: upsample_conv2d(x, weight[:, :5], size=(5, 5), mode="bilinear"))
 
 
@@ -234,41 +238,46 @@ class Decoder(nn.Module):
         return ACTS[self.act](y if self.norm is None else self.norm(y))
 
 
-@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, False), (torch.bfloat16, True)])
-def test_folded(dtype: torch.dtype, autocast: bool) -> None:
+def check_folded(
+    model: Decoder, drawn: list[Tensor | None], how: dict[str, Any], autocast: bool = False
+) -> Tensor:
+    """Return y in float32, or by autocast in bfloat16, compared with PyTorch's in float64."""
+    dtype, exact = torch.bfloat16 if autocast else torch.float32, copy.deepcopy(model).double()
+    x, concat = (None if t is None else t.float() for t in drawn[:2])
+    wide = [None if t is None else t.double() for t in (x, concat)]
+    # Weights are rounded after the batch norm is folded into them.
+    expected = Expected(
+        lambda: {"y": exact.plain(*wide, how).detach()}, dtype, torch.float32, autocast=True
+    )
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        y = model(x, concat, how)
+        assert torch.equal(model(x, concat, how), y)
+    expected.check({"y": y})
+    return y
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_folded(autocast: bool) -> None:
     for act, skip, norm in (("relu", 3, True), ("silu", 3, True), ("relu", 0, True),
                             ("silu", 3, False)):  # fmt: skip
         for how in RESIZES.values():
             model = Decoder(act, skip, bias=skip == 0, norm=norm)
-            exact, (x, concat, *_) = copy.deepcopy(model).double(), draw(how, skip)
-            a = x.float(), None if concat is None else concat.float(), how
-            wide = [t.double() if isinstance(t, Tensor) else t for t in a]
             with torch.no_grad():
-                # Weights are rounded after the batch norm is folded into them.
-                expected = Expected(
-                    lambda m=exact, w=wide: {"y": m.plain(*w)}, dtype, torch.float32, autocast=True
-                )
-                with torch.autocast("cpu", dtype, enabled=autocast):
-                    y = model(*a)
-                    assert torch.equal(model(*a), y)
-                expected.check({"y": y})
+                check_folded(model, draw(how, skip), how, autocast)
 
 
 def test_folded_notices_changes_and_gradients() -> None:
     how = RESIZES["bilinear by 2"]
-    model = Decoder("relu", 3).double()
-    x, concat, *_ = draw(how, 3)
+    model, drawn = Decoder("relu", 3), draw(RESIZES["bilinear by 2"], 3)
+    x, concat, *_ = (t.float() for t in drawn)
     with torch.no_grad():
         assert taken(lambda: model(x, concat, how))
-        before = model(x, concat, how)
+        before = check_folded(model, drawn, how)
         model.norm.weight.mul_(1.5)
-        assert_same("y", model(x, concat, how), model.plain(x, concat, how))
-        assert not torch.equal(model(x, concat, how), before)
-        other = copy.deepcopy(model)
-        assert torch.equal(other(x, concat, how), model(x, concat, how))
-    y = model(x, concat, how)
-    assert y.requires_grad
-    assert_same("y", y, model.plain(x, concat, how))
+        after = check_folded(model, drawn, how)
+        assert not torch.equal(after, before)
+        assert torch.equal(copy.deepcopy(model)(x, concat, how), after)
+    assert check_folded(model, drawn, how).requires_grad
 
 
 @pytest.mark.slow
