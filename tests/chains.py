@@ -76,7 +76,7 @@ def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
     return bn.training or bn.running_mean is None
 
 
-def twin(chain: Stage) -> Stage:
+def baseline(chain: Stage) -> Stage:
     eager = copy.deepcopy(chain)
     eager.fused = False
     return eager
@@ -124,14 +124,14 @@ def check_float64(
     layout: str = "nchw",
     **kwargs: Any,
 ) -> dict[str, Tensor | None]:
-    """Run the chain and its eager twin in float64, and compare all that there is.
+    """Run the chain and its eager baseline in float64, and compare all that there is.
 
     The gradient of a bias that a batch norm undoes is 0, so that all of it is rounding errors of
     the gradients that it is summed of.
     """
     chain = copy.deepcopy(chain).double()  # without the gradients of earlier checks
     x = torch.randn(sizes, dtype=torch.float64).contiguous(memory_format=LAYOUTS[layout])
-    eager = twin(chain)
+    eager = baseline(chain)
     with torch.no_grad():
         added = torch.randn_like(copy.deepcopy(eager)(x)) if residual else None
     actual, expected = results(chain, x, added, **kwargs), results(eager, x, added, **kwargs)
@@ -152,7 +152,7 @@ def expected_roundings(
     **how: Any,
 ) -> Expected:
     """Return what `results` of a chain in a low precision may be: that of x, or autocast's."""
-    exact, state = twin(chain).cpu().double(), [*chain.bns.parameters(), *chain.bns.buffers()]
+    exact, state = baseline(chain).cpu().double(), [*chain.bns.parameters(), *chain.bns.buffers()]
     x_dtype, x = x.dtype, x.cpu().double()
     added = None if residual is None else residual.cpu().double()
     return Expected(

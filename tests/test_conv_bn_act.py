@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from activations import ACTS
-from chains import Chain, check_float64, expected_roundings, results, twin
+from chains import Chain, baseline, check_float64, expected_roundings, results
 from shapes import LAYOUTS
 from torch import Tensor, nn
 
@@ -58,7 +58,7 @@ def test_chains(training: bool, residual: bool, layout: str) -> None:
     ids=str,
 )  # fmt: skip
 def test_convolutions(sizes: tuple[int, ...], conv: nn.Conv2d) -> None:
-    # As the first step and, behind another, where its input is rebuilt in backward.
+    # As the first step and, behind another, where backward recomputes its input.
     for layout, residual in itertools.product(LAYOUTS, [False, True]):
         first = (nn.Conv2d(sizes[1], sizes[1], 1, bias=False), BatchNormAct2d(sizes[1]))
         last = (copy.deepcopy(conv), BatchNormAct2d(conv.out_channels))
@@ -123,7 +123,7 @@ def check_rounding(layout: str, dtype: torch.dtype, autocast: bool) -> dict[str,
     added = torch.randn(4, 8, 9, 8).to(dtype).contiguous(memory_format=LAYOUTS[layout])
     expected = expected_roundings(chain, x, added, dtype if autocast else None)
     with torch.autocast("cpu", dtype, enabled=autocast):
-        eager, actual = results(twin(chain), x, added), results(chain, x, added)
+        eager, actual = results(baseline(chain), x, added), results(chain, x, added)
     for name, t in actual.items():
         assert t.dtype == eager[name].dtype, name
     expected.check(actual)

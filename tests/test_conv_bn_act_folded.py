@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from activations import ACTS
-from chains import Chain, Stage, conv_bn, expected_roundings, results, stage, twin
+from chains import Chain, Stage, baseline, conv_bn, expected_roundings, results, stage
 from shapes import LAYOUTS
 from tolerance import assert_same
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ def check(
 ) -> None:
     """In both layouts. Weights are rounded once more where the batch norm is folded into them."""
     model = model.eval().to(torch.float32 if autocast else dtype)
-    x, plain = torch.randn(2, 4, 9, 8), twin(model)
+    x, plain = torch.randn(2, 4, 9, 8), baseline(model)
     x = x.to(torch.float32 if autocast else dtype)
     with torch.no_grad():
         added = torch.randn_like(plain(x)).to(dtype) if residual else None
@@ -200,7 +200,7 @@ def test_empty_and_ambiguous_batches() -> None:
     for sizes in ((0, 4, 9, 8), (3, 4, 1, 1), (2, 1, 5, 6)):
         chain, x = Chain(conv_bn(sizes[1], 6, 3)).eval(), torch.randn(sizes)
         with torch.no_grad():
-            for added in (None, torch.randn_like(twin(chain)(x))):
+            for added in (None, torch.randn_like(baseline(chain)(x))):
                 found = results(chain, x, added)
                 expected_roundings(chain, x, added, torch.float32).check(found)
 

@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from activations import ACTS
-from chains import SHORTCUTS, Stage, check_float64, expected_roundings, results, twin
+from chains import SHORTCUTS, Stage, baseline, check_float64, expected_roundings, results
 from fuzz_cases import DTYPES, FLAGS, SEEDS, fuzz
 from fuzz_check import same_bits
 from hypothesis import assume
@@ -153,7 +153,7 @@ def check_roundings(model: Stage, x: Tensor, added: Tensor | None, mode: Callabl
         nchw = torch.contiguous_format
         given = [t if t is None else t.contiguous() for t in (x, added)]
         with mode():
-            eager = results(twin(model).to(memory_format=nchw), *given)
+            eager = results(baseline(model).to(memory_format=nchw), *given)
         for name, t in eager.items():
             if t is not None and not t.isfinite().all():
                 del expected.exact[name]
@@ -183,7 +183,7 @@ def test_conv_bn_act(
     sizes = (n, drawn["c"], h, w)
     x = torch.randn(sizes).contiguous(memory_format=LAYOUTS[layout])
     model = model.to(memory_format=LAYOUTS[layout])
-    eager, counts = twin(model), []
+    eager, counts = baseline(model), []
     for conv in eager.convs:
         conv.register_forward_pre_hook(crashes)
         conv.register_forward_hook(lambda _, __, y: counts.append(y[:, 0].numel()))
