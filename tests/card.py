@@ -6,7 +6,7 @@ on_card() the operators' CUDA implementations, the CUDA kernels in the emulator 
 only a card can answer is skipped.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -30,6 +30,11 @@ needs_a_card = pytest.mark.skipif(not HAS_CARD, reason="needs a GPU")
 def thinned(cases: Iterable[T], step: int) -> list[T]:
     """All of them; on a card, where Triton compiles each kind of its kernels, every step-th."""
     return list(cases)[:: step if HAS_CARD else 1]
+
+
+def slow_unless(quick: Callable[..., bool], cases: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Mark all cases but these as slow: the first line of defence has one of each kind."""
+    return [pytest.param(*case, marks=() if quick(*case) else pytest.mark.slow) for case in cases]
 
 
 CUDNN = "fastcnn::conv2d_relu"  # its CUDA implementation is an operator of PyTorch's

@@ -1,4 +1,4 @@
-"""CUDA graphs for tests: captured on a card, run again where there is none."""
+"""CUDA graphs for tests: captured on a GPU, recomputed where there is none."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,8 +1,8 @@
-"""A small network with all that convert fuses, and its training step, for tests on the card.
+"""A small network with all that convert fuses, and its training step, for tests on a GPU.
 
-Activations are smooth: at a kink of relu a rounding decides between two gradients, and no limit on
-errors is right there. Nothing in it calls cuBLAS, which PyTorch's deterministic mode wants set up
-before the process starts.
+Activations are smooth: where relu's derivative jumps a rounding decides between two gradients, and
+no limit on errors is right there. Nothing in it calls cuBLAS, which PyTorch's deterministic mode
+wants set up before the process starts.
 """
 
 import copy
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from card import DEVICE
 from chains import randomize
+from roundings import Expected
 from seeds import seed_all, seeded
-from tolerance import assert_as_exact_over_draws, error_ratio
 from torch import Tensor, nn
 
 from fastcnn import convert
@@ -21,7 +21,7 @@ Results = dict[str, Tensor]
 
 
 class Network(nn.Module):
-    """x [n, 3, h, w] -> logits [n, 10]: a stem, a residual block, a skip beside what is upsampled,
+    """x [n, 3, h, w] -> logits [n, 10]: a stem, a residual block, a skip next to what is upsampled,
     group norm; channels wide enough for Triton's kernels."""
 
     def __init__(self, dropout: float) -> None:
@@ -76,8 +76,22 @@ def assert_bitwise(found: Results, expected: Results) -> None:
         assert torch.equal(found[name], e), name
 
 
-def assert_as_exact(found: Results, eager: Results, exact: Results) -> None:
-    """Errors in the geometric mean at most twice PyTorch's: tests/tolerance.py."""
-    assert found.keys() == exact.keys()
-    ratios = [error_ratio(found[k], eager[k], exact[k].to(DEVICE)) for k in exact]
-    assert_as_exact_over_draws("results", ratios)
+def expected_results(
+    plain: nn.Module, x: Tensor, target: Tensor, autocast: torch.dtype | None = None
+) -> Expected:
+    """Return what `results` of the network may be in float32, or by autocast (roundings.py)."""
+    exact, x, target = copy.deepcopy(plain).cpu().double(), x.cpu().double(), target.cpu()
+    return Expected(
+        lambda: results(copy.deepcopy(exact), x, target),
+        autocast or torch.float32,
+        torch.float32,
+        autocast is not None,
+    )
+
+
+def expected_logits(plain: nn.Module, x: Tensor) -> Expected:
+    """Return what it may compute in float32, as "logits"; weights may be folded."""
+    exact, x = copy.deepcopy(plain).cpu().double(), x.cpu().double()
+    return Expected(
+        lambda: {"logits": copy.deepcopy(exact)(x).detach()}, torch.float32, autocast=True
+    )

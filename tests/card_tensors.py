@@ -1,4 +1,4 @@
-"""Made-up tensors of calls on the card, from a generator on the CPU."""
+"""Synthetic inputs of calls on a GPU, from a generator on the CPU."""
 
 import torch
 from torch import Tensor

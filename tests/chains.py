@@ -1,15 +1,15 @@
 """Chains and stages of convolutions: fused, as PyTorch's users write them, and compared."""
 
 import copy
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from activations import ACTS
+from roundings import Expected
 from seeds import seeded
 from shapes import LAYOUTS
-from tolerance import ROUNDINGS, assert_same_in_float64
+from tolerance import assert_same
 from torch import Tensor, nn
 
 from fastcnn.nn import BatchNormAct2d, Block, conv_bn_act, conv_bn_act_blocks
@@ -31,40 +31,12 @@ def randomize(model: nn.Module) -> None:
                     t.data.uniform_(low, high, generator=generator)
 
 
-class Normalised(NamedTuple):
-    """A convolution with a bias, the batch norm behind it, and what went in and came out there."""
-
-    conv: nn.Conv2d
-    bn: nn.BatchNorm2d
-    raw: Tensor
-    z: Tensor  # with its gradient, after backward
-
-    def cancelled(self) -> float:
-        """What the bias' gradient is summed of, in magnitude, where it is 0: the mean undoes it.
-
-        It is the sum over n, h, w of gain * (dz - mean(dz) - xhat * mean(dz * xhat)), and xhat has
-        the rounding errors of raw and of its mean. Times sqrt(m): an error of a mean, which is that
-        of a sum of m values (tests/tolerance.py), is the same in all m terms.
-        """
-        dims, dz = (0, 2, 3), self.z.grad
-        mean = self.raw.mean(dims, keepdim=True)
-        std = (self.raw.var(dims, correction=0, keepdim=True) + self.bn.eps).sqrt()
-        xhat, gain = (self.raw - mean) / std, 1 / std
-        if self.bn.weight is not None:
-            gain = gain * self.bn.weight.abs()[:, None, None]
-        centred = (self.raw.abs() + mean.abs()) / std
-        means = dz.mean(dims, keepdim=True).abs(), (dz * xhat).mean(dims, keepdim=True).abs()
-        terms = gain * (dz.abs() + means[0] + centred * means[1])
-        return math.sqrt(dz[:, 0].numel()) * terms.sum(dims).max().item()
-
-
 class Stage(nn.Module):
     """Blocks, fused or as eager PyTorch runs them; `residual` is for a single block."""
 
     def __init__(self, *blocks: Block, memory: str = "default", fused: bool = True) -> None:
         super().__init__()
         self.blocks, self.memory, self.fused = blocks, memory, fused
-        self.normalised: list[Normalised] | None = None  # the eager form's, where a list is there
         steps = [step for block in blocks for step in (*(block.shortcut or ()), *block.steps)]
         self.convs = nn.ModuleList(step[0] for step in steps)
         self.bns = nn.ModuleList(step[1] for step in steps)
@@ -84,11 +56,7 @@ class Stage(nn.Module):
 
     def _eager(self, x: Tensor, steps: Sequence[Step], residual: Tensor | None = None) -> Tensor:
         for i, (conv, bn, *pool) in enumerate(steps, start=1):
-            raw = conv(x)
-            x = nn.BatchNorm2d.forward(bn, raw)
-            if self.normalised is not None and x.requires_grad and conv.bias is not None:
-                x.retain_grad()
-                self.normalised.append(Normalised(conv, bn, raw.detach(), x))
+            x = nn.BatchNorm2d.forward(bn, conv(x))
             if residual is not None and i == len(steps):
                 x = x + residual
             x = ACTS[bn.act](x)
@@ -108,7 +76,7 @@ def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
     return bn.training or bn.running_mean is None
 
 
-def twin(chain: Stage) -> Stage:
+def baseline(chain: Stage) -> Stage:
     eager = copy.deepcopy(chain)
     eager.fused = False
     return eager
@@ -119,7 +87,7 @@ def results(
 ) -> dict[str, Tensor | None]:
     """The output, all gradients, None where there is none, and all buffers after the call.
 
-    seed: of the output's gradient.
+    seed: of the output's gradient, of eighths, which every type holds as they are.
     """
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x_needs_grad)
     if residual is not None:
@@ -127,7 +95,7 @@ def results(
     y = chain(x, residual)
     found = {"y": y.detach(), "dx": None, "dresidual": None}
     if y.requires_grad:
-        dy = torch.randn(y.shape, generator=seeded(seed))
+        dy = (8 * torch.randn(y.shape, generator=seeded(seed))).round() / 8
         y.backward(dy.to(y))
         found["dx"] = x.grad
         found["dresidual"] = None if residual is None else residual.grad
@@ -135,15 +103,18 @@ def results(
     return found | {name: b.clone() for name, b in chain.named_buffers()}
 
 
-def assert_same(name: str, got: Tensor, want: Tensor) -> None:
-    """Equal to 1e-11 of the largest float64 value, or of 1.
-
-    Another order of summation changes 1e-13 at most in these chains; an eps in the wrong place, or
-    an unbiased variance for a biased one, 1e-6 and more.
-    """
-    largest = want.abs().max().item() if want.numel() > 0 else 0.0
-    atol = 1e-11 * max(largest, 1.0)
-    torch.testing.assert_close(got, want, rtol=0, atol=atol, msg=lambda m: f"{name}: {m}")
+def assert_same_results(
+    actual: dict[str, Tensor | None], expected: dict[str, Tensor | None], **scales: float
+) -> None:
+    """All results in float64; scales: of those that cancel (tests/tolerance.py)."""
+    assert actual.keys() == expected.keys()
+    for name, want in expected.items():
+        got = actual[name]
+        assert (got is None) == (want is None), f"{name}: got {got}"
+        if want is not None and want.is_floating_point():
+            assert_same(got, want, scales.get(name, 1.0), name=name)
+        elif want is not None:
+            assert torch.equal(got, want), name
 
 
 def check_float64(
@@ -153,32 +124,43 @@ def check_float64(
     layout: str = "nchw",
     **kwargs: Any,
 ) -> dict[str, Tensor | None]:
-    """Run the chain and its eager twin in float64, and compare all that there is.
+    """Run the chain and its eager baseline in float64, and compare all that there is.
 
-    The gradient of a bias that a batch norm undoes is 0, so that all of it is rounding errors:
-    ROUNDINGS ulps of what cancels.
+    The gradient of a bias that a batch norm undoes is 0, so that all of it is rounding errors of
+    the gradients that it is summed of.
     """
     chain = copy.deepcopy(chain).double()  # without the gradients of earlier checks
     x = torch.randn(sizes, dtype=torch.float64).contiguous(memory_format=LAYOUTS[layout])
-    eager = twin(chain)
+    eager = baseline(chain)
     with torch.no_grad():
         added = torch.randn_like(copy.deepcopy(eager)(x)) if residual else None
-    eager.normalised = []
     actual, expected = results(chain, x, added, **kwargs), results(eager, x, added, **kwargs)
-    assert actual.keys() == expected.keys()
-    undone: dict[nn.Parameter, float] = {}
-    for step in eager.normalised:
-        if step.z.grad is not None and step.z.numel() > 0 and uses_batch_statistics(step.bn):
-            undone[step.conv.bias] = undone.get(step.conv.bias, 0.0) + step.cancelled()
-    zeros = {f"d{name}": undone[p] for name, p in eager.named_parameters() if p in undone}
-    for name, want in expected.items():
-        got = actual[name]
-        assert (got is None) == (want is None), f"{name}: got {got}"
-        if want is not None and name in zeros:
-            assert_same_in_float64(name, got, want, 1, ROUNDINGS * zeros[name])
-        elif want is not None:
-            assert_same(name, got, want)
+    steps = zip(eager.convs, eager.bns, strict=True)
+    undone = {conv.bias for conv, bn in steps if uses_batch_statistics(bn)}
+    gradients = [p.grad for p in eager.parameters() if p.grad is not None]
+    largest = max([1.0, *(t.abs().max().item() for t in gradients)])
+    scales = {f"d{name}": largest for name, p in eager.named_parameters() if p in undone}
+    assert_same_results(actual, expected, **scales)
     return actual
+
+
+def expected_roundings(
+    chain: Stage,
+    x: Tensor,
+    residual: Tensor | None = None,
+    autocast: torch.dtype | None = None,
+    **how: Any,
+) -> Expected:
+    """Return what `results` of a chain in a low precision may be: that of x, or autocast's."""
+    exact, state = baseline(chain).cpu().double(), [*chain.bns.parameters(), *chain.bns.buffers()]
+    x_dtype, x = x.dtype, x.cpu().double()
+    added = None if residual is None else residual.cpu().double()
+    return Expected(
+        lambda: results(copy.deepcopy(exact), x, added, **how),
+        autocast or x_dtype,
+        next((t.dtype for t in state if t.is_floating_point()), x_dtype),
+        autocast is not None,
+    )
 
 
 def conv_bn(
@@ -200,7 +182,7 @@ SHORTCUTS = ["none", "identity", "projection", "two steps"]
 def stage(*shortcuts: str, act: str = "relu", c_in: int = 4, **kwargs: Any) -> Stage:
     """ResNet's bottlenecks, the first step of one that is not an identity with stride 2.
 
-    Every convolution that "lowest" runs again is there: on a block's input (4 to 6 channels, the
+    Every convolution that "lowest" recomputes is there: on a block's input (4 to 6 channels, the
     projections), behind a step, and behind another such one's activation.
     """
     blocks = []

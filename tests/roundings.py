@@ -44,7 +44,8 @@ class Roundings(TorchDispatchMode):
 
     `vectors` is the dtype of tensors of less than two dimensions: statistics and parameters of a
     norm, which mixed precision keeps in float32. `autocast`: what a convolution or a matrix product
-    reads is rounded too, since parameters are of a higher precision.
+    reads is rounded too, since parameters are of a higher precision, or folded; and what it gives
+    back to them.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class Roundings(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.unit, self.unit_of_vectors = unit_roundoff(dtype), unit_roundoff(vectors or dtype)
+        # Half the smallest subnormal: gradients in float16 lie there.
+        self.tiny = torch.finfo(dtype).tiny * self.unit if dtype is torch.float16 else 0.0
         self.work = unit_roundoff(torch.float32)
         self.autocast = autocast
         self.generator = torch.Generator().manual_seed(seed)
@@ -68,6 +71,8 @@ class Roundings(TorchDispatchMode):
             raise NotImplementedError(f"roundings of {op}: expected a rule in RULES")
         given = {t.data_ptr() for t in [*args, *(kwargs or {}).values()] if isinstance(t, Tensor)}
         found = op(*args, **(kwargs or {}))
+        if op.overloadpacket in MOVES:
+            return found
         mutates = op._schema.is_mutable
         for t in found if isinstance(found, list | tuple) else [found]:
             # A view of what was given is no new value; an operation in place makes one.
@@ -89,6 +94,8 @@ class Roundings(TorchDispatchMode):
         if t.numel() > 0 and t.untyped_storage().nbytes() >= t.numel() * t.element_size():
             unit = self.unit if t.dim() >= 2 else self.unit_of_vectors
             t.mul_(1 + (unit + 2 * self.work) * self.uniform(t))
+            if self.tiny and t.dim() >= 2:
+                t.add_(self.tiny * self.uniform(t))
         return t
 
     def summed(self, total: Tensor, magnitudes: Tensor, terms: float) -> Tensor:
@@ -107,7 +114,7 @@ Rule = Callable[..., Any]
 def convolution(
     mode: Roundings, op: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any
 ) -> Tensor:
-    x, weight = mode.read(x), mode.read(weight)
+    x, weight, bias = mode.read(x), mode.read(weight), None if bias is None else mode.read(bias)
     magnitudes = op(x.abs(), weight.abs(), None if bias is None else bias.abs(), *how)
     transposed, groups = how[3], how[5]
     terms = weight[0].numel() if not transposed else weight[:, 0].numel() // groups
@@ -121,7 +128,7 @@ def convolution_backward(
     magnitudes = op(dy.abs(), x.abs(), weight.abs(), *how)
     pixels = dy[:, 0].numel()
     return tuple(
-        None if t is None else mode.round_(mode.summed(t, size, terms))
+        None if t is None else mode.read(mode.round_(mode.summed(t, size, terms)))
         for t, size, terms in zip(
             op(dy, x, weight, *how), magnitudes, (weight[:, 0].numel(), pixels, pixels), strict=True
         )
@@ -217,6 +224,62 @@ def batch_norm_backward(
     return tuple(t if wanted else None for t, wanted in zip(found, mask, strict=True))
 
 
+def group_norm(
+    mode: Roundings,
+    op: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    c: int,
+    pixels: int,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch norm of n * groups channels, then the parameters' product and sum."""
+    y, mean, rstd = batch_norm(
+        mode, op, x.reshape(1, n * groups, -1), None, None, None, None, True, 0.0, eps
+    )
+    y = y.reshape(x.shape)
+    y = y if weight is None else y * _per_channel(weight, x)
+    y = y if bias is None else y + _per_channel(bias, x)
+    return mode.round_(y), mean.reshape(n, groups), rstd.reshape(n, groups)
+
+
+def group_norm_backward(
+    mode: Roundings,
+    op: Any,
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    n: int,
+    c: int,
+    pixels: int,
+    groups: int,
+    mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    slabs, mean, rstd = x.reshape(1, n * groups, -1), mean.reshape(-1), rstd.reshape(-1)
+    dnormalised = dy if weight is None else dy * _per_channel(weight, x)
+    dx, _, _ = batch_norm_backward(
+        mode, op, dnormalised.reshape(slabs.shape), slabs,
+        None, None, None, mean, rstd, True, 0.0, [True] * 3,
+    )  # fmt: skip
+    assert dx is not None
+    mean_, rstd_ = _per_channel(mean, slabs), _per_channel(rstd, slabs)
+    normalised = ((slabs - mean_) * rstd_).reshape(x.shape)
+    size = ((slabs.abs() + mean_.abs()) * rstd_).reshape(x.shape)
+    dims, m = [d for d in range(x.dim()) if d != 1], x.numel() / c
+    dweight = mode.summed((dy * normalised).sum(dims), (dy.abs() * size).sum(dims), m)
+    dbias = mode.summed(dy.sum(dims), dy.abs().sum(dims), m)
+    found = dx.reshape(x.shape), mode.round_(dweight), mode.round_(dbias)
+    return tuple(t if wanted else None for t, wanted in zip(found, mask, strict=True))
+
+
+# They make no new values.
+MOVES = {aten.clone, aten._to_copy, aten.copy_, aten.cat, aten.constant_pad_nd}
+
 RULES: dict[Any, Rule] = {
     aten.convolution: convolution,
     aten.convolution_backward: convolution_backward,
@@ -229,7 +292,55 @@ RULES: dict[Any, Rule] = {
     aten._adaptive_avg_pool2d: sums,
     aten.native_batch_norm: batch_norm,
     aten.native_batch_norm_backward: batch_norm_backward,
+    aten.native_group_norm: group_norm,
+    aten.native_group_norm_backward: group_norm_backward,
 }
+
+
+class Expected:
+    """Results of a network in float64, and how far a low precision's roundings move each.
+
+    run: computes them in float64, from the same state at each call.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[], Results],
+        dtype: torch.dtype,
+        vectors: torch.dtype | None = None,
+        autocast: bool = False,
+    ) -> None:
+        self.exact = run()
+        squares = {k: torch.zeros_like(t) for k, t in self.exact.items() if t is not None}
+        for seed in range(DRAWS):
+            with Roundings(dtype, seed, vectors, autocast):
+                moved = run()
+            for k, total in squares.items():
+                if total.dtype is torch.float64:
+                    total += (moved[k] - self.exact[k]).square()
+        self.deviations = {
+            k: (total / DRAWS).max().item() ** 0.5 if total.dtype is torch.float64 else 0.0
+            for k, total in squares.items()
+            if total.numel() > 0
+        }
+
+    def check(self, found: Results) -> None:
+        """Fail if a result is further from its own than the factor allows."""
+        assert found.keys() == self.exact.keys(), f"expected {list(self.exact)}, got {list(found)}"
+        for k, want in self.exact.items():
+            got = found[k]
+            assert (got is None) == (want is None), f"{k}: got {got}"
+            if want is None or got is None:
+                continue
+            assert got.shape == want.shape, f"{k}: expected {want.shape}, got {got.shape}"
+            if want.numel() == 0:
+                continue
+            error = (got.detach().cpu().double() - want).abs().max().item()
+            deviation = self.deviations[k]
+            assert error <= FACTOR * deviation, (  # a NaN fails too
+                f"{k}: off by {error:.3e}, which is {error / max(deviation, 1e-300):.1f} times "
+                f"the deviation that roundings cause, {FACTOR:g} allowed"
+            )
 
 
 def assert_expected_roundings(
@@ -239,28 +350,5 @@ def assert_expected_roundings(
     vectors: torch.dtype | None = None,
     autocast: bool = False,
 ) -> None:
-    """Compare the results of a network in a low precision with its own in float64.
-
-    run: computes them in float64, from the same state at each call.
-    """
-    exact = run()
-    squares = {k: torch.zeros_like(t) for k, t in exact.items() if t is not None}
-    for seed in range(DRAWS):
-        with Roundings(dtype, seed, vectors, autocast):
-            moved = run()
-        for k, total in squares.items():
-            if total.dtype is torch.float64:
-                total += (moved[k] - exact[k]).square()
-    assert found.keys() == exact.keys(), f"expected {list(exact)}, got {list(found)}"
-    for k, want in exact.items():
-        got = found[k]
-        assert (got is None) == (want is None), f"{k}: got {got}"
-        if want is None or got is None or want.numel() == 0:
-            continue
-        assert got.shape == want.shape, f"{k}: expected {want.shape}, got {got.shape}"
-        error = (got.detach().cpu().double() - want).abs().max().item()
-        deviation = (squares[k] / DRAWS).max().item() ** 0.5 if want.is_floating_point() else 0.0
-        assert error <= FACTOR * deviation, (  # a NaN fails too
-            f"{k}: off by {error:.3e}, which is {error / max(deviation, 1e-300):.1f} times the "
-            f"deviation that roundings cause, {FACTOR:g} allowed"
-        )
+    """Compare the results of a network in a low precision with its own in float64."""
+    Expected(run, dtype, vectors, autocast).check(found)

@@ -41,6 +41,7 @@ def bench(tmp_path: Path, *arguments: str) -> tuple[int, str, list[dict[str, Any
     return done.returncode, done.stdout, list(map(json.loads, rows.read_text().splitlines()))
 
 
+@pytest.mark.slow
 def test_a_card_s_cases(tmp_path: Path) -> None:
     status, out, rows = bench(tmp_path, *[f"benchmarks/{case}" for case in SOME])
     assert status == 0, out

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for cards that are not there, by the newest Triton and an older."""
+"""The Triton kernels compiled for GPUs that are not there, by the newest Triton and an older."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,10 @@ NO_PRODUCT = ("depthwise", "join of statistics", "sums of tiles")
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 
 
-@pytest.mark.parametrize("older", [None, OLDER], ids=["newest", "of torch 2.11"])
-def test_matrix_instructions_and_no_spills(older: Path | None, tmp_path: Path) -> None:
-    archs = [90] if older else [*MATRIX]  # 10 s each
+def check(tmp_path: Path, older: Path | None, archs: list[int], *names: str) -> list[str]:
+    """Compile kernels, all where none is named; return which."""
     done = run(
-        ["triton_compile.py", *map(str, archs)], older,
+        ["triton_compile.py", ",".join(map(str, archs)), *names], older,
         TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -27,3 +26,17 @@ def test_matrix_instructions_and_no_spills(older: Path | None, tmp_path: Path) -
         assert row["stack"] == row["local"] == 0, f"spills: {row}"
         by_descriptors = "1x1" in row["name"] and "stride" not in row["name"]
         assert row["tma"] is by_descriptors, row
+    return [row["name"] for row in rows]
+
+
+def test_matrix_instructions_and_no_spills(tmp_path: Path) -> None:
+    some = ["1x1 in training", "3x3 in training", "dx of 1x1", "dw of 3x3", "int8 3x3"]
+    assert sorted(check(tmp_path, None, [90], *some)) == sorted(some)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("older", "archs"), [(None, [*MATRIX]), (OLDER, [90])], ids=["newest", "of torch 2.11"]
+)
+def test_all_kernels(older: Path | None, archs: list[int], tmp_path: Path) -> None:
+    check(tmp_path, older, archs)

@@ -1,7 +1,7 @@
 """Blocks and memory levels of conv_bn_act: values and gradients.
 
 Against torch.nn modules in float64, and the levels against each other bit for bit: what backward
-rebuilds or runs again must be what forward had, also where a rounding decides about a kink.
+recomputes must be what forward had, also where a rounding decides about a derivative.
 """
 
 import copy
@@ -12,8 +12,19 @@ from typing import Any
 import pytest
 import torch
 from activations import ACTS
-from chains import SHORTCUTS, Chain, Stage, assert_same, check_float64, conv_bn, results, stage
+from chains import (
+    SHORTCUTS,
+    Chain,
+    Stage,
+    assert_same_results,
+    baseline,
+    check_float64,
+    conv_bn,
+    results,
+    stage,
+)
 from shapes import LAYOUTS
+from tolerance import assert_same
 from torch import nn
 
 from fastcnn import reference
@@ -37,7 +48,7 @@ def test_one_block(shortcut: str, act: str) -> None:
 def test_an_input_of_both_layouts(memory: str) -> None:
     # One channel is dense in both orders: the projection's 1x1 weight leaves it at that, and its
     # convolution chooses NCHW; the other's weight is channels_last. ReLU keeps y for backward, SiLU
-    # has the shortcut rebuilt.
+    # has the shortcut recomputed.
     for act, training in itertools.product(["relu", "silu"], [True, False]):
         block = Block([conv_bn(1, 2, 3, act)], [conv_bn(1, 2, 1, "none")])
         model = Stage(block, Block([conv_bn(2, 2, 1, act)], ()), memory=memory).train(training)
@@ -50,9 +61,9 @@ def test_an_input_of_both_layouts(memory: str) -> None:
 
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("last", SHORTCUTS)
-def test_blocks_whose_inputs_are_rebuilt(last: str, act: str) -> None:
+def test_blocks_whose_inputs_are_recomputed(last: str, act: str) -> None:
     # Each kind of block as the first of a pair and as the last: what the derivative of a block's
-    # last activation needs comes from forward there, and from the rebuilding elsewhere.
+    # last activation needs comes from forward there, and from the recomputation elsewhere.
     for first, training in itertools.product(("none", "projection", "two steps"), [True, False]):
         blocks = stage(first, "identity", last, act=act, memory="low").train(training)
         check_float64(blocks, (2, 4, 5, 6), layout="nchw" if training else "channels_last")
@@ -101,8 +112,8 @@ POOLS = {
 @pytest.mark.parametrize("memory", LEVELS)
 @pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
 def test_pooling(pool: nn.MaxPool2d, memory: str) -> None:
-    # As the last step; behind a step that runs again, before one that is rebuilt; at the end of a
-    # shortcut; at the end of a block whose output is rebuilt.
+    # As the last step; behind a step that is recomputed, before one that is; at the end of a
+    # shortcut; at the end of a block whose output is recomputed.
     for act, training in itertools.product(ACTS, [True, False]):
         pooled = [(*conv_bn(4, 6, 1, act), pool)]
         for blocks in (
@@ -127,18 +138,9 @@ def test_pooling_of_windows_with_ties(memory: str) -> None:
         steps = (*conv_bn(1, 1), POOLS["ResNet's"]), conv_bn(1, 2, 3)
         chain = Chain(*steps, memory=memory).double()
         chain.bns[0].weight.data.fill_(gamma)
-        plain = eager(chain)
-        found, expected = results(chain, x, None), results(plain, x, None)
+        expected = results(baseline(chain), x, None)
         assert expected["dx"].abs().max() > 1
-        for name, want in expected.items():
-            if want is not None:
-                assert_same(name, found[name], want)
-
-
-def eager(model: Stage) -> Stage:
-    plain = copy.deepcopy(model)
-    plain.fused = False
-    return plain
+        assert_same_results(results(chain, x, None), expected)
 
 
 @pytest.mark.parametrize("memory", LEVELS)
@@ -171,12 +173,12 @@ def test_one_output_used_twice(memory: str) -> None:
     model = stage("projection", "identity", memory=memory).double()
     x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
     found = []
-    for run in (model, eager(model)):
+    for run in (model, baseline(model)):
         leaf = x.clone().requires_grad_()
         y = run(leaf)
         (y.square().sum() + (run(leaf) * y.detach()).sum() + y.sum()).backward()
         found.append(leaf.grad)
-    assert_same("dx", *found)
+    assert_same(*found, name="dx")
 
 
 @pytest.mark.parametrize("memory", LEVELS)
@@ -224,7 +226,7 @@ PLAIN_BLOCKS: dict[str, Callable[[], ConvBnActBlock]] = {
 def test_blocks_of_plain_tensors_against_the_reference(kind: str, memory: str) -> None:
     blocks, x = [PLAIN_BLOCKS[kind]()], torch.randn(2, 4, 9, 8, dtype=torch.float64)
     c_out = blocks[0].steps[-1].weight.shape[0]
-    blocks.append(ConvBnActBlock([plain_step(c_out, c_out, 3)], ()))  # rebuilds the first's output
+    blocks.append(ConvBnActBlock([plain_step(c_out, c_out, 3)], ()))  # recomputes the first's
     weights = [s.weight for block in blocks for s in (*block.steps, *(block.shortcut or ()))]
     leaves = [t.requires_grad_() for t in (x, *weights)]
     found = []
@@ -232,18 +234,18 @@ def test_blocks_of_plain_tensors_against_the_reference(kind: str, memory: str) -
     for y in (conv_bn_act_blocks(x, blocks, memory=memory), expected):
         found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     for got, want in zip(*found, strict=True):
-        assert_same(kind, got, want)
+        assert_same(got, want, name=kind)
 
 
 def test_the_reference_against_torchs_modules() -> None:
     for training in (True, False):
         model = stage("projection", "identity", "two steps", "none").double().train(training)
-        x, plain = torch.randn(2, 4, 9, 8, dtype=torch.float64), eager(model)
+        x, plain = torch.randn(2, 4, 9, 8, dtype=torch.float64), baseline(model)
         blocks = [
             ConvBnActBlock(*(part and [torchs_step(*step) for step in part] for part in block))
             for block in plain.blocks
         ]
-        assert_same("y", reference.conv_bn_act_blocks(x, blocks), plain(x))
+        assert_same(reference.conv_bn_act_blocks(x, blocks), plain(x), name="y")
 
 
 def torchs_step(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvBnActStep:

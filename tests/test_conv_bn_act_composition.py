@@ -57,7 +57,7 @@ def test_activation_checkpointing(memory: str) -> None:
 
 @pytest.mark.parametrize("memory", LEVELS)
 def test_gradcheck(memory: str) -> None:
-    # By differences of the forward itself. A smooth activation: no kink to keep away from.
+    # By differences of the forward itself. A smooth activation: its derivative does not jump.
     model = stage("projection", "identity", act="silu", memory=memory).double()
     x = torch.randn(2, 4, 4, 3, dtype=torch.float64, requires_grad=True)
     weights = [model.convs[i].weight for i in (0, 1, 6)]
@@ -94,10 +94,10 @@ def test_export(memory: str) -> None:
 def test_models_are_pickled_and_copied_with_their_level(memory: str) -> None:
     model = small_resnet(memory)
     x = torch.randn(2, 3, 33, 32)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        for part in (twin, twin.layer2[0]):
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for part in (other, other.layer2[0]):
             assert part._fastcnn_conversion.options.memory == memory
-        assert torch.equal(twin(x), copy.deepcopy(model)(x))
+        assert torch.equal(other(x), copy.deepcopy(model)(x))
 
 
 @pytest.mark.parametrize("memory", LEVELS)

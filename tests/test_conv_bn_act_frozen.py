@@ -49,7 +49,7 @@ def freeze(model: Stage, *but: int) -> Stage:
 
 @pytest.mark.parametrize("memory", LEVELS)
 def test_everything_is_trained(memory: str) -> None:
-    # What the other tests count from: 4 + 3 + 5 steps. "lowest" runs again the convolutions that
+    # What the other tests count from: 4 + 3 + 5 steps. "lowest" recomputes the convolutions that
     # widen: 3, 1 and 2 of these. The projection is narrow and has a stride: its weight gradient is
     # a call of its own (onednn_overruns).
     model = stage("projection", "identity", "two steps", memory=memory)

@@ -1,4 +1,4 @@
-"""Chains whose convolutions are Triton's, in its interpreter, beside eager PyTorch in float64.
+"""Chains whose convolutions are Triton's, in its interpreter, against PyTorch in float64.
 
 The plan of each step is forced here: forward, input's gradient and weight's gradient each by
 PyTorch's convolution or by Triton's, in every combination and next to every other one.
@@ -6,14 +6,17 @@ PyTorch's convolution or by Triton's, in every combination and next to every oth
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton_proof  # noqa: F401 (mends the interpreter)
 from activations import ACTS
-from chains import Chain, Stage, conv_bn, results, stage, twin
-from tolerance import assert_as_exact_over_draws, error_ratio
+from card import slow_unless
+from chains import Chain, Stage, conv_bn, expected_roundings, results, stage
+from roundings import Expected
 from torch import Tensor, nn
 
 from fastcnn.nn import BatchNormAct2d, Block
@@ -23,7 +26,14 @@ from fastcnn.ops.conv_bn_act_step import Geometry
 
 Plan = tuple[bool, bool, bool]  # fused, dx_fused, dw_fused
 Force = Callable[..., None]
+Case = tuple[Stage, Tensor, Tensor | None, Expected]
 NONE, ALL = (False, False, False), (True, True, True)
+
+
+def plans_of(first: tuple[Plan, ...], *others: tuple[Plan, ...]) -> pytest.MarkDecorator:
+    """Parametrize a test: with these plans in turn, and at length (slow) with the others."""
+    cases = slow_unless(lambda plans: plans is first, [(plans,) for plans in (first, *others)])
+    return pytest.mark.parametrize("plans", cases, ids=str)
 
 
 @pytest.fixture
@@ -47,43 +57,13 @@ def image(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(sizes).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-class Draws:
-    """Error ratios by result: a chain amplifies roundings, so several draws tell (tolerance.py)."""
-
-    def __init__(self) -> None:
-        self.ratios: dict[str, list[float]] = {}
-
-    def check(self, model: Stage, x: Tensor, residual: Tensor | None = None, **how: bool) -> None:
-        """Run fused, as eager PyTorch, and that in float64."""
-        exact = None if residual is None else residual.double()
-        wanted = results(twin(model).double(), x.double(), exact, **how)
-        eager, found = (results(m, x, residual, **how) for m in (twin(model), model))
-        assert found.keys() == wanted.keys()
-        for name, want in wanted.items():
-            assert (found[name] is None) == (want is None), name
-            if want is None:
-                continue
-            if want.dtype.is_floating_point:
-                ratio = error_ratio(found[name], eager[name], want)
-                self.ratios.setdefault(name, []).append(ratio)
-            else:
-                assert torch.equal(found[name], want), name
-
-    def judge(self) -> None:
-        assert self.ratios
-        for name, ratios in self.ratios.items():
-            assert_as_exact_over_draws(name, ratios)
-
-
-@pytest.fixture
-def draws() -> Iterator[Draws]:
-    found = Draws()
-    yield found
-    found.judge()
+def check(model: Stage, x: Tensor, residual: Tensor | None = None, **how: bool) -> None:
+    """Run fused, and as eager PyTorch in float64."""
+    expected_roundings(model, x, residual, **how).check(results(model, x, residual, **how))
 
 
 def chain(act: str = "silu", bias: bool = True) -> Chain:
-    """1x1, 3x3 with a stride, 1x1 that widens; a smooth activation has no kink to keep from."""
+    """1x1, 3x3 with a stride, 1x1 that widens; a smooth activation: tests/roundings.py."""
     steps = [
         conv_bn(16, 8, 1, act, bias=bias),
         conv_bn(8, 8, 3, act, stride=2, bias=bias),
@@ -92,6 +72,24 @@ def chain(act: str = "silu", bias: bool = True) -> Chain:
     return Chain(*steps)
 
 
+def pooled_grouped_and_depthwise() -> tuple[Chain, Tensor]:
+    """Every kind of step, and an input: no rounding decides which value of a window is largest."""
+    for _ in range(100):
+        pooled = (*conv_bn(16, 8, 3, "silu"), nn.MaxPool2d(3, 2, 1))
+        wide = nn.Conv2d(8, 16, 3, padding=1, groups=2), BatchNormAct2d(16, act="gelu")
+        deep = nn.Conv2d(16, 32, (3, 1), padding=(1, 0), groups=16), BatchNormAct2d(32, act="silu")
+        model, x = Chain(pooled, wide, deep, conv_bn(32, 8, 1, "none")), image(2, 16, 6, 7)
+        before = results(Chain(copy.deepcopy(pooled[:2]), fused=False).double(), x.double(), None)[
+            "y"
+        ]
+        windows = F.unfold(F.pad(before, (1, 1, 1, 1), value=-math.inf), 3, stride=2)
+        largest, next_one = windows.unflatten(1, (8, 9)).topk(2, dim=2).values.unbind(2)
+        if (largest - next_one).min() > 1e-4:  # a thousand of float32's roundings
+            return model, x
+    raise AssertionError("no such data found")
+
+
+SMOOTH = ["none", "silu", "sigmoid"]  # and gelu
 ONE_FOR_ALL = [(p,) for p in itertools.product((False, True), repeat=3)]
 BESIDE_EACH_OTHER = [
     (ALL, NONE, ALL), (NONE, ALL, NONE), (ALL, (True, False, True), (False, True, False)),
@@ -99,64 +97,98 @@ BESIDE_EACH_OTHER = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
-@pytest.mark.parametrize("plans", [*ONE_FOR_ALL, *BESIDE_EACH_OTHER], ids=str)
-def test_every_plan(plans: tuple[Plan, ...], training: bool, force: Force, draws: Draws) -> None:
+@pytest.fixture(scope="module")
+def cases() -> list[Case]:
+    """Trained and with fixed statistics, without and with a residual, for all plans."""
+    found = []
+    for training, residual in itertools.product([True, False], [None, image(2, 24, 3, 4)]):
+        model, x = chain().train(training), image(2, 16, 6, 7)
+        found.append((model, x, residual, expected_roundings(model, x, residual)))
+    return found
+
+
+@pytest.mark.parametrize(
+    "plans",
+    [*(pytest.param(p, marks=() if p == (ALL,) else pytest.mark.slow) for p in ONE_FOR_ALL),
+     *BESIDE_EACH_OTHER],
+    ids=str,
+)  # fmt: skip
+def test_every_plan(
+    plans: tuple[Plan, ...],
+    cases: list[tuple[Stage, Tensor, Tensor | None, Expected]],
+    force: Force,
+) -> None:
     force(*plans)
-    for residual in (None, image(2, 24, 3, 4)):
-        draws.check(chain().train(training), image(2, 16, 6, 7), residual)
+    for model, x, residual, expected in cases:
+        expected.check(results(copy.deepcopy(model), x, residual))
 
 
-@pytest.mark.parametrize("act", ACTS)
-def test_activations(act: str, force: Force, draws: Draws) -> None:
-    # relu and its kin: the seed's values keep away from the kinks, or the gradients would differ.
+@pytest.mark.parametrize(
+    "act", ["gelu", *(pytest.param(act, marks=pytest.mark.slow) for act in SMOOTH)]
+)
+def test_activations(act: str, force: Force) -> None:
+    # Those whose derivative jumps: test_conv2d_bwd_triton.py, where values keep away from it.
     force(ALL, (True, False, True), ALL)
     for residual in (None, image(2, 24, 3, 4)):
-        draws.check(chain(act), image(2, 16, 6, 7), residual)
+        check(chain(act), image(2, 16, 6, 7), residual)
 
 
-def test_blocks(force: Force, draws: Draws) -> None:
+@pytest.mark.parametrize(
+    "plans",
+    slow_unless(
+        lambda p: p == (ALL,),
+        [((ALL,),), ((NONE, ALL),), ((ALL, NONE),), (((True, False, True),),)],
+    ),
+    ids=str,
+)
+def test_blocks(plans: tuple[Plan, ...], force: Force) -> None:
     # Identity, whose gradient is added in dx's epilogue, and projections.
-    for plans in ((ALL,), (NONE, ALL), (ALL, NONE), ((True, False, True),)):
-        force(*plans)
-        for shortcut in ("none", "identity", "projection", "two steps"):
-            draws.check(stage(shortcut, act="silu"), image(2, 4, 6, 7))
+    force(*plans)
+    for shortcut in ("none", "identity", "projection", "two steps"):
+        check(stage(shortcut, act="silu"), image(2, 4, 6, 7))
 
 
-def test_pooling_grouped_and_depthwise(force: Force, draws: Draws) -> None:
-    # A pooled activation is written: the step behind it has an image before it.
-    for plans in ((ALL,), (ALL, NONE), (NONE, ALL)):
-        force(*plans)
-        pooled = (*conv_bn(16, 8, 3, "silu"), nn.MaxPool2d(3, 2, 1))
-        wide = nn.Conv2d(8, 16, 3, padding=1, groups=2), BatchNormAct2d(16, act="gelu")
-        deep = nn.Conv2d(16, 32, (3, 1), padding=(1, 0), groups=16), BatchNormAct2d(32, act="silu")
-        draws.check(Chain(pooled, wide, deep, conv_bn(32, 8, 1, "none")), image(2, 16, 6, 7))
+@pytest.mark.parametrize(
+    "plans",
+    slow_unless(lambda p: p == (NONE, ALL), [((ALL,),), ((ALL, NONE),), ((NONE, ALL),)]),
+    ids=str,
+)
+def test_pooling_grouped_and_depthwise(plans: tuple[Plan, ...], force: Force) -> None:
+    # A pooled activation is written: the step behind it has an activation before it.
+    force(*plans)
+    check(*pooled_grouped_and_depthwise())
 
 
 @pytest.mark.parametrize(
     "kind", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"eps": 0.1}],
     ids=str,
 )  # fmt: skip
-def test_batch_norms_of_other_kinds(kind: dict[str, object], force: Force, draws: Draws) -> None:
+def test_batch_norms_of_other_kinds(kind: dict[str, object], force: Force) -> None:
     force(ALL)
     for training in (True, False):
         steps = [(nn.Conv2d(8, 8, 1), BatchNormAct2d(8, act="silu", **kind)) for _ in range(2)]
-        draws.check(Chain(*steps).train(training), image(2, 8, 4, 5))
+        check(Chain(*steps).train(training), image(2, 8, 4, 5))
 
 
-def test_frozen_parts(force: Force, draws: Draws) -> None:
+@pytest.mark.parametrize(
+    "plans",
+    slow_unless(
+        lambda p: p != (ALL,), [((ALL,),), (((True, True, False), (True, False, True), ALL),)]
+    ),
+    ids=str,
+)
+def test_frozen_parts(plans: tuple[Plan, ...], force: Force) -> None:
     # Without a gradient for x, for weights, for batch norms; some statistics fixed.
-    for plans in ((ALL,), ((True, True, False), (True, False, True), ALL)):
-        force(*plans)
-        for part in ("convs.0.weight", "convs.1.weight", "bns.1.weight", "bns.2.bias"):
-            model = chain()
-            model.get_parameter(part).requires_grad_(False)
-            model.bns[1].eval()
-            draws.check(model, image(2, 16, 6, 7))
-        draws.check(chain(), image(2, 16, 6, 7), x_needs_grad=False)
+    force(*plans)
+    for part in ("convs.0.weight", "convs.1.weight", "bns.1.weight", "bns.2.bias"):
+        model = chain()
+        model.get_parameter(part).requires_grad_(False)
+        model.bns[1].eval()
+        check(model, image(2, 16, 6, 7))
+    check(chain(), image(2, 16, 6, 7), x_needs_grad=False)
 
 
-@pytest.mark.parametrize("memory", ["low", "lowest"])
+@pytest.mark.parametrize("memory", [pytest.param("low", marks=pytest.mark.slow), "lowest"])
 def test_memory_levels_give_the_same_bits(memory: str, force: Force) -> None:
     for training in (True, False):
         model = stage("projection", "identity", act="silu").train(training)
@@ -169,22 +201,22 @@ def test_memory_levels_give_the_same_bits(memory: str, force: Force) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves(dtype: torch.dtype, force: Force, draws: Draws) -> None:
-    for plans in ((ALL,), (NONE, ALL, NONE), ((True, False, True),)):
+def test_halves(dtype: torch.dtype, force: Force) -> None:
+    for plans in ((ALL,), (NONE, ALL, NONE)):
         force(*plans)
         model = chain(bias=False)
         model.convs.to(dtype)
-        draws.check(model, image(2, 16, 6, 7, dtype=dtype))
+        check(model, image(2, 16, 6, 7, dtype=dtype))
 
 
-def test_images_that_are_in_both_layouts(force: Force, draws: Draws) -> None:
+def test_images_that_are_in_both_layouts(force: Force) -> None:
     # PyTorch's convolution of one channel, or of 1x1 images, may choose NCHW; Triton's reads the
     # other, right behind it and behind a pooling.
     for sizes in ((2, 1, 6, 7), (20, 8, 1, 1)):
         for pool in ((), (nn.MaxPool2d(1),)):
             force(NONE, ALL)
             first = (*conv_bn(sizes[1], 8, 1, "silu"), *pool)
-            draws.check(Chain(first, conv_bn(8, 8, 1, "silu")), image(*sizes))
+            check(Chain(first, conv_bn(8, 8, 1, "silu")), image(*sizes))
 
 
 def test_gradients_in_any_layout(force: Force) -> None:
@@ -206,19 +238,21 @@ def test_the_same_bits_twice(force: Force) -> None:
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.mark.parametrize("plan", ["cudnn", "triton"])
-@pytest.mark.parametrize("act", ACTS)
-def test_inference(
-    act: str, plan: str, force: Force, draws: Draws, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("act", "plan"),
+    slow_unless(
+        lambda act, plan: act in ("relu", "silu"), itertools.product(ACTS, ["cudnn", "triton"])
+    ),
+)
+def test_inference(act: str, plan: str, force: Force, monkeypatch: pytest.MonkeyPatch) -> None:
     force(NONE)
     monkeypatch.setattr(conv_bn_act, "folds", lambda x: False)
     monkeypatch.setattr(conv_bn_act_eval, "choose", lambda problem: plan)
     model = chain(act).eval()
     with torch.no_grad():
         for residual in (None, image(2, 24, 3, 4)):
-            draws.check(model, image(2, 16, 6, 7), residual)
-        draws.check(stage("projection", "identity", act=act).eval(), image(2, 4, 6, 7))
+            check(model, image(2, 16, 6, 7), residual)
+        check(stage("projection", "identity", act=act).eval(), image(2, 4, 6, 7))
 
 
 @pytest.mark.parametrize("plan", ["cudnn", "triton"])
@@ -244,7 +278,7 @@ def test_inference_in_autocast(plan: str, force: Force, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("c_in", [1, 3])
 @pytest.mark.parametrize("plan", ["cudnn", "triton"])
 def test_inference_of_a_block_in_any_layout(
-    plan: str, c_in: int, force: Force, draws: Draws, monkeypatch: pytest.MonkeyPatch
+    plan: str, c_in: int, force: Force, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # PyTorch's convolutions go by the weight where the image is NCHW, or is both layouts.
     force(NONE)
@@ -255,9 +289,9 @@ def test_inference_of_a_block_in_any_layout(
     for format in (torch.channels_last, torch.contiguous_format):
         model = Stage(block).to(memory_format=format).eval()
         with torch.no_grad():
-            draws.check(model, x)
+            check(model, x)
             if plan == "cudnn":
-                draws.check(model, x.contiguous())
+                check(model, x.contiguous())
 
 
 def test_a_residual_in_the_other_layout(force: Force, monkeypatch: pytest.MonkeyPatch) -> None:

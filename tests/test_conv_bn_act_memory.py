@@ -1,7 +1,7 @@
-"""What conv_bn_act keeps for backward: counted in bytes, in eager and under torch.compile.
+"""What conv_bn_act saves for backward: counted in bytes, in eager and under torch.compile.
 
 The expected number is a formula in the sizes of the convolutions' outputs, which hooks on the eager
-twin's convolutions tell.
+baseline's convolutions tell.
 """
 
 import copy

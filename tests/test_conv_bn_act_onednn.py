@@ -1,13 +1,15 @@
 """What chains do about oneDNN's mistakes."""
 
+import copy
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from chains import Chain, check_float64, conv_bn, twin
+from chains import Chain, baseline, check_float64, conv_bn
 from seeds import seed_all
+from tolerance import assert_rounded, walk
 from torch import nn
 
 from fastcnn.nn import BatchNormAct2d
@@ -49,16 +51,19 @@ def test_convolutions_that_read_padding_only(groups: int, dtype: torch.dtype) ->
     seed_all(0)
     conv = nn.Conv2d(4, 8, 2, stride=(1, 2), padding=3, dilation=2, groups=groups)
     chain = Chain((conv, BatchNormAct2d(8))).eval().to(dtype, memory_format=torch.channels_last)
-    exact = twin(chain).double()
+    exact, bn = baseline(chain).double(), copy.deepcopy(chain.bns[0]).double()
     x = torch.randn(2, 4, 5, 1).to(dtype).contiguous(memory_format=torch.channels_last)
     residual = torch.randn(2, 8, 9, 3).to(dtype).contiguous(memory_format=torch.channels_last)
+    gain = (bn.weight / (bn.running_var + bn.eps).sqrt()).abs()
+    normed = (conv.bias.double().abs() + bn.running_mean.abs()) * gain + bn.bias.abs()
+    normed = normed.detach()[:, None, None]  # in magnitude
     for added in (None, residual):
-        want = exact(x.double(), None if added is None else added.double()).to(dtype)
-        # Four numbers are rounded at most: bias, its normalised value, residual's sum, y.
-        bound = 4 * torch.finfo(dtype).eps / 2 * float(residual.abs().max())
-        assert (chain(x, added) - want).abs().max() <= bound
-        with torch.no_grad():
-            assert (chain(x, added) - want).abs().max() <= bound  # folded
+        want = exact(x.double(), None if added is None else added.double()).detach()
+        size = normed + (0 if added is None else added.double().abs())
+        error = walk(1, dtype) * size
+        assert_rounded("y", chain(x, added).detach(), want, error)
+        with torch.no_grad():  # folded: the bias is rounded, and its sum with the residual
+            assert_rounded("folded y", chain(x, added), want, error, normed + size)
     chain(x).sum().backward()
     assert conv.weight.grad is not None
     assert not conv.weight.grad.any()  # of zeros

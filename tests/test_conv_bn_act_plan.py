@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 TRAINING = [
     (FWD, ()), (FWD, ("training",)), (FWD, ("in=gelu", "training")),
     (BWD, ()), (BWD, ("training",)), (BWD, ("training", "no_dx")), (BWD, ("in=silu",)),
-    # With a kink: made-up values keep away from it, or rounding would decide.
+    # With jumps: synthetic inputs keep away from them, or a rounding would decide.
     (BWD, ("in=relu", "training")), (BWD, ("in=leaky_relu", "training")),
 ]  # fmt: skip
 INFERENCE = [(EVAL, ("out=relu",)), (EVAL, ("out=relu", "residual")), (EVAL, ("out=silu",))]

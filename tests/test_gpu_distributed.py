@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from card import DEVICE, needs_a_card
-from card_networks import assert_as_exact, assert_bitwise, batch, networks, results
+from card_networks import assert_bitwise, batch, expected_results, networks, results
 from seeds import seed_all
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -54,8 +54,7 @@ def test_synchronised_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     fused, plain = networks()
     synced = convert(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain)))
     x, target = batch()
-    eager = results(plain, x, target)
-    exact = results(networks()[1].double(), x.double(), target)
+    expected = expected_results(plain, x, target)
     names: list[str] = []
     gather = torch.ops._c10d_functional.all_gather_into_tensor
 
@@ -70,7 +69,7 @@ def test_synchronised_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(torch.ops._c10d_functional, "all_gather_into_tensor", counted)
         found = results(synced, x, target)
     assert len(names) == 8  # statistics and sums of four batch norms
-    assert_as_exact(found, eager, exact)
+    expected.check(found)
 
 
 # PyTorch's own gradient of a 1x1 weight in channels_last may have other strides of its sizes of 1.

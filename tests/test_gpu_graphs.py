@@ -215,6 +215,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from card_calls import CALLS, assert_equal, inputs, run
+from seeds import seed_all
 
 for name in CALLS:
     if "conv" in name or "inference" in name:  # cuDNN, Triton: the docs ask for a call before

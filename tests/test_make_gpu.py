@@ -193,12 +193,13 @@ def test_error(fixture): pass
 """
 
 
+@pytest.mark.slow
 def test_a_test_that_hangs_is_named(made_up: Path) -> None:
     made_up.mkdir()
     path = made_up / "test_some.py"
     path.write_text("import time, pytest\npytestmark = pytest.mark.gpu\n"
                     "def test_x(): pass\ndef test_hangs(): time.sleep(60)")  # fmt: skip
-    run = Run(made_up, made_up / "log", time.monotonic() + 8)
+    run = Run(made_up, made_up / "log", time.monotonic() + 20)
     found = stages.test_file(run, path)
     assert found["failures"]["test_some.py"] == "test_some.py took too long"
     assert "::test_x PASSED" in run.log.read_text()
@@ -228,6 +229,7 @@ def test_a_file_of_tests(made_up: Path) -> None:
     assert found == {"passed": 0, "failures": {}, "skipped": {}}
 
 
+@pytest.mark.slow
 def test_networks_are_met_for_tuning(capsys: pytest.CaptureFixture) -> None:
     # All but the card: on a CPU nothing is planned, and the table of plans is empty.
     tune_networks.main({"resnet50": (2, 32), "unet": (1, 32)}, "cpu")

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plan_cases import Clock, candidate, planner, problem
+from seeds import seeded
 from torch import Tensor
 
 from fastcnn.plan.check import Wrong, difference, errors, limit
@@ -78,7 +79,7 @@ def test_what_is_finite_stays_finite(value: float) -> None:
 
 def test_what_rounds_more_than_its_arithmetic_is_refused() -> None:
     # A true convolution, and what tensor cores make of float32: factors cut to tf32's 10 bits.
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     x, weight = (torch.randn(size, generator=generator) for size in ((4, 64, 9, 9), (8, 64, 3, 3)))
     exact = F.conv2d(x.double(), weight.double())
     largest = exact.abs().max().item()

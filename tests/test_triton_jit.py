@@ -8,6 +8,7 @@ from gpu.sanitize import triton_kernels
 from older_triton import OLDER, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("older", [None, OLDER], ids=["newest", "of torch 2.11"])
 def test_launches_compile(older: Path | None, tmp_path: Path) -> None:
     done = run(

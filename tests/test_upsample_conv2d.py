@@ -1,9 +1,10 @@
-"""upsample_conv2d: a convolution of an upsampled image beside a skip, as PyTorch's operators."""
+"""upsample_conv2d: a convolution of an upsampled activation and a skip, as PyTorch's operators."""
 
 import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from activations import ACTS
 from chains import randomize
+from roundings import Expected
 from seeds import seed_all
-from tolerance import assert_as_exact_as_torch
+from tolerance import assert_same
 from torch import Tensor, nn
 
 from fastcnn import _C
@@ -41,6 +43,9 @@ RESIZES: dict[str, dict[str, Any]] = {
 def seed(monkeypatch: pytest.MonkeyPatch) -> None:
     seed_all(0)
     monkeypatch.setattr(module, "_LEAST_CHANNELS", 1)
+
+
+NAMES = ("x", "concat", "weight", "bias")
 
 
 def joined(x: Tensor, concat: Tensor | None, how: dict[str, Any]) -> Tensor:
@@ -74,7 +79,6 @@ def taken(run: Any) -> bool:
 @pytest.mark.parametrize("skip", [0, 3])
 @pytest.mark.parametrize("how", RESIZES)
 def test_float64(how: str, skip: int) -> None:
-    # Another order of summation alone: a few hundred terms' roundings.
     ours, theirs = draw(RESIZES[how], skip), []
     for t in ours:
         theirs.append(None if t is None else t.clone().requires_grad_())
@@ -83,39 +87,41 @@ def test_float64(how: str, skip: int) -> None:
     x, concat, weight, bias = ours
     y = upsample_conv2d(x, weight, bias, concat=concat, **RESIZES[how])
     want = expected(*theirs, RESIZES[how])
-    torch.testing.assert_close(y, want, rtol=0, atol=1e-12)
+    assert_same(y, want, name="y")
     assert y.is_contiguous(memory_format=CL)
     dy = torch.randn_like(y)
     y.backward(dy)
     want.backward(dy)
-    for a, b in zip(ours, theirs, strict=True):
+    for name, a, b in zip(NAMES, ours, theirs, strict=True):
         if a is not None and b is not None:
-            torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-11)
+            assert_same(a.grad, b.grad, name=f"d{name}")
     assert taken(lambda: upsample_conv2d(x, weight, bias, concat=concat, **RESIZES[how]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", ["bilinear by 2", "nearest"])
-def test_as_exact_as_the_three_operators(how: str, dtype: torch.dtype) -> None:
-    # Channels beyond a task's 128, pixels beyond a tile, over draws: see tolerance.py.
-    found: dict[str, list[tuple[Tensor, ...]]] = {}
-    for _ in range(4):
-        drawn = draw(RESIZES[how], 7, c=34, c_out=140)
-        drawn = [None if t is None else t.to(dtype) for t in drawn]
-        sides = [[t.detach().requires_grad_() for t in drawn] for _ in range(2)]
-        sides.append([t.detach().double().requires_grad_() for t in drawn])
-        ours, eager, exact = sides
-        x, concat, weight, bias = ours
-        ys = [upsample_conv2d(x, weight, bias, concat=concat, **RESIZES[how])]
-        ys += [expected(*side, RESIZES[how]) for side in (eager, exact)]
-        dy = torch.randn_like(ys[0])
-        for y in ys:
-            y.backward(dy.to(y.dtype))
-        found.setdefault("y", []).append(tuple(y.detach() for y in ys))
-        for i, name in enumerate(("dx", "dconcat", "dweight", "dbias")):
-            found.setdefault(name, []).append(tuple(side[i].grad for side in sides))
-    for name, draws in found.items():
-        assert_as_exact_as_torch(name, *(torch.stack(t) for t in zip(*draws, strict=True)))
+def test_roundings(how: str, dtype: torch.dtype) -> None:
+    # Channels beyond a task's 128, pixels beyond a tile.
+    drawn = [t.to(dtype) for t in draw(RESIZES[how], 7, c=34, c_out=140) if t is not None]
+    dy = torch.randn(2, 140, 10, 8).to(dtype)
+
+    def results(
+        run: Callable[..., Tensor], tensors: list[Tensor], dy: Tensor
+    ) -> dict[str, Tensor | None]:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        y = run(*leaves)
+        y.backward(dy)
+        grads = {f"d{name}": t.grad for name, t in zip(NAMES, leaves, strict=True)}
+        return {"y": y.detach(), **grads}
+
+    def ours(x: Tensor, concat: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return upsample_conv2d(x, weight, bias, concat=concat, **RESIZES[how])
+
+    wide = [t.double() for t in drawn]
+    exact = Expected(
+        lambda: results(lambda *t: expected(*t, RESIZES[how]), wide, dy.double()), dtype
+    )
+    exact.check(results(ours, drawn, dy))
 
 
 def test_taps_are_each_other_s_transpose() -> None:
@@ -125,8 +131,11 @@ def test_taps_are_each_other_s_transpose() -> None:
         y = upsample_taps_fwd(z, *how)
         dy = torch.randn_like(y)
         dz = upsample_taps_bwd(dy, 3, width, *how[2:])
-        a, b = ((s.double() * t.double()).sum() for s, t in ((y, dy), (z, dz)))
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * y.numel() ** 0.5)
+        wide = upsample_taps_fwd(z.double(), *how)
+        back = upsample_taps_bwd(dy.double(), 3, width, *how[2:])
+        products = wide * dy.double()
+        scale = products.abs().sum().item()
+        assert_same(products.sum(), (back * z.double()).sum(), scale, name="products")
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the work is cut by shape alone
         try:
@@ -183,27 +192,32 @@ def test_errors(change: dict[str, Any], match: str) -> None:
 def test_where_it_is_not_used() -> None:
     x, concat, weight, bias = (t.float() for t in draw(RESIZES["bilinear by 2"], 3))
     how = RESIZES["bilinear by 2"]
-    for a, b in ((x.contiguous(), concat.contiguous()),):
-        y = upsample_conv2d(a, weight, bias, concat=b, **how)
-        torch.testing.assert_close(y, expected(a, b, weight, bias, how))
-        assert not taken(lambda a=a, b=b: upsample_conv2d(a, weight, bias, concat=b, **how))
+    nchw = [t.contiguous() for t in (x, weight, bias, concat)]
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, concat: Tensor) -> Tensor:
+        return upsample_conv2d(x, weight, bias, concat=concat, **how)
+
+    assert not taken(lambda: run(*nchw))
+    a, w, b, skip = (t.double() for t in nchw)
+    assert_same(run(a, w, b, skip), expected(a, skip, w, b, how), name="y")
     assert not taken(lambda: upsample_conv2d(x, weight[:, :5], size=(5, 5), mode="bilinear"))
 
 
 @pytorchs_own_warnings
 def test_compiled_and_exported() -> None:
     how = RESIZES["bilinear by 2"]
-    x, concat, weight, bias = (t.float().requires_grad_() for t in draw(how, 3))
+    x, concat, weight, bias = (t.requires_grad_() for t in draw(how, 3))
 
     def run(x: Tensor, concat: Tensor) -> Tensor:
         return upsample_conv2d(x, weight, bias, concat=concat, **how)
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     y, want = compiled(x, concat), run(x, concat)
-    torch.testing.assert_close(y, want)
+    assert_same(y, want, name="y")
     dy = torch.randn_like(y)
     grads = [torch.autograd.grad(t, (x, concat, weight, bias), dy) for t in (y, want)]
-    torch.testing.assert_close(*grads)
+    for name, got, wanted in zip(NAMES, *grads, strict=True):
+        assert_same(got, wanted, name=f"d{name}")
 
 
 class Decoder(nn.Module):
@@ -224,48 +238,62 @@ class Decoder(nn.Module):
         return ACTS[self.act](y if self.norm is None else self.norm(y))
 
 
-@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, False), (torch.bfloat16, True)])
-def test_folded(dtype: torch.dtype, autocast: bool) -> None:
+def check_folded(
+    model: Decoder, drawn: list[Tensor | None], how: dict[str, Any], autocast: bool = False
+) -> Tensor:
+    """Return y in float32, or by autocast in bfloat16, compared with PyTorch's in float64."""
+    dtype, exact = torch.bfloat16 if autocast else torch.float32, copy.deepcopy(model).double()
+    x, concat = (None if t is None else t.float() for t in drawn[:2])
+    wide = [None if t is None else t.double() for t in (x, concat)]
+    # Weights are rounded after the batch norm is folded into them.
+    expected = Expected(
+        lambda: {"y": exact.plain(*wide, how).detach()}, dtype, torch.float32, autocast=True
+    )
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        y = model(x, concat, how)
+        assert torch.equal(model(x, concat, how), y)
+    expected.check({"y": y})
+    return y
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_folded(autocast: bool) -> None:
     for act, skip, norm in (("relu", 3, True), ("silu", 3, True), ("relu", 0, True),
                             ("silu", 3, False)):  # fmt: skip
         for how in RESIZES.values():
             model = Decoder(act, skip, bias=skip == 0, norm=norm)
-            exact = copy.deepcopy(model).double()
-            found = []
-            for _ in range(8):
-                x, concat, *_ = draw(how, skip)
-                a = x.float(), None if concat is None else concat.float(), how
-                with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
-                    y, eager = model(*a), model.plain(*a)
-                    assert torch.equal(model(*a), y)
-                exactly = exact.plain(*(None if t is None else t.double() for t in a[:2]), how)
-                found.append((y, eager, exactly.detach()))
-            assert_as_exact_as_torch("y", *(torch.stack(t) for t in zip(*found, strict=True)))
+            with torch.no_grad():
+                check_folded(model, draw(how, skip), how, autocast)
 
 
 def test_folded_notices_changes_and_gradients() -> None:
     how = RESIZES["bilinear by 2"]
-    model = Decoder("relu", 3)
-    x, concat, *_ = (t.float() for t in draw(how, 3))
+    model, drawn = Decoder("relu", 3), draw(RESIZES["bilinear by 2"], 3)
+    x, concat, *_ = (t.float() for t in drawn)
     with torch.no_grad():
         assert taken(lambda: model(x, concat, how))
-        before = model(x, concat, how)
+        before = check_folded(model, drawn, how)
         model.norm.weight.mul_(1.5)
-        torch.testing.assert_close(model(x, concat, how), model.plain(x, concat, how))
-        assert not torch.equal(model(x, concat, how), before)
-        other = copy.deepcopy(model)
-        assert torch.equal(other(x, concat, how), model(x, concat, how))
-    y = model(x, concat, how)
-    assert y.requires_grad
-    torch.testing.assert_close(y, model.plain(x, concat, how))
+        after = check_folded(model, drawn, how)
+        assert not torch.equal(after, before)
+        assert torch.equal(copy.deepcopy(model)(x, concat, how), after)
+    assert check_folded(model, drawn, how).requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", _C.cpu_levels.split(","))
 def test_every_instruction_set(level: str) -> None:
     order = _C.cpu_levels.split(",")
     if order.index(level) >= order.index(_C.cpu_capability()):
         pytest.skip("this processor's own is what all other tests run at, and it has none higher")
-    arguments = [__file__, "-q", "-k", "float64 or exact or transpose", "-p", "no:cacheprovider"]
+    arguments = [
+        __file__,
+        "-q",
+        "-k",
+        "float64 or roundings or transpose",
+        "-p",
+        "no:cacheprovider",
+    ]
     code = f"import pytest; raise SystemExit(pytest.main({arguments}))"
     env = {**os.environ, "FASTCNN_CPU_CAPABILITY": level, "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

@@ -1,8 +1,9 @@
-"""Compile the Triton kernels ahead of time, for cards that are not there; print what came out.
+"""Compile the Triton kernels ahead of time, for GPUs that are not there; print what came out.
 
-    python triton_compile.py 80 90 100
+    python triton_compile.py 80,90,100             all kernels
+    python triton_compile.py 90 1x1 "dx of 1x1"    these
 
-A line of JSON a kernel and card: name, arch, which matrix instructions, whether of 8-bit integers,
+A line of JSON a kernel and GPU: name, arch, which matrix instructions, whether of 8-bit integers,
 whether tiles are copied by the TMA unit, registers and bytes of local memory a thread. Runs where
 the interpreter is off.
 """
@@ -192,8 +193,11 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    _, archs, *names = sys.argv
     for name, kernel, constants, absent in cases():
-        for arch in map(int, sys.argv[1:]):
+        if names and name not in names:
+            continue
+        for arch in map(int, archs.split(",")):
             if arch < 90 and kernel in BY_DESCRIPTORS:
                 continue  # no TMA: the other kernel runs there
             half = "fp16" if "stem" in name else "bf16"

@@ -5,10 +5,14 @@ conftest.py sets TRITON_INTERPRET before Triton is imported, where there is no G
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
+from activations import ACTS, near_a_kink
 from card import DEVICE
+from norm_cases import STEEPEST
+from tolerance import walk
 from torch import Tensor
 from triton import knobs
 from triton.runtime import interpreter
@@ -69,13 +73,66 @@ def norm_of(channels: int, dtype: torch.dtype = torch.float32) -> Norm:
     return Norm(mean, var, weight.to(dtype), bias.to(dtype), eps=1e-3)
 
 
-def normed(t: Tensor, norm: Norm) -> Tensor:
-    """norm(t) in t's type, centred first."""
-    mean, var, weight, bias = (
-        None if v is None else v.to(t.dtype)[:, None, None] for v in norm[:4]
-    )
-    assert mean is not None
-    assert var is not None
-    z = (t - mean) / (var + norm.eps).sqrt()
-    z = z if weight is None else z * weight
-    return z if bias is None else z + bias
+class Bounded(NamedTuple):
+    """Exact values in float64, and what a kernel's may differ by from each (tests/tolerance.py)."""
+
+    exact: Tensor
+    error: Tensor
+
+    def read(self, dtype: torch.dtype) -> "Bounded":
+        """As a product's factor: rounded to a type, of which an error may reach the neighbours."""
+        low, value, high = (
+            (self.exact + side * self.error).to(dtype).double() for side in (-1, 0, 1)
+        )
+        return Bounded(value, torch.maximum(high - value, value - low))
+
+
+# The relative error of a few operations in float32.
+ONE = walk(1, torch.float32)
+
+
+def given(t: Tensor) -> Bounded:
+    """Values that are what they are."""
+    t = t.double()
+    return Bounded(t, torch.zeros_like(t))
+
+
+def per_channel(t: Tensor | None, missing: float) -> Tensor:
+    """A norm's vector in float64, broadcast over images."""
+    t = torch.tensor([missing], device=DEVICE) if t is None else t
+    return t.double()[:, None, None]
+
+
+def centre(norm: Norm) -> tuple[Tensor, Tensor]:
+    """A norm's mean and standard deviation, as above."""
+    return per_channel(norm.mean, 0), (per_channel(norm.var, 1) + norm.eps).sqrt()
+
+
+def before_act(
+    t: Bounded, norm: Norm | None, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Bounded:
+    """norm(t) + bias + residual in float32, each where given."""
+    exact, error, size = t.exact, t.error, t.exact.abs()
+    if norm is not None:
+        mean, std = centre(norm)
+        gain, shift = per_channel(norm.weight, 1) / std, per_channel(norm.bias, 0)
+        size = (size + mean.abs()) * gain.abs() + shift.abs()
+        exact, error = (exact - mean) * gain + shift, error * gain.abs()
+    added = [None if bias is None else per_channel(bias, 0), residual]
+    for more in (m.double() for m in added if m is not None):
+        exact, size = exact + more, size + more.abs()
+    return Bounded(exact, error + ONE * size)
+
+
+def activated(z: Bounded, act: str) -> Bounded:
+    """act(z), computed in float32."""
+    y = ACTS[act](z.exact)
+    return Bounded(y, STEEPEST * z.error + ONE * y.abs())
+
+
+def derivative(z: Bounded, act: str) -> Bounded:
+    """act'(z): next to where it jumps, by 1 at most, either side is right."""
+    leaf = z.exact.detach().requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(ACTS[act](leaf).sum(), leaf)
+    return Bounded(slope, z.error + ONE * STEEPEST + near_a_kink(z.exact, act, z.error))
