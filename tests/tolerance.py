@@ -16,12 +16,15 @@ into its own dtype, by half an ulp, is no matter of chance and is added as it is
 result that was rounded twice on its way is outside.
 
 For whole networks, whose roundings are amplified by what comes behind them: tests/roundings.py.
+For what is not about precision at all, two runs of one function in float64: assert_same.
 
 Gradients jump at the non-differentiable points of relu and relu6, where a rounding decides between
 0 and dy. No tolerance is right there, so the data keeps away from them: `margin` says how far.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,3 +98,33 @@ def assert_rounded(
             f"{name}: {int(outside.sum())} of {outside.numel()} values outside; the worst is off "
             f"by {off:.3e}, allowed {allowed:.3e}: expected {exact:.9g}, got {actual:.9g}"
         )
+
+
+# Another order of summation moves what the tests' networks compute in float64 by less than 1e-11 of
+# the largest value; a defect (an eps in the wrong place, an unbiased variance for a biased one, a
+# lost addition) by more than 1e-6. Between the two no processor and no draw decides.
+SAME = 1e-9
+
+
+def assert_same(got: Any, want: Any, floor: float = 1.0, name: str = "result") -> None:
+    """Fail unless two runs in float64, tensors in any nesting, computed the same function.
+
+    A tensor may differ by SAME of its largest value, or of `floor`: of what cancels to 0, as the
+    gradient of a bias before a batch norm, all is rounding errors of terms of about that size.
+    """
+    if isinstance(want, Mapping):
+        assert got.keys() == want.keys(), f"{name}: expected {list(want)}, got {list(got)}"
+        for key, value in want.items():
+            assert_same(got[key], value, floor, f"{name}: {key}")
+    elif isinstance(want, list | tuple):
+        assert len(got) == len(want), f"{name}: expected {len(want)} results, got {len(got)}"
+        for i, value in enumerate(want):
+            assert_same(got[i], value, floor, f"{name}: {i}")
+    elif want is None or not want.is_floating_point():
+        assert (got is None) if want is None else torch.equal(got, want), f"{name}: got {got}"
+    else:
+        assert got.dtype is want.dtype is torch.float64, f"{name}: {got.dtype}, {want.dtype}"
+        assert got.shape == want.shape, f"{name}: expected {want.shape}, got {got.shape}"
+        if want.numel() > 0:
+            largest, off = want.abs().max().item(), (got - want).abs().max().item()
+            assert off <= SAME * max(largest, floor), f"{name}: off by {off:.1e} of {largest:.1e}"
