@@ -1,23 +1,17 @@
-"""What tests of convert have in common: a model before and after, on the same data in float64.
-
-In float64 PyTorch and the kernels differ by orders of summation alone, about 1e-16 of the terms a
-sum; a wrong pattern (a lost residual, an activation twice) is wrong by parts of the value. 1e-9 of
-the largest value lies far from both.
-"""
+"""What tests of convert have in common: a model before and after, on the same data in float64."""
 
 import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from roundings import assert_expected_roundings
 from seeds import seeded
-from tolerance import assert_as_exact_as_torch
+from tolerance import assert_same
 from torch import Tensor, nn
 
 from fastcnn import convert
 from fastcnn.convert.converted import Conversion, Converted
-
-NEAR = 1e-9
 
 
 def images(*sizes: int, seed: int = 0) -> Tensor:
@@ -63,23 +57,14 @@ def results(model: nn.Module, *inputs: Any) -> dict[str, Tensor]:
         return [rebuilt(v) for v in value] if isinstance(value, list) else value
 
     model.zero_grad()
-    outputs = list(tensors_in(model(*(rebuilt(v) for v in inputs))))
-    found = {f"output {i}": y.detach().clone() for i, y in enumerate(outputs)}
-    weighted = [(y * images(*y.shape, seed=i + 2)).sum() for i, y in enumerate(outputs)]
+    outputs = _outputs(model(*(rebuilt(v) for v in inputs)))
+    found = {name: y.detach().clone() for name, y in outputs.items()}
+    weighted = [(y * images(*y.shape, seed=i)).sum() for i, y in enumerate(outputs.values(), 2)]
     sum(weighted).backward()  # type: ignore[union-attr]
     found |= {f"dx {i}": t.grad for i, t in enumerate(leaves) if t.grad is not None}
     named = dict(model.named_parameters())
     found |= {f"d {name}": p.grad.clone() for name, p in named.items() if p.grad is not None}
     return found | {name: b.clone() for name, b in model.named_buffers()}
-
-
-def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    """Fail if two results differ by more than orders of summation do."""
-    assert got.keys() == want.keys()
-    for name, expected in want.items():
-        size = expected.abs().max().item() if expected.numel() else 0.0
-        error = (got[name] - expected).abs().max().item() if expected.numel() else 0.0
-        assert error <= NEAR * max(size, 1.0), f"{name}: {error:.1e} beside {size:.1e}"
 
 
 def assert_converts(model: nn.Module, *inputs: Any, **options: Any) -> list[str]:
@@ -102,33 +87,45 @@ def assert_converts(model: nn.Module, *inputs: Any, **options: Any) -> list[str]
 
 
 def assert_infers(model: nn.Module, x: Tensor) -> list[str]:
-    """Convert a model for inference and compare it, in float32, as exactly as PyTorch computes.
+    """Convert a model for inference and compare it, in float32, with itself in float64.
 
-    Twice, since the second call finds packed weights; after a change of all weights; in training
-    again; and in the other layout.
+    Twice, since the second call finds packed weights; after a change of all weights; and in the
+    other layout. Then in training, in float64.
     """
-    model = prepared(model).float()
-    exact, eager = copy.deepcopy(model).double(), copy.deepcopy(model)
+    model = prepared(model).float().eval()
+    exact = copy.deepcopy(model).double()
     convert(model, mode="infer")
-    models = (model, eager, exact)
-    with torch.no_grad():
-        for call in range(4):
-            layout = torch.channels_last if call < 3 else torch.contiguous_format
-            data = (x * (1 + call)).to(memory_format=layout)
-            for m in models:
-                m.eval()
-                if call == 2:
-                    m.load_state_dict({k: v / 2 for k, v in m.state_dict().items()})
-            outputs = [list(tensors_in(m(data.to(t.dtype)))) for m, t in _typed(models)]
-            for y, theirs, truth in zip(*outputs, strict=True):
-                assert_as_exact_as_torch(f"call {call}", y, theirs, truth)
+    for call in range(4):
+        layout = torch.channels_last if call < 3 else torch.contiguous_format
+        data = (x * (1 + call)).float().to(memory_format=layout)
+        if call == 2:
+            for m in (model, exact):
+                m.load_state_dict({k: v / 2 for k, v in m.state_dict().items()})
+        with torch.no_grad():
+            assert_inferred(model(data), exact, data)
     assert_same(results(model.double().train(), x), results(exact.train(), x))
     model.eval()
     return patterns(model)
 
 
-def _typed(models: Iterable[nn.Module]) -> Iterable[tuple[nn.Module, Tensor]]:
-    return [(m, next(m.parameters())) for m in models]
+def assert_inferred(
+    found: Any, exact: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32
+) -> None:
+    """Compare outputs in evaluation with those of the float64 copy of their model.
+
+    dtype: that convolutions ran in; what they read is rounded to a lower one, folded weights last.
+    """
+
+    @torch.no_grad()
+    def outputs() -> dict[str, Tensor]:
+        return _outputs(exact(x.double()))
+
+    lower = dtype is not torch.float32
+    assert_expected_roundings(_outputs(found), outputs, dtype, torch.float32, autocast=lower)
+
+
+def _outputs(nested: Any) -> dict[str, Tensor]:
+    return {f"output {i}": y for i, y in enumerate(tensors_in(nested))}
 
 
 def patterns(model: nn.Module) -> list[str]:

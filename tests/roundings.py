@@ -179,14 +179,46 @@ def batch_norm(
         assert running_var is not None
         mean, var = running_mean, running_var
     rstd = (var + eps).rsqrt()
-    gain = rstd if weight is None else rstd * weight
-    y = (x - _per_channel(mean, x)) * _per_channel(gain, x)
-    scale = (x.abs() + _per_channel(mean, x).abs()) * _per_channel(gain, x).abs()
-    if bias is not None:
-        y, scale = y + _per_channel(bias, x), scale + _per_channel(bias, x).abs()
-    y = mode.round_(mode.summed(y, scale, 4))
-    empty = x.new_empty(0)
+    parts = (None if t is None else _per_channel(t, x) for t in (mean, rstd, weight, bias))
+    y, empty = normalised(mode, x, *parts), x.new_empty(0)
     return (y, mean, rstd) if training else (y, empty, empty)
+
+
+def normalised(
+    mode: Roundings, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Any
+) -> Tensor:
+    """Return (x - mean) * rstd * weight + bias, all broadcast to x."""
+    gain = rstd if weight is None else rstd * weight
+    y, scale = (x - mean) * gain, (x.abs() + mean.abs()) * gain.abs()
+    if bias is not None:
+        y, scale = y + bias, scale + bias.abs()
+    return mode.round_(mode.summed(y, scale, 4))
+
+
+def group_norm(
+    mode: Roundings, op: Any, x: Tensor, weight: Any, bias: Any, n: int, c: int, pixels: int,
+    groups: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, of_channel = x.reshape(n, groups, c // groups, pixels), (1, groups, c // groups, 1)
+    affine = (None if t is None else t.reshape(of_channel) for t in (weight, bias))
+    y, mean, rstd = _row_norm(mode, rows, (2, 3), *affine, eps)
+    return y.reshape(x.shape), mean.reshape(n, groups), rstd.reshape(n, groups)
+
+
+def layer_norm(
+    mode: Roundings, op: Any, x: Tensor, sizes: list[int], weight: Any, bias: Any, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _row_norm(mode, x, tuple(range(-len(sizes), 0)), weight, bias, eps)
+
+
+def _row_norm(
+    mode: Roundings, x: Tensor, dims: tuple[int, ...], weight: Any, bias: Any, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, var = x.mean(dims, keepdim=True), x.var(dims, correction=0, keepdim=True)
+    terms = x.numel() / mean.numel()
+    mean = mode.summed(mean, x.abs().mean(dims, keepdim=True), terms)
+    rstd = (mode.summed(var, var, terms) + eps).rsqrt()
+    return normalised(mode, x, mean, rstd, weight, bias), mean, rstd
 
 
 def batch_norm_backward(
@@ -222,28 +254,6 @@ def batch_norm_backward(
     dx = mode.round_(mode.summed(dx * gain, scale * gain.abs(), 4))
     found = dx, mode.round_(dweight), mode.round_(dbias)
     return tuple(t if wanted else None for t, wanted in zip(found, mask, strict=True))
-
-
-def group_norm(
-    mode: Roundings,
-    op: Any,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    n: int,
-    c: int,
-    pixels: int,
-    groups: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch norm of n * groups channels, then the parameters' product and sum."""
-    y, mean, rstd = batch_norm(
-        mode, op, x.reshape(1, n * groups, -1), None, None, None, None, True, 0.0, eps
-    )
-    y = y.reshape(x.shape)
-    y = y if weight is None else y * _per_channel(weight, x)
-    y = y if bias is None else y + _per_channel(bias, x)
-    return mode.round_(y), mean.reshape(n, groups), rstd.reshape(n, groups)
 
 
 def group_norm_backward(
@@ -294,6 +304,7 @@ RULES: dict[Any, Rule] = {
     aten.native_batch_norm_backward: batch_norm_backward,
     aten.native_group_norm: group_norm,
     aten.native_group_norm_backward: group_norm_backward,
+    aten.native_layer_norm: layer_norm,
 }
 
 

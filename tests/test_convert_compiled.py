@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.utils.parametrize as parametrize
-from conversions import assert_same, images, patterns, prepared, results
+from conversions import assert_inferred, images, patterns, prepared, results
 from test_convert import bn, cbr, net
+from tolerance import assert_same
 from torch import Tensor, nn
 
 from fastcnn import convert, revert
@@ -39,24 +40,25 @@ def test_changes_of_a_compiled_model_take_effect(change: Callable[[Any], None]) 
     model.relu, model.scale = nn.LeakyReLU(), 2.0
     twin = copy.deepcopy(prepared(model))
     convert(model)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="eager")
     x = images(2, 4, 5, 5)
     for m in (model, twin):
         m.eval()
-    torch.testing.assert_close(compiled(x), twin(x), rtol=1e-9, atol=1e-9)
+    assert_same(compiled(x), twin(x))
     for m in (model, twin):
         change(m)
-    torch.testing.assert_close(compiled(x), twin(x), rtol=1e-9, atol=1e-9)
+    assert_same(compiled(x), twin(x))
 
 
-def test_many_compiled_models_do_not_count_as_one() -> None:
-    """torch.compile gives up on code that it has compiled anew 8 times."""
+def test_many_compiled_models_do_not_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile gives up on code that it has compiled anew 8 times; here, once."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     x = images(2, 4, 5, 5)
-    for c in range(12):
+    for c in range(3):
         model = prepared(nn.Sequential(nn.Conv2d(4, 4 + c, 1), bn(4 + c), nn.ReLU())).eval()
         want = model(x)
         compiled = torch.compile(convert(model), backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x), want, rtol=1e-9, atol=1e-9)
+        assert_same(compiled(x), want)
 
 
 def test_traced_by_jit() -> None:
@@ -64,7 +66,7 @@ def test_traced_by_jit() -> None:
     x = images(2, 4, 5, 5)
     want = model(x)
     traced = torch.jit.trace(convert(model), x)
-    torch.testing.assert_close(traced(x), want, rtol=1e-9, atol=1e-9)
+    assert_same(traced(x), want)
 
 
 class _Twice(nn.Module):
@@ -106,7 +108,7 @@ def test_an_average_written_past_the_counters_is_seen(dtype: torch.dtype) -> Non
                 for p in m.parameters():
                     p.data.mul_(0.5)
             assert not torch.equal(model(x), y)
-        torch.testing.assert_close(model(x), plain(x), rtol=0.02, atol=0.02)
+        assert_inferred(model(x), plain.double(), x, dtype)
 
 
 def test_nchw_images_beside_channels_last_weights() -> None:
@@ -134,12 +136,8 @@ def test_replicas_have_weights_of_their_own() -> None:
     with torch.no_grad():
         model(x)
         y = replica(x)
-        want = torch.relu(
-            parts[1](
-                2 * (model[0](x) - model[0].bias[:, None, None]) + model[0].bias[:, None, None]
-            )
-        )
-    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+        revert(model)[0].weight.mul_(2)
+    assert_inferred(y, model.double(), x)
 
 
 def test_arguments_at_their_defaults_are_fused() -> None:

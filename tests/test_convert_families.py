@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from conversion_models import HEADER, NAMES, images, line, make
-from conversions import assert_same, results
+from conversions import results
 from seeds import seeded
+from tolerance import assert_same
 from torch import nn
+from zoo import slow_but
 
 from fastcnn import convert
 from fastcnn.convert.comparable import Comparable, without_dropout
@@ -33,7 +35,11 @@ def told_apart(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Of each package a small one: inverted residuals, aggregated layers, a decoder with skips.
+QUICK = {"torchvision/mobilenet_v2", "timm/dla46_c", "smp/Unet"}
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, NAMES))
 def test_a_family(name: str) -> None:
     model = told_apart(make(name, small=True)).double()
     before, x = copy.deepcopy(model), images(name).double()

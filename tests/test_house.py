@@ -1,4 +1,4 @@
-"""The house: every op has all its rooms, and its tables agree with each other."""
+"""The layout: every op has all its files, and its tables agree with each other."""
 
 import re
 from pathlib import Path
@@ -37,23 +37,23 @@ OPERATORS = [
 
 
 def test_there_are_ops() -> None:
-    # The tests below walk these lists: empty ones would prove nothing.
+    # The tests below walk these lists: empty ones would test nothing.
     assert "batch_norm_act" in KERNEL_OPS
     assert "batch_norm_act_fwd" in OPERATORS
     assert set(OPS) > COMPOSED
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_op_has_all_rooms(op: str) -> None:
-    rooms = [] if op in NO_MODULE else [MODULES.get(op, f"fastcnn/nn/{op}.py")]
-    rooms += [f"fastcnn/ops/{op}.py", f"fastcnn/reference/{op}.py"]
-    rooms += [f"tests/test_{op}.py", f"benchmarks/bench_{op}.py"]
+def test_op_has_all_files(op: str) -> None:
+    files = [] if op in NO_MODULE else [MODULES.get(op, f"fastcnn/nn/{op}.py")]
+    files += [f"fastcnn/ops/{op}.py", f"fastcnn/reference/{op}.py"]
+    files += [f"tests/test_{op}.py", f"benchmarks/bench_{op}.py"]
     if op in KERNEL_OPS:
-        rooms += [f"csrc/{op}.h", f"csrc/cpu/{op}.cpp"]
+        files += [f"csrc/{op}.h", f"csrc/cpu/{op}.cpp"]
     if op in KERNEL_OPS and op not in NO_CUDA_SOURCE:
-        rooms += [f"csrc/cuda/{op}.cu"]
-        rooms += [f"tests/test_{op}_cuda.py", f"tests/cuda_emu/{op}.cpp"]
-    missing = [room for room in rooms if not (ROOT / room).exists()]
+        files += [f"csrc/cuda/{op}.cu"]
+        files += [f"tests/test_{op}_cuda.py", f"tests/cuda_emu/{op}.cpp"]
+    missing = [file for file in files if not (ROOT / file).exists()]
     assert not missing
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import conversions
 import pytest
 import torch
-from conversions import assert_same, images, patterns
+from conversions import images, patterns
 from oracles import torchvision
 from seeds import seed_all
+from tolerance import assert_same
 from torch import nn
 from zoo import (
     CLASSIFIERS,
+    QUICK,
     SEGMENTERS,
     ZOO,
     assert_identical,
@@ -23,6 +25,7 @@ from zoo import (
     outputs,
     pair,
     results,
+    slow_but,
     theirs,
 )
 
@@ -31,6 +34,12 @@ from fastcnn.models.registry import architecture
 
 FAMILIES = ["alexnet", "vgg11_bn", "resnet18", "googlenet", "inception_v3",
             "mobilenet_v2", "densenet121", "fcn_resnet50", "unet_resnet18"]  # fmt: skip
+
+# The same code as smaller ones with other numbers, which the keys and shapes of weights show.
+LARGER = {
+    "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "resnet101", "resnet152",
+    "resnext101_32x8d", "wide_resnet101_2", "fcn_resnet101", "unet_resnet101", "unet_resnet152",
+}  # fmt: skip
 
 # Options of torchvision's constructors that change keys or arithmetic.
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -46,7 +55,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", slow_but(ZOO.keys() - LARGER, ZOO))
 def test_keys_shapes_and_types(name: str) -> None:
     with torch.device("meta"):
         actual, expected = ours(name, 7).state_dict(), theirs(name, 7).state_dict()
@@ -56,7 +65,7 @@ def test_keys_shapes_and_types(name: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but({"resnet18", "mobilenet_v2", "densenet121"}, FAMILIES))
 def test_same_seed_gives_the_same_initial_weights(name: str) -> None:
     # Somebody who switches a training script to fastcnn repeats the same experiment.
     seed_all(0)
@@ -66,16 +75,10 @@ def test_same_seed_gives_the_same_initial_weights(name: str) -> None:
     assert_identical(actual, expected)
 
 
-# The same code as smaller ones with other numbers, which the keys and shapes of weights show.
-LARGER = {
-    "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn", "resnet101", "resnet152",
-    "resnext101_32x8d", "wide_resnet101_2", "fcn_resnet101", "unet_resnet101", "unet_resnet152",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "size"), [item for item in ZOO.items() if item[0] not in LARGER])
-def test_training_and_evaluation(name: str, size: int) -> None:
+@pytest.mark.parametrize("name", slow_but(QUICK, [name for name in ZOO if name not in LARGER]))
+def test_training_and_evaluation(name: str) -> None:
     actual, expected = pair(name)
+    size = ZOO[name]
     x = torch.randn(2, 3, size, size - 1 if name in SEGMENTERS else size)
     # Training first: evaluation then has the statistics that it left.
     assert_identical(results(actual, x), results(expected, x))
@@ -108,7 +111,7 @@ def test_transform_input_wants_colours(name: str) -> None:
                                                  ("normal", 0.24), ("zeros", 0.0)])  # fmt: skip
 @pytest.mark.parametrize(("name", "conv"), [("resnet18", "layer1.0.conv1"), ("unet", "stem.3")])
 def test_init(name: str, conv: str, init: str, deviation: float) -> None:
-    model = models.create_model(name, init=init)
+    model = models.create_model(name, init=init, **({"depth": 1} if name == "unet" else {}))
     # A 3x3 convolution with as many inputs as outputs, where all fans are 9 * 64 = 24^2. 36864
     # draws: their deviation is known to 0.4 %, one in a million misses 2 %.
     std = model.get_submodule(conv).weight.std().item()
@@ -125,7 +128,7 @@ def test_init_is_one_of_four() -> None:
         models.resnet18(init="orthogonal")
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("name", slow_but(QUICK, CLASSIFIERS))
 def test_input_channels_and_classes(name: str) -> None:
     with torch.device("meta"):
         model = models.create_model(name, num_classes=3, in_chans=5).eval()
@@ -142,7 +145,11 @@ def test_list_models() -> None:
     assert all(callable(getattr(models, name)) for name in models.list_models())
 
 
-@pytest.mark.parametrize("name", [*FAMILIES[2:], "unet", "resnet20"])  # VGG takes 14 seconds
+# VGG takes 14 seconds, and nothing in it differs from the others'.
+@pytest.mark.parametrize(
+    "name",
+    slow_but({"resnet18", "resnet20"}, [*FAMILIES[2:], "unet", "resnet20"]),
+)
 def test_builders_convert(name: str) -> None:
     """The kernels compute what the plain network does, in training."""
     with torch.device("meta"):
@@ -158,7 +165,7 @@ def test_builders_convert(name: str) -> None:
     assert_same(conversions.results(model, x), conversions.results(plain, x))
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "unet", "resnet20"])
+@pytest.mark.parametrize("name", slow_but({"resnet18", "unet"}, [*FAMILIES, "unet", "resnet20"]))
 def test_copies(name: str) -> None:
     with torch.device("meta"):
         model = models.create_model(name)

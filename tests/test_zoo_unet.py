@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from oracles import segmentation_models_pytorch
 from seeds import seed_all
+from tolerance import assert_same
 from torch import Tensor, nn
 from zoo import assert_identical, fill, results
 
@@ -100,11 +101,7 @@ def test_computes_the_formula(options: dict[str, Any], training: bool) -> None:
     x = torch.randn(2, 2, 29, 22, dtype=torch.float64)
     actual, expected = results(ours, x), results(oracle, x)
     assert actual["out"].shape == (2, 3, 29, 22)
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        # As tests/test_models.py: a few times what NCHW and channels_last differ by.
-        tolerance = 1e-11 * value.abs().max().item()
-        torch.testing.assert_close(actual[name], value, rtol=0, atol=tolerance, msg=name)
+    assert_same(actual, expected)
 
 
 def test_dropout_drops_channels_in_training_only() -> None:

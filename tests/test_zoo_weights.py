@@ -14,7 +14,7 @@ from oracles import timm, torchvision
 from safetensors.torch import save_file
 from seeds import seed_all
 from torch import Tensor, nn
-from zoo import pair
+from zoo import pair, slow_but
 
 from fastcnn import models
 from fastcnn.models.weights import adapt_input_channels
@@ -128,6 +128,7 @@ def test_num_classes(state: State, tmp_path: Path) -> None:
         models.create_model("resnet18", weights=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3", "fcn_resnet50"])
 def test_auxiliary_heads_may_stay_behind(name: str, tmp_path: Path) -> None:
     option = "aux_loss" if name == "fcn_resnet50" else "aux_logits"
@@ -146,9 +147,9 @@ def test_auxiliary_heads_may_stay_behind(name: str, tmp_path: Path) -> None:
         models.create_model(name, num_classes=10, weights=path, **{option: True})
 
 
-@pytest.mark.parametrize("name", ["fcn_resnet50", "unet_resnet50"])
+@pytest.mark.parametrize("name", slow_but({"unet_resnet18"}, ["fcn_resnet50", "unet_resnet18"]))
 def test_weights_backbone(name: str, tmp_path: Path) -> None:
-    _, resnet = pair("resnet50")
+    _, resnet = pair(name.rpartition("_")[2])
     path = saved(resnet.state_dict(), tmp_path)
     model = models.create_model(name, weights_backbone=path, init="normal")
     assert_loaded(model.get_submodule(model.backbone_name), resnet.state_dict())
@@ -239,7 +240,7 @@ def test_files_that_are_no_checkpoint(
     path = tmp_path / name
     write(path)
     with pytest.raises(ValueError, match=f"weights: .*{message}"):
-        models.resnet18(weights=path)
+        models.resnet20(weights=path)
     assert not os.path.exists("/tmp/fastcnn-was-here")
 
 

@@ -1,8 +1,10 @@
 """The zoo's networks beside torchvision's and segmentation_models_pytorch's, with one state."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from chains import randomize
 from oracles import segmentation_models_pytorch, torchvision
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from fastcnn import keep_freed_memory
 from fastcnn.models.registry import architecture
 
-keep_freed_memory()  # half of the time were page faults: VGG's weights and gradients are 1.1 GB
+keep_freed_memory()  # half of the time were page faults of large weights and gradients
 
 # Names and the smallest images that the network takes in training.
 CLASSIFIERS = {
@@ -31,6 +33,14 @@ SEGMENTERS = {f"fcn_resnet{depth}": 33 for depth in (50, 101)} | {
     f"unet_resnet{depth}": 65 for depth in (18, 34, 50, 101, 152)
 }
 ZOO = CLASSIFIERS | SEGMENTERS
+
+# Of each kind of code the quickest; the others are left to `make test-all`.
+QUICK = {"alexnet", "vgg11_bn", "resnet18", "mobilenet_v2", "densenet121", "unet_resnet18"}
+
+
+def slow_but(quick: Iterable[str], names: Iterable[str]) -> list[Any]:
+    """Names for parametrize, marked slow but for the quick ones."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 def theirs(name: str, num_classes: int, **options: Any) -> nn.Module:
@@ -56,6 +66,8 @@ def pair(name: str, num_classes: int = 10, **options: Any) -> tuple[nn.Module, n
     """Ours and theirs with the same weights: random, in the size that keeps activations alike."""
     with torch.device("meta"):  # drawing VGG's 138M weights takes a second, twice
         models = ours(name, num_classes, **options), theirs(name, num_classes, **options)
+        for model in models:
+            _narrow_head(model)
     models[1].to_empty(device="cpu")
     fill(models[1])
     models[0].load_state_dict(models[1].state_dict(), assign=True)  # shared, as nobody changes them
@@ -63,6 +75,17 @@ def pair(name: str, num_classes: int = 10, **options: Any) -> tuple[nn.Module, n
         parent, _, leaf = name.rpartition(".")
         setattr(models[0].get_submodule(parent), leaf, buffer.clone())
     return models
+
+
+def _narrow_head(model: nn.Module) -> None:
+    """Give AlexNet's and VGG's heads, nine tenths of their weights, 32 features for 4096."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and 4096 in layer.weight.shape:
+            layer.out_features, layer.in_features = (
+                32 if n == 4096 else n for n in layer.weight.shape
+            )
+            layer.weight = nn.Parameter(torch.empty(layer.out_features, layer.in_features))
+            layer.bias = nn.Parameter(torch.empty(layer.out_features))
 
 
 def fill(model: nn.Module) -> None:
