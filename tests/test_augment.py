@@ -205,7 +205,8 @@ MASKS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = {
         {"horizontal_flip": True, "vertical_flip": True}, lambda m: F.hflip(F.vflip(m)),
     ),
     "resized crop": (
-        {"crop": [3, 4, 20, 31]}, lambda m: F.resized_crop(m, 3, 4, 20, 31, list(SIZE), EXACT),
+        # Odd: of 20 rows the middle one of SIZE lies between two.
+        {"crop": [3, 4, 21, 31]}, lambda m: F.resized_crop(m, 3, 4, 21, 31, list(SIZE), EXACT),
     ),
 }  # fmt: skip
 

@@ -172,11 +172,13 @@ HOW = [
     for layout in LAYOUTS
     for dtype in (torch.float32, torch.bfloat16, torch.float64)
 ]
-HOW_ON_CARD = [(torch.float32, "nchw"), (torch.bfloat16, "channels_last")]
+FEW = [(torch.float32, "nchw"), (torch.bfloat16, "channels_last")]
 
 
-def accepted_nonsense(log: Path, on_the_card: bool) -> tuple[int, list[str]]:
-    """Call the operators with nonsense; how often, and which calls did not raise."""
+def accepted_nonsense(
+    log: Path, on_the_card: bool, how: list[tuple[torch.dtype, str]]
+) -> tuple[int, list[str]]:
+    """Call the operators with invalid arguments; how often, and which calls did not raise."""
     accepted, calls = [], 0
     around, device = (on_card, DEVICE) if on_the_card else (nullcontext, torch.device("cpu"))
     generator = random.Random(0)
@@ -208,7 +210,7 @@ def accepted_nonsense(log: Path, on_the_card: bool) -> tuple[int, list[str]]:
             torch.cuda.synchronize()
 
     ops = [op for op in OPS if not on_the_card or op in cuda_operators()]
-    for op, (dtype, layout) in itertools.product(ops, HOW_ON_CARD if on_the_card else HOW):
+    for op, (dtype, layout) in itertools.product(ops, how):
         with around():
             getattr(torch.ops.fastcnn, op)(*good(op, dtype, layout).values())
             synchronize()
@@ -257,15 +259,24 @@ def test_every_operator_is_here() -> None:
 
 
 @pytest.mark.parametrize(
-    "on_the_card", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["cpu", "card"]
+    ("on_the_card", "how"),
+    [
+        pytest.param(False, FEW, id="cpu"),
+        pytest.param(True, FEW, id="card", marks=pytest.mark.gpu),
+        pytest.param(False, HOW, id="cpu, every dtype in both layouts", marks=pytest.mark.slow),
+    ],
 )
-def test_nonsense_raises(on_the_card: bool, tmp_path: Path) -> None:
+def test_nonsense_raises(
+    on_the_card: bool, how: list[tuple[torch.dtype, str]], tmp_path: Path
+) -> None:
     # In a process of its own, so that a crash is a failure that names the call; and on a card, so
     # that a kernel that went wrong spoils no other test.
     log = tmp_path / "call"
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            calls, accepted = pool.submit(partial(accepted_nonsense, log, on_the_card)).result()
+            calls, accepted = pool.submit(
+                partial(accepted_nonsense, log, on_the_card, how)
+            ).result()
         except Exception as error:
             pytest.fail(f"{type(error).__name__}: {error}: in {log.read_text()}")
     assert calls > 1000

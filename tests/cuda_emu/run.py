@@ -38,7 +38,7 @@ class Result:
 PROCESSES = 2  # what CI's machines have cores for
 
 
-def run_cases(op: str, cases: Sequence[Case], timeout: float = 120) -> list[Result]:
+def run_cases(op: str, cases: Sequence[Case], timeout: float = 600) -> list[Result]:
     """Run the cases in the driver `cuda_emu/<op>.cpp`, built when it is not there.
 
     Raises:
