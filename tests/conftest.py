@@ -19,7 +19,12 @@ if not torch.cuda.is_available():
 
 # Networks, chains and planning, whose tensors are small: a second thread made them slower and took
 # a sixth more of the processors' time. The kernels' own tests ask how loops are cut over threads.
-ONE_THREAD = ("test_conv_bn_act", "test_convert", "test_models", "test_plan", "test_zoo")
+ONE_THREAD = (
+    "test_conv_bn_act", "test_conv2d_bwd_triton", "test_conv2d_folded", "test_conv2d_triton",
+    "test_convert", "test_fuzz_chains", "test_gpu_co", "test_gpu_graphs", "test_gpu_ops_conv",
+    "test_gpu_plans", "test_models", "test_plan", "test_upsample_conv2d",
+    "test_zoo",
+)  # fmt: skip
 
 
 # In order of worth: what a change breaks first, and breaks most, is asked first. Then the others.
