@@ -6,6 +6,8 @@
 #include <array>
 #include <mutex>
 
+#include "common/cuda_archs.h"
+
 namespace fastcnn {
 namespace {
 

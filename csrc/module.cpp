@@ -7,7 +7,7 @@
 #endif
 
 #include "common/cpu_capability.h"
-#include "common/cuda_device.h"
+#include "common/cuda_archs.h"
 
 namespace {
 

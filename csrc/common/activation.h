@@ -137,6 +137,31 @@ FASTCNN_HOST_DEVICE V act_bwd(V dy, V z) {
   }
 }
 
+// Those whose slope is in y, as one: z within bounds. A bound that an activation lacks is NaN, with
+// which no comparison holds. Loops of CUDA kernels have it inline, without a branch.
+class BoundedAct {
+ public:
+  static constexpr bool kLong = false;
+
+  FASTCNN_HOST_DEVICE explicit BoundedAct(Act act)
+      : low_(act == Act::kNone ? __builtin_nanf("") : 0.f),
+        high_(act == Act::kRelu6 ? 6.f : __builtin_nanf("")) {}
+
+  FASTCNN_HOST_DEVICE bool slope_is_in_y() const { return true; }
+
+  template <int kCount>
+  FASTCNN_HOST_DEVICE void fwd_each(float (&z)[kCount]) const {
+    for (int i = 0; i < kCount; ++i) z[i] = z[i] < low_ ? low_ : (z[i] > high_ ? high_ : z[i]);
+  }
+  template <int kCount>
+  FASTCNN_HOST_DEVICE void bwd_each(float (&dy)[kCount], const float (&z)[kCount]) const {
+    for (int i = 0; i < kCount; ++i) dy[i] = z[i] <= low_ ? 0.f : (z[i] >= high_ ? 0.f : dy[i]);
+  }
+
+ private:
+  float low_, high_;
+};
+
 template <Act act, class V, int kCount>
 FASTCNN_HOST_DEVICE void act_fwd_each(V (&z)[kCount]) {
   for (int i = 0; i < kCount; ++i) z[i] = act_fwd<act>(z[i]);
@@ -147,9 +172,8 @@ FASTCNN_HOST_DEVICE void act_bwd_each(V (&dy)[kCount], const V (&z)[kCount]) {
   for (int i = 0; i < kCount; ++i) dy[i] = act_bwd<act>(dy[i], z[i]);
 }
 
-// The same with the activation known at run time only, in place, for several values at once, which
-// share the one branch: CUDA kernels switch where it costs nothing, in the shadow of memory, and
-// are compiled once instead of once an activation.
+// Any activation, known at run time only, in place, for several values at once, which share the one
+// branch.
 template <class V, int kCount>
 FASTCNN_HOST_DEVICE void act_fwd(Act act, V (&z)[kCount]) {
   switch (act) {
@@ -191,6 +215,39 @@ FASTCNN_HOST_DEVICE void act_bwd(Act act, V (&dy)[kCount], const V (&z)[kCount])
       return act_bwd_each<Act::kSigmoid>(dy, z);
     case Act::kHardswish:
       return act_bwd_each<Act::kHardswish>(dy, z);
+  }
+}
+
+// The others, as the loops of CUDA kernels have them: a switch, and so much code that a loop should
+// hold it once.
+class SwitchedAct {
+ public:
+  static constexpr bool kLong = true;
+
+  FASTCNN_HOST_DEVICE explicit SwitchedAct(Act act) : act_(act) {}
+
+  FASTCNN_HOST_DEVICE bool slope_is_in_y() const { return false; }
+
+  template <int kCount>
+  FASTCNN_HOST_DEVICE void fwd_each(float (&z)[kCount]) const {
+    act_fwd(act_, z);
+  }
+  template <int kCount>
+  FASTCNN_HOST_DEVICE void bwd_each(float (&dy)[kCount], const float (&z)[kCount]) const {
+    act_bwd(act_, dy, z);
+  }
+
+ private:
+  Act act_;
+};
+
+// body(the activation), compiled for either kind.
+template <class Body>
+FASTCNN_HOST_DEVICE void with_act(Act act, Body body) {
+  if (slope_is_in_y(act)) {
+    body(BoundedAct(act));
+  } else {
+    body(SwitchedAct(act));
   }
 }
 

@@ -36,6 +36,12 @@ struct alignas(sizeof(T) * kVector) Pack {
   T values[kVector];
 };
 
+// The layout of a kernel's images: single elements have one kernel for both.
+template <int kVector, bool kChannelsLast>
+FASTCNN_HOST_DEVICE bool is_channels_last(const ImageShape& shape) {
+  return kVector == 1 ? shape.channels_last : kChannelsLast;
+}
+
 // How many channels a thread has: one for each element of its vector, or one for all (NCHW).
 template <int kVector, bool kChannelsLast>
 constexpr int kSlots = kChannelsLast ? kVector : 1;
@@ -132,6 +138,76 @@ __device__ inline void store(T* p, const float (&in)[kVector]) {
   store_word<kVector>(p, to_word<T>(in));
 }
 
+// Vectors of kTensors tensors at kN places, as they lie in memory, all in flight together.
+template <class T, int kVector, int kN, int kTensors>
+struct Group {
+  Word<T, kVector> words[kTensors][kN];
+
+  __device__ Group(const T* const (&from)[kTensors], const int64_t (&offsets)[kN]) {
+#pragma unroll
+    for (int u = 0; u < kN; ++u) {
+#pragma unroll
+      for (int t = 0; t < kTensors; ++t) words[t][u] = load_word<kVector>(from[t] + offsets[u]);
+    }
+  }
+  __device__ void to_floats(int tensor, int u, float (&out)[kVector]) const {
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) out[v] = element<T, kVector>(words[tensor][u], v);
+  }
+  __device__ void move_up();
+};
+
+// The second value comes first, and so on.
+template <class Value, int kN>
+__device__ void move_up(Value (&values)[kN]) {
+#pragma unroll
+  for (int u = 0; u + 1 < kN; ++u) values[u] = values[u + 1];
+}
+
+template <class T, int kVector, int kN, int kTensors>
+__device__ void Group<T, kVector, kN, kTensors>::move_up() {
+#pragma unroll
+  for (int t = 0; t < kTensors; ++t) fastcnn::move_up(words[t]);
+}
+
+// Takes `left` vectors, whose offsets next() tells one after the other, kGroup at a time:
+// group = load(offsets) has their loads in flight together, then each(group, u, offset) takes
+// vector u of it. Offsets are int64_t[kGroup], or int64_t[1] for those that are left.
+// kLong: `each` is so much code that it is to be there once. It is a loop then, in which a group's
+// vectors move up to vector 0, and a last group repeats its last vector.
+template <int kGroup, bool kLong, class Next, class Load, class Each>
+__device__ void in_groups(int64_t left, Next next, Load load, Each each) {
+  if constexpr (kLong) {
+    for (; left > 0; left -= kGroup) {
+      int64_t offsets[kGroup] = {next()};
+#pragma unroll
+      for (int u = 1; u < kGroup; ++u) offsets[u] = u < left ? next() : offsets[u - 1];
+      auto group = load(offsets);
+      const int count = left < kGroup ? static_cast<int>(left) : kGroup;
+#pragma unroll 1
+      for (int u = 0; u < count; ++u) {
+        each(group, 0, offsets[0]);
+        group.move_up();
+        move_up(offsets);
+      }
+    }
+  } else {
+    for (; left >= kGroup; left -= kGroup) {
+      int64_t offsets[kGroup];
+#pragma unroll
+      for (int u = 0; u < kGroup; ++u) offsets[u] = next();
+      auto group = load(offsets);
+#pragma unroll
+      for (int u = 0; u < kGroup; ++u) each(group, u, offsets[u]);
+    }
+    for (; left > 0; --left) {
+      const int64_t offset[] = {next()};
+      auto group = load(offset);
+      each(group, 0, offset[0]);
+    }
+  }
+}
+
 // The cut of one call over the card, the same for all kernels of an op.
 struct ColumnPlan {
   int vector;      // elements of a vector: 16 bytes of them, or 1
@@ -167,7 +243,9 @@ inline ColumnPlan plan_columns(const ImageShape& shape, int element_bytes, bool 
 }
 
 // One thread's walk: element offsets of its vectors, step by step, without a division. kBackward:
-// from the end, where a pass before has left what is still in the cache.
+// from the end, where a pass before has left what is still in the cache. Single elements are walked
+// by one kernel in both layouts, kChannelsLast = false: what is not vectors is bound by its
+// accesses, and the layout is a matter of where a walk begins.
 template <int kVector, bool kChannelsLast, bool kBackward = false>
 struct Walk {
   int64_t channel;  // of the first element; of a flat walk its column
@@ -182,7 +260,7 @@ struct Walk {
     int64_t at = static_cast<int64_t>(blockIdx.y) * plan.lanes + lane;
     left_ = plan.length > at ? (plan.length - at + step - 1) / step : 0;
     if (kBackward && left_ > 0) at += (left_ - 1) * step;
-    if constexpr (kChannelsLast) {
+    if (is_channels_last<kVector, kChannelsLast>(s)) {
       channel = (tile * plan.columns + column) * kVector;
       offset_ = at * s.c + channel;
       advance_ = step * s.c;
@@ -216,14 +294,13 @@ struct Walk {
     return offset;
   }
 
-  // many(offsets) for kUnroll vectors at a time, then one(offset) for each that is left.
-  template <class Many, class One>
-  __device__ void run(Many many, One one) {
-    while (left_ >= kUnroll) take<kUnroll>(many);
-    while (left_ > 0) one(next());
+  // in_groups for all vectors that are left.
+  template <int kGroup, bool kLong, class Load, class Each>
+  __device__ void for_each(Load load, Each each) {
+    in_groups<kGroup, kLong>(left_, [&] { return next(); }, load, each);
   }
 
-  // The same with one body, for kGroup vectors and for one: it gets int64_t[kGroup] or int64_t[1].
+  // body(offsets) for kGroup vectors at a time, then one by one: int64_t[kGroup] or int64_t[1].
   template <int kGroup, class Body>
   __device__ void run_groups(Body body) {
     while (left_ >= kGroup) take<kGroup>(body);
@@ -240,7 +317,7 @@ struct Walk {
   }
 
   int64_t left_, offset_, advance_;
-  int64_t within_ = 0, within_step_ = 0, per_plane_ = 0, wrap_ = 0;
+  int64_t within_ = 0, within_step_ = 0, per_plane_ = 1, wrap_ = 0;
 };
 
 }  // namespace fastcnn

@@ -17,19 +17,18 @@ namespace fastcnn {
 inline int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // Returns body(T{}, constant vector width, constant layout) for the kernels' template arguments, or
-// cudaErrorInvalidValue for float64, which is the CPU's.
+// cudaErrorInvalidValue for float64, which is the CPU's. Kernels of single elements serve both
+// layouts, under std::false_type.
 template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
 
 template <class Body>
 cudaError_t dispatch(DType dtype, int vector, bool channels_last, Body body) {
-  const auto layout = [&](auto element, auto width) {
-    return channels_last ? body(element, width, std::true_type{})
-                         : body(element, width, std::false_type{});
-  };
   const auto width = [&](auto element) {
-    return vector == 1 ? layout(element, Constant<1>{})
-                       : layout(element, Constant<16 / sizeof(element)>{});
+    constexpr Constant<16 / sizeof(element)> wide;
+    if (vector == 1) return body(element, Constant<1>{}, std::false_type{});
+    return channels_last ? body(element, wide, std::true_type{})
+                         : body(element, wide, std::false_type{});
   };
   switch (dtype) {
     case DType::kFloat32:

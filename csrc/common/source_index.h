@@ -40,6 +40,7 @@ struct Source {
 };
 
 FASTCNN_HOST_DEVICE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTCNN_HOST_DEVICE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // The sources of one axis. index and next never fall as o rises, so the outputs made of an input
 // pixel are neighbours: they are [first(i - reach), first(i + 1)).

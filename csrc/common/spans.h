@@ -64,19 +64,26 @@ struct RowCount {
 };
 
 // body(RowCount<k>{}, row, i, count) for k rows of a span at a time, at the same place i: four
-// rows share what is loaded for their channels, which is more than their own data.
+// rows share what is loaded for their channels, which is more than their own data. The body is
+// inlined three times, whatever of it is: a block's shorter last vector is taken row by row. And
+// only twice for doubles, which are there for gradient checks: one row at a time.
 template <class S, class Body>
 inline __attribute__((always_inline)) void for_each_block(int64_t rows, int64_t length, Body body) {
-  int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) {
-    for_each_vector<S>(
-        length, [&](int64_t i, int64_t count)
-                    __attribute__((always_inline)) { body(RowCount<4>{}, row, i, count); });
-  }
-  for (; row < rows; ++row) {
-    for_each_vector<S>(
-        length, [&](int64_t i, int64_t count)
-                    __attribute__((always_inline)) { body(RowCount<1>{}, row, i, count); });
+  constexpr int kRows = sizeof(S) == sizeof(double) ? 1 : 4;
+  for (int64_t row = 0, block; row < rows; row += block) {
+    block = kRows <= rows - row ? kRows : 1;
+    int64_t i = 0;
+    if (kRows > 1 && block == kRows) {
+      for (; i + kLanes<S> <= length; i += kLanes<S>) {
+        body(RowCount<kRows>{}, row, i, static_cast<int64_t>(kLanes<S>));
+      }
+    }
+    for (; i + kLanes<S> <= length; i += kLanes<S>) {
+      body(RowCount<1>{}, row, i, static_cast<int64_t>(kLanes<S>));
+    }
+    for (int64_t u = 0; u < block && i < length; ++u) {
+      body(RowCount<1>{}, row + u, i, length - i);
+    }
   }
 }
 

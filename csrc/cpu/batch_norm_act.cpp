@@ -13,7 +13,7 @@ namespace fastcnn::FASTCNN_CPU_LEVEL {
 namespace {
 
 // `rows` spans of `length` neighbouring elements, `stride` apart; j is the first channel.
-template <class T, class A, bool kArray>
+template <class T, class A, bool kAdd, bool kArray>
 void normalize(const T* x, const T* residual, T* y, int64_t rows, int64_t stride, int64_t length,
                const Coefficients<Acc<T>>& k, int64_t j) {
   using S = Acc<T>;
@@ -21,28 +21,27 @@ void normalize(const T* x, const T* residual, T* y, int64_t rows, int64_t stride
   const bool past_caches = k.past_caches && can_store_past_caches(y, stride);
   const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
       bias{k.bias.get() + j};
-  const auto run = [&](auto add) __attribute__((always_inline)) {
-    for_each_block<S>(
-        rows, length,
-        [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
-          const Vec<S> m = mean.at(i), s = scale.at(i), b = bias.at(i);
+  for_each_block<S>(
+      rows, length,
+      [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
+        const Vec<S> m = mean.at(i), s = scale.at(i), b = bias.at(i);
 #pragma GCC unroll 4
-          for (int u = 0; u < block.value; ++u) {
-            const int64_t o = (row + u) * stride + i;
-            ask_ahead<kArray>(x + o, stride);
-            ask_ahead<kArray && add.value>(residual + o, stride);
-            Vec<S> z = (load(x + o, count) - m) * s + b;
-            if constexpr (add.value) z += load(residual + o, count);
-            z = act.fwd(z);
-            if (past_caches && count == kLanes<S>) {
-              store_past_caches(y + o, z);
-            } else {
-              store(y + o, z, count);
-            }
+        for (int u = 0; u < block.value; ++u) {
+          const int64_t o = (row + u) * stride + i;
+          ask_ahead<kArray>(x + o, stride);
+          Vec<S> z = (load(x + o, count) - m) * s + b;
+          if constexpr (kAdd) {
+            ask_ahead<kArray>(residual + o, stride);
+            z += load(residual + o, count);
           }
-        });
-  };
-  residual != nullptr ? run(BoolTag<true>{}) : run(BoolTag<false>{});
+          z = act.fwd(z);
+          if (past_caches && count == kLanes<S>) {
+            store_past_caches(y + o, z);
+          } else {
+            store(y + o, z, count);
+          }
+        }
+      });
   if (past_caches) fence_stores();
 }
 
@@ -51,9 +50,11 @@ using NormalizeFn = void (*)(const T* x, const T* residual, T* y, int64_t rows, 
                              int64_t length, const Coefficients<Acc<T>>& k, int64_t j);
 
 template <class T, bool kArray>
-NormalizeFn<T> pick_normalize(Act act) {
-  return dispatch_act(act, [](auto tag) -> NormalizeFn<T> {
-    return normalize<T, typename decltype(tag)::type, kArray>;
+NormalizeFn<T> pick_normalize(const BatchNormActFwdParams& p) {
+  return dispatch_act<Acc<T>>(p.act, [&](auto tag) {
+    return dispatch_bool(p.residual != nullptr, [&](auto add) -> NormalizeFn<T> {
+      return normalize<T, typename decltype(tag)::type, add.value, kArray>;
+    });
   });
 }
 
@@ -62,7 +63,7 @@ NormalizeFn<T> pick_normalize(Act act) {
 template <class T>
 void apply_channels_last(const BatchNormActFwdParams& p, const WideRows& w) {
   using S = Acc<T>;
-  const NormalizeFn<T> normalize_span = pick_normalize<T, true>(p.act);
+  const NormalizeFn<T> normalize_span = pick_normalize<T, true>(p);
   Coefficients<S> k(w.c, w.repeat, p.act, p.shape.numel() * sizeof(T));
   const auto set = [&](int64_t j) { k.set(p, j); };
   parallel_for(w.c, kSetGrain, set);
@@ -81,7 +82,7 @@ void apply_channels_last(const BatchNormActFwdParams& p, const WideRows& w) {
 template <class T>
 void fwd_planes(const BatchNormActFwdParams& p, const Planes& planes, bool training) {
   using S = Acc<T>;
-  const NormalizeFn<T> normalize_span = pick_normalize<T, false>(p.act);
+  const NormalizeFn<T> normalize_span = pick_normalize<T, false>(p);
   const T* x = static_cast<const T*>(p.x);
   Coefficients<S> k(planes.c, 1, p.act, p.shape.numel() * sizeof(T));
   Scratch<Moments<S>> moments(planes.tasks);

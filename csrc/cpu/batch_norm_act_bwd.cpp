@@ -27,25 +27,25 @@ struct BwdSpan {
 
 // dz = dy * act'(z). z is rebuilt exactly as the forward made it; where a residual was added, with
 // the saved residual, or y is read in place of z.
-template <class T, class A, bool kSaved>
+enum class Z { kUnused, kOfX, kWithSaved };  // what dz is made from, beside dy
+
+template <class T, class A, Z kZ>
 inline __attribute__((always_inline)) Vec<Acc<T>> grad_z(const BwdSpan<T>& s, A act, int64_t o,
                                                          int64_t count, Vec<Acc<T>> centered,
                                                          Vec<Acc<T>> scale, Vec<Acc<T>> bias) {
   const Vec<Acc<T>> dy = load(s.dy + o, count);
-  if constexpr (A::kIsNone) {
-    return dy;
-  } else if constexpr (kSaved && A::kSlopeIsInY) {
-    return act.bwd(dy, load(s.saved + o, count));
-  } else {
-    Vec<Acc<T>> z = centered * scale + bias;
-    if constexpr (kSaved) z += load(s.saved + o, count);
-    return act.bwd(dy, z);
+  if constexpr (kZ == Z::kUnused) return dy;
+  Vec<Acc<T>> z = centered * scale + bias;
+  if constexpr (kZ == Z::kWithSaved) {
+    const Vec<Acc<T>> saved = load(s.saved + o, count);
+    z = act.slope_is_in_y() ? saved : z + saved;
   }
+  return act.bwd(dy, z);
 }
 
 // reduce_rows, which also writes dz where the residual's gradient is wanted. For a plane the lanes
 // are added up once a task and not once a plane.
-template <class T, class A, bool kSaved, bool kArray>
+template <class T, class A, Z kZ, bool kArray>
 void reduce_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
                  const Coefficients<Acc<T>>& k, int64_t j, Acc<T>* sum_dz, Acc<T>* sum_dzx) {
   using S = Acc<T>;
@@ -57,20 +57,21 @@ void reduce_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
       [&](int64_t o, int64_t count, Vec<S> centered, Vec<S> scale, Vec<S> bias)
           __attribute__((always_inline)) {
             ask_ahead<kArray>(s.dy + o, stride);
-            ask_ahead<kArray && kSaved>(s.saved + o, stride);
-            const Vec<S> dz = grad_z<T, A, kSaved>(s, act, o, count, centered, scale, bias);
+            ask_ahead<kArray && kZ == Z::kWithSaved>(s.saved + o, stride);
+            const Vec<S> dz = grad_z<T, A, kZ>(s, act, o, count, centered, scale, bias);
             if (s.dresidual != nullptr) store(s.dresidual + o, dz, count);
             return dz;
           });
 }
 
-// dx = scale * (dz - shift - (x - mean) * slope); with fixed statistics dx = scale * dz.
-template <class T, class A, bool kSaved, bool kArray, bool kTraining>
+// dx = scale * (dz - shift - (x - mean) * slope); with fixed statistics dx = scale * dz. of_dy: the
+// activation, or kNone where dy is dz already.
+template <class T, class A, Z kZ, bool kArray>
 void dx_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
-             const Coefficients<Acc<T>>& k, int64_t j) {
+             const Coefficients<Acc<T>>& k, int64_t j, Act of_dy, bool training) {
   using S = Acc<T>;
   const bool past_caches = k.past_caches && can_store_past_caches(s.dx, stride);
-  const A act(k.act);
+  const A act(of_dy);
   const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
       bias{k.bias.get() + j}, shift{k.shift.get() + j}, slope{k.slope.get() + j};
   for_each_block<S>(
@@ -84,8 +85,8 @@ void dx_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
           ask_ahead<kArray>(s.x + o, stride);
           ask_ahead<kArray>(s.dy + o, stride);
           const Vec<S> centered = load(s.x + o, count) - m;
-          Vec<S> dz = grad_z<T, A, kSaved>(s, act, o, count, centered, sc, b);
-          if constexpr (kTraining) dz -= sh + centered * sl;
+          Vec<S> dz = grad_z<T, A, kZ>(s, act, o, count, centered, sc, b);
+          if (training) dz -= sh + centered * sl;
           if (past_caches && count == kLanes<S>) {
             store_past_caches(s.dx + o, dz * sc);
           } else {
@@ -102,7 +103,7 @@ using ReduceFn = void (*)(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t le
                           Acc<T>* sum_dzx);
 template <class T>
 using DxFn = void (*)(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
-                      const Coefficients<Acc<T>>& k, int64_t j);
+                      const Coefficients<Acc<T>>& k, int64_t j, Act of_dy, bool training);
 
 // The two loops of one call, chosen once. Where the first one has written dz into dresidual, the
 // second one reads it there instead of dy.
@@ -110,29 +111,30 @@ template <class T, bool kArray>
 struct BwdLoops {
   ReduceFn<T> reduce;
   DxFn<T> dx;
+  Act of_dy;
+  bool training;
 
-  explicit BwdLoops(const BatchNormActBwdParams& p) {
-    const bool saved = p.saved != nullptr && p.act != Act::kNone;
-    reduce = dispatch_act(p.act, [&](auto act) {
-      return dispatch_bool(saved, [&](auto kept) -> ReduceFn<T> {
-        return reduce_span<T, typename decltype(act)::type, decltype(kept)::value, kArray>;
-      });
-    });
-    const bool has_dz = p.dresidual != nullptr;
-    dx = dispatch_act(has_dz ? Act::kNone : p.act, [&](auto act) {
-      return dispatch_bool(saved && !has_dz, [&](auto kept) {
-        return dispatch_bool(p.training, [&](auto training) -> DxFn<T> {
-          return dx_span<T, typename decltype(act)::type, decltype(kept)::value, kArray,
-                         decltype(training)::value>;
-        });
-      });
+  explicit BwdLoops(const BatchNormActBwdParams& p)
+      : of_dy(p.dresidual != nullptr ? Act::kNone : p.act), training(p.training) {
+    dispatch_z(p.act, p.saved != nullptr,
+               [&]<class A, Z kZ>() { reduce = reduce_span<T, A, kZ, kArray>; });
+    dispatch_z(of_dy, p.saved != nullptr, [&]<class A, Z kZ>() { dx = dx_span<T, A, kZ, kArray>; });
+  }
+
+  // Calls body<A, kZ>(). Without an activation there is one loop, whatever was saved.
+  template <class Body>
+  static void dispatch_z(Act act, bool saved, Body body) {
+    if (act == Act::kNone) return body.template operator()<InlineAct<Act::kNone>, Z::kUnused>();
+    dispatch_act<Acc<T>>(act, [&](auto tag) {
+      using A = typename decltype(tag)::type;
+      saved ? body.template operator()<A, Z::kWithSaved>() : body.template operator()<A, Z::kOfX>();
     });
   }
 
   void run_dx(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
               const Coefficients<Acc<T>>& k, int64_t j) const {
     if (s.dresidual != nullptr) s.dy = s.dresidual;
-    dx(s, rows, stride, length, k, j);
+    dx(s, rows, stride, length, k, j, of_dy, training);
   }
 };
 

@@ -12,6 +12,8 @@
 // All sums have an order that depends on the shape alone.
 #include "group_norm_act.h"
 
+#include <initializer_list>
+
 #include "common/dispatch.h"
 #include "common/moments.h"
 #include "common/spans.h"

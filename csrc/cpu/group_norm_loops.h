@@ -85,7 +85,7 @@ struct Loops {
   void (*grad_x)(const T*, const T*, T*, int64_t, int64_t, Coefficients<Acc<T>>);
 
   explicit Loops(Act act) {
-    dispatch_act(act, [&](auto tag) {
+    dispatch_act<Acc<T>>(act, [&](auto tag) {
       using A = typename decltype(tag)::type;
       normalize = FASTCNN_CPU_LEVEL::normalize<T, A, kArray>;
       reduce = FASTCNN_CPU_LEVEL::reduce<T, A, kArray>;

@@ -291,8 +291,8 @@ void bwd_tiles(const GroupNormActBwdParams& p) {
 
 void pixel_norm_act_fwd_cpu(const GroupNormActFwdParams& p) {
   dispatch_dtype(p.dtype, [&](auto element) {
-    dispatch_act(p.act, [&](auto act) {
-      using T = decltype(element);
+    using T = decltype(element);
+    dispatch_act<Acc<T>>(p.act, [&](auto act) {
       using A = typename decltype(act)::type;
       p.shape.channels_last ? fwd_rows<T, A>(p) : fwd_tiles<T, A>(p);
     });
@@ -301,8 +301,8 @@ void pixel_norm_act_fwd_cpu(const GroupNormActFwdParams& p) {
 
 void pixel_norm_act_bwd_cpu(const GroupNormActBwdParams& p) {
   dispatch_dtype(p.dtype, [&](auto element) {
-    dispatch_act(p.act, [&](auto act) {
-      using T = decltype(element);
+    using T = decltype(element);
+    dispatch_act<Acc<T>>(p.act, [&](auto act) {
       using A = typename decltype(act)::type;
       p.shape.channels_last ? bwd_rows<T, A>(p) : bwd_tiles<T, A>(p);
     });

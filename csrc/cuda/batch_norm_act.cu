@@ -1,8 +1,6 @@
 // batch_norm_act on CUDA: the launchers. Small layers take one launch over shared memory
 // (batch_norm_act_slab.cuh), the others several over the whole card (batch_norm_act_stages.cuh);
 // batch_norm_act_plan.h chooses.
-#include <algorithm>
-
 #include "batch_norm_act.h"
 #include "batch_norm_act_plan.h"
 #include "batch_norm_act_slab.cuh"
@@ -54,7 +52,8 @@ int64_t batch_norm_act_workspace(const ImageShape& shape, DType dtype, const Cud
   int64_t partials = 0;
   for (const bool aligned : {false, true}) {
     const BatchNormPlan plan = plan_stages(shape, element_bytes(dtype), aligned, device);
-    partials = std::max(partials, plan.columns.splits * plan.walked.c);
+    const int64_t of_plan = plan.columns.splits * plan.walked.c;
+    if (of_plan > partials) partials = of_plan;
   }
   return partials * static_cast<int64_t>(sizeof(Moments) / sizeof(float));
 }

@@ -57,9 +57,35 @@ struct Coefficients {
   __device__ Coefficients() {}
 };
 
+// kN vectors of what the forward reads, in flight together; nothing of the call reads them again.
+template <class T, int kVector, int kN>
+struct FwdGroup {
+  Word<T, kVector> x[kN], residual[kN];
+
+  __device__ void load_x(const BatchNormActFwdParams& p, const int64_t (&offsets)[kN]) {
+    read(p.x, offsets, x);
+  }
+  __device__ void load_residual(const BatchNormActFwdParams& p, const int64_t (&offsets)[kN]) {
+    if (p.residual != nullptr) read(p.residual, offsets, residual);
+  }
+  __device__ void move_up() {
+    fastcnn::move_up(x);
+    fastcnn::move_up(residual);
+  }
+
+ private:
+  __device__ static void read(const void* from, const int64_t (&offsets)[kN],
+                              Word<T, kVector> (&words)[kN]) {
+#pragma unroll
+    for (int u = 0; u < kN; ++u) {
+      words[u] = load_last<kVector>(static_cast<const T*>(from) + offsets[u]);
+    }
+  }
+};
+
 // y of one vector.
-template <class T, int kVector, int kCount>
-__device__ Word<T, kVector> normalized(const BatchNormActFwdParams& p,
+template <class T, int kVector, class A, int kCount>
+__device__ Word<T, kVector> normalized(const BatchNormActFwdParams& p, A act,
                                        const Coefficients<kCount>& k, Word<T, kVector> x,
                                        Word<T, kVector> residual) {
   float z[kVector];
@@ -69,7 +95,7 @@ __device__ Word<T, kVector> normalized(const BatchNormActFwdParams& p,
     z[v] = (element<T, kVector>(x, v) - k.mean[s]) * k.scale[s] + k.bias[s];
     if (p.residual != nullptr) z[v] += element<T, kVector>(residual, v);
   }
-  act_fwd(p.act, z);
+  act.fwd_each(z);
   return to_word<T>(z);
 }
 
@@ -86,26 +112,27 @@ struct BwdGroup {
   // kLast: nothing of the call reads them again.
   template <bool kLast>
   __device__ void load(const BatchNormActBwdParams& p, const int64_t (&offsets)[kN]) {
-    const auto read = [&](const void* base, Word<T, kVector>(&words)[kN]) {
-#pragma unroll
-      for (int u = 0; u < kN; ++u) {
-        const T* from = static_cast<const T*>(base) + offsets[u];
-        words[u] = kLast ? load_last<kVector>(from) : load_word<kVector>(from);
-      }
-    };
-    read(p.dy, dy);
-    read(p.x, x);
-    if (p.saved != nullptr) read(p.saved, saved);
+    read<kLast>(p.dy, offsets, dy);
+    read<kLast>(p.x, offsets, x);
+    load_saved<kLast>(p, offsets);
+  }
+  template <bool kLast>
+  __device__ void load_saved(const BatchNormActBwdParams& p, const int64_t (&offsets)[kN]) {
+    if (p.saved != nullptr) read<kLast>(p.saved, offsets, saved);
+  }
+  __device__ void move_up() {
+    fastcnn::move_up(dy);
+    fastcnn::move_up(x);
+    fastcnn::move_up(saved);
   }
 
   // body(v, s, dz, x - mean) for each element v of vector u, whose slot is s. z is rebuilt as the
   // forward made it; where a residual was added, with the saved residual, or y is read in place of
   // z. Four elements share a branch on the activation; eight would take too many registers.
-  template <int kCount, class Body>
-  __device__ void for_each_dz(const BatchNormActBwdParams& p, const Coefficients<kCount>& k, int u,
-                              Body body) const {
+  template <class A, int kCount, class Body>
+  __device__ void for_each_dz(const BatchNormActBwdParams& p, A act, const Coefficients<kCount>& k,
+                              int u, Body body) const {
     constexpr int kPart = kVector < 4 ? kVector : 4;
-    const bool from_y = slope_is_in_y(p.act);
 #pragma unroll
     for (int part = 0; part < kVector; part += kPart) {
       float dz[kPart], z[kPart], centered[kPart];
@@ -117,14 +144,25 @@ struct BwdGroup {
         z[i] = centered[i] * k.scale[s] + k.bias[s];
         if (p.saved != nullptr) {
           const float saved_value = element<T, kVector>(saved[u], v);
-          z[i] = from_y ? saved_value : z[i] + saved_value;
+          z[i] = act.slope_is_in_y() ? saved_value : z[i] + saved_value;
         }
       }
-      act_bwd(p.act, dz, z);
+      act.bwd_each(dz, z);
 #pragma unroll
       for (int i = 0; i < kPart; ++i) {
         body(part + i, kCount == 1 ? 0 : part + i, dz[i], centered[i]);
       }
+    }
+  }
+
+ private:
+  template <bool kLast>
+  __device__ static void read(const void* base, const int64_t (&offsets)[kN],
+                              Word<T, kVector> (&words)[kN]) {
+#pragma unroll
+    for (int u = 0; u < kN; ++u) {
+      const T* from = static_cast<const T*>(base) + offsets[u];
+      words[u] = kLast ? load_last<kVector>(from) : load_word<kVector>(from);
     }
   }
 };
@@ -135,17 +173,19 @@ template <int kCount>
 struct GradX {
   float shift[kCount], slope[kCount];  // those two means, the latter times rstd
 
-  __device__ void set(int s, float dbias, float dweight, float rstd, float count) {
-    shift[s] = dbias / count;
-    slope[s] = dweight / count * rstd;
+  // inverse: of the values a channel
+  __device__ void set(int s, float dbias, float dweight, float rstd, float inverse) {
+    shift[s] = dbias * inverse;
+    slope[s] = dweight * inverse * rstd;
   }
 
   // dx of vector u.
-  template <class T, int kVector, int kN>
-  __device__ Word<T, kVector> of(const BatchNormActBwdParams& p, const Coefficients<kCount>& k,
+  template <class A, class T, int kVector, int kN>
+  __device__ Word<T, kVector> of(const BatchNormActBwdParams& p, A act,
+                                 const Coefficients<kCount>& k,
                                  const BwdGroup<T, kVector, kN>& group, int u) const {
     float dx[kVector];
-    group.for_each_dz(p, k, u, [&](int v, int s, float dz, float centered) {
+    group.for_each_dz(p, act, k, u, [&](int v, int s, float dz, float centered) {
       dx[v] = dz;
       if (p.training) dx[v] -= shift[s] + centered * slope[s];
       dx[v] *= k.scale[s];
@@ -155,12 +195,13 @@ struct GradX {
 };
 
 // Adds a vector's dz to the sums of its slots, and returns it as it is stored.
-template <class T, int kVector, int kN, int kCount>
-__device__ Word<T, kVector> add_up(const BatchNormActBwdParams& p, const Coefficients<kCount>& k,
+template <class A, class T, int kVector, int kN, int kCount>
+__device__ Word<T, kVector> add_up(const BatchNormActBwdParams& p, A act,
+                                   const Coefficients<kCount>& k,
                                    const BwdGroup<T, kVector, kN>& group, int u,
                                    Sums (&sums)[kCount]) {
   float rounded[kVector];
-  group.for_each_dz(p, k, u, [&](int v, int s, float dz, float centered) {
+  group.for_each_dz(p, act, k, u, [&](int v, int s, float dz, float centered) {
     rounded[v] = dz;
     sums[s].dz += dz;
     sums[s].dzx += dz * centered;

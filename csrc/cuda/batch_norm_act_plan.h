@@ -1,8 +1,6 @@
 // How a call of batch_norm_act is cut over the card: forward and backward ask here.
 #pragma once
 
-#include <numeric>
-
 #include "common/columns.cuh"
 #include "common/cuda_device.h"
 
@@ -58,7 +56,8 @@ inline BatchNormPlan plan_slab(const ImageShape& shape, int element_bytes, bool 
     columns.tiles = (vectors + columns.columns - 1) / columns.columns;
     columns.length = shape.per_channel();
   } else {
-    const int64_t together = wide / std::gcd(shape.hw, int64_t{wide});  // planes of a whole vector
+    int64_t together = 1;  // planes of whole vectors
+    while (together * shape.hw % wide != 0) together *= 2;
     const int64_t vectors = together * shape.hw / wide;
     const bool flat = aligned && together > 1 && shape.c % together == 0 && vectors <= kThreads;
     columns.vector = flat || (aligned && together == 1) ? wide : 1;

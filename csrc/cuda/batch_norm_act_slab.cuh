@@ -101,11 +101,10 @@ struct JoinFloats {
   __device__ void operator()(float& a, float b) const { a += b; }
 };
 
-// Whether this thread writes what its block knows of slot s's channel: the first column's does.
-template <bool kChannelsLast>
-__device__ bool writes_channel(const ColumnPlan& plan, int64_t column, int s) {
-  if (threadIdx.x >= static_cast<unsigned>(plan.columns)) return false;
-  return !kChannelsLast || plan.repeat == 1 || (column + s) % plan.repeat == 0;
+// Whether this thread writes what its block knows of a channel: the first lane's at its first
+// column does.
+__device__ inline bool writes_channel(const ColumnPlan& plan, int64_t column, int64_t channel) {
+  return threadIdx.x < static_cast<unsigned>(plan.columns) && column == channel * plan.repeat;
 }
 
 template <class T, int kVector, bool kChannelsLast>
@@ -123,10 +122,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     for (int v = 0; v < kVector; ++v) sum[kChannelsLast ? v : 0] += element<T, kVector>(word, v);
   }
   join_block(sum, slabs[0].end(), plan, JoinFloats{});
-  const float count = static_cast<float>(p.shape.per_channel() * plan.repeat);
+  const float inverse = 1.f / static_cast<float>(p.shape.per_channel() * plan.repeat);
   Coefficients<kCount> k;
 #pragma unroll
-  for (int s = 0; s < kCount; ++s) k.mean[s] = sum[s] / count;
+  for (int s = 0; s < kCount; ++s) k.mean[s] = sum[s] * inverse;
   Sums around[kCount];  // of the deviations and of their squares
   for (int i = 0; i < steps; ++i) {
     const Word<T, kVector> word = slabs[0][i];
@@ -143,30 +142,29 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const SlotChannels channels(walk.channel, plan.repeat);
 #pragma unroll
   for (int s = 0; s < kCount; ++s) {
-    const float drift = around[s].dz / count;
+    const float drift = around[s].dz * inverse;
     const float mean = drift == drift ? k.mean[s] + drift : k.mean[s];
-    const float var = (around[s].dzx - around[s].dz * drift) / count;
+    const float var = (around[s].dzx - around[s].dz * drift) * inverse;
     k.set(p, s, channels[s], mean, var);
-    if (writes_channel<kChannelsLast>(plan, walk.channel, s)) {
+    if (writes_channel(plan, walk.channel + s, channels[s])) {
       static_cast<float*>(p.mean)[channels[s]] = mean;
       static_cast<float*>(p.var)[channels[s]] = var;
     }
   }
   if (p.y == nullptr) return;
-  const T* residual = static_cast<const T*>(p.residual);
   T* y = static_cast<T*>(p.y);
-  int i = 0;
-  walk.template run_groups<kUnroll>([&]<int kN>(const int64_t(&offsets)[kN]) {
-    Word<T, kVector> added[kN];
-    if (residual != nullptr) {
-#pragma unroll
-      for (int u = 0; u < kN; ++u) added[u] = load_last<kVector>(residual + offsets[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < kN; ++u) {
-      store_word<kVector>(y + offsets[u], normalized<T, kVector>(p, k, slabs[0][i + u], added[u]));
-    }
-    i += kN;
+  with_act(p.act, [&](auto act) {
+    int i = 0;
+    walk.template for_each<kUnroll, act.kLong>(
+        [&]<int kN>(const int64_t(&offsets)[kN]) {
+          FwdGroup<T, kVector, kN> group;
+          group.load_residual(p, offsets);
+          return group;
+        },
+        [&](const auto& group, int u, int64_t offset) {
+          store_word<kVector>(y + offset,
+                              normalized<T, kVector>(p, act, k, slabs[0][i++], group.residual[u]));
+        });
   });
 }
 
@@ -177,54 +175,55 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   constexpr int kCount = kSlots<kVector, kChannelsLast>;
   const Slab<T, kVector> slabs[] = {{plan, 0}, {plan, 1}};  // dy, x
   fill<T, kVector, kChannelsLast>(slabs, {p.dy, p.x}, p.shape, plan);
-  const T* saved = static_cast<const T*>(p.saved);
   T* dresidual = static_cast<T*>(p.dresidual);
   Sums sums[kCount];
   Walk<kVector, kChannelsLast> walk(p.shape, plan);
   const bool active = walk.active;
   const SlotChannels channels(active ? walk.channel : 0, plan.repeat);
   const Coefficients<kCount> k(p, channels);
-  int i = 0;
-  walk.template run_groups<kBwdUnroll>([&]<int kN>(const int64_t(&offsets)[kN]) {
-    Word<T, kVector> words[kN];
-    if (saved != nullptr) {
-#pragma unroll
-      for (int u = 0; u < kN; ++u) words[u] = load_last<kVector>(saved + offsets[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < kN; ++u) {
-      const BwdGroup<T, kVector, 1> one{{slabs[0][i + u]}, {slabs[1][i + u]}, {words[u]}};
-      const Word<T, kVector> dz = add_up(p, k, one, 0, sums);
-      if (dresidual != nullptr) store_word<kVector>(dresidual + offsets[u], dz);
-      if (saved != nullptr) slabs[0][i + u] = dz;
-    }
-    i += kN;
+  with_act(p.act, [&](auto act) {
+    int i = 0;
+    walk.template for_each<kBwdUnroll, act.kLong>(
+        [&]<int kN>(const int64_t(&offsets)[kN]) {
+          BwdGroup<T, kVector, kN> group;
+          group.template load_saved<true>(p, offsets);
+          return group;
+        },
+        [&](const auto& group, int u, int64_t offset) {
+          const BwdGroup<T, kVector, 1> one{{slabs[0][i]}, {slabs[1][i]}, {group.saved[u]}};
+          const Word<T, kVector> dz = add_up(p, act, k, one, 0, sums);
+          if (dresidual != nullptr) store_word<kVector>(dresidual + offset, dz);
+          if (p.saved != nullptr) slabs[0][i] = dz;
+          ++i;
+        });
   });
   join_block(sums, slabs[1].end(), plan, JoinSums{});
   if (!active) return;
-  const float count = static_cast<float>(p.shape.per_channel() * plan.repeat);
+  const float inverse = 1.f / static_cast<float>(p.shape.per_channel() * plan.repeat);
   GradX<kCount> grad_x;
 #pragma unroll
   for (int s = 0; s < kCount; ++s) {
     const float rstd = rstd_of(static_cast<const float*>(p.var)[channels[s]], p.eps);
     const float dweight = sums[s].dzx * rstd;
-    grad_x.set(s, sums[s].dz, dweight, rstd, count);
-    if (writes_channel<kChannelsLast>(plan, walk.channel, s)) {
+    grad_x.set(s, sums[s].dz, dweight, rstd, inverse);
+    if (writes_channel(plan, walk.channel + s, channels[s])) {
       static_cast<float*>(p.dbias)[channels[s]] = sums[s].dz;
       static_cast<float*>(p.dweight)[channels[s]] = dweight;
     }
   }
   if (p.dx == nullptr) return;
-  if (saved != nullptr) {
+  if (p.saved != nullptr) {
     p.act = Act::kNone;
     p.saved = nullptr;
   }
   T* dx = static_cast<T*>(p.dx);
   Walk<kVector, kChannelsLast> again(p.shape, plan);
-  for (i = 0; again.left() > 0; ++i) {
-    const BwdGroup<T, kVector, 1> one{{slabs[0][i]}, {slabs[1][i]}, {}};
-    store_word<kVector>(dx + again.next(), grad_x.of(p, k, one, 0));
-  }
+  with_act(p.act, [&](auto act) {
+    for (int i = 0; again.left() > 0; ++i) {
+      const BwdGroup<T, kVector, 1> one{{slabs[0][i]}, {slabs[1][i]}, {}};
+      store_word<kVector>(dx + again.next(), grad_x.of(p, act, k, one, 0));
+    }
+  });
 }
 
 }  // namespace fastcnn

@@ -49,7 +49,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   });
   Moments moments[kSlots<kVector, kChannelsLast>];
 #pragma unroll
-  for (int v = 0; v < kVector; ++v) moments[kChannelsLast ? v : 0].join(count, mean[v], m2[v]);
+  for (int v = 0; v < kVector; ++v) {
+    if constexpr (kChannelsLast) {
+      moments[v] = {count, mean[v], m2[v]};
+    } else {
+      moments[0].join(count, mean[v], m2[v]);
+    }
+  }
   write_partial(moments, plan, p.shape.c, walk.channel, walk.active, partial, JoinMoments{});
 }
 
@@ -69,22 +75,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     batch_norm_act_apply_kernel(BatchNormActFwdParams p, ColumnPlan plan) {
   Walk<kVector, kChannelsLast, true> walk(p.shape, plan);
   if (!walk.active) return;
-  const T *x = static_cast<const T*>(p.x), *residual = static_cast<const T*>(p.residual);
   T* y = static_cast<T*>(p.y);
   constexpr int kCount = kSlots<kVector, kChannelsLast>;
   const Coefficients<kCount> k(p, SlotChannels(walk.channel, plan.repeat));
-  walk.template run_groups<kUnroll>([&]<int kN>(const int64_t(&offsets)[kN]) {
-    Word<T, kVector> words[kN], added[kN];
-#pragma unroll
-    for (int u = 0; u < kN; ++u) words[u] = load_last<kVector>(x + offsets[u]);
-    if (residual != nullptr) {
-#pragma unroll
-      for (int u = 0; u < kN; ++u) added[u] = load_last<kVector>(residual + offsets[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < kN; ++u) {
-      store_last<kVector>(y + offsets[u], normalized<T, kVector>(p, k, words[u], added[u]));
-    }
+  with_act(p.act, [&](auto act) {
+    walk.template for_each<kUnroll, act.kLong>(
+        [&]<int kN>(const int64_t(&offsets)[kN]) {
+          FwdGroup<T, kVector, kN> group;
+          group.load_x(p, offsets);
+          group.load_residual(p, offsets);
+          return group;
+        },
+        [&](const auto& group, int u, int64_t offset) {
+          store_last<kVector>(y + offset,
+                              normalized<T, kVector>(p, act, k, group.x[u], group.residual[u]));
+        });
   });
 }
 
@@ -100,14 +105,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (walk.active) {
     const Coefficients<kCount> k(p, SlotChannels(walk.channel, plan.repeat));
     T* dresidual = static_cast<T*>(p.dresidual);
-    walk.template run_groups<kBwdUnroll>([&]<int kN>(const int64_t(&offsets)[kN]) {
-      BwdGroup<T, kVector, kN> group;
-      group.template load<false>(p, offsets);
-#pragma unroll
-      for (int u = 0; u < kN; ++u) {
-        const Word<T, kVector> dz = add_up(p, k, group, u, sums);
-        if (dresidual != nullptr) store_word<kVector>(dresidual + offsets[u], dz);
-      }
+    with_act(p.act, [&](auto act) {
+      walk.template for_each<kBwdUnroll, act.kLong>(
+          [&]<int kN>(const int64_t(&offsets)[kN]) {
+            BwdGroup<T, kVector, kN> group;
+            group.template load<false>(p, offsets);
+            return group;
+          },
+          [&](const auto& group, int u, int64_t offset) {
+            const Word<T, kVector> dz = add_up(p, act, k, group, u, sums);
+            if (dresidual != nullptr) store_word<kVector>(dresidual + offset, dz);
+          });
     });
   }
   write_partial(sums, plan, p.shape.c, walk.channel, walk.active, partial, JoinSums{});
@@ -141,16 +149,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     const int64_t channel = channels[s];
     grad_x.set(s, static_cast<const float*>(p.dbias)[channel],
                static_cast<const float*>(p.dweight)[channel],
-               rstd_of(static_cast<const float*>(p.var)[channel], p.eps), count);
+               rstd_of(static_cast<const float*>(p.var)[channel], p.eps), 1.f / count);
   }
   T* dx = static_cast<T*>(p.dx);
-  walk.template run_groups<kBwdUnroll>([&]<int kN>(const int64_t(&offsets)[kN]) {
-    BwdGroup<T, kVector, kN> group;
-    group.template load<true>(p, offsets);
-#pragma unroll
-    for (int u = 0; u < kN; ++u) {
-      store_last<kVector>(dx + offsets[u], grad_x.of(p, k, group, u));
-    }
+  with_act(p.act, [&](auto act) {
+    walk.template for_each<kBwdUnroll, act.kLong>(
+        [&]<int kN>(const int64_t(&offsets)[kN]) {
+          BwdGroup<T, kVector, kN> group;
+          group.template load<true>(p, offsets);
+          return group;
+        },
+        [&](const auto& group, int u, int64_t offset) {
+          store_last<kVector>(dx + offset, grad_x.of(p, act, k, group, u));
+        });
   });
 }
 

@@ -248,7 +248,7 @@ int launch_dropout_apply(const DropoutParams& p, const CudaDevice& device) {
   const auto blocks = [](int64_t threads) {
     return dim3(static_cast<unsigned>(ceil_div(threads, kThreads)));
   };
-  return dispatch(p.dtype, vector, p.residual != nullptr, [&](auto element, auto width, auto add) {
+  const auto run = [&](auto element, auto width, auto add) {
     using T = decltype(element);
     constexpr int kVector = width.value;
     constexpr bool kAdd = add.value;
@@ -270,6 +270,10 @@ int launch_dropout_apply(const DropoutParams& p, const CudaDevice& device) {
                   p.per_channel ? dropout_channels_kernel<T, kVector, kAdd>
                                 : dropout_channels_last_kernel<T, kVector, kAdd>,
                   p, pixels, parts);
+  };
+  return dispatch(p.dtype, vector, false, [&](auto element, auto width, auto) {
+    return p.residual != nullptr ? run(element, width, std::true_type{})
+                                 : run(element, width, std::false_type{});
   });
 }
 

@@ -10,8 +10,6 @@
 // No atomics: the same bits from run to run. Variance: kUnroll values are summed, then squared
 // around their own mean, in registers; what follows is joined by Chan's formula. There is never a
 // difference of large squares.
-#include <algorithm>
-
 #include "common/launch.cuh"
 #include "common/reduce.cuh"
 #include "cuda/group_norm_plan.cuh"
@@ -54,43 +52,35 @@ __global__ void __launch_bounds__(kThreads, 1)
   const T* x = static_cast<const T*>(p.x) + plan.offset();
   Walk<kVector, kChannelsLast> walk(plan.sample, plan.columns, plan.tile());
   float count = 0, mean[kVector] = {}, m2[kVector] = {};
-  walk.run(
-      [&](const int64_t(&offsets)[kUnroll]) {
-        float values[kUnroll][kVector];
+  walk.template run_groups<kUnroll>([&]<int kN>(const int64_t(&offsets)[kN]) {
+    const Group<T, kVector, kN, 1> group({x}, offsets);
+    const float share = kN / (count + kN), spread = count * share;
+    count += kN;
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) load(x + offsets[u], values[u]);
-        const float share = kUnroll / (count + kUnroll), spread = count * share;
-        count += kUnroll;
+    for (int v = 0; v < kVector; ++v) {
+      float values[kN], sum = 0, squares = 0;
 #pragma unroll
-        for (int v = 0; v < kVector; ++v) {
-          float sum = 0, squares = 0;
+      for (int u = 0; u < kN; ++u) {
+        values[u] = element<T, kVector>(group.words[0][u], v);
+        sum += values[u];
+      }
+      const float center = sum * (1.f / kN);
 #pragma unroll
-          for (int u = 0; u < kUnroll; ++u) sum += values[u][v];
-          const float center = sum * (1.f / kUnroll);
-#pragma unroll
-          for (int u = 0; u < kUnroll; ++u) {
-            squares += (values[u][v] - center) * (values[u][v] - center);
-          }
-          const float delta = center - mean[v];
-          mean[v] = moved_mean(mean[v], center, delta * share);
-          m2[v] += squares + delta * delta * spread;
-        }
-      },
-      [&](int64_t offset) {
-        float value[kVector];
-        load(x + offset, value);
-        const float share = 1.f / (count + 1), spread = count * share;
-        count += 1;
-#pragma unroll
-        for (int v = 0; v < kVector; ++v) {
-          const float delta = value[v] - mean[v];
-          mean[v] = moved_mean(mean[v], value[v], delta * share);
-          m2[v] += delta * delta * spread;
-        }
-      });
+      for (int u = 0; u < kN; ++u) squares += (values[u] - center) * (values[u] - center);
+      const float delta = center - mean[v];
+      mean[v] = moved_mean(mean[v], center, delta * share);
+      m2[v] += squares + delta * delta * spread;
+    }
+  });
   Moments moments[kCount];
 #pragma unroll
-  for (int v = 0; v < kVector; ++v) moments[kChannelsLast ? v : 0].join(count, mean[v], m2[v]);
+  for (int v = 0; v < kVector; ++v) {
+    if constexpr (kChannelsLast) {
+      moments[v] = {count, mean[v], m2[v]};
+    } else {
+      moments[0].join(count, mean[v], m2[v]);
+    }
+  }
   join_lanes(moments, plan.columns.columns, plan.columns.lanes, JoinMoments{});
   if (plan.first_lane() && walk.active) {
     for (int s = 0; s < kCount; ++s) partial[plan.partial(walk.channel + s)] = moments[s];
@@ -119,68 +109,51 @@ __global__ void __launch_bounds__(kThreads, 1)
   const T* x = static_cast<const T*>(p.x) + plan.offset();
   T* y = static_cast<T*>(p.y) + plan.offset();
   const Coefficients<kSlots<kVector, kChannelsLast>> k(p, plan, walk.channel);
-  const auto finish = [&](int64_t offset, const float(&value)[kVector]) {
-    float z[kVector];
+  with_act(p.act, [&](auto act) {
+    walk.template for_each<kUnroll, act.kLong>(
+        [&]<int kN>(const int64_t(&offsets)[kN]) { return Group<T, kVector, kN, 1>({x}, offsets); },
+        [&](const auto& group, int u, int64_t offset) {
+          float z[kVector];
+          group.to_floats(0, u, z);
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) {
-      const int s = kChannelsLast ? v : 0;
-      z[v] = (value[v] - k.mean[s]) * k.scale[s] + k.bias[s];
-    }
-    act_fwd(p.act, z);
-    store(y + offset, z);
-  };
-  walk.run(
-      [&](const int64_t(&offsets)[kUnroll]) {
-        float values[kUnroll][kVector];
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) load(x + offsets[u], values[u]);
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) finish(offsets[u], values[u]);
-      },
-      [&](int64_t offset) {
-        float value[kVector];
-        load(x + offset, value);
-        finish(offset, value);
-      });
+          for (int v = 0; v < kVector; ++v) {
+            const int s = kChannelsLast ? v : 0;
+            z[v] = (z[v] - k.mean[s]) * k.scale[s] + k.bias[s];
+          }
+          act.fwd_each(z);
+          store(y + offset, z);
+        });
+  });
 }
 
 // ---- backward -----------------------------------------------------------------------------------
 
-// Loads dy and x of kUnroll vectors or of one, then body(offset, x - mean, dz) for each; dz from z,
-// rebuilt as the forward made it.
+// body(offset, x - mean, dz) for each vector of the walk; dz from z, rebuilt as the forward made
+// it.
 template <class T, int kVector, bool kChannelsLast, class Coefficients, class Body>
 __device__ void for_each_dz(const GroupNormActBwdParams& p, const SamplePlan& plan,
                             Walk<kVector, kChannelsLast>& walk, const Coefficients& k, Body body) {
   const T* dy = static_cast<const T*>(p.dy) + plan.offset();
   const T* x = static_cast<const T*>(p.x) + plan.offset();
-  const auto finish = [&](int64_t offset, float(&value)[kVector], float(&grad)[kVector]) {
-    float z[kVector];
+  with_act(p.act, [&](auto act) {
+    walk.template for_each<kUnroll, act.kLong>(
+        [&]<int kN>(const int64_t(&offsets)[kN]) {
+          return Group<T, kVector, kN, 2>({dy, x}, offsets);
+        },
+        [&](const auto& group, int u, int64_t offset) {
+          float grad[kVector], value[kVector], z[kVector];
+          group.to_floats(0, u, grad);
+          group.to_floats(1, u, value);
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) {
-      const int s = kChannelsLast ? v : 0;
-      value[v] -= k.mean[s];
-      z[v] = value[v] * k.scale[s] + k.bias[s];
-    }
-    act_bwd(p.act, grad, z);
-    body(offset, value, grad);
-  };
-  walk.run(
-      [&](const int64_t(&offsets)[kUnroll]) {
-        float grads[kUnroll][kVector], values[kUnroll][kVector];
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          load(dy + offsets[u], grads[u]);
-          load(x + offsets[u], values[u]);
-        }
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) finish(offsets[u], values[u], grads[u]);
-      },
-      [&](int64_t offset) {
-        float grad[kVector], value[kVector];
-        load(dy + offset, grad);
-        load(x + offset, value);
-        finish(offset, value, grad);
-      });
+          for (int v = 0; v < kVector; ++v) {
+            const int s = kChannelsLast ? v : 0;
+            value[v] -= k.mean[s];
+            z[v] = value[v] * k.scale[s] + k.bias[s];
+          }
+          act.bwd_each(grad, z);
+          body(offset, value, grad);
+        });
+  });
 }
 
 // partial: Sums [samples, splits, c]
@@ -299,8 +272,9 @@ bool is_on_chip(const ImageShape& shape, const SlabPlan& plan, int element_bytes
 int64_t group_norm_act_workspace(const ImageShape& shape, DType dtype, const CudaDevice& device) {
   // Unaligned tensors take one element at a time and then need the most splits.
   const int bytes = element_bytes(dtype);
-  const int64_t splits = std::max(plan_samples(shape, 1, bytes, true, device).columns.splits,
-                                  plan_samples(shape, 1, bytes, false, device).columns.splits);
+  const int64_t whole = plan_samples(shape, 1, bytes, true, device).columns.splits;
+  const int64_t single = plan_samples(shape, 1, bytes, false, device).columns.splits;
+  const int64_t splits = whole > single ? whole : single;
   // A partial value a split, sample and channel, then Slopes for at most as many groups.
   const int64_t floats = splits * sizeof(Moments) / sizeof(float) + sizeof(Slopes) / sizeof(float);
   return shape.n * shape.c * floats;

@@ -6,8 +6,6 @@
 //   backward  dx reads dy and x, twice in a row as above, and is written (3T); the sums of dweight
 //             and dbias read both again, channel by channel (2T).
 // Sums have two stages and a fixed order; no atomics. Statistics in two passes around the mean.
-#include <algorithm>
-
 #include "common/columns.cuh"
 #include "common/launch.cuh"
 #include "common/reduce.cuh"
@@ -32,35 +30,35 @@ __global__ void __launch_bounds__(kSlabThreads, 1)
   T* dx = static_cast<T*>(p.dx) + row * c;
   const float mean = active ? static_cast<const float*>(p.mean)[row] : 0.f;
   const float rstd = active ? rstd_of(static_cast<const float*>(p.var)[row], p.eps) : 0.f;
-  // body(offset, xhat, weight * dz) for each of the lane's vectors
+  // body(channel, xhat, weight * dz) for each of the lane's vectors
   const auto for_each = [&](auto body) {
-    const auto some = [&](int64_t i, auto count) {
-      float values[count.value][kVector], grads[count.value][kVector];
+    with_act(p.act, [&](auto act) {
+      for_each_of_lane<act.kLong>(
+          vectors, lane, lanes,
+          [&]<int kN>(const int64_t(&numbers)[kN]) {
+            int64_t channels[kN];
 #pragma unroll
-      for (int u = 0; u < count.value; ++u) {
-        load(x + (i + u * lanes) * kVector, values[u]);
-        load(dy + (i + u * lanes) * kVector, grads[u]);
-      }
+            for (int u = 0; u < kN; ++u) channels[u] = numbers[u] * kVector;
+            return Group<T, kVector, kN, 2>({x, dy}, channels);
+          },
+          [&](const auto& group, int u, int64_t i) {
+            const int64_t channel = i * kVector;
+            float weight[kVector], xhat[kVector], grad[kVector], z[kVector];
+            group.to_floats(0, u, xhat);
+            group.to_floats(1, u, grad);
 #pragma unroll
-      for (int u = 0; u < count.value; ++u) {
-        const int64_t channel = (i + u * lanes) * kVector;
-        float weight[kVector], z[kVector];
+            for (int v = 0; v < kVector; ++v) {
+              weight[v] = number(p.weight, channel + v, 1.f);
+              const float centered = xhat[v] - mean;
+              z[v] = centered * (rstd * weight[v]) + number(p.bias, channel + v, 0.f);
+              xhat[v] = centered * rstd;
+            }
+            act.bwd_each(grad, z);
 #pragma unroll
-        for (int v = 0; v < kVector; ++v) {
-          weight[v] = number(p.weight, channel + v, 1.f);
-          const float centered = values[u][v] - mean;
-          z[v] = centered * (rstd * weight[v]) + number(p.bias, channel + v, 0.f);
-          values[u][v] = centered * rstd;
-        }
-        act_bwd(p.act, grads[u], z);
-#pragma unroll
-        for (int v = 0; v < kVector; ++v) grads[u][v] *= weight[v];
-        body(channel, values[u], grads[u]);
-      }
-    };
-    int64_t i = lane;
-    for (; i + (kUnroll - 1) * lanes < vectors; i += kUnroll * lanes) some(i, Constant<kUnroll>{});
-    for (; i < vectors; i += lanes) some(i, Constant<1>{});
+            for (int v = 0; v < kVector; ++v) grad[v] *= weight[v];
+            body(channel, xhat, grad);
+          });
+    });
   };
   float shift = 0, slope = 0;
   for_each([&](int64_t, const float(&xhat)[kVector], const float(&grad)[kVector]) {
@@ -110,46 +108,38 @@ __global__ void __launch_bounds__(kThreads)
     weight[s] = walk.active ? number(p.weight, walk.channel + s, 1.f) : 0.f;
     bias[s] = walk.active ? number(p.bias, walk.channel + s, 0.f) : 0.f;
   }
-  const auto add = [&](int64_t offset, const float(&values)[kVector], float(&dz)[kVector]) {
-    // Of the vector's first element. The division costs less than the wait for memory.
-    const int64_t pixel = kChannelsLast
-                              ? offset / p.shape.c
-                              : offset / (p.shape.c * p.shape.hw) * p.shape.hw +
-                                    (offset - walk.channel * p.shape.hw) % (p.shape.c * p.shape.hw);
-    float xhat[kVector], z[kVector];
+  with_act(p.act, [&](auto act) {
+    walk.template for_each<kUnroll, act.kLong>(
+        [&]<int kN>(const int64_t(&offsets)[kN]) {
+          return Group<T, kVector, kN, 2>({x, dy}, offsets);
+        },
+        [&](const auto& group, int u, int64_t offset) {
+          // Of the vector's first element. The division costs less than the wait for memory.
+          const int64_t pixel =
+              is_channels_last<kVector, kChannelsLast>(p.shape)
+                  ? offset / p.shape.c
+                  : offset / (p.shape.c * p.shape.hw) * p.shape.hw +
+                        (offset - walk.channel * p.shape.hw) % (p.shape.c * p.shape.hw);
+          float xhat[kVector], dz[kVector], z[kVector];
+          group.to_floats(0, u, xhat);
+          group.to_floats(1, u, dz);
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) {
-      const int s = kChannelsLast ? v : 0;
-      const int64_t at = pixel + (kChannelsLast ? 0 : v);
-      const float rstd = rstd_of(var[at], p.eps), centered = values[v] - mean[at];
-      xhat[v] = centered * rstd;
-      z[v] = centered * (rstd * weight[s]) + bias[s];
-    }
-    act_bwd(p.act, dz, z);
+          for (int v = 0; v < kVector; ++v) {
+            const int s = kChannelsLast ? v : 0;
+            const int64_t at = pixel + (kChannelsLast ? 0 : v);
+            const float rstd = rstd_of(var[at], p.eps), centered = xhat[v] - mean[at];
+            xhat[v] = centered * rstd;
+            z[v] = centered * (rstd * weight[s]) + bias[s];
+          }
+          act.bwd_each(dz, z);
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) {
-      const int s = kChannelsLast ? v : 0;
-      sums[s].dbias += dz[v];
-      sums[s].dweight += dz[v] * xhat[v];
-    }
-  };
-  walk.run(
-      [&](const int64_t(&offsets)[kUnroll]) {
-        float values[kUnroll][kVector], grads[kUnroll][kVector];
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          load(x + offsets[u], values[u]);
-          load(dy + offsets[u], grads[u]);
-        }
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) add(offsets[u], values[u], grads[u]);
-      },
-      [&](int64_t offset) {
-        float value[kVector], grad[kVector];
-        load(x + offset, value);
-        load(dy + offset, grad);
-        add(offset, value, grad);
-      });
+          for (int v = 0; v < kVector; ++v) {
+            const int s = kChannelsLast ? v : 0;
+            sums[s].dbias += dz[v];
+            sums[s].dweight += dz[v] * xhat[v];
+          }
+        });
+  });
   join_lanes(sums, plan.columns, plan.lanes, JoinGradients{});
   if (threadIdx.x / plan.columns == 0 && walk.active) {
     for (int s = 0; s < kCount; ++s) {
@@ -207,8 +197,9 @@ int launch_dx(const GroupNormActBwdParams& p, const CudaDevice& device, bool who
 
 int64_t pixel_norm_act_workspace(const ImageShape& shape, DType dtype, const CudaDevice& device) {
   const int bytes = element_bytes(dtype);
-  const int64_t splits = std::max(plan_columns(shape, bytes, true, device.sm_count).splits,
-                                  plan_columns(shape, bytes, false, device.sm_count).splits);
+  const int64_t whole = plan_columns(shape, bytes, true, device.sm_count).splits;
+  const int64_t single = plan_columns(shape, bytes, false, device.sm_count).splits;
+  const int64_t splits = whole > single ? whole : single;
   return splits * shape.c * static_cast<int64_t>(sizeof(Gradients) / sizeof(float));
 }
 

@@ -39,13 +39,18 @@ struct TilePlan {
   }
 };
 
-// body(channels, count) for this lane's channels, kUnroll at a time and then one by one.
-template <class Body>
-__device__ void for_each_channel(int64_t c, const TilePlan& plan, bool active, Body body) {
-  int64_t j = active ? plan.lane() : c;
-  for (; j + (kUnroll - 1) * plan.lanes < c; j += kUnroll * plan.lanes)
-    body(j, Constant<kUnroll>{});
-  for (; j < c; j += plan.lanes) body(j, Constant<1>{});
+// in_groups for what a lane has of `count` vectors, of which it takes every `lanes`-th: their
+// numbers are the offsets.
+template <bool kLong, class Load, class Each>
+__device__ void for_each_of_lane(int64_t count, int lane, int lanes, Load load, Each each) {
+  int64_t next = lane;
+  const auto take = [&] {
+    const int64_t at = next;
+    next += lanes;
+    return at;
+  };
+  in_groups<kUnroll, kLong>(count > lane ? (count - lane + lanes - 1) / lanes : 0, take, load,
+                            each);
 }
 
 // The sum over the lanes of each column, for all of them.
@@ -71,25 +76,31 @@ __global__ void __launch_bounds__(kThreads, 2)
   const T* x = static_cast<const T*>(p.x) + begin;
   T* y = static_cast<T*>(p.y) + begin;
   // body(channel, x) for each of the lane's channels
-  const auto for_each = [&](auto body) {
-    for_each_channel(c, plan, active, [&](int64_t j, auto count) {
-      float values[count.value][kVector];
+  const auto for_each = [&]<bool kLong>(std::bool_constant<kLong>, auto body) {
+    for_each_of_lane<kLong>(
+        active ? c : 0, plan.lane(), plan.lanes,
+        [&]<int kN>(const int64_t(&channels)[kN]) {
+          int64_t offsets[kN];
 #pragma unroll
-      for (int u = 0; u < count.value; ++u) load(x + (j + u * plan.lanes) * hw, values[u]);
-#pragma unroll
-      for (int u = 0; u < count.value; ++u) body(j + u * plan.lanes, values[u]);
-    });
+          for (int u = 0; u < kN; ++u) offsets[u] = channels[u] * hw;
+          return Group<T, kVector, kN, 1>({x}, offsets);
+        },
+        [&](const auto& group, int u, int64_t channel) {
+          float values[kVector];
+          group.to_floats(0, u, values);
+          body(channel, values);
+        });
   };
   const float inverse = 1.f / static_cast<float>(c);
   float mean[kVector] = {}, deviations[kVector] = {}, var[kVector] = {}, rstd[kVector];
-  for_each([&](int64_t, const float(&values)[kVector]) {
+  for_each(std::false_type{}, [&](int64_t, const float(&values)[kVector]) {
 #pragma unroll
     for (int v = 0; v < kVector; ++v) mean[v] += values[v];
   });
   sum_of_lanes(mean, plan);
 #pragma unroll
   for (int v = 0; v < kVector; ++v) mean[v] *= inverse;
-  for_each([&](int64_t, const float(&values)[kVector]) {
+  for_each(std::false_type{}, [&](int64_t, const float(&values)[kVector]) {
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       const float a = values[v] - mean[v];
@@ -110,15 +121,17 @@ __global__ void __launch_bounds__(kThreads, 2)
       static_cast<float*>(p.var)[statistic + v] = var[v];
     }
   }
-  for_each([&](int64_t j, const float(&values)[kVector]) {
-    const float weight = number(p.weight, j, 1.f), bias = number(p.bias, j, 0.f);
-    float out[kVector];
+  with_act(p.act, [&](auto act) {
+    for_each(std::bool_constant<act.kLong>{}, [&](int64_t j, const float(&values)[kVector]) {
+      const float weight = number(p.weight, j, 1.f), bias = number(p.bias, j, 0.f);
+      float out[kVector];
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) {
-      out[v] = (values[v] - mean[v]) * (rstd[v] * weight) + bias;
-    }
-    act_fwd(p.act, out);
-    store(y + j * hw, out);
+      for (int v = 0; v < kVector; ++v) {
+        out[v] = (values[v] - mean[v]) * (rstd[v] * weight) + bias;
+      }
+      act.fwd_each(out);
+      store(y + j * hw, out);
+    });
   });
 }
 
@@ -142,29 +155,32 @@ __global__ void __launch_bounds__(kThreads)
   }
   // body(channel, xhat, weight * dz) for each of the lane's channels
   const auto for_each = [&](auto body) {
-    for_each_channel(c, plan, active, [&](int64_t j, auto count) {
-      float values[count.value][kVector], grads[count.value][kVector];
+    with_act(p.act, [&](auto act) {
+      for_each_of_lane<act.kLong>(
+          active ? c : 0, plan.lane(), plan.lanes,
+          [&]<int kN>(const int64_t(&channels)[kN]) {
+            int64_t offsets[kN];
 #pragma unroll
-      for (int u = 0; u < count.value; ++u) {
-        load(x + (j + u * plan.lanes) * hw, values[u]);
-        load(dy + (j + u * plan.lanes) * hw, grads[u]);
-      }
+            for (int u = 0; u < kN; ++u) offsets[u] = channels[u] * hw;
+            return Group<T, kVector, kN, 2>({x, dy}, offsets);
+          },
+          [&](const auto& group, int u, int64_t channel) {
+            const float weight = number(p.weight, channel, 1.f);
+            const float bias = number(p.bias, channel, 0.f);
+            float xhat[kVector], grad[kVector], z[kVector];
+            group.to_floats(0, u, xhat);
+            group.to_floats(1, u, grad);
 #pragma unroll
-      for (int u = 0; u < count.value; ++u) {
-        const int64_t channel = j + u * plan.lanes;
-        const float weight = number(p.weight, channel, 1.f), bias = number(p.bias, channel, 0.f);
-        float z[kVector];
+            for (int v = 0; v < kVector; ++v) {
+              const float centered = xhat[v] - mean[v];
+              z[v] = centered * (rstd[v] * weight) + bias;
+              xhat[v] = centered * rstd[v];
+            }
+            act.bwd_each(grad, z);
 #pragma unroll
-        for (int v = 0; v < kVector; ++v) {
-          const float centered = values[u][v] - mean[v];
-          z[v] = centered * (rstd[v] * weight) + bias;
-          values[u][v] = centered * rstd[v];
-        }
-        act_bwd(p.act, grads[u], z);
-#pragma unroll
-        for (int v = 0; v < kVector; ++v) grads[u][v] *= weight;
-        body(channel, values[u], grads[u]);
-      }
+            for (int v = 0; v < kVector; ++v) grad[v] *= weight;
+            body(channel, xhat, grad);
+          });
     });
   };
   float shift[kVector] = {}, slope[kVector] = {};

@@ -11,8 +11,6 @@
 //             and its two shares go to the input row at hand and to the one that follows: a sum in
 //             a fixed order, without atomics.
 // Neighbouring threads share input columns, and bands one row: those come from the L1 or L2 cache.
-#include <algorithm>
-
 #include "common/columns.cuh"
 #include "common/divisor.cuh"
 #include "common/launch.cuh"
@@ -85,15 +83,13 @@ struct Strip {
 };
 
 // Element 0 of a strip's plane, on the larger and the smaller side.
-template <bool kChannelsLast>
-__device__ int64_t large_plane(const UpsampleShape& s, const Strip& strip) {
-  return strip.image * s.image + strip.channel * (kChannelsLast ? 1 : s.rows.out * s.columns.out);
+__device__ int64_t large_plane(const UpsampleShape& s, const Strip& strip, bool channels_last) {
+  return strip.image * s.image + strip.channel * (channels_last ? 1 : s.rows.out * s.columns.out);
 }
 
-template <bool kChannelsLast>
-__device__ int64_t small_plane(const UpsampleShape& s, const Strip& strip) {
+__device__ int64_t small_plane(const UpsampleShape& s, const Strip& strip, bool channels_last) {
   const int64_t hw = s.rows.in * s.columns.in;
-  return kChannelsLast ? strip.image * hw * s.c + strip.channel : strip.plane * hw;
+  return channels_last ? strip.image * hw * s.c + strip.channel : strip.plane * hw;
 }
 
 // ---- forward -----------------------------------------------------------------------------------
@@ -111,11 +107,12 @@ __global__ void __launch_bounds__(kThreads)
   const UpsampleShape& s = p.shape;
   const bool rows_linear = Sampler<float>(s.rows, s.sampling).linear;
   const bool columns_linear = Sampler<float>(s.columns, s.sampling).linear;
-  const Strip strip(plan, kVector, kChannelsLast);
-  const int64_t k = kChannelsLast ? s.c : 1;
-  const T* x = static_cast<const T*>(p.x) + small_plane<kChannelsLast>(s, strip);
-  T* y = static_cast<T*>(p.y) + large_plane<kChannelsLast>(s, strip) + strip.column * s.pixel;
-  y += p.x_at * (kChannelsLast ? 1 : s.rows.out * s.columns.out);
+  const bool channels_last = kVector == 1 ? s.channels_last : kChannelsLast;
+  const Strip strip(plan, kVector, channels_last);
+  const int64_t k = channels_last ? s.c : 1;
+  const T* x = static_cast<const T*>(p.x) + small_plane(s, strip, channels_last);
+  T* y = static_cast<T*>(p.y) + large_plane(s, strip, channels_last) + strip.column * s.pixel;
+  y += p.x_at * (channels_last ? 1 : s.rows.out * s.columns.out);
   Source<float> sources[kSources];
 #pragma unroll
   for (int v = 0; v < kSources; ++v) sources[v] = tables.columns[strip.column + v];
@@ -129,8 +126,8 @@ __global__ void __launch_bounds__(kThreads)
     } else {
 #pragma unroll
       for (int v = 0; v < kVector; ++v) {
-        low[v] = to_float(row[sources[v].index]);
-        if (columns_linear) high[v] = to_float(row[sources[v].next]);
+        low[v] = to_float(row[sources[v].index * k]);
+        if (columns_linear) high[v] = to_float(row[sources[v].next * k]);
       }
     }
 #pragma unroll
@@ -201,13 +198,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   const UpsampleShape& s = p.shape;
   const int row_reach = Sampler<float>(s.rows, s.sampling).reach();
   const int column_reach = Sampler<float>(s.columns, s.sampling).reach();
-  const Strip strip(plan, kVector, kChannelsLast);
-  const int64_t k = kChannelsLast ? s.c : 1;
+  const bool channels_last = kVector == 1 ? s.channels_last : kChannelsLast;
+  const Strip strip(plan, kVector, channels_last);
+  const int64_t k = channels_last ? s.c : 1;
   const int32_t j = static_cast<int32_t>(strip.column);
   const int32_t begin = tables.column_first[j < column_reach ? 0 : j - column_reach];
   const int32_t length = tables.column_first[j + 1] - begin;
-  const T* dy = static_cast<const T*>(p.dy) + large_plane<kChannelsLast>(s, strip);
-  T* dx = static_cast<T*>(p.dx) + small_plane<kChannelsLast>(s, strip) + strip.column * k;
+  const T* dy = static_cast<const T*>(p.dy) + large_plane(s, strip, channels_last);
+  T* dx = static_cast<T*>(p.dx) + small_plane(s, strip, channels_last) + strip.column * k;
   dy += begin * s.pixel;
   float shares[kNear];
 #pragma unroll
@@ -291,8 +289,8 @@ int vector_of(DType dtype) { return 16 / element_bytes(dtype); }
 
 cudaError_t write_tables(const UpsampleShape& s, const Tables& tables, bool backward,
                          const CudaDevice& device) {
-  int64_t longest = std::max(s.rows.out, s.columns.out);
-  if (backward) longest = std::max({longest, s.rows.in + 1, s.columns.in + 1});
+  int64_t longest = most(s.rows.out, s.columns.out);
+  if (backward) longest = most(longest, most(s.rows.in, s.columns.in) + 1);
   dim3 grid = grid_for(longest, kThreads);
   grid.y = 2;
   return launch(device, grid, kThreads, 0, upsample_tables_kernel, s, tables, backward);

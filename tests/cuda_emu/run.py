@@ -36,6 +36,8 @@ class Result:
 
 
 PROCESSES = 2  # what CI's machines have cores for
+# The sources that an op needs beyond its own.
+SHARED = {"group_norm_act": ["slab_norm.cu"], "pixel_norm_act": ["slab_norm.cu"]}
 
 
 def run_cases(op: str, cases: Sequence[Case], timeout: float = 600) -> list[Result]:
@@ -45,8 +47,10 @@ def run_cases(op: str, cases: Sequence[Case], timeout: float = 600) -> list[Resu
         RuntimeError: a case failed; the message names it and holds the emulator's or the
             sanitizer's report.
     """
-    of_op = sorted((build.ROOT / "csrc" / "cuda").glob(f"{op.removesuffix('_act')}*.cu"))
-    sources = [Path(__file__).with_name(f"{op}.cpp"), *of_op]
+    cuda = build.ROOT / "csrc" / "cuda"
+    of_op = sorted(cuda.glob(f"{op.removesuffix('_act')}*.cu"))
+    shared = [cuda / name for name in SHARED.get(op, ())]
+    sources = [Path(__file__).with_name(f"{op}.cpp"), *of_op, *shared]
     program = build.build_runner(sources, Path(op))
     parts = [cases[i::PROCESSES] for i in range(PROCESSES)]
     with ThreadPoolExecutor(PROCESSES) as pool:
