@@ -17,16 +17,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Networks, chains and planning, whose tensors are small: a second thread made them slower and took
-# a sixth more of the processors' time. The kernels' own tests ask how loops are cut over threads.
-ONE_THREAD = (
-    "test_conv_bn_act", "test_conv2d_bwd_triton", "test_conv2d_folded", "test_conv2d_triton",
-    "test_convert", "test_fuzz_chains", "test_gpu_co", "test_gpu_graphs", "test_gpu_ops_conv",
-    "test_gpu_plans", "test_models", "test_plan", "test_upsample_conv2d",
-    "test_zoo",
-)  # fmt: skip
-
-
 # In order of worth: what a change breaks first, and breaks most, is asked first. Then the others.
 FIRST = (
     "test_house", "test_guard", "test_batch_norm_act", "test_group_norm_act", "test_dropout",
@@ -64,10 +54,13 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread for the tests above, and for each the number that it was."""
+def one_thread() -> Iterator[None]:
+    """One thread: on small tensors a second one costs more than it does, beside another process.
+
+    192 fuzzed chains take 60 s of the processor on one thread, over 430 s on two. How loops are cut
+    over threads each op's own test asks, with as many as it sets.
+    """
     before = torch.get_num_threads()
-    if request.path.name.startswith(ONE_THREAD):
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

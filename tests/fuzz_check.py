@@ -86,15 +86,15 @@ def check_bits(
     first: Mapping[str, Tensor],
     kind: str,
 ) -> None:
-    """The same in a second run, on one thread, for a dy of any strides, and for x alone.
+    """The same in a second run, on two threads, for a dy of any strides, and for x alone.
 
     But for a residual: where its gradient is wanted, dx is made of it, rounded as it is.
     """
-    with one_thread():
+    with two_threads():
         again = outcome(ours, tensors, leaves, dy)
         alone = {} if "residual" in tensors else outcome(ours, tensors, ["x"], dy)
     for k, t in again.items():
-        assert same_bits(t, first[k]), f"{k}: other bits on one thread"
+        assert same_bits(t, first[k]), f"{k}: other bits on two threads"
     for k, t in alone.items():
         assert same_bits(t, first[k]), f"{k}: other bits where x alone requires a gradient"
     if dy.numel() == 0:
@@ -107,9 +107,9 @@ def check_bits(
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def two_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import torch
 from augment_cases import clear_of_ties, extent_of, level_limit
 from fuzz_cases import DTYPES, SEEDS, SIDES, fuzz, placed
-from fuzz_check import distance, layouts, memory, one_thread
+from fuzz_check import distance, layouts, memory, two_threads
 from seeds import seeded
 from shapes import LAYOUTS
 from torch import Tensor
@@ -77,7 +77,7 @@ def test_augment(
     assert torch.equal(memory(images), before)
     plain = functional.augment(images.contiguous(), p, size=size, **how)
     assert torch.equal(y, plain.to(dtype)), "other bits in another type or layout"
-    with one_thread():
+    with two_threads():
         for i in range(n):
             alone = functional.augment(images[i : i + 1], p[i], size=size, **how)
             assert torch.equal(alone[0], plain[i]), "other bits for a sample alone"
