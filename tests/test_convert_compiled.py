@@ -50,15 +50,15 @@ def test_changes_of_a_compiled_model_take_effect(change: Callable[[Any], None]) 
     assert_same(compiled(x), twin(x))
 
 
-def test_many_compiled_models_do_not_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_compiled_models_do_not_count_as_one() -> None:
     """torch.compile gives up on code that it has compiled anew 8 times; here, once."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     x = images(2, 4, 5, 5)
     for c in range(3):
         model = prepared(nn.Sequential(nn.Conv2d(4, 4 + c, 1), bn(4 + c), nn.ReLU())).eval()
         want = model(x)
         compiled = torch.compile(convert(model), backend="eager", fullgraph=True)
-        assert_same(compiled(x), want)
+        with torch._dynamo.config.patch(recompile_limit=1):
+            assert_same(compiled(x), want)
 
 
 def test_traced_by_jit() -> None:
