@@ -16,7 +16,7 @@ from norm_cases import (
     halved,
     norm_errors,
     per_channel,
-)  # fmt: skip
+)
 from tolerance import margin
 from torch import Tensor
 
@@ -101,7 +101,6 @@ def run(fn: Callable[[Case], Tensor], case: Case, forward_only: bool = False) ->
 def normalised(case: Case) -> Normalised:
     """What happens in a case, in float64."""
     case, dims = case.to(torch.float64), (0, 2, 3)
-
     mean, var = case.running_mean, case.running_var
     if case.training:
         mean = case.x.mean(dims)

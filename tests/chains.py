@@ -109,12 +109,7 @@ def assert_same_results(
     """All results in float64; scales: of those that cancel (tests/tolerance.py)."""
     assert actual.keys() == expected.keys()
     for name, want in expected.items():
-        got = actual[name]
-        assert (got is None) == (want is None), f"{name}: got {got}"
-        if want is not None and want.is_floating_point():
-            assert_same(got, want, scales.get(name, 1.0), name=name)
-        elif want is not None:
-            assert torch.equal(got, want), name
+        assert_same(actual[name], want, scales.get(name, 1.0), name)
 
 
 def check_float64(

@@ -173,7 +173,8 @@ def batch_norm(
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean, momentum)
             running_var.lerp_(var * m / max(m - 1, 1), momentum)
-            mode.round_(running_mean), mode.round_(running_var)
+            mode.round_(running_mean)
+            mode.round_(running_var)
     else:
         assert running_mean is not None
         assert running_var is not None

@@ -11,6 +11,7 @@ the extras are installed. Only what is imported is compiled to bytecode, by the 
 """
 
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -175,6 +176,7 @@ def toolkit() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
+@functools.cache
 def has_gpu() -> bool:
     """Whether there is an NVIDIA GPU."""
     smi = shutil.which("nvidia-smi")
