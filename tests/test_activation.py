@@ -47,6 +47,7 @@ def assert_accurate(act: str, z: Tensor, sides: int = 1) -> None:
         assert_rounded(f"{act}: {name}", got, exact, error)
 
 
+@pytest.mark.every_level
 @pytest.mark.parametrize("act", ACTS)
 def test_accuracy(act: str) -> None:
     # Of every size, and beside them what float32 cannot hold, its subnormals.

@@ -135,6 +135,7 @@ def test_compositions_equal_compose_on_floats(c: int) -> None:
         assert (actual[i] - x).abs().max() <= 2 * level_limit(images) / 0.3
 
 
+@pytest.mark.every_level
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("c", [3, 1], ids=["rgb", "grey"])
 def test_everything_against_the_reference(c: int, layout: str) -> None:
@@ -154,6 +155,7 @@ def test_half_types_are_float32_rounded(dtype: torch.dtype) -> None:
         assert torch.equal(half, full.to(dtype))
 
 
+@pytest.mark.every_level
 def test_one_sample_s_bits_do_not_depend_on_layout_batch_or_threads() -> None:
     images, p = smooth_images(7, 3, *SIZE), draw_everything(7, SIZE, (29, 31))
     first = augment(images, p, size=(29, 31))
@@ -211,6 +213,7 @@ MASKS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.every_level
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_follow_as_torchvision_s(name: str, dtype: torch.dtype) -> None:

@@ -33,6 +33,7 @@ LARGE = [*RESNET50[5:8:2], *(pytest.param(i, marks=pytest.mark.slow) for i in RE
 TRAINING_AND_EVAL = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 
 
+@pytest.mark.every_level
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("image", [*EDGES, *LARGE], ids=str)
 def test_every_shape(image: Image, layout: str) -> None:
@@ -43,6 +44,7 @@ def test_every_shape(image: Image, layout: str) -> None:
     check(make_case(image.sizes, torch.bfloat16, layout, "relu", residual=True))
 
 
+@pytest.mark.every_level
 @TRAINING_AND_EVAL
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -94,6 +96,7 @@ def test_gradients_in_any_layout(layout: str) -> None:
             assert torch.equal(actual[k], expected), k
 
 
+@pytest.mark.every_level
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_slices_of_a_batch(layout: str, dtype: torch.dtype) -> None:

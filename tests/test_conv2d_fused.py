@@ -124,14 +124,15 @@ def test_what_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
 @pytest.mark.parametrize("training", [True, False])
-def test_compiled_whole(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_whole(backend: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # By the planner itself, with the default plans. The same bits: the same operators.
     monkeypatch.setattr(conv_bn_act, "is_planned", lambda x: True)
     torch._dynamo.reset()
     model, x = blocks().train(training), image(2, 4, 6, 7)
     other = copy.deepcopy(model)
     expected = results(model, x, None)
-    found = results(torch.compile(other, fullgraph=True), x, None)
+    found = results(torch.compile(other, fullgraph=True, backend=backend), x, None)
     for name in ("y", "dx"):
         assert torch.equal(found[name], expected[name]), name
 

@@ -34,6 +34,7 @@ ONNX_TYPES = {torch.uint8: TensorProto.UINT8, torch.int8: TensorProto.INT8}
 STEPS = pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
 
 
+@pytest.mark.every_level
 @STEPS
 @pytest.mark.parametrize("x_dtype", INT8, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -47,6 +48,7 @@ def test_quantised_outputs(case: Case, x_dtype: torch.dtype, step: int) -> None:
         assert_same(y, reference.conv2d_int8(**given), out_dtype, residual_dtype, act)
 
 
+@pytest.mark.every_level
 @STEPS
 @pytest.mark.parametrize("x_dtype", INT8, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -197,8 +197,9 @@ class Network(nn.Module):
 @pytorchs_own_warnings
 @pytest.mark.parametrize(
     ("backend", "layout"),
-    [("aot_eager", "nchw"), ("aot_eager", "channels_last"), ("inductor", "channels_last"),
-     pytest.param("inductor", "nchw", marks=pytest.mark.slow)],
+    [("aot_eager", "nchw"), ("aot_eager", "channels_last"),
+     pytest.param("inductor", "nchw", marks=pytest.mark.slow),
+     pytest.param("inductor", "channels_last", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_compile(layout: str, backend: str) -> None:
     network = Network()

@@ -167,6 +167,7 @@ def test_compiled_in_bfloat16() -> None:
     assert kept == expected_bytes_in_autocast(model, x)
 
 
+@pytest.mark.slow
 @pytorchs_own_warnings
 def test_compiled_by_inductor() -> None:
     # Which has passes of its own before the partitioner.

@@ -206,9 +206,7 @@ def test_what_is_not_offered_does_not_compile() -> None:
 
 def test_build_compiles_once_for_each_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log, source, compiler = tmp_path / "log", tmp_path / "answer.cpp", tmp_path / "g++"
-    compiler.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] || echo compiled >> {log}\nexec g++ "$@"\n'
-    )
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo compiled >> {log}\nexec g++ "$@"\n')
     compiler.chmod(0o755)
     monkeypatch.setattr(build, "compile_command", lambda: [str(compiler)])
     source.write_text("int main() { return 41; }")

@@ -48,6 +48,7 @@ def test_philox_gives_the_published_answers() -> None:
         assert words.tolist() == numbers[6:]
 
 
+@pytest.mark.every_level
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("image", EDGES + RESNET50[5:8], ids=str)
 def test_masks_are_the_references(image: Image, layout: str) -> None:

@@ -58,8 +58,9 @@ def step(run: Callable[[Tensor], Tensor], network: Network, layout: str = "nchw"
 @pytorchs_own_warnings
 @pytest.mark.parametrize(
     ("backend", "layout"),
-    [("aot_eager", "nchw"), ("aot_eager", "channels_last"), ("inductor", "channels_last"),
-     pytest.param("inductor", "nchw", marks=pytest.mark.slow)],
+    [("aot_eager", "nchw"), ("aot_eager", "channels_last"),
+     pytest.param("inductor", "nchw", marks=pytest.mark.slow),
+     pytest.param("inductor", "channels_last", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_compile(layout: str, backend: str) -> None:
     seed_all(0)

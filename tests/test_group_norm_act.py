@@ -101,6 +101,7 @@ def check(case: Case, place: Place = CPU) -> dict[str, Tensor]:
     return actual
 
 
+@pytest.mark.every_level
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("image", "groups"), GROUPED, ids=str)
 def test_every_shape(image: Image, groups: int, layout: str) -> None:
@@ -110,6 +111,7 @@ def test_every_shape(image: Image, groups: int, layout: str) -> None:
     check(make_case(image.sizes, PIXELS, torch.bfloat16, layout, "gelu"))
 
 
+@pytest.mark.every_level
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_combination(dtype: torch.dtype, layout: str) -> None:
@@ -160,6 +162,7 @@ def test_gradients_in_any_layout(layout: str, groups: int | None) -> None:
             assert torch.equal(actual[k], expected), k
 
 
+@pytest.mark.every_level
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_slices_of_a_batch(layout: str, dtype: torch.dtype) -> None:

@@ -1,14 +1,13 @@
 // For the drivers of the ops' CUDA kernels: what run.py writes, as parameters and tensors.
 //
-// A driver's only argument is a folder that holds `cases`, one a line:
-//   op name=number name=in:file:skip name=out:file:bytes:skip name=inout:file:skip
-// `skip` bytes lie between a 16-byte address and the tensor's first element. On stdout: `run LINE`
-// before each case, `error CODE` behind it. Outputs are written beside the inputs, unless a
-// launcher returned an error.
+// A driver's only argument is a folder that holds the file `tensors` and `cases`, one a line:
+//   op name=number name=in:offset:bytes:skip name=out:offset:bytes:skip name=inout:...
+// `offset` is where in `tensors` an input is and an output goes; `skip` bytes lie between a 16-byte
+// address and the tensor's first element. On stdout: `run LINE` before each case, `error CODE`
+// behind it. Outputs are written unless a launcher returned an error.
 #pragma once
 
 #include <fstream>
-#include <iterator>
 #include <sstream>
 #include <string>
 
@@ -17,8 +16,8 @@ namespace cuda_emu {
 // A tensor in a heap block that ends with its last element, so that AddressSanitizer sees whatever
 // lies beyond it.
 struct Tensor {
-  std::string file;
-  size_t skip, bytes;
+  std::string name;
+  size_t offset, skip, bytes;
   bool is_output;
   std::vector<char> content;  // of an input, or of an updated tensor before the update
   std::unique_ptr<char[]> block;
@@ -28,7 +27,7 @@ struct Tensor {
 
 class Case {
  public:
-  Case(std::string folder, const std::string& line) : folder_(std::move(folder)) {
+  Case(std::string file, const std::string& line) : file_(std::move(file)) {
     std::istringstream words(line);
     words >> op_;
     for (std::string word; words >> word;) {
@@ -46,21 +45,18 @@ class Case {
     if (values_.count(name) == 0) return nullptr;
     std::istringstream parts(value(name));
     Tensor t{};
-    std::string kind, bytes, skip;
+    t.name = name;
+    std::string kind;
+    char colon;
     std::getline(parts, kind, ':');
-    std::getline(parts, t.file, ':');
+    if (!(parts >> t.offset >> colon >> t.bytes >> colon >> t.skip))
+      fail("%s: %s=%s is no tensor", op_.c_str(), name.c_str(), value(name).c_str());
     t.is_output = kind != "in";
-    if (kind == "out") {
-      std::getline(parts, bytes, ':');
-      t.bytes = std::stoull(bytes);
-    } else {
-      std::ifstream in(folder_ + "/" + t.file, std::ios::binary);
-      if (!in) fail("cannot read %s", t.file.c_str());
-      t.content.assign(std::istreambuf_iterator<char>(in), {});
-      t.bytes = t.content.size();
+    if (kind != "out") {
+      t.content.resize(t.bytes);
+      std::ifstream in(file_, std::ios::binary);
+      if (!in.seekg(t.offset).read(t.content.data(), t.bytes)) fail("cannot read %s", name.c_str());
     }
-    std::getline(parts, skip, ':');
-    t.skip = std::stoull(skip);
     t.block = std::make_unique<char[]>(t.skip + t.bytes);
     tensors_.push_back(std::move(t));
     return tensors_.back().data();
@@ -72,7 +68,7 @@ class Case {
   void run(Launch launch) {
     std::vector<Output> outputs;
     for (const Tensor& t : tensors_) {
-      if (t.is_output) outputs.push_back({t.file.c_str(), t.data(), t.bytes});
+      if (t.is_output) outputs.push_back({t.name.c_str(), t.data(), t.bytes});
     }
     int error = cudaSuccess;
     try {
@@ -98,21 +94,20 @@ class Case {
   void check_inputs() const {
     for (const Tensor& t : tensors_) {
       if (!t.is_output && !std::equal(t.content.begin(), t.content.end(), t.data())) {
-        fail("the input %s was written to", t.file.c_str());
+        fail("the input %s was written to", t.name.c_str());
       }
     }
   }
 
   void write_outputs() const {
+    std::fstream out(file_, std::ios::binary | std::ios::in | std::ios::out);
     for (const Tensor& t : tensors_) {
-      if (!t.is_output) continue;
-      std::ofstream out(folder_ + "/" + t.file, std::ios::binary);
-      out.write(t.data(), static_cast<std::streamsize>(t.bytes));
-      if (!out.flush()) fail("cannot write %s", t.file.c_str());
+      if (t.is_output) out.seekp(t.offset).write(t.data(), t.bytes);
     }
+    if (!out.flush()) fail("cannot write %s", file_.c_str());
   }
 
-  std::string folder_, op_;
+  std::string file_, op_;
   std::map<std::string, std::string> values_;
   std::vector<Tensor> tensors_;
 };
@@ -126,7 +121,7 @@ int run_cases(int argc, char** argv, RunOp run_op) {
   for (std::string line; std::getline(cases, line);) {
     std::printf("run %s\n", line.c_str());
     std::fflush(stdout);  // a defect ends the program: the last line names its case
-    Case one(argv[1], line);
+    Case one(std::string(argv[1]) + "/tensors", line);
     run_op(one);
   }
   return 0;

@@ -7,12 +7,10 @@ much workspace it allocates, what it refuses, and the Python above it, run as on
 """
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from cuda_emu import build
-from cuda_emu.run import PROCESSES
 
 HERE = Path(__file__).parent / "in_torch"
 # What a kernel does not need, as a word of a residual that is not there, it passes on unset.
@@ -37,13 +35,9 @@ def build_library() -> Path:
     define = ["-DFASTCNN_WITH_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
     define += [f'-DTORCH_HEADERS="{torch.__version__}"']
     command = [build.find_gxx(), *FLAGS, *define, *include]
-
-    def compiled(source: Path) -> Path:
-        front = build.AS_CUDA if source in kernels else ["-include", str(HERE / "library.h")]
-        out = Path("library") / f"{source.name}.o"
-        return build.build([*command, *front, "-c", str(source)], [source], out)
-
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        objects = list(pool.map(compiled, [*kernels, *glue]))
+    as_glue = ["-include", str(HERE / "library.h")]
+    sources = [(source, [*command, *build.AS_CUDA]) for source in kernels]
+    sources += [(source, [*command, *as_glue]) for source in glue]
+    objects = build.compile_all(sources, Path("library"))
     link = ["-shared", "-Wl,-z,defs", *map(str, objects), str(torch_dir / "lib/libtorch_cpu.so")]
     return build.build([build.find_gxx(), *link], objects, Path("library/emulated.so"))

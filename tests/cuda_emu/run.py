@@ -1,11 +1,13 @@
 """Runs an op's CUDA kernels under the emulator: tensors in, tensors out."""
 
+import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from cuda_emu import build
@@ -35,7 +37,6 @@ class Result:
     tensors: dict[str, Tensor]
 
 
-PROCESSES = 2  # what CI's machines have cores for
 # The sources that an op needs beyond its own.
 SHARED = {"group_norm_act": ["slab_norm.cu"], "pixel_norm_act": ["slab_norm.cu"]}
 
@@ -52,18 +53,25 @@ def run_cases(op: str, cases: Sequence[Case], timeout: float = 600) -> list[Resu
     shared = [cuda / name for name in SHARED.get(op, ())]
     sources = [Path(__file__).with_name(f"{op}.cpp"), *of_op, *shared]
     program = build.build_runner(sources, Path(op))
-    parts = [cases[i::PROCESSES] for i in range(PROCESSES)]
-    with ThreadPoolExecutor(PROCESSES) as pool:
+    count = build.PROCESSES
+    parts = [cases[i::count] for i in range(count)]
+    with ThreadPoolExecutor(count) as pool:
         of_parts = list(pool.map(lambda part: _run_process(program, part, timeout), parts))
-    return [of_parts[i % PROCESSES][i // PROCESSES] for i in range(len(cases))]
+    return [of_parts[i % count][i // count] for i in range(len(cases))]
 
 
 def _run_process(program: Path, cases: Sequence[Case], timeout: float) -> list[Result]:
-    """One process for many cases, as its start costs more than a small case."""
+    """One process for many cases, and one file for their tensors.
+
+    A process costs more than a small case, and so does a file: on ext4 the creation of one goes
+    through those deleted before.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        lines = [_write(folder, i, case) for i, case in enumerate(cases)]
-        (folder / "cases").write_text("".join(f"{line}\n" for line in lines))
+        with (folder / "tensors").open("wb") as file:
+            written = [_write(file, case) for case in cases]
+            file.truncate(file.tell())
+        (folder / "cases").write_text("".join(f"{line}\n" for line, _ in written))
         done = subprocess.run(
             [program, folder], capture_output=True, text=True, check=False, timeout=timeout
         )
@@ -73,30 +81,37 @@ def _run_process(program: Path, cases: Sequence[Case], timeout: float) -> list[R
         errors = [
             int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("error ")
         ]
+        data = bytearray((folder / "tensors").read_bytes())
         return [
-            _read(folder, i, case, error)
-            for i, (case, error) in enumerate(zip(cases, errors, strict=True))
+            _read(data, case, places, error)
+            for case, (_, places), error in zip(cases, written, errors, strict=True)
         ]
 
 
-def _write(folder: Path, i: int, case: Case) -> str:
+def _write(file: BinaryIO, case: Case) -> tuple[str, dict[str, int]]:
+    """The case's line, with its inputs in the file and room for its outputs; where each one is."""
     words = [case.op, *(f"{name}={value!r}" for name, value in case.numbers.items())]
     given = {name: t for name, t in case.inputs.items() if t is not None}
-    for kind, tensors in (("in", given), ("inout", case.updated)):
+    places = {}
+    for kind, tensors in (("in", given), ("inout", case.updated), ("out", case.outputs)):
         for name, t in tensors.items():
             assert t.is_contiguous(), name
-            (folder / f"{i}.{name}").write_bytes(t.reshape(-1).view(torch.uint8).numpy().tobytes())
-            words.append(f"{name}={kind}:{i}.{name}:{case.skip.get(name, 0) * t.itemsize}")
-    for name, t in case.outputs.items():
-        assert t.is_contiguous(), name
-        words.append(f"{name}=out:{i}.{name}:{t.nbytes}:{case.skip.get(name, 0) * t.itemsize}")
-    return " ".join(words)
+            places[name] = file.tell()
+            skip = case.skip.get(name, 0) * t.itemsize
+            words.append(f"{name}={kind}:{places[name]}:{t.nbytes}:{skip}")
+            if kind == "out":
+                file.seek(t.nbytes, os.SEEK_CUR)
+            else:
+                file.write(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return " ".join(words), places
 
 
-def _read(folder: Path, i: int, case: Case, error: int) -> Result:
-    tensors = {}
-    if error == 0:
-        for name, t in (case.outputs | case.updated).items():
-            data = bytearray((folder / f"{i}.{name}").read_bytes())
-            tensors[name] = torch.frombuffer(data, dtype=t.dtype).reshape(t.shape)
-    return Result(error, tensors)
+def _read(data: bytearray, case: Case, places: dict[str, int], error: int) -> Result:
+    if error != 0:
+        return Result(error, {})
+
+    def tensor(name: str, t: Tensor) -> Tensor:
+        there = data[places[name] : places[name] + t.nbytes]
+        return torch.frombuffer(there, dtype=t.dtype).reshape(t.shape)
+
+    return Result(0, {name: tensor(name, t) for name, t in (case.outputs | case.updated).items()})
