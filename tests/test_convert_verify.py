@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from oracles import torchvision_resnet
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 
 from fastcnn import convert, functional, revert, verify
 from fastcnn.convert.comparable import Comparable
+from fastcnn.convert.difference import FACTOR, FACTORS, difference
+from fastcnn.convert.spy import Place
+from fastcnn.convert.verify import _RUNS
 from fastcnn.ops.conv2d_folded import FoldedConv2d
 
 Pair = namedtuple("Pair", ["left", "right"])  # as torchvision's outputs
@@ -90,6 +94,22 @@ def test_rounding_is_no_difference(training: bool, capsys: pytest.CaptureFixture
     assert printed == f"{result}\n"
     assert printed.strip().splitlines()[-1].startswith("no difference above rounding in")
     assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_chance_is_not_taken_for_a_difference() -> None:
+    # Once in 1e9 places, of one value or of many; a factor has two digits.
+    for m, factor in enumerate(FACTORS, 1):
+        assert 0.8e-9 < scipy.stats.f.sf(factor**2, m, _RUNS * m) < 1.2e-9, m
+    for m in range(len(FACTORS) + 1, 1000):
+        assert scipy.stats.f.sf(FACTOR**2, m, _RUNS * m) < 1e-9, m
+
+
+def test_few_values_may_differ_by_more() -> None:
+    place = Place("a", "b")
+    for sizes, factor in [((), 1301.6), ((2, 3, 7, 8), 19.2), ((11, 2, 3, 3), 4), ((64,), 4)]:
+        exact = torch.ones(sizes).double()
+        row = difference(place, "forward", (), exact, [exact + 0.1] * _RUNS, exact, exact)
+        assert row.limit == pytest.approx(factor * 0.1)
 
 
 @pytest.mark.parametrize("training", [True, False])

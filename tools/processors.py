@@ -2,9 +2,9 @@
 
     python tools/processors.py COMMAND...      the command that runs pytest
 
-Each instruction set that this processor has is tried with seed 0: oneDNN, PyTorch and fastcnn are
-held to it by their environment variables. Then the processor as it is, from five seeds. A set that
-it lacks is named, so that nobody takes it for tried.
+Each instruction set below this processor's own is tried with seed 0: oneDNN, PyTorch and fastcnn
+are held to it by their environment variables. Then the processor as it is, from five seeds. A set
+that it lacks is named, so that nobody takes it for tried.
 """
 
 import os
@@ -16,12 +16,16 @@ from typing import NamedTuple
 
 
 class InstructionSet(NamedTuple):
-    """What holds the three libraries to a set, and the flags of /proc/cpuinfo that it needs."""
+    """What holds the three libraries to a set, and flags of /proc/cpuinfo.
+
+    flags: what the set needs. above: with any of these oneDNN has a higher one.
+    """
 
     onednn: str
     aten: str
     fastcnn: str
     flags: frozenset[str]
+    above: frozenset[str]
 
     def environment(self) -> dict[str, str]:
         """Return the variables that the libraries read."""
@@ -34,11 +38,14 @@ class InstructionSet(NamedTuple):
 
 AVX2 = frozenset({"avx2", "fma", "f16c"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+BF16 = AVX512 | {"avx512_bf16"}
 SETS = [
-    InstructionSet("SSE41", "default", "baseline", frozenset({"sse4_1"})),
-    InstructionSet("AVX2", "avx2", "avx2", AVX2),
-    InstructionSet("AVX512_CORE", "avx512", "avx512", AVX512),
-    InstructionSet("AVX512_CORE_BF16", "avx512", "avx512", AVX512 | {"avx512_bf16"}),
+    InstructionSet("SSE41", "default", "baseline", frozenset({"sse4_1"}), frozenset({"avx"})),
+    InstructionSet("AVX2", "avx2", "avx2", AVX2, frozenset({"avx_vnni", "avx512f"})),
+    InstructionSet("AVX512_CORE", "avx512", "avx512", AVX512, frozenset({"avx512_vnni"})),
+    InstructionSet(
+        "AVX512_CORE_BF16", "avx512", "avx512", BF16, frozenset({"avx512_fp16", "amx_tile"})
+    ),
 ]
 SEEDS = range(5)
 
@@ -48,7 +55,7 @@ def main(command: list[str]) -> int:
     has = flags()
     for lacked in [s for s in SETS if not s.flags <= has]:
         say(f"not tried: {lacked.onednn} (this processor lacks {sorted(lacked.flags - has)})")
-    runs = [(s.onednn, s.environment(), 0) for s in SETS if s.flags <= has]
+    runs = [(s.onednn, s.environment(), 0) for s in SETS if s.flags <= has and s.above & has]
     runs += [("as it is", {}, seed) for seed in SEEDS]
     failed = [
         f"{name}, seed {seed}" for name, env, seed in runs if not run(command, name, env, seed)
