@@ -28,7 +28,7 @@ from fastcnn import convert
 from fastcnn.functional import conv_bn_act
 from fastcnn.lab import eager_twin
 from fastcnn.models.resnet import Bottleneck
-from fastcnn.ops.conv_bn_act_step import ConvBnActStep
+from fastcnn.ops.conv_bn_act.step import ConvBnActStep
 
 BATCH = {"resnet50": on(16, 256), "unet": on(1, 16)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

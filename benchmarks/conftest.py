@@ -4,7 +4,7 @@ Each benchmark gives candidates, the bytes that the op must move at least, and r
 that nothing is read from a warm cache). The table at the end shows medians; `speedup` is the median
 of ratios of neighbouring calls, and `of copy` is the floor's bytes over the time, as a share of the
 bandwidth that a copy of the same tensor reached in the same rounds. Where PyTorch has several ways,
-the fastest counts, and `beside` names it. On CUDA calls of ops are timed by fastcnn/plan/clock.py,
+the fastest counts, and `beside` names it. On CUDA calls of ops are timed by fastcnn/plan/timer.py,
 whole networks by the process's clock, as on the CPU; below the table stand the plans that ran,
 where there was a choice.
 
@@ -33,10 +33,10 @@ from where import HAS_CARD, ON_CARD, TINY
 
 from fastcnn import plan
 from fastcnn.lab import interleaved
-from fastcnn.plan.clock import timer_for
 from fastcnn.plan.environment import environment_of
 from fastcnn.plan.problem import describe
 from fastcnn.plan.table import table
+from fastcnn.plan.timer import timer_for
 
 START = time.monotonic()
 ROUNDS, WARMUP = (2, 0) if TINY else (12, 3)

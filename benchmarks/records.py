@@ -9,7 +9,7 @@ copy_gb_s of_copy  what a copy reached in the same rounds, bytes read and writte
                    of it with `floor_passes` passes over `bytes`
 images_per_s       by candidate       peak_bytes  likewise, beside what was there before
 kept_ratio         bytes kept for backward, as a share of eager's
-late               calls whose time may include waiting for the host (fastcnn/plan/clock.py)
+late               calls whose time may include waiting for the host (fastcnn/plan/timer.py)
 plans              problem: plan, of ours
 errors             by candidate, which then has no times; of the case alone: `error`, or why it
                    was `skipped`
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.lab import ratio
-from fastcnn.plan.clock import Timer
+from fastcnn.plan.timer import Timer
 
 __all__ = ["OURS", "Records", "counted", "measured"]
 

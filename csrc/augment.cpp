@@ -1,5 +1,5 @@
-// augment between torch and the kernels: what fastcnn/ops/augment.py declares, here checked,
-// allocated and launched.
+// augment between torch and the kernels: what fastcnn/ops/augment/interface.py declares, here
+// checked, allocated and launched.
 #include "augment.h"
 
 #include <torch/csrc/stable/library.h>

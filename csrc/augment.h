@@ -1,5 +1,5 @@
 // augment: y = normalise(noise(colour(image at affine(crop(flip(pixel)))))), with numbers of each
-// sample's own; fastcnn/ops/augment.py has the formula.
+// sample's own; fastcnn/ops/augment/interface.py has the formula.
 // What the kernels of every device see: sizes, types and pointers. No torch header.
 #pragma once
 

@@ -1,5 +1,5 @@
-// batch_norm_act between torch and the kernels: what fastcnn/ops/batch_norm_calls.py declares, here
-// checked, allocated and launched.
+// batch_norm_act between torch and the kernels: what fastcnn/ops/batch_norm_act/operators.py
+// declares, here checked, allocated and launched.
 #include "batch_norm_act.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,5 @@
 // Batch statistics over several processes, between torch and the kernels: what
-// fastcnn/ops/batch_norm_sync.py declares, here checked, allocated and launched.
+// fastcnn/ops/batch_norm_act/sync.py declares, here checked, allocated and launched.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>

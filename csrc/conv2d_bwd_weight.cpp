@@ -1,4 +1,4 @@
-// conv2d_bwd_weight between torch and the kernel: what fastcnn/ops/conv2d_bwd_weight.py declares,
+// conv2d_bwd_weight between torch and the kernel: what fastcnn/ops/conv2d/weight_grad.py declares,
 // here checked, allocated and called.
 #include "conv2d_bwd_weight.h"
 

@@ -1,5 +1,5 @@
-// conv2d_int8_epilogue between torch and the kernel: what fastcnn/ops/conv2d_int8.py declares, here
-// checked and called.
+// conv2d_int8_epilogue between torch and the kernel: what fastcnn/ops/conv2d_int8/interface.py
+// declares, here checked and called.
 #include "conv2d_int8.h"
 
 #include <torch/csrc/stable/library.h>

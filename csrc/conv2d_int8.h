@@ -1,6 +1,6 @@
-// conv2d_int8: what follows the int32 sums of an int8 convolution. fastcnn/ops/conv2d_int8.py holds
-// the formula, and says which of its operations is done in which type.
-// What the kernel sees: sizes and pointers. No torch header.
+// conv2d_int8: what follows the int32 sums of an int8 convolution.
+// fastcnn/ops/conv2d_int8/interface.py holds the formula, and says which of its operations is done
+// in which type. What the kernel sees: sizes and pointers. No torch header.
 #pragma once
 
 #include "common/cpu_capability.h"

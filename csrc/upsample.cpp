@@ -1,5 +1,5 @@
-// upsample between torch and the kernels: what fastcnn/ops/upsample.py declares, here checked,
-// allocated and launched.
+// upsample between torch and the kernels: what fastcnn/ops/upsample/interface.py declares, here
+// checked, allocated and launched.
 #include "upsample.h"
 
 #include <torch/csrc/stable/library.h>

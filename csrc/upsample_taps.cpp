@@ -1,5 +1,5 @@
-// upsample_taps between torch and the kernels: what fastcnn/ops/upsample_taps.py declares, here
-// checked, allocated and called.
+// upsample_taps between torch and the kernels: what fastcnn/ops/upsample_conv2d/taps.py declares,
+// here checked, allocated and called.
 #include "upsample_taps.h"
 
 #include <torch/csrc/stable/library.h>

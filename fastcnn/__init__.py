@@ -8,10 +8,10 @@ from fastcnn._version_check import check_torch
 check_torch(torch.__version__, _C.version)
 
 from fastcnn import augment, functional, models, nn, plan  # noqa: E402
+from fastcnn.common.library import load_kernels  # noqa: E402
 from fastcnn.convert import convert, report, revert, verify  # noqa: E402
 from fastcnn.memory import keep_freed_memory  # noqa: E402
 from fastcnn.models import create_model, list_models  # noqa: E402
-from fastcnn.ops._library import load_kernels  # noqa: E402
 
 load_kernels()
 

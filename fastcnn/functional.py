@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastcnn.ops import augment as _augment
-from fastcnn.ops import batch_norm_act as _batch_norm_act
-from fastcnn.ops import conv2d_int8 as _conv2d_int8
-from fastcnn.ops import conv_bn_act as _conv_bn_act
+from fastcnn.common.activation import Activation
 from fastcnn.ops import dropout as _dropout
 from fastcnn.ops import group_norm_act as _group_norm_act
-from fastcnn.ops import upsample as _upsample
-from fastcnn.ops.activation import Activation
-from fastcnn.ops.augment_parameters import AugmentParameters
-from fastcnn.ops.conv2d_int8_pack import PackedConv2dInt8
-from fastcnn.ops.conv2d_int8_pack import pack_conv2d_int8 as _pack_conv2d_int8
-from fastcnn.ops.conv_bn_act_step import ConvBnActBlock, ConvBnActStep, MaxPool, Memory
+from fastcnn.ops.augment import interface as _augment
+from fastcnn.ops.augment.parameters import AugmentParameters
+from fastcnn.ops.batch_norm_act import interface as _batch_norm_act
+from fastcnn.ops.conv2d_int8 import interface as _conv2d_int8
+from fastcnn.ops.conv2d_int8.packed_weight import PackedConv2dInt8
+from fastcnn.ops.conv2d_int8.packed_weight import pack_conv2d_int8 as _pack_conv2d_int8
+from fastcnn.ops.conv_bn_act import interface as _conv_bn_act
+from fastcnn.ops.conv_bn_act.step import ConvBnActBlock, ConvBnActStep, MaxPool, Memory
+from fastcnn.ops.upsample import interface as _upsample
 
 __all__ = [
     "AugmentParameters",
@@ -196,9 +196,9 @@ def conv2d_int8(
             \frac{\mathrm{act}(z)}{s_y} + z_y\right)\right)
 
     A quantised number q stands for (q - zero_point) * scale, a weight for w * weight_scale[o].
-    Sums are int32 and exact, rounding is to nearest even. fastcnn/ops/conv2d_int8.py writes down
-    every operation with the type it is done in: y is the same integers on every backend, and
-    without a residual those of onnx.reference's QLinearConv. There is no backward.
+    Sums are int32 and exact, rounding is to nearest even. fastcnn/ops/conv2d_int8/interface.py
+    writes down every operation with the type it is done in: y is the same integers on every
+    backend, and without a residual those of onnx.reference's QLinearConv. There is no backward.
 
     Args:
         x: [n, c, h, w] uint8 or int8, dense in channels_last or NCHW. channels_last is faster: NCHW

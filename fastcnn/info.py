@@ -5,20 +5,8 @@ import platform
 import torch
 
 from fastcnn import _C, plan
-from fastcnn.ops.conv2d_int8_sums import pairs_saturate
-
-# By op: the kernels on the CPU and on CUDA.
-BACKENDS = {
-    "augment": ("C++", "CUDA C++"),
-    "batch_norm_act": ("C++", "CUDA C++"),
-    "conv2d_int8": ("oneDNN through PyTorch + C++", "Triton"),
-    "conv_bn_act": (
-        "oneDNN through PyTorch + C++", "cuDNN through PyTorch + CUDA C++, or Triton, as planned",
-    ),
-    "dropout": ("C++", "CUDA C++"),
-    "group_norm_act": ("C++", "CUDA C++"),
-    "upsample": ("C++", "CUDA C++"),
-}  # fmt: skip
+from fastcnn.ops.backends import BACKENDS
+from fastcnn.ops.conv2d_int8.onednn import pairs_saturate
 
 
 def facts() -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastcnn.augment import Augment
 from fastcnn.functional import AugmentParameters
-from fastcnn.ops.augment_pack import pack
+from fastcnn.ops.augment.pack import pack
 from fastcnn.reference.augment import coordinates
 
 SIZE = (37, 51)  # odd, and no whole number of vectors

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastcnn.ops import conv2d_folded, conv_bn_act
+from fastcnn.ops.conv_bn_act import folded as conv2d_folded
+from fastcnn.ops.conv_bn_act import interface as conv_bn_act
 
 T = TypeVar("T")
 HAS_CARD = torch.cuda.is_available()

@@ -19,8 +19,8 @@ from torch import Tensor
 from fastcnn import functional
 from fastcnn.augment import Augment
 from fastcnn.functional import ConvBnActStep
-from fastcnn.ops.augment_pack import pack
-from fastcnn.ops.batch_norm_sync import joined_statistics
+from fastcnn.ops.augment.pack import pack
+from fastcnn.ops.batch_norm_act.sync import joined_statistics
 from fastcnn.ops.group_norm_act import pixel_norm_act
 from fastcnn.ops.instance_norm_act import instance_norm_act
 

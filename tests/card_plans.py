@@ -8,7 +8,8 @@ import pytest
 from card import HAS_CARD
 
 import fastcnn.plan
-from fastcnn.ops import conv2d_folded, conv_bn_act
+from fastcnn.ops.conv_bn_act import folded as conv2d_folded
+from fastcnn.ops.conv_bn_act import interface as conv_bn_act
 from fastcnn.plan import OPS, Problem
 from fastcnn.plan.planner import Plan
 

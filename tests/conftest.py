@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 
 # In order of worth: what a change breaks first, and breaks most, is asked first. Then the others.
 FIRST = (
-    "test_house", "test_guard", "test_batch_norm_act", "test_group_norm_act", "test_dropout",
+    "test_layout", "test_guard", "test_batch_norm_act", "test_group_norm_act", "test_dropout",
     "test_upsample", "test_augment", "test_activation", "test_cancellation", "test_conv_bn_act",
     "test_conv2d", "test_nn", "test_errors", "test_convert", "test_composition",
 )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcnn.functional import ConvBnActStep, conv_bn_act
-from fastcnn.ops.conv2d_folded import FoldedConv2d
+from fastcnn.ops.conv_bn_act.folded import FoldedConv2d
 
 
 class Pair(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastcnn import convert
 from fastcnn.convert.converted import untraceable
-from fastcnn.convert.layers import NORMS, kind_of
+from fastcnn.convert.graph.layers import NORMS, kind_of
 from fastcnn.convert.report import rows
 
 _segmentation = torchvision.models.segmentation

@@ -20,17 +20,17 @@ from shapes import LAYOUTS
 from torch import Tensor
 
 from fastcnn.augment import Augment
+from fastcnn.common.batch_norm_params import Norm
 from fastcnn.functional import batch_norm_act, conv2d_int8, dropout, group_norm_act, interpolate
 from fastcnn.nn import LayerNorm2d
-from fastcnn.ops.conv2d_fused import (
+from fastcnn.ops.conv2d.fused import (
     Gradient,
     Input,
     conv2d_fused,
     conv2d_fused_bwd_input,
     conv2d_fused_bwd_weight,
 )
-from fastcnn.ops.conv_bn_act_step import Geometry
-from fastcnn.ops.norm import Norm
+from fastcnn.ops.conv_bn_act.step import Geometry
 
 ops = torch.ops.fastcnn
 SIZES = {

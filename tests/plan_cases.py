@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.plan.environment import environment_of
-from fastcnn.plan.file import PlanFile
+from fastcnn.plan.plan_file import PlanFile
 from fastcnn.plan.planner import Planner
 from fastcnn.plan.problem import Device, Problem
 from fastcnn.plan.registry import Candidate, Finish, Kernel, Op

@@ -12,8 +12,8 @@ from tolerance import accumulator, assert_rounded
 from torch import Tensor
 
 from fastcnn import reference
+from fastcnn.common.activation import ACT_NUMBER, act_number
 from fastcnn.functional import batch_norm_act
-from fastcnn.ops.activation import ACT_NUMBER, act_number
 
 
 def run(z: Tensor, act: str) -> tuple[Tensor, Tensor]:

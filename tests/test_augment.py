@@ -32,7 +32,7 @@ from torch.library import opcheck
 from fastcnn import reference
 from fastcnn.augment import Augment
 from fastcnn.functional import AugmentParameters, augment
-from fastcnn.ops.augment_pack import pack
+from fastcnn.ops.augment.pack import pack
 
 F = v2.functional
 BILINEAR, EXACT = v2.InterpolationMode.BILINEAR, v2.InterpolationMode.NEAREST_EXACT

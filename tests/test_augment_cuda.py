@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastcnn import reference
 from fastcnn.functional import AugmentParameters
-from fastcnn.ops.augment_pack import pack
+from fastcnn.ops.augment.pack import pack
 from fastcnn.reference.augment import coordinates
 from fastcnn.reference.augment import masks as reference_masks
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastcnn.augment import Augment, AugmentParameters
 from fastcnn.augment import draw as drawing
-from fastcnn.augment.stream import words
+from fastcnn.common.philox import words
 from fastcnn.functional import augment
 
 MANY = 4000

@@ -16,7 +16,7 @@ from cuda_emu.run import DTYPE_NUMBER, Case, run_cases
 from seeds import seeded
 from torch import Tensor
 
-from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.common.activation import ACT_NUMBER
 
 INVALID_VALUE = 1  # cudaErrorInvalidValue
 SMALL_DEVICE = {"sm_count": 3, "shared_bytes": STAGES}

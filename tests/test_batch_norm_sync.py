@@ -37,9 +37,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastcnn import functional
 from fastcnn.nn import BatchNormAct2d, conv_bn_act, convert_sync_batchnorm
-from fastcnn.ops import conv_bn_act as conv_bn_act_op
-from fastcnn.ops import conv_bn_act_check
-from fastcnn.ops.conv_bn_act_step import Geometry
+from fastcnn.ops.conv_bn_act import interface as conv_bn_act_op
+from fastcnn.ops.conv_bn_act import validate as conv_bn_act_check
+from fastcnn.ops.conv_bn_act.step import Geometry
 
 WORLD = 2
 SECONDS = 600  # far more than the processes need, also beside others; a hang then fails

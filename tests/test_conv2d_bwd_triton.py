@@ -35,9 +35,8 @@ from triton_proof import (
     without_tf32,
 )
 
-from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.common.activation import ACT_NUMBER
 from fastcnn.triton import conv2d_bwd
-from fastcnn.triton.conv2d import Prologue, conv2d
 from fastcnn.triton.conv2d_bwd import (
     Activated,
     BatchNormGradient,
@@ -45,7 +44,8 @@ from fastcnn.triton.conv2d_bwd import (
     conv2d_bwd_input,
     conv2d_bwd_weight,
 )
-from fastcnn.triton.launch import arch_of, matrix
+from fastcnn.triton.conv2d_fwd import Prologue, conv2d
+from fastcnn.triton.device import arch_of, matrix
 
 pytestmark = pytest.mark.gpu
 

@@ -14,8 +14,8 @@ from shapes import LAYOUTS
 from tolerance import assert_same
 from torch import nn
 
-from fastcnn.ops.conv2d_folded import FoldedConv2d
-from fastcnn.ops.convolution import folds
+from fastcnn.ops.conv2d.onednn import folds
+from fastcnn.ops.conv_bn_act.folded import FoldedConv2d
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch was built without oneDNN"

@@ -12,7 +12,8 @@ from shapes import LAYOUTS
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fastcnn.ops import conv2d_folded, conv_bn_act_eval
+from fastcnn.ops.conv_bn_act import folded as conv2d_folded
+from fastcnn.ops.conv_bn_act import inference as conv_bn_act_eval
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch was built without oneDNN"

@@ -15,9 +15,10 @@ from test_conv_bn_act_frozen import Operators
 from torch import Tensor
 from torch.library import opcheck
 
-from fastcnn.ops import conv_bn_act, conv_bn_act_check
-from fastcnn.ops.conv_bn_act_step import Geometry
-from fastcnn.triton import operators
+from fastcnn.ops.conv2d import fused_cuda as operators
+from fastcnn.ops.conv_bn_act import interface as conv_bn_act
+from fastcnn.ops.conv_bn_act import validate as conv_bn_act_check
+from fastcnn.ops.conv_bn_act.step import Geometry
 
 ops = torch.ops.fastcnn
 GEOMETRY = ([1, 1], [1, 1], [1, 1], 1)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastcnn import info, reference
 from fastcnn.functional import conv2d_int8
-from fastcnn.ops import conv2d_int8_sums
+from fastcnn.ops.conv2d_int8 import onednn as conv2d_int8_sums
 
 ONNX_TYPES = {torch.uint8: TensorProto.UINT8, torch.int8: TensorProto.INT8}
 

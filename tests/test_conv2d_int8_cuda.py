@@ -18,8 +18,8 @@ from triton import knobs
 
 from fastcnn import reference
 from fastcnn.functional import conv2d_int8, pack_conv2d_int8
-from fastcnn.ops.conv2d_int8_call import Call
-from fastcnn.triton import conv2d_int8 as launches
+from fastcnn.ops.conv2d_int8 import cuda as launches
+from fastcnn.ops.conv2d_int8.arguments import Call
 
 pytestmark = pytest.mark.gpu
 PLAIN = Case((2, 16, 5, 4), 24, 3, "for anything", padding=1)

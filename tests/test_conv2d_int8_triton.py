@@ -9,10 +9,10 @@ from card import DEVICE, thinned
 from test_conv2d_triton import GEOMETRIES
 from torch import Tensor
 
-from fastcnn.ops.conv2d_int8_call import Call
+from fastcnn.ops.conv2d_int8.arguments import Call
+from fastcnn.ops.conv2d_int8.cuda import launch
 from fastcnn.reference.conv2d_int8 import conv2d_int8 as reference
-from fastcnn.triton.conv2d_int8 import launch
-from fastcnn.triton.launch import Tile
+from fastcnn.triton.tiles import Tile
 
 pytestmark = pytest.mark.gpu
 SMALL = Tile(m=32, n=16, k=32, warps=4, stages=2, group=2)

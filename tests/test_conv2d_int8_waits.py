@@ -13,9 +13,9 @@ from triton_proof import INTERPRETED
 
 from fastcnn import reference
 from fastcnn.functional import conv2d_int8, pack_conv2d_int8
-from fastcnn.ops.conv2d_int8_call import Call
-from fastcnn.ops.conv2d_int8_data import check_data
-from fastcnn.triton import conv2d_int8 as launches
+from fastcnn.ops.conv2d_int8 import cuda as launches
+from fastcnn.ops.conv2d_int8.arguments import Call
+from fastcnn.ops.conv2d_int8.value_checks import check_data
 
 pytestmark = pytest.mark.gpu
 

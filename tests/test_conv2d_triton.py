@@ -26,11 +26,11 @@ from triton_proof import (
     without_tf32,
 )
 
-from fastcnn.ops.activation import ACT_NUMBER
-from fastcnn.ops.conv2d_fused import allows_tf32
-from fastcnn.ops.norm import Norm
-from fastcnn.triton.conv2d import Epilogue, Prologue, Tile, conv2d
-from fastcnn.triton.launch import checked_norm
+from fastcnn.common.activation import ACT_NUMBER
+from fastcnn.common.batch_norm_params import Norm
+from fastcnn.triton.conv2d_fwd import Epilogue, Prologue, Tile, conv2d
+from fastcnn.triton.support import allows_tf32
+from fastcnn.triton.validate import checked_norm
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcnn.nn import BatchNormAct2d, Block, conv_bn_act, conv_bn_act_blocks
-from fastcnn.ops.convolution import folds
+from fastcnn.ops.conv2d.onednn import folds
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch was built without oneDNN"

@@ -20,9 +20,20 @@ from roundings import Expected
 from torch import Tensor, nn
 
 from fastcnn.nn import BatchNormAct2d, Block
-from fastcnn.ops import conv2d_folded, conv_bn_act, conv_bn_act_check, conv_bn_act_eval
-from fastcnn.ops.conv2d_folded import FoldedConv2d
-from fastcnn.ops.conv_bn_act_step import Geometry
+from fastcnn.ops.conv_bn_act import (
+    folded as conv2d_folded,
+)
+from fastcnn.ops.conv_bn_act import (
+    inference as conv_bn_act_eval,
+)
+from fastcnn.ops.conv_bn_act import (
+    interface as conv_bn_act,
+)
+from fastcnn.ops.conv_bn_act import (
+    validate as conv_bn_act_check,
+)
+from fastcnn.ops.conv_bn_act.folded import FoldedConv2d
+from fastcnn.ops.conv_bn_act.step import Geometry
 
 Plan = tuple[bool, bool, bool]  # fused, dx_fused, dw_fused
 Force = Callable[..., None]

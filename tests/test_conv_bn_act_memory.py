@@ -26,7 +26,7 @@ ACTS = ["none", "relu", "silu"]
 
 
 def expected_bytes(model: Stage, x: Tensor, residual: Tensor | None = None) -> int:
-    """The table at the top of fastcnn/ops/conv_bn_act.py as a sum."""
+    """The table at the top of fastcnn/ops/conv_bn_act/interface.py as a sum."""
     raw: dict[nn.Module, Tensor] = {}
     eager = copy.deepcopy(model).train(False)
     eager.fused = False

@@ -17,10 +17,10 @@ from torch import nn
 
 import fastcnn.plan.tune
 from fastcnn.nn import BatchNormAct2d, conv_bn_act
-from fastcnn.ops import conv_bn_act as op_module
-from fastcnn.ops import conv_bn_act_problem
-from fastcnn.ops.conv_bn_act_eval import EVAL
-from fastcnn.ops.conv_bn_act_plan import BWD, FWD
+from fastcnn.ops.conv_bn_act import interface as op_module
+from fastcnn.ops.conv_bn_act import problem as conv_bn_act_problem
+from fastcnn.ops.conv_bn_act.candidates import BWD, FWD
+from fastcnn.ops.conv_bn_act.inference import EVAL
 from fastcnn.plan import OPS, Problem
 from fastcnn.plan.planner import Planner
 from fastcnn.plan.tune import tune

@@ -15,7 +15,7 @@ from tolerance import assert_same
 from torch import Tensor, nn
 
 from fastcnn import convert
-from fastcnn.convert import runtime
+from fastcnn.convert.codegen import runtime
 from fastcnn.convert.converted import Converted
 
 

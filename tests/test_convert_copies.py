@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from fastcnn import convert, revert
+from fastcnn.convert.codegen.runtime import notes
 from fastcnn.convert.converted import Converted
-from fastcnn.convert.runtime import notes
 
 
 class Small(nn.Module):

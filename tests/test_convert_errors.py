@@ -11,7 +11,7 @@ from tolerance import assert_same
 from torch import nn
 
 from fastcnn import convert, revert
-from fastcnn.convert import runtime
+from fastcnn.convert.codegen import runtime
 from fastcnn.convert.converted import Converted
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from zoo import slow_but
 
 from fastcnn import convert
-from fastcnn.convert.comparable import Comparable, without_dropout
+from fastcnn.convert.verify.determinism import Comparable, without_dropout
 
 
 def told_apart(model: nn.Module) -> nn.Module:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import fastcnn
 from fastcnn import convert, report
-from fastcnn.convert.report import Row, left, rows, table
+from fastcnn.convert.report import rows
+from fastcnn.convert.rows import Row, left, table
 
 CONV, CPP = "oneDNN through PyTorch + C++", "C++"
 

@@ -18,11 +18,11 @@ from tolerance import assert_same
 from torch import Tensor, nn
 
 from fastcnn import convert, functional, revert, verify
-from fastcnn.convert.comparable import Comparable
-from fastcnn.convert.difference import FACTOR, FACTORS, difference
-from fastcnn.convert.spy import Place
-from fastcnn.convert.verify import _RUNS
-from fastcnn.ops.conv2d_folded import FoldedConv2d
+from fastcnn.convert.verify.capture import Place
+from fastcnn.convert.verify.determinism import Comparable
+from fastcnn.convert.verify.difference import FACTOR, FACTORS, difference
+from fastcnn.convert.verify.verify import _RUNS
+from fastcnn.ops.conv_bn_act.folded import FoldedConv2d
 
 Pair = namedtuple("Pair", ["left", "right"])  # as torchvision's outputs
 

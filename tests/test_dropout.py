@@ -16,10 +16,10 @@ from tolerance import assert_rounded, walk
 from torch import Tensor, nn
 
 from fastcnn import reference
+from fastcnn.common.philox import philox4x32_10
 from fastcnn.functional import dropout
 from fastcnn.lab import kept_for_backward
 from fastcnn.nn import Dropout, Dropout2d
-from fastcnn.philox import philox4x32_10
 from fastcnn.reference.dropout import draws, threshold
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastcnn.nn import BatchNormAct2d, Block
 from fastcnn.nn.conv_bn_act import Step
-from fastcnn.ops.convolution import onednn_crashes
+from fastcnn.ops.conv2d.onednn_workarounds import onednn_crashes
 
 # 26 and more: where bfloat16 in channels_last has a weight gradient of its own.
 WIDTHS = st.one_of(st.integers(1, 12), st.sampled_from([16, 26, 32, 40, 64]))

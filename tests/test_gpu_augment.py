@@ -9,7 +9,7 @@ from seeds import seeded
 from torch import Tensor
 
 from fastcnn.augment import Augment
-from fastcnn.ops.augment_parameters import AugmentParameters
+from fastcnn.ops.augment.parameters import AugmentParameters
 
 pytestmark = pytest.mark.gpu
 

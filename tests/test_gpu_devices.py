@@ -8,7 +8,7 @@ from seeds import seed_all
 
 import fastcnn.plan
 from fastcnn.nn import BatchNormAct2d, conv_bn_act
-from fastcnn.ops import conv_bn_act_plan
+from fastcnn.ops.conv_bn_act import candidates as conv_bn_act_plan
 from fastcnn.plan import OPS
 from fastcnn.plan.planner import Planner
 

@@ -15,8 +15,9 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastcnn import convert
-from fastcnn.ops import batch_norm_act, conv_bn_act_step
-from fastcnn.ops.process_group import Group, group_of
+from fastcnn.common.process_group import Group, group_of
+from fastcnn.ops.batch_norm_act import interface as batch_norm_act
+from fastcnn.ops.conv_bn_act import step as conv_bn_act_step
 
 # Not by gloo: PyTorch 2.13 holds the interpreter's lock while destroy_process_group waits for a
 # thread that may need it, to let go of a DDP reduction, and then waits forever.

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fastcnn.functional import augment, batch_norm_act, dropout, group_norm_act, interpolate
 from fastcnn.nn import LayerNorm2d
-from fastcnn.ops.conv2d_fused import Input, conv2d_fused, conv2d_fused_bwd_input
-from fastcnn.ops.conv2d_fused import conv2d_fused_bwd_weight as bwd_weight
-from fastcnn.ops.conv_bn_act_step import Geometry
+from fastcnn.ops.conv2d.fused import Input, conv2d_fused, conv2d_fused_bwd_input
+from fastcnn.ops.conv2d.fused import conv2d_fused_bwd_weight as bwd_weight
+from fastcnn.ops.conv_bn_act.step import Geometry
 from fastcnn.reference.dropout import draws, threshold
 
 pytestmark = pytest.mark.gpu

@@ -13,8 +13,8 @@ from shapes import LAYOUTS
 from tolerance import assert_rounded
 from torch import Tensor, nn
 
+from fastcnn.common.activation import ACT_NUMBER
 from fastcnn.nn import BatchNormAct2d, GroupNormAct, InstanceNormAct2d, LayerNorm2d
-from fastcnn.ops.activation import ACT_NUMBER
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

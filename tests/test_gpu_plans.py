@@ -20,11 +20,11 @@ from torch import Tensor
 import fastcnn.plan
 import fastcnn.plan.tune
 from fastcnn.nn import BatchNormAct2d, conv_bn_act
-from fastcnn.ops import conv_bn_act as conv_bn_act_op
-from fastcnn.ops.conv_bn_act_plan import BWD, FWD
+from fastcnn.ops.conv_bn_act import interface as conv_bn_act_op
+from fastcnn.ops.conv_bn_act.candidates import BWD, FWD
 from fastcnn.plan import OPS, Problem
 from fastcnn.plan.environment import environment_of
-from fastcnn.plan.file import PlanFile
+from fastcnn.plan.plan_file import PlanFile
 from fastcnn.plan.planner import Planner
 
 pytestmark = pytest.mark.gpu
@@ -40,7 +40,7 @@ from card import DEVICE, HAS_CARD
 from seeds import seed_all
 import fastcnn.plan.tune
 from fastcnn.nn import BatchNormAct2d, conv_bn_act
-from fastcnn.ops import conv_bn_act as op
+from fastcnn.ops.conv_bn_act import interface as op
 
 if not HAS_CARD:
     import triton_proof

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from fastcnn._constant_result import constant_result
+from fastcnn.common.constant_result import constant_result
 
 HEAVY = [
     "torch._dynamo",

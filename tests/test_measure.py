@@ -1,4 +1,4 @@
-"""fastcnn.lab.measure against counts made by hand."""
+"""fastcnn.plan.measure against counts made by hand."""
 
 import gc
 import time

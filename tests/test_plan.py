@@ -9,7 +9,7 @@ from plan_cases import H200, Clock, candidate, planner, problem
 from seeds import seed_all
 from torch import Tensor
 
-from fastcnn.plan.file import Entry
+from fastcnn.plan.plan_file import Entry
 from fastcnn.plan.planner import measured
 from fastcnn.plan.problem import Problem
 from fastcnn.plan.tune import prove

@@ -10,7 +10,7 @@ from plan_cases import Clock, candidate, planner, problem
 from seeds import seeded
 from torch import Tensor
 
-from fastcnn.plan.check import Wrong, difference, errors, limit
+from fastcnn.plan.accuracy import Wrong, difference, errors, limit
 from fastcnn.plan.problem import Problem
 from fastcnn.plan.registry import Candidate, Finish
 

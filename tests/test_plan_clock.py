@@ -1,4 +1,4 @@
-"""fastcnn.plan.clock on CUDA, against a device whose time and whose host's time are made up."""
+"""fastcnn.plan.timer on CUDA, against a device whose time and whose host's time are made up."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastcnn.lab import interleaved
-from fastcnn.plan.clock import Timer, timer_for
+from fastcnn.plan.timer import Timer, timer_for
 
 DEVICE = torch.device("cuda", 1)
 CLEARING = 80e-6

@@ -12,9 +12,9 @@ from gpu.adopt import MEASURED, adopt
 from plan_cases import H200, Clock, candidate, planner, problem
 
 import fastcnn
-from fastcnn.plan import file as plan_file
+from fastcnn.plan import plan_file
 from fastcnn.plan.environment import environment_of, hash_of
-from fastcnn.plan.file import Entry, PlanFile, folder
+from fastcnn.plan.plan_file import Entry, PlanFile, folder
 
 HERE = Path(__file__).parent
 ENTRY = Entry("a", {"a": 1.0, "b": 2.0}, {"c": "wrong"})
@@ -225,7 +225,7 @@ def test_two_processes_tune_at_once(
     n = 60
     # Without locks: what is written may be overwritten, but every file read is whole (no warning,
     # which would end the process).
-    code = PROCESS if locks else "import fastcnn.plan.file as f; f.fcntl = None" + PROCESS
+    code = PROCESS if locks else "import fastcnn.plan.plan_file as f; f.fcntl = None" + PROCESS
     env = {**os.environ, "PYTHONPATH": str(HERE)}
     processes = [
         subprocess.Popen(

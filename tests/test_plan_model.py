@@ -4,8 +4,8 @@ import pytest
 import torch
 from plan_cases import H200, problem
 
-from fastcnn.plan.cards import CARDS, Kernel, card_of, predicted_seconds
 from fastcnn.plan.problem import Device, Problem, describe
+from fastcnn.plan.roofline import CARDS, Kernel, card_of, predicted_seconds
 
 CUDA = torch.device("cuda", 0)
 

@@ -15,9 +15,9 @@ import fastcnn.plan
 from fastcnn import info
 from fastcnn.plan import OPS, Candidate, choose, register
 from fastcnn.plan import problem as plan_problem
-from fastcnn.plan.clock import timer_for
 from fastcnn.plan.planner import mode_of_environment
 from fastcnn.plan.problem import describe
+from fastcnn.plan.timer import timer_for
 
 
 def test_modes(tmp_path: Path) -> None:

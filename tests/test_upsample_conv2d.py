@@ -19,10 +19,10 @@ from tolerance import assert_same
 from torch import Tensor, nn
 
 from fastcnn import _C
-from fastcnn.ops import upsample_conv2d as module
-from fastcnn.ops.upsample_conv2d import upsample_conv2d
-from fastcnn.ops.upsample_conv2d_folded import FoldedUpsampleConv2d
-from fastcnn.ops.upsample_taps import upsample_taps_bwd, upsample_taps_fwd
+from fastcnn.ops.upsample_conv2d import interface as module
+from fastcnn.ops.upsample_conv2d.folded import FoldedUpsampleConv2d
+from fastcnn.ops.upsample_conv2d.interface import upsample_conv2d
+from fastcnn.ops.upsample_conv2d.taps import upsample_taps_bwd, upsample_taps_fwd
 
 pytorchs_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 CL = torch.channels_last

@@ -15,7 +15,7 @@ from torch import Tensor
 from upsample_cases import axis, resize_errors
 
 from fastcnn import reference
-from fastcnn.ops.upsample_arguments import SAMPLING_NUMBER
+from fastcnn.ops.upsample.arguments import SAMPLING_NUMBER
 
 INVALID_VALUE = 1  # cudaErrorInvalidValue
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

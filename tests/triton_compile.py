@@ -22,8 +22,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastcnn.ops.activation import ACT_NUMBER
-from fastcnn.ops.norm import Norm
+from fastcnn.common.activation import ACT_NUMBER
+from fastcnn.common.batch_norm_params import Norm
+from fastcnn.ops.conv2d_int8.cuda import default_tile as default_int8_tile
 from fastcnn.triton import (
     conv2d_bwd_kernels,
     conv2d_int8_kernels,
@@ -32,8 +33,7 @@ from fastcnn.triton import (
     pointwise_bwd_kernels,
 )
 from fastcnn.triton.conv2d_bwd import Sums
-from fastcnn.triton.conv2d_int8 import default_tile as default_int8_tile
-from fastcnn.triton.launch import (
+from fastcnn.triton.tiles import (
     Tile,
     blocks,
     default_tile,

@@ -23,18 +23,20 @@ from kernel_cases import TRITON, image
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastcnn.common.batch_norm_params import Norm
 from fastcnn.functional import conv2d_int8
-from fastcnn.ops import conv2d_int8 as int8
-from fastcnn.ops.conv2d_fused import (
+from fastcnn.ops.conv2d import fused_cuda as operators
+from fastcnn.ops.conv2d.fused import (
     Gradient,
     Input,
     conv2d_fused,
     conv2d_fused_bwd_input,
     conv2d_fused_bwd_weight,
 )
-from fastcnn.ops.conv_bn_act_step import Geometry
-from fastcnn.ops.norm import Norm
-from fastcnn.triton import conv2d, conv2d_bwd, operators
+from fastcnn.ops.conv2d_int8 import interface as int8
+from fastcnn.ops.conv_bn_act.step import Geometry
+from fastcnn.triton import conv2d_bwd
+from fastcnn.triton import conv2d_fwd as conv2d
 
 # A H200's.
 PROCESSORS, MOST_THREADS, MOST_SHARED = 132, 1024, 227 * 2**10

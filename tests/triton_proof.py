@@ -17,7 +17,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import interpreter
 
-from fastcnn.ops.norm import Norm
+from fastcnn.common.batch_norm_params import Norm
 
 INTERPRETED = knobs.runtime.interpret
 

@@ -9,7 +9,7 @@
 
 namespace fastcnn {
 
-// The numbers are part of the operator schemas: fastcnn/ops/activation.py holds the same table.
+// The numbers are part of the operator schemas: fastcnn/common/activation.py holds the same table.
 enum class Act : int32_t {
   kNone = 0,
   kRelu = 1,

@@ -2,6 +2,6 @@
 
 from fastcnn.augment.collate import Collate
 from fastcnn.augment.module import Augment
-from fastcnn.ops.augment_parameters import AugmentParameters
+from fastcnn.ops.augment.parameters import AugmentParameters
 
 __all__ = ["Augment", "AugmentParameters", "Collate"]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastcnn.augment.ranges import Range, Ranges
-from fastcnn.augment.stream import words
-from fastcnn.ops.augment_parameters import AugmentParameters
+from fastcnn.common.philox import words
+from fastcnn.ops.augment.parameters import AugmentParameters
 
 Size = tuple[int, int]
 _ATTEMPTS = 10  # as torchvision's RandomResizedCrop and RandomErasing

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from fastcnn.augment import draw as drawing
 from fastcnn.augment.ranges import Ranges
 from fastcnn.functional import augment
-from fastcnn.ops.augment import check_images, check_mask_fill, check_size
-from fastcnn.ops.augment_parameters import AugmentParameters
+from fastcnn.ops.augment.interface import check_images, check_mask_fill, check_size
+from fastcnn.ops.augment.parameters import AugmentParameters
 
 
 def _check_count(n: int) -> None:

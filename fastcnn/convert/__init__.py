@@ -1,7 +1,7 @@
 """Conversion of anybody's model: convert, revert, report and verify."""
 
+from fastcnn.convert.api import convert, revert
 from fastcnn.convert.report import report
-from fastcnn.convert.tree import convert, revert
-from fastcnn.convert.verify import verify
+from fastcnn.convert.verify.verify import verify
 
 __all__ = ["convert", "report", "revert", "verify"]

@@ -22,14 +22,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
-from fastcnn._constant_result import constant_result
-from fastcnn.convert import runtime
-from fastcnn.convert.describe import describe
-from fastcnn.convert.guards import Guard
-from fastcnn.convert.patterns import Matcher, Pattern
-from fastcnn.convert.rewrite import comparison_of, drop_identities, function_of, fuse
-from fastcnn.convert.runtime import Options
-from fastcnn.convert.trace import Untraceable, arguments_of, is_leaf, trace
+from fastcnn.common.constant_result import constant_result
+from fastcnn.convert.codegen import runtime
+from fastcnn.convert.codegen.rewrite import comparison_of, drop_identities, function_of, fuse
+from fastcnn.convert.codegen.runtime import Options
+from fastcnn.convert.graph.describe import describe
+from fastcnn.convert.graph.guards import Guard
+from fastcnn.convert.graph.patterns import Matcher, Pattern
+from fastcnn.convert.graph.trace import Untraceable, arguments_of, is_leaf, trace
 
 # By module: why its forward is not replaced.
 untraceable: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()

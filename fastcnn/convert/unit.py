@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 from torch import fx, nn
 
-from fastcnn.convert import runtime
+from fastcnn.convert.codegen import runtime
+from fastcnn.convert.codegen.rewrite import fuse
 from fastcnn.convert.converted import Conversion, as_original, match
-from fastcnn.convert.describe import describe
-from fastcnn.convert.patterns import Chain, Matcher, Norm, Pattern
-from fastcnn.convert.rewrite import fuse
-from fastcnn.convert.trace import trace
+from fastcnn.convert.graph.describe import describe
+from fastcnn.convert.graph.patterns import Chain, Matcher, Norm, Pattern
+from fastcnn.convert.graph.trace import trace
 
 # Where the functions are that fused graphs call.
-_OURS = ("fastcnn.convert.runtime", "fastcnn.convert.folded")
+_OURS = ("fastcnn.convert.codegen.runtime", "fastcnn.convert.codegen.folded")
 
 
 class Call(NamedTuple):

@@ -14,7 +14,7 @@ from fastcnn.models.checkpoint import PathLike
 from fastcnn.models.init import initialise
 from fastcnn.models.network import Features, Network
 from fastcnn.models.weights import load_weights
-from fastcnn.ops.conv_bn_act_step import Memory, check_memory
+from fastcnn.ops.conv_bn_act.step import Memory, check_memory
 
 __all__ = ["architecture", "create_model", "list_models", "register"]
 

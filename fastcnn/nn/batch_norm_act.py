@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastcnn.common.activation import Activation, act_number
 from fastcnn.functional import batch_norm_act
-from fastcnn.ops.activation import Activation, act_number
 
 
 def uses_batch_statistics(bn: _BatchNorm) -> bool:

@@ -13,7 +13,7 @@ from fastcnn.nn.batch_norm_act import (
     step_momentum,
     uses_batch_statistics,
 )
-from fastcnn.ops.conv_bn_act_step import Memory
+from fastcnn.ops.conv_bn_act.step import Memory
 
 Step = (
     tuple[torch.nn.Conv2d, BatchNormAct2d]

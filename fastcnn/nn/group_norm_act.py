@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcnn.common.activation import Activation, act_number
 from fastcnn.functional import batch_norm_act, group_norm_act
-from fastcnn.ops.activation import Activation, act_number
 from fastcnn.ops.group_norm_act import pixel_norm_act
 from fastcnn.ops.instance_norm_act import instance_norm_act
 

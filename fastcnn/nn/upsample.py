@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.functional import interpolate
-from fastcnn.ops.upsample_arguments import sampling_number
+from fastcnn.ops.upsample.arguments import sampling_number
 
 
 class Upsample(torch.nn.Upsample):

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.ops._library import apply, declare, distinct, positional
-from fastcnn.ops.checks import check_dense, check_like, memory_format_of
+from fastcnn.common.checks import check_dense, check_like, memory_format_of
+from fastcnn.common.library import apply, declare, distinct, positional
 
 OP = "dropout"
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.ops._library import apply, declare, distinct, once_differentiable, positional
-from fastcnn.ops.accumulate import acc_type, as_acc
-from fastcnn.ops.activation import act_number
-from fastcnn.ops.checks import check_channels, check_eps, check_image, memory_format_of
+from fastcnn.common.activation import act_number
+from fastcnn.common.checks import check_channels, check_eps, check_image, memory_format_of
+from fastcnn.common.dtypes import acc_type, as_acc
+from fastcnn.common.library import apply, declare, distinct, once_differentiable, positional
 
 OP = "group_norm_act"
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastcnn.ops._library import apply, distinct
-from fastcnn.ops.checks import check_parameters
+from fastcnn.common.checks import check_parameters
+from fastcnn.common.library import apply, distinct
 from fastcnn.ops.group_norm_act import GroupNormActFunction, check_norm
 
 _update_running = torch.ops.fastcnn.batch_norm_update_running.default

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn._constant_result import constant_result
-from fastcnn.plan.cards import Kernel
+from fastcnn.common.constant_result import constant_result
 from fastcnn.plan.planner import Planner, measured, mode_of_environment, open_file
 from fastcnn.plan.problem import Problem, describe
 from fastcnn.plan.registry import OPS, Candidate, Op, register
+from fastcnn.plan.roofline import Kernel
 from fastcnn.plan.table import Row, table
 
 __all__ = [

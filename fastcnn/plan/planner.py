@@ -24,12 +24,12 @@ from typing import NamedTuple
 
 import torch
 
-from fastcnn.plan.cards import card_of, predicted_seconds
-from fastcnn.plan.clock import Timer, timer_for
 from fastcnn.plan.environment import environment_of
-from fastcnn.plan.file import Entry, PlanFile, folder, parse
+from fastcnn.plan.plan_file import Entry, PlanFile, folder, parse
 from fastcnn.plan.problem import Device, Problem, describe
 from fastcnn.plan.registry import Candidate, Op
+from fastcnn.plan.roofline import card_of, predicted_seconds
+from fastcnn.plan.timer import Timer, timer_for
 from fastcnn.plan.tune import prove, tune
 
 __all__ = ["MODES", "Plan", "Planner", "measured", "mode_of_environment", "open_file"]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastcnn.plan.cards import Kernel
 from fastcnn.plan.problem import Problem
+from fastcnn.plan.roofline import Kernel
 
 __all__ = ["OPS", "Candidate", "Op", "register"]
 

@@ -5,9 +5,10 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from fastcnn.common.text_table import WIDTH
+
 __all__ = ["Row", "table"]
 
-WIDTH = 100
 HEADER = ("problem", "plan", "source", "ms")
 # What a problem is without saying so.
 DEFAULTS = {"stride=1x1", "padding=0x0", "dilation=1x1", "groups=1"}

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastcnn.plan import check
-from fastcnn.plan.clock import Timer
-from fastcnn.plan.file import Entry
+from fastcnn.plan import accuracy as check
+from fastcnn.plan.measure import interleaved
+from fastcnn.plan.plan_file import Entry
 from fastcnn.plan.problem import Problem
 from fastcnn.plan.registry import Candidate, Op
+from fastcnn.plan.timer import Timer
 
 __all__ = ["prove", "tune"]
 
@@ -32,8 +33,6 @@ def tune(op: Op, problem: Problem, candidates: Sequence[Candidate], timer: Timer
         RuntimeError: none is right; or the device is out of order since one ran.
         ValueError: the op's yardstick is not registered.
     """
-    from fastcnn.lab.measure import interleaved  # lab imports models, and they ops that are planned
-
     with _apart(problem.device):
         tensors, refused = _checked(op, problem, candidates, timer)
         for name, why in refused.items():

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastcnn.augment.stream import words
-from fastcnn.ops.augment_parameters import AugmentParameters
+from fastcnn.common.philox import words
+from fastcnn.ops.augment.parameters import AugmentParameters
 
 Numbers = float | Sequence[float]
 

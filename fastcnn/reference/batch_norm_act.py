@@ -1,34 +1,8 @@
 """batch_norm_act in elementary PyTorch operations, without torch's own batch norm."""
 
-import math
-
-import torch
 from torch import Tensor
 
-from fastcnn.ops.activation import act_number
-
-
-def activation(z: Tensor, act: str) -> Tensor:
-    """Apply an activation by name. A NaN comes through."""
-    match act:
-        case "none":
-            return z
-        case "relu":
-            return torch.where(z <= 0, 0.0, z)
-        case "relu6":
-            return torch.where(z <= 0, 0.0, torch.where(z >= 6, 6.0, z))
-        case "leaky_relu":
-            return torch.where(z > 0, z, 0.01 * z)
-        case "silu":
-            return z * torch.sigmoid(z)
-        case "gelu":
-            return z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
-        case "sigmoid":
-            return torch.sigmoid(z)
-        case "hardswish":
-            return z * (z + 3).clamp(0, 6) / 6
-    act_number("activation", act)  # raises, naming those there are
-    raise NotImplementedError(f"activation: {act} has no reference")
+from fastcnn.common.activation import activation
 
 
 def batch_norm_act(

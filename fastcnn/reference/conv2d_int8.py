@@ -24,7 +24,7 @@ def conv2d_int8(
     out_scale: float | None = None,
     out_zero_point: int | None = None,
 ) -> Tensor:
-    """Return y, by the formula at the top of fastcnn/ops/conv2d_int8.py."""
+    """Return y, by the formula at the top of fastcnn/ops/conv2d_int8/interface.py."""
 
     def one(number: float | None) -> Tensor:  # as float32 has it
         return torch.tensor(number, dtype=torch.float32, device=x.device)

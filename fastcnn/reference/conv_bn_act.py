@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcnn.ops.conv_bn_act_step import ConvBnActBlock, ConvBnActStep
+from fastcnn.ops.conv_bn_act.step import ConvBnActBlock, ConvBnActStep
 from fastcnn.reference.batch_norm_act import batch_norm_act
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastcnn.philox import LOW, philox4x32_10
+from fastcnn.common.philox import LOW, philox4x32_10
 
 
 def draws(seed: int, index: Tensor) -> Tensor:

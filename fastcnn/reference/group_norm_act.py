@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fastcnn.reference.batch_norm_act import activation
+from fastcnn.common.activation import activation
 
 
 def group_norm_act(

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from fastcnn.ops.activation import ACT_NUMBER
+from fastcnn.common.activation import ACT_NUMBER
 
 NONE, RELU, RELU6, LEAKY_RELU, SILU, GELU, SIGMOID, HARDSWISH = (
     tl.constexpr(number) for number in ACT_NUMBER.values()

@@ -6,44 +6,42 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastcnn.ops.conv2d_fused import allows_tf32
-from fastcnn.ops.norm import Norm
-from fastcnn.triton.conv2d import Prologue
+from fastcnn.common.batch_norm_params import Norm
+from fastcnn.common.conv_geometry import Pair, output_size
 from fastcnn.triton.conv2d_bwd_kernels import (
     conv2d_bwd_input_kernel,
     conv2d_bwd_weight_kernel,
     sum_tiles_kernel,
 )
+from fastcnn.triton.conv2d_fwd import Prologue
 from fastcnn.triton.depthwise_kernels import (
     depthwise_bwd_input_kernel,
     depthwise_bwd_weight_kernel,
 )
-from fastcnn.triton.launch import (
-    Pair,
+from fastcnn.triton.device import current_device, has_descriptors, matrix, processors
+from fastcnn.triton.pointwise_bwd_kernels import (
+    pointwise_bwd_input_kernel,
+    pointwise_bwd_weight_kernel,
+)
+from fastcnn.triton.support import allows_tf32
+from fastcnn.triton.tiles import (
     Tile,
     blocks,
     cdiv,
+    default_tile,
+    depthwise_blocks,
+    depthwise_tile,
+    half_steps,
+    power_of_2,
+    weight_tile,
+)
+from fastcnn.triton.validate import (
     check_groups,
     check_numbers,
     check_pixels,
     check_sizes,
     check_tensors,
     checked_norm,
-    current_device,
-    default_tile,
-    depthwise_blocks,
-    depthwise_tile,
-    half_steps,
-    has_descriptors,
-    matrix,
-    output_size,
-    power_of_2,
-    processors,
-    weight_tile,
-)
-from fastcnn.triton.pointwise_bwd_kernels import (
-    pointwise_bwd_input_kernel,
-    pointwise_bwd_weight_kernel,
 )
 
 

@@ -1,4 +1,4 @@
-"""Convolutions of 8-bit integers, to the same integers as fastcnn/ops/conv2d_int8.py's formula.
+"""Convolutions of 8-bit integers, by the formula of fastcnn/ops/conv2d_int8/interface.py.
 
     acc[p, o] = sum over taps and channels of (x - x_zero_point) * w        int32, exact
 

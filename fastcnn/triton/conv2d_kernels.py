@@ -9,7 +9,7 @@ Where a tap lies outside the image a is 0, prologue or not. A norm, forward and 
     norm(t) = (t - mean[c]) * scale[c] + bias[c]   scale = rstd * weight, rstd = 1 / sqrt(var + eps)
 
 in float32, centred first; rstd and scale are made in the kernel, of vectors. Kernels take it as
-fastcnn/ops/norm.py has it, with a weight and a bias.
+fastcnn/common/batch_norm_params.py has it, with a weight and a bias.
 
 A program makes a tile of BLOCK_M pixels and BLOCK_N channels of one group. It walks the taps, and
 for each the channels in steps of BLOCK_K; with few channels (FLAT) it walks both as one range, so

@@ -20,7 +20,7 @@ from seeds import seeded
 from torch import Tensor
 
 from fastcnn import reference
-from fastcnn.ops.activation import ACT_NUMBER, slope_is_in_y
+from fastcnn.common.activation import ACT_NUMBER, slope_is_in_y
 
 U = 2.0**-24
 # The longest chain of float32 additions in the tests' shapes: 72 values in a thread, then 8 joins

@@ -26,8 +26,7 @@ from seeds import seeded
 from torch import Tensor
 
 from fastcnn import reference
-from fastcnn.ops.activation import ACT_NUMBER
-from fastcnn.reference.batch_norm_act import activation
+from fastcnn.common.activation import ACT_NUMBER, activation
 
 # The longest chain of float32 additions in the tests' shapes: 24 vectors of 8 values in a thread,
 # then 9 joins of lanes and 8 of partial values; each rounds twice, its product and its sum.

@@ -1,0 +1,189 @@
+"""convert and revert: which modules of a model get a class of their own."""
+
+from typing import Any, Literal, TypeVar, get_args
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import nn
+
+from fastcnn.convert.codegen.runtime import HAS_CUDA, Options
+from fastcnn.convert.converted import Conversion, Converted, LayerConversion, untraceable
+from fastcnn.convert.graph.guards import has_hooks
+from fastcnn.convert.graph.layers import NORMS, changes, kind_of, own_act
+from fastcnn.convert.graph.trace import Untraceable, is_leaf
+from fastcnn.convert.rows import left, rows_of, table
+from fastcnn.ops.conv_bn_act.step import Memory, check_memory
+
+Model = TypeVar("Model", bound=nn.Module)
+Mode = Literal["train", "infer"]
+Backend = Literal["auto", "cpu", "cuda"]
+
+
+def convert(
+    model: Model,
+    mode: Mode = "train",
+    backend: Backend = "auto",
+    strict: bool = False,
+    memory: Memory = "default",
+) -> Model:
+    """Let fused kernels run what of a model they can, in place, and return it.
+
+    Each module's forward is traced (torch.fx) and what the trace holds of these runs as one call:
+
+        conv (+ bias) - BatchNorm - activation - max pooling, and chains of them, whose activations
+        backward rebuilds instead of keeping; with an addition before the last activation
+        BatchNorm, GroupNorm, InstanceNorm, LayerNorm2d - activation
+        interpolate or Upsample, and torch.cat([skip, it], 1) behind it
+        dropout
+
+    A forward that does not trace stays as it is, and its children are converted by themselves.
+    Parameters, buffers, state_dict keys, hooks, module names, flags and isinstance stay what they
+    are; :func:`revert` gives back the model as it was. ``fastcnn.report(model)`` shows what was
+    fused and what was not, with the reason; ``fastcnn.verify(model, x)`` compares.
+
+    A converted module compares itself at each call with what was traced. Where hooks, children or
+    attributes have changed it warns once and runs as written. Dropout draws other masks than
+    PyTorch from the same seed. A fused call is differentiable once.
+
+    Args:
+        model: any, on any device; where it is itself converted in this way already, nothing
+            happens.
+        mode: "train", for training and evaluation; or "infer": in evaluation each convolution's
+            weights are kept with the batch norm folded in and in the layout that its kernel wants,
+            as long as nobody changes them, which costs their memory once more; convolutions
+            without a batch norm are fused with their activation too. It trains as well.
+        backend: "auto": the kernels of the device that a call's input is on, and PyTorch where
+            there are none for it, which report says. "cpu" or "cuda": those of that device, and an
+            error where they cannot run a call.
+        strict: raise where anything convertible was not converted.
+        memory: what a chain keeps for backward: "default", "low" or "lowest", see
+            fastcnn.functional.conv_bn_act_blocks.
+
+    Raises:
+        TypeError: a model that is no Module, or a ScriptModule.
+        ValueError: an unknown mode, backend or memory; a backend that this build does not have;
+            with strict=True, what was not converted, as report's table; the model is then left as
+            it was.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"convert: model: expected a torch.nn.Module, got {type(model).__name__}")
+    _check("mode", mode, get_args(Mode))
+    _check("backend", backend, get_args(Backend))
+    check_memory("convert", memory)
+    if backend == "cuda" and not HAS_CUDA:
+        raise ValueError("convert: backend: expected 'auto' or 'cpu' from a build without CUDA")
+    options = Options(mode, backend, memory)
+    if not _is_converted(model, options):
+        revert(model)
+        _convert(model, options)
+        found = [m for m in model.modules() if isinstance(m, Converted)]
+        _done[model] = WeakSet(model.modules()), WeakSet(found), options
+    if strict:
+        unfused = left(rows_of(model))
+        if unfused:
+            revert(model)
+            raise ValueError(
+                f"convert: strict=True: expected all that is convertible to be converted, got\n"
+                f"{table(unfused)}"
+            )
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Give a converted model back its own forwards, bit for bit what it was, and return it.
+
+    Parameters, buffers and flags are those of now. A model that is not converted stays as it is.
+
+    Raises:
+        TypeError: a model that is no Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"revert: model: expected a torch.nn.Module, got {type(model).__name__}")
+    _done.pop(model, None)
+    for module in model.modules():
+        if isinstance(module, Converted):
+            _take_class(module)
+    return model
+
+
+def _take_class(module: Any) -> None:
+    """Give a module its own class back, also where a parametrization has derived one since."""
+    cls, original = type(module), module._fastcnn_class
+    if "_fastcnn_class" not in cls.__dict__:
+        original = type(cls.__name__, (original,), dict(cls.__dict__))
+    module.__class__ = original
+
+
+def _check(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"convert: {name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+# By converted model: the modules that were in it, those that were converted, what was asked for.
+_done: WeakKeyDictionary[nn.Module, tuple[WeakSet[nn.Module], WeakSet[nn.Module], Options]]
+_done = WeakKeyDictionary()
+
+
+def _is_converted(model: nn.Module, options: Options) -> bool:
+    """Whether a model is as its conversion with these options left it."""
+    modules, found, asked = _done.get(model, (None, None, None))
+    if asked != options or set(model.modules()) != set(modules or ()):
+        return False
+    converted: list[Any] = [m for m in model.modules() if isinstance(m, Converted)]
+    made = [m._fastcnn_conversion for m in converted]
+    same = set(converted) == set(found or ())
+    return same and all(one.options == options and one.holds() for one in made)
+
+
+def _convert(model: nn.Module, options: Options) -> None:
+    found: list[tuple[nn.Module, Conversion | LayerConversion]] = []
+    opaque: set[nn.Module] = set()  # called, not opened, by what is above them
+    names = {module: name for name, module in model.named_modules()}
+    for module in reversed(names):  # children before parents
+        made: Conversion | LayerConversion | None
+        if is_leaf(module):
+            made = LayerConversion(options) if _has_kernel(module) else None
+        elif isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            continue
+        else:
+            made = _conversion(module, names[module], options, opaque)
+            if has_hooks(module):
+                opaque.add(module)
+        if made is not None:
+            found.append((module, made))
+    for module, conversion in found:
+        conversion.apply(module)
+
+
+def _conversion(
+    module: nn.Module, name: str, options: Options, opaque: set[nn.Module]
+) -> Conversion | None:
+    """Return a module's plans, None where it has no pattern; note it where it has no trace.
+
+    A child that does not trace by itself, since it is called with a list, may do so from here.
+    """
+    below = [(path, m) for path, m in module.named_modules() if m is not module and m in opaque]
+    hooked = [path for path, m in below if has_hooks(m)]
+    attempts = [hooked] if len(hooked) == len(below) else [hooked, [path for path, _ in below]]
+    for leaves in attempts:
+        conversion = Conversion(name, options, leaves)
+        try:
+            fuses = conversion.prepare(module)
+        except Untraceable as error:
+            untraceable[module] = str(error)
+        else:
+            untraceable.pop(module, None)
+            return conversion if fuses else None
+    opaque.add(module)
+    return None
+
+
+def _has_kernel(layer: nn.Module) -> bool:
+    """Whether there is a kernel for a layer by itself."""
+    kind = kind_of(layer)
+    # A parametrized layer has a class of its own already, which comes and goes.
+    if changes(layer) is not None or hasattr(layer, "parametrizations"):
+        return False
+    if kind == "upsample":
+        return layer.mode in ("nearest", "bilinear", "nearest-exact")
+    return kind == "dropout" or (kind in NORMS and own_act(layer) is not None)

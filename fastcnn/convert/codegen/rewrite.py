@@ -1,0 +1,214 @@
+"""From a traced graph and its patterns to the Python function that runs instead of a forward."""
+
+import itertools
+import linecache
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fastcnn.convert.codegen import runtime
+from fastcnn.convert.codegen.folded import folded_chain, folded_upsampled_chain
+from fastcnn.convert.codegen.runtime import Options
+from fastcnn.convert.graph.guards import Guard, has_hooks
+from fastcnn.convert.graph.layers import kind_of
+from fastcnn.convert.graph.patterns import (
+    INTERPOLATE,
+    Chain,
+    Drop,
+    Matcher,
+    Norm,
+    Pattern,
+    Resize,
+    Step,
+)
+
+_numbers = itertools.count()
+
+
+def drop_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[nn.Module]:
+    """Remove nn.Identity's calls, which are in nobody's way then; return those modules."""
+    dropped = []
+    for node in list(graph.nodes):
+        module = modules[str(node.target)] if node.op == "call_module" else None
+        plain = type(module) is nn.Identity and not has_hooks(module)
+        if module is not None and plain and len(node.args) == 1 and not node.kwargs:
+            dropped.append(module)
+            node.replace_all_uses_with(cast(fx.Node, node.args[0]))
+            graph.erase_node(node)
+    return dropped
+
+
+def fuse(graph: fx.Graph, matcher: Matcher, patterns: Sequence[Pattern], options: Options) -> None:
+    """Put each pattern's call in the place of its last node, in the graph itself."""
+    emit = _Emitter(graph, matcher, options)
+    for run in _runs(patterns, matcher, options):
+        emit.run(run)
+
+
+def _runs(patterns: Sequence[Pattern], matcher: Matcher, options: Options) -> list[list[Pattern]]:
+    """Join residual blocks, from one with a projection to the next, where memory is "low".
+
+    A stage is joined as far as each block's output is seen by the next alone: backward then
+    rebuilds it from the stage's input.
+    """
+    runs: list[list[Pattern]] = []
+    for pattern in patterns:
+        before = runs[-1][-1] if runs else None
+        joins = (
+            options.memory == "low"
+            and isinstance(pattern, Chain)
+            and isinstance(before, Chain)
+            and pattern.residual == ()
+            and isinstance(before.residual, tuple)
+            and pattern.input is before.last
+            and set(before.last.users) <= set(pattern.nodes)
+            and matcher.may_move([*runs[-1], pattern])
+        )
+        runs[-1].append(pattern) if joins else runs.append([pattern])
+    return runs
+
+
+class _Emitter:
+    def __init__(self, graph: fx.Graph, matcher: Matcher, options: Options) -> None:
+        self._graph, self._matcher, self._options = graph, matcher, options
+        self._calls: dict[fx.Node, fx.Node] = {}  # by the last nodes, which are gone
+
+    def run(self, run: list[Pattern]) -> None:
+        """Replace the nodes of one pattern, or of joined blocks, by one call."""
+        last = self._matcher.last_of(run[-1])
+        with self._graph.inserting_before(last.next):
+            call = self._blocks(run) if len(run) > 1 else self._call(run[0])
+        last.replace_all_uses_with(call)
+        self._calls[last] = call
+        for node in reversed(list(self._graph.nodes)):
+            if any(node in pattern.nodes for pattern in run):
+                self._graph.erase_node(node)
+
+    def _call(self, p: Pattern) -> fx.Node:
+        call, options = self._graph.call_function, self._options
+        if isinstance(p, Chain):
+            return self._chain(p)
+        x, *more = [self._value(node) for node in p.inputs]
+        second = more[0] if more else None
+        if isinstance(p, Norm):
+            kind = kind_of(self._matcher.module(p.norm))
+            arguments = (x, self._module(p.norm), kind, p.act, second, options)
+            return call(runtime.norm_act, arguments)
+        if isinstance(p, Drop):
+            plain = p.drop.target is F.dropout
+            function = runtime.dropout if plain else runtime.dropout2d
+            return call(function, p.drop.args, {**p.drop.kwargs, "options": options})
+        skip = (second, p.skip_last, options)
+        if p.resize.op == "call_module":
+            return call(runtime.upsample, (x, self._module(p.resize), *skip))
+        beside = dict(zip(("concat", "concat_last", "options"), skip, strict=True))
+        return call(runtime.interpolate, (x,), self._resizing(p) | beside)
+
+    def _chain(self, p: Chain) -> fx.Node:
+        call, options = self._graph.call_function, self._options
+        folds = options.mode == "infer"
+        residual = self._value(p.residual) if isinstance(p.residual, fx.Node) else None
+        if p.resize is not None:
+            x, *more = [self._value(node) for node in p.resize.inputs]
+            beside = (more[0] if more else None, p.resize.skip_last)
+            module = p.resize.resize.op == "call_module"
+            how = self._module(p.resize.resize) if module else self._resizing(p.resize)
+            if folds:
+                run = folded_upsampled_chain(self._modules(p.steps), beside[1], options)
+                return call(run, (x, beside[0], how, residual))
+            arguments = (x, *beside, how, self._steps(p.steps), residual, options)
+            return call(runtime.upsampled_chain, arguments)
+        x = self._value(p.input)
+        if folds:
+            # What converted code has made itself nobody else has seen.
+            dies = p.residual_dies and (residual or x) in self._calls.values()
+            shortcut = self._modules(p.residual) if isinstance(p.residual, tuple) else None
+            return call(
+                folded_chain(self._modules(p.steps), shortcut, dies, options), (x, residual)
+            )
+        added = self._steps(p.residual) if isinstance(p.residual, tuple) else residual
+        return call(runtime.conv_bn_act, (x, self._steps(p.steps), added, options))
+
+    def _value(self, node: fx.Node) -> fx.Node:
+        """Return what now gives the value of a node."""
+        return self._calls.get(node, node)
+
+    def _resizing(self, p: Resize) -> dict[str, Any]:
+        """Return F.interpolate's arguments by name."""
+        how = dict(zip(INTERPOLATE[1:], p.resize.args[1:], strict=False)) | p.resize.kwargs
+        return {name: value for name, value in how.items() if name != "antialias"}
+
+    def _blocks(self, run: list[Any]) -> fx.Node:
+        x = self._value(run[0].input)
+        blocks = tuple((self._steps(p.steps), self._steps(p.residual)) for p in run)
+        return self._graph.call_function(runtime.conv_bn_act_blocks, (x, blocks, self._options))
+
+    def _steps(self, steps: Sequence[Step]) -> tuple[Any, ...]:
+        return tuple(
+            (
+                self._module(step.conv),
+                None if step.bn is None else self._module(step.bn),
+                step.act,
+                None if step.pool is None else self._module(step.pool),
+            )
+            for step in steps
+        )
+
+    def _modules(self, steps: Sequence[Step]) -> list[runtime.Step]:
+        """Return the steps with the modules themselves."""
+
+        def of(node: fx.Node | None) -> Any:
+            return None if node is None else self._matcher.module(node)
+
+        return [(of(step.conv), of(step.bn), step.act, of(step.pool)) for step in steps]
+
+    def _module(self, node: fx.Node) -> fx.Node:
+        return self._graph.create_node("get_attr", str(node.target))
+
+
+def comparison_of(guard: Guard, paths: dict[nn.Module, str], name: str) -> Callable[[Any], bool]:
+    """Return a function that compares a module with a guard's values in plain Python.
+
+    For torch.compile, which takes what the guard says for a constant: so it compiles anew where one
+    of these values changes.
+    """
+    values: dict[str, Any] = {}
+    lines = ["def holds(self):"]
+
+    def compare(found: str, value: Any, how: str) -> None:
+        values[f"value_{len(values)}"] = value
+        lines.append(f"    if not ({found} {how} value_{len(values) - 1}): return False")
+
+    for module in guard.kinds_compiled:
+        compare(f"type({_path_of(paths[module])})", type(module), "is")
+    for module, attribute, value in guard.seen_compiled:
+        compare(f"{_path_of(paths[module])}.{attribute}", value, "==")
+    return _executed("\n".join([*lines, "    return True"]), values, name)["holds"]
+
+
+def _path_of(path: str) -> str:
+    found = "self"
+    for part in path.split(".") if path else ():
+        found = f"{found}.{part}" if part.isidentifier() else f"getattr({found}, {part!r})"
+    return found
+
+
+def function_of(graph: fx.Graph, name: str) -> Callable[..., Any]:
+    """Compile a graph into a function of a module and its forward's arguments."""
+    code = graph.python_code("self")
+    return _executed(code.src, code.globals, name)["forward"]
+
+
+def _executed(source: str, values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Run source that defines one function, and return the names in it."""
+    # A file name of its own, whose text tracebacks and torch.compile's logs can show.
+    file = f"<fastcnn.convert {name} {next(_numbers)}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    namespace: dict[str, Any] = dict(values)
+    exec(compile(source, file, "exec"), namespace)
+    function = namespace.get("forward", namespace.get("holds"))
+    weakref.finalize(function, linecache.cache.pop, file, None)
+    return namespace

@@ -1,0 +1,411 @@
+"""Tracing of a module's forward, strictly: what a trace would bake in unseen is refused.
+
+torch.fx runs forward once with proxies in place of tensors and records what they meet. Whatever
+Python does beside that happens once, in the trace, and never again: a context manager is lost, a
+random number or a computed tensor becomes a constant, a counter stays where it is. Such a forward
+is `Untraceable`, with the reason; it keeps running as it is written, and its children are converted
+by themselves.
+
+What Python may read is its arguments' defaults and the modules' own plain attributes and flags,
+which `guards.py` compares at every call.
+"""
+
+import builtins
+import functools
+import gc
+import inspect
+import operator
+import pickle
+import random
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from fastcnn.convert.graph.layers import kind_of
+
+# Of a parameter or buffer: all that cannot change without the module changing.
+_FIXED = {"shape", "ndim", "layout"}  # not dtype and device, which .to() changes
+_FIXED_METHODS = {"_assert", "size", "dim", "numel", "ndimension"}
+# Their own names are refused while a trace is made.
+_is_inference, _is_autocast = torch.is_inference_mode_enabled, torch.is_autocast_enabled
+_real_isinstance = isinstance
+# While one thread traces, torch.fx's patches and ours are seen by all of them.
+_tracing = threading.RLock()
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+class Untraceable(Exception):
+    """The forward cannot be replaced by a trace of it; the text says why."""
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one of the layers that are called and not opened."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    inside = type(module).__module__.split(".")[:2]
+    ours = inside in (["torch", "nn"], ["fastcnn", "nn"]) or kind_of(module) is not None
+    return ours and not isinstance(module, _CONTAINERS)
+
+
+def arguments_of(forward: Callable[..., Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return the names of a method's arguments without a default, self apart, and the others'.
+
+    Raises:
+        Untraceable: it takes any number of them.
+    """
+    required: list[str] = []
+    optional: dict[str, Any] = {}
+    for parameter in list(inspect.signature(forward).parameters.values())[1:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise Untraceable(f"forward takes *{parameter.name}")
+        if parameter.default is parameter.empty:
+            required.append(parameter.name)
+        else:
+            optional[parameter.name] = parameter.default
+    return required, optional
+
+
+class Traced(NamedTuple):
+    """A forward's graph, and what it took from the modules."""
+
+    graph: fx.Graph
+    opened: list[nn.Module]  # whose forward is part of it, the module itself first
+    asked: list[nn.Module]  # whose flag `training` it has read
+
+
+def trace(module: nn.Module, leaves: set[nn.Module]) -> Traced:
+    """Return the graph of a module's forward with all arguments that have a default at it.
+
+    leaves: modules that are called, not opened, beside torch's and fastcnn's own layers.
+
+    Raises:
+        Untraceable: the forward does what a trace would not repeat.
+    """
+    if "forward" in module.__dict__:
+        raise Untraceable("has a forward of its own, which its class does not know")
+    with _tracing:
+        return _trace(module, leaves)
+
+
+def _trace(module: nn.Module, leaves: set[nn.Module]) -> Traced:
+    tracer = _Tracer(module, leaves)
+    before = _plain_state(module)
+    generators = [(get(), get, put) for get, put in _generators(module)]
+    try:
+        with _NoTensorsOfItsOwn(), _no_questions(), _flags_read() as asked:
+            graph = tracer.trace(module)
+    except Untraceable:
+        raise
+    except Exception as error:  # whatever somebody's forward raises on meeting a proxy
+        lines = str(error).strip().splitlines() or [""]
+        raise Untraceable(f"{type(error).__name__}: {lines[0]}") from error
+    finally:
+        drawn = [pickle.dumps(get()) != pickle.dumps(old) for old, get, _ in generators]
+        for old, _, put in generators:
+            put(old)
+        changed = _restore(before)
+    if any(drawn):
+        raise Untraceable("draws random numbers outside PyTorch")
+    if changed:
+        raise Untraceable(f"changes the attribute {changed}")
+    if tracer.keeps():
+        raise Untraceable("keeps a tensor outside its modules")
+    return Traced(graph, tracer.opened, [m for m in tracer.opened if m in asked])
+
+
+def _in_place(target: Any) -> Any:
+    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return record
+
+
+class _Proxy(fx.Proxy):
+    """torch.fx's, which would record `a += b` as `a = a + b`: the same for a alone."""
+
+    __iadd__ = _in_place(operator.iadd)
+    __isub__ = _in_place(operator.isub)
+    __imul__ = _in_place(operator.imul)
+    __itruediv__ = _in_place(operator.itruediv)
+    __ifloordiv__ = _in_place(operator.ifloordiv)
+    __imod__ = _in_place(operator.imod)
+    __ipow__ = _in_place(operator.ipow)
+    __iand__ = _in_place(operator.iand)
+    __ior__ = _in_place(operator.ior)
+    __ixor__ = _in_place(operator.ixor)
+    __ilshift__ = _in_place(operator.ilshift)
+    __irshift__ = _in_place(operator.irshift)
+
+
+class _TensorProxy(_Proxy):
+    """Stands for a tensor, and says so to isinstance: an input, or what a layer returns."""
+
+    stands_for: Any = Tensor
+
+
+class _ParameterProxy(_TensorProxy):
+    """Stands for a parameter."""
+
+    stands_for = nn.Parameter
+
+
+class _AnyProxy(_Proxy):
+    """Stands for anything else, and does not know its type."""
+
+
+def _isinstance(value: Any, classes: Any) -> bool:
+    """What isinstance is while a trace is made.
+
+    A `__class__` of the proxies would answer too, but to PyTorch's C++ as well, which then reads
+    the proxy's memory as a tensor's (torch.zeros(x) of a traced x).
+    """
+    kind = type(value)
+    if not issubclass(kind, fx.Proxy):
+        return _real_isinstance(value, classes)
+    if issubclass(kind, _TensorProxy):
+        return _real_isinstance(value, classes) or issubclass(kind.stands_for, classes)
+    if not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+        raise Untraceable("asks for the type of what an operation returns")
+    return _real_isinstance(value, classes)
+
+
+class _Tracer(fx.Tracer):
+    """torch.fx's tracer, with this module's leaves and refusals."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, root: nn.Module, leaves: set[nn.Module]) -> None:
+        # Not math's functions: wrapping them takes a third of a trace.
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
+        self._leaves = leaves
+        self.opened = [root]
+        self._thread = threading.get_ident()
+        self._proxies: list[weakref.ref[fx.Proxy]] = []
+        self._own = {id(t) for t in (*root.parameters(), *root.buffers())}
+        self._modes = _modes()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m in self._leaves or is_leaf(m)
+
+    def keeps(self) -> bool:
+        """Whether somebody still has a proxy, when all is traced."""
+        if any(ref() is not None for ref in self._proxies):
+            gc.collect()  # of cycles
+        return any(ref() is not None for ref in self._proxies)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        if not self.is_leaf_module(m, "") and m not in self.opened:
+            self.opened.append(m)
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        names, _ = arguments_of(root_fn)
+        if not names:
+            raise Untraceable("forward has no arguments")
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
+        return root_fn, [self.root, *proxies]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        made = self._proxy(node)
+        if node.op != "get_attr":  # which torch.fx keeps
+            self._proxies.append(weakref.ref(made))
+        return made
+
+    def _proxy(self, node: fx.Node) -> fx.Proxy:
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            is_parameter = name in self.root.get_submodule(owner)._parameters
+            return (_ParameterProxy if is_parameter else _TensorProxy)(node, self)
+        layer = node.op == "call_module" and is_leaf(self.root.get_submodule(str(node.target)))
+        return (_TensorProxy if layer or node.op == "placeholder" else _AnyProxy)(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if issubclass(type(a), fx.Proxy):
+            return a.node
+        if isinstance(a, Tensor) and id(a) not in self._own:
+            raise Untraceable("makes a tensor of its own")
+        if isinstance(a, dict) and type(a) is not dict:
+            pairs = [[key, value] for key, value in a.items()]
+            return self.create_node("call_function", type(a), (self.create_arg(pairs),), {})
+        return super().create_arg(a)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes:
+            raise Untraceable("computes in a context such as no_grad, autocast or checkpoint")
+        return super().create_node(*args, **kwargs)
+
+
+def _modes() -> tuple[Any, ...]:
+    """What context managers around an operation change, and a trace would lose."""
+    return (
+        torch._C.is_grad_enabled(),
+        _is_inference(),
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
+        *((_is_autocast(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
+    )
+
+
+class _NoTensorsOfItsOwn(TorchFunctionMode):
+    """Refuses all computation on tensors that are not proxies: it would not run again."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _has_proxy((args, kwargs)):
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+            if name not in _FIXED:
+                raise Untraceable(f"reads {name} of a parameter or buffer")
+        elif name not in _FIXED_METHODS:
+            raise Untraceable(f"computes {name} of parameters, or of no input at all")
+        return func(*args, **kwargs)
+
+
+def _has_proxy(value: Any) -> bool:
+    if issubclass(type(value), fx.Proxy):
+        return True
+    if isinstance(value, (tuple, list)):
+        return any(map(_has_proxy, value))
+    return isinstance(value, dict) and any(map(_has_proxy, value.values()))
+
+
+@contextmanager
+def _no_questions() -> Iterator[None]:
+    """Refuse questions about modes that may have another answer at the next call."""
+    thread = threading.get_ident()
+
+    def refusing(question: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(*args: Any) -> Any:
+            if threading.get_ident() != thread:
+                return question(*args)
+            raise Untraceable("asks whether gradients or autocast are on")
+
+        return refuse
+
+    with (
+        patch.object(torch, "is_grad_enabled", refusing(torch.is_grad_enabled)),
+        patch.object(torch, "is_autocast_enabled", refusing(torch.is_autocast_enabled)),
+        patch.object(torch, "is_inference_mode_enabled", refusing(_is_inference)),
+        patch.object(builtins, "isinstance", _isinstance),
+    ):
+        yield
+
+
+@contextmanager
+def _flags_read() -> Iterator[set[nn.Module]]:
+    """Note whose flag `training` is read: a property of the class comes before an attribute."""
+    asked: set[nn.Module] = set()
+
+    def get(module: nn.Module) -> Any:
+        asked.add(module)
+        return module.__dict__["training"]
+
+    def put(module: nn.Module, value: bool) -> None:
+        module.__dict__["training"] = value
+
+    with patch.object(nn.Module, "training", property(get, put), create=True):
+        yield asked
+
+
+def _generators(module: nn.Module) -> Iterator[tuple[Callable[[], Any], Callable[[Any], Any]]]:
+    """Yield how the states of random generators outside PyTorch are read and set."""
+    yield random.getstate, random.setstate
+    numpy: Any = sys.modules.get("numpy.random")
+    if numpy is not None:
+        yield numpy.get_state, numpy.set_state
+    for value in [value for m in module.modules() for value in m.__dict__.values()]:
+        if isinstance(value, random.Random):
+            yield value.getstate, value.setstate
+        elif numpy is not None and isinstance(value, numpy.RandomState):
+            yield value.get_state, value.set_state
+        elif numpy is not None and isinstance(value, numpy.Generator):
+            bits = value.bit_generator
+            yield (
+                functools.partial(getattr, bits, "state"),
+                functools.partial(setattr, bits, "state"),
+            )
+
+
+State = list[tuple[str, dict[str, Any], dict[str, Any]]]
+
+
+def _plain_state(module: nn.Module) -> State:
+    """What modules and the objects in them hold, lists and dictionaries copied one level deep."""
+    copied = (list, dict, set)
+    owners: dict[int, Any] = {}
+    for m in module.modules():
+        if not isinstance(m, torch.jit.ScriptModule):  # which caches its methods
+            objects = [v for v in m.__dict__.values() if _has_state(v)]
+            owners |= {id(owner): owner for owner in (m, *objects)}
+    return [
+        (
+            type(owner).__name__,
+            owner.__dict__,
+            {k: v.copy() if isinstance(v, copied) else v for k, v in owner.__dict__.items()},
+        )
+        for owner in owners.values()
+    ]
+
+
+def _has_state(value: Any) -> bool:
+    plain = not callable(value) and not isinstance(value, (Tensor, nn.Module, fx.Graph))
+    return plain and isinstance(getattr(value, "__dict__", None), dict)
+
+
+def _restore(before: State) -> str | None:
+    """Put the dictionaries back as they were; return the name of one entry that was not."""
+    changed = None
+    for owner, new, old in before:
+        for name in old.keys() | new.keys():
+            if name in old and name in new and _same(old[name], new[name]):
+                continue
+            changed = f"{owner}.{name}"
+            if name not in old:
+                del new[name]
+            elif _is_refillable(new.get(name), old[name]):
+                _refill(new[name], old[name])
+            else:
+                new[name] = old[name]
+    return changed
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two attributes are one object, or hold the same objects."""
+    if a is b:
+        return True
+    if type(a) is not type(b) or not isinstance(a, (list, dict, set)) or len(a) != len(b):
+        return False
+    if isinstance(a, set):
+        return a == b
+    if isinstance(a, dict):
+        return all(k in b and b[k] is v for k, v in a.items())
+    return all(x is y for x, y in zip(a, b, strict=True))
+
+
+def _is_refillable(new: Any, old: Any) -> bool:
+    return type(new) is type(old) and isinstance(old, (list, dict, set))
+
+
+def _refill(target: Any, source: Any) -> None:
+    target.clear()
+    target.extend(source) if isinstance(target, list) else target.update(source)

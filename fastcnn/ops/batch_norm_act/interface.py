@@ -1,0 +1,120 @@
+"""batch_norm_act: the formula, its autograd, and what a user calls.
+
+    z = (x - mean) * rstd * weight + bias + residual        rstd = 1 / sqrt(var + eps)
+    y = act(z)
+
+x, residual, y: [n, c, h, w]; mean, var (biased), weight, bias: [c]. mean and var have the
+accumulate type: float32, and float64 for a float64 x.
+
+Data movement in passes over the tensor: forward 3 (4 with a residual); backward 5, and 7 with a
+residual. Kept for backward: x, mean, var, the parameters; and one image more where a residual was
+added before an activation, since z cannot be rebuilt from x alone there. For relu and relu6 that is
+y, which tells the derivative and is the next layer's input anyway, so it costs no memory; for the
+others the residual itself, which is some layer's output. Without a residual z is rebuilt from x.
+
+The operators: fastcnn/ops/batch_norm_act/operators.py; over several processes: sync.py there.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcnn.common.activation import act_number
+from fastcnn.common.checks import check_image, check_like, check_parameters
+from fastcnn.common.library import apply, distinct, once_differentiable, positional
+from fastcnn.common.process_group import Group, group_of
+from fastcnn.ops.batch_norm_act.operators import (
+    batch_norm_act_apply,
+    batch_norm_act_bwd,
+    batch_norm_act_fwd,
+    image_to_save,
+    update_running,
+)
+
+OP = "batch_norm_act"
+
+
+class BatchNormActFunction(torch.autograd.Function):
+    """y, mean, var with statistics of the batch, and beside a group their count; else y alone."""
+
+    @staticmethod
+    @positional
+    def forward(
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        eps: float,
+        act: int,
+        group: Group | None,
+    ) -> tuple[Tensor, ...] | Tensor:
+        if mean is None or var is None:
+            return batch_norm_act_fwd(x, residual, weight, bias, eps, act, group)
+        return batch_norm_act_apply(x, residual, weight, bias, mean, var, eps, act)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, residual, weight, bias, mean, var, ctx.eps, ctx.act, ctx.group = inputs
+        ctx.training = mean is None
+        total = None
+        if ctx.training:
+            y, mean, var, *rest = output
+            ctx.mark_non_differentiable(mean, var, *rest)
+            total = rest[0] if rest else None
+        else:
+            y = output
+        ctx.set_materialize_grads(False)
+        ctx.has_residual = residual is not None
+        saved = image_to_save(ctx.act, y, residual)
+        ctx.save_for_backward(x, saved, weight, bias, mean, var, total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 9
+        x, saved, weight, bias, mean, var, total = ctx.saved_tensors
+        want_dx, want_dresidual, want_dweight, want_dbias = ctx.needs_input_grad[:4]
+        dx, dresidual, dweight, dbias = batch_norm_act_bwd(
+            dy, x, saved, weight, bias, mean, var, ctx.eps, ctx.act, ctx.training,
+            ctx.has_residual and want_dresidual, want_dx, want_dweight or want_dbias, total,
+            ctx.group,
+        )  # fmt: skip
+        return dx, dresidual, dweight, dbias, None, None, None, None, None
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    act: str,
+    sync: bool,
+    process_group: object,
+) -> Tensor:
+    """Check, apply, update the running statistics: see fastcnn.functional.batch_norm_act."""
+    check_image(OP, "input", input)
+    number = act_number(OP, act)
+    group = group_of(OP, sync, process_group)
+    check_parameters(
+        OP, input.shape, input, weight, bias, running_mean, running_var, training, momentum, eps,
+        is_part=group is not None,
+    )  # fmt: skip
+    if residual is not None:
+        check_like(OP, "residual", residual, input)
+    fixed = (None, None) if training else (running_mean, running_var)
+    tensors = distinct(input, residual, weight, bias, *fixed)
+    if not training:
+        return apply(BatchNormActFunction, *tensors, eps, number, None)
+    y, mean, var, *total = apply(BatchNormActFunction, *tensors, eps, number, group)
+    count = input.shape[0] * input.shape[2] * input.shape[3]
+    update_running(running_mean, running_var, mean, var, momentum, count, *total)
+    return y

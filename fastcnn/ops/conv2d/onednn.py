@@ -1,0 +1,106 @@
+"""oneDNN's convolution with an epilogue: the sum, the activation, one kernel for inference."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastcnn.common.checks import check_like, memory_format_of
+from fastcnn.ops.conv2d.aten import convolve, max_pool
+from fastcnn.ops.conv2d.onednn_workarounds import with_columns
+from fastcnn.ops.conv_bn_act.step import Geometry
+
+_convolution_pointwise = torch.ops.mkldnn._convolution_pointwise
+
+
+_convolution_pointwise_ = torch.ops.mkldnn._convolution_pointwise_
+
+
+def _onednn_types() -> tuple[torch.dtype, ...]:
+    if not torch.backends.mkldnn.is_available():
+        return ()
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if bf16 else (torch.float32,)
+
+
+# Asked once: torch.compile cannot trace the questions.
+_ONEDNN_TYPES = _onednn_types()
+
+
+# oneDNN's names of the activations, with their parameters: what the convolution's epilogue applies.
+_EPILOGUES: dict[str, tuple[str, list[float], str]] = {
+    "none": ("none", [], ""),
+    "relu": ("relu", [], ""),
+    "relu6": ("hardtanh", [0.0, 6.0], ""),
+    "leaky_relu": ("leaky_relu", [0.01], ""),
+    "silu": ("swish", [], ""),
+    "gelu": ("gelu", [], "none"),
+    "sigmoid": ("sigmoid", [], ""),
+    "hardswish": ("hardswish", [], ""),
+}
+
+
+# After a residual its epilogue has none or ReLU; the others are a pass of their own.
+AFTER_SUM: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "relu": F.relu_,
+    "relu6": lambda z: F.relu6(z, inplace=True),
+    "leaky_relu": F.leaky_relu_,
+    "silu": lambda z: F.silu(z, inplace=True),
+    "gelu": F.gelu,
+    "sigmoid": torch.sigmoid_,
+    "hardswish": lambda z: F.hardswish(z, inplace=True),
+}
+
+
+def folds(x: Tensor) -> bool:
+    """Whether oneDNN runs a step in inference as one convolution: its types on this processor."""
+    if x.device.type != "cpu" or torch.compiler.is_exporting():
+        return False
+    return x.dtype in _ONEDNN_TYPES
+
+
+def convolve_onednn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    g: Geometry,
+    act: str,
+    residual: Tensor | None,
+    own: bool,
+    into: bool = False,
+) -> Tensor:
+    """Return act(conv2d(x) + residual), pooled where the step pools.
+
+    into: write it into the residual, where the kernel that adds can.
+    """
+    x, g = with_columns(x, weight, g)
+    arguments = (weight, bias, g.padding, g.stride, g.dilation, g.groups)
+    if torch.compiler.is_compiling():
+        # It fuses plain operations by itself, and knows only half of what oneDNN's returns.
+        y = convolve(x, weight, bias, g)
+        if residual is not None:
+            if not own:
+                check_like("conv_bn_act", "residual", residual, y)
+            y += residual
+        y = AFTER_SUM[act](y)
+    elif residual is None:
+        y = _convolution_pointwise.default(x, *arguments, *_EPILOGUES[act])
+    else:
+        # In NCHW and with groups it adds in a pass of its own, whose ReLU does not know bfloat16.
+        one_pass = memory_format_of(x) is torch.channels_last and g.groups == 1
+        relu = "relu" if act == "relu" and (one_pass or x.dtype is torch.float32) else None
+        if single := residual.shape[2:] == (1, 1):
+            # In channels_last torch 2.11 adds images of one pixel in place only.
+            residual = residual.clone()
+        into = into and one_pass and residual.is_contiguous(memory_format=torch.channels_last)
+        if into or single:
+            y = _convolution_pointwise_.binary(residual, x, *arguments, "add", 1.0, relu, [], "")
+        else:
+            y = _convolution_pointwise.binary(x, residual, *arguments, "add", 1.0, relu, [], "")
+            if not own:  # oneDNN has copied another layout
+                check_like("conv_bn_act", "residual", residual, y)
+        if relu is None:
+            y = AFTER_SUM[act](y)
+    return max_pool(y, g)

@@ -1,0 +1,229 @@
+"""What a conv_bn_act chain saved for backward, and its backward pass: recomputation, gradients.
+
+A chain is a step or several, a block two chains: its steps and its shortcut.
+A step's input is rebuilt from the raw output before it, where the step needs it, and a raw output
+that was not kept by its convolution. Each tensor is dropped after its last use.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcnn.common.activation import ACT_NUMBER, slope_is_in_y
+from fastcnn.common.batch_norm_params import Norm
+from fastcnn.common.checks import in_format_of
+from fastcnn.common.library import afresh
+from fastcnn.ops.batch_norm_act.operators import batch_norm_act_apply, batch_norm_act_bwd
+from fastcnn.ops.conv2d.aten import convolve, max_pool, max_pool_bwd
+from fastcnn.ops.conv2d.fused import Gradient, Input, Sums
+from fastcnn.ops.conv_bn_act.passes import batch_norm_gradient, convolution_bwd, fused_raw, written
+from fastcnn.ops.conv_bn_act.step import BlockGeometry, Geometry, any_fused
+
+# Of a step: weight, conv_bias, bn_weight, bn_bias, and the fixed mean and var, which are None where
+# the batch's own are used.
+TENSORS = 6
+FIRST = 3  # the Function's arguments before the first step's
+
+
+@dataclass
+class SavedStep:
+    """A step's tensors; raw is None where it was not kept, and again after its last use."""
+
+    raw: Tensor | None
+    weight: Tensor
+    conv_bias: Tensor | None
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+    mean: Tensor
+    var: Tensor
+    total: Tensor | None
+
+
+class SavedSteps:
+    """A chain in backward. x is always the chain's input; `first` its place in the arguments."""
+
+    def __init__(self, steps: tuple[Geometry, ...], first: int) -> None:
+        self.geometry = steps
+        self.first = first
+        self.saved: list[SavedStep] = []
+
+    def raw(self, i: int, x: Tensor) -> Tensor:
+        """Return step i's raw output, kept or from its convolution once more."""
+        step = self.saved[i]
+        if step.raw is None:
+            self._run_again(i, self.input(i, x))
+        assert step.raw is not None
+        return step.raw
+
+    def _run_again(self, i: int, a: Input) -> Input:
+        """Run step i's convolution again; return its input as far as that had to be written."""
+        step, g = self.saved[i], self.geometry[i]
+        weight = afresh(step.weight) if i == 0 else step.weight
+        if g.fused:
+            step.raw = fused_raw(a, weight, step.conv_bias, g)[0]
+            return a
+        image = written(a)
+        step.raw = convolve(image, weight, step.conv_bias, g)
+        if any_fused(self.geometry):
+            step.raw = step.raw.contiguous(memory_format=torch.channels_last)
+        return Input(image)
+
+    def input(self, i: int, x: Tensor) -> Input:
+        """Return step i's input. What is rebuilt of it has the same bits, by the same kernel."""
+        if i == 0:
+            return Input(x)
+        if self.geometry[i - 1].pool is not None:
+            return Input(self.output(i - 1, x))
+        return Input(self.raw(i - 1, x), self.norm(i - 1), self.geometry[i - 1].act)
+
+    def norm(self, i: int) -> Norm:
+        """Return step i's batch norm."""
+        step, g = self.saved[i], self.geometry[i]
+        # In training the forward has run another operator.
+        mean = step.mean if g.training else afresh(step.mean)
+        return Norm(mean, step.var, step.bn_weight, step.bn_bias, g.eps)
+
+    def output(self, i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return step i's output: its activation, pooled where it pools."""
+        return max_pool(self.activation(i, x, residual), self.geometry[i])
+
+    def activation(self, i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return act(batch_norm(raw) + residual) of step i."""
+        raw, act = self.raw(i, x), self.geometry[i].act
+        if residual is not None:
+            residual = in_format_of(residual, raw)
+        mean, var, weight, bias, eps = self.norm(i)
+        return batch_norm_act_apply(raw, residual, weight, bias, mean, var, eps, act)
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        image: Tensor | None,
+        wants_dresidual: bool,
+        x_needs: bool,
+        needs: tuple[bool, ...],
+        grads: list[Tensor | None],
+        adds: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Fill in the gradients of the steps' tensors; return dx and dresidual.
+
+        image: image_to_save(...) of the last step. adds: x is the residual, so that dx has
+        dresidual in it. Stops where nothing further up needs a gradient; then dx is None. Drops
+        what it has used.
+        """
+        dresidual: Tensor | None = None
+        sums: Sums | None = None  # of dy, which is in front of the activation then
+        while self.saved:
+            i = len(self.saved) - 1
+            g, step, last = self.geometry[i], self.saved[i], i == len(self.geometry) - 1
+            at = self.first + i * TENSORS
+            input_needs = x_needs or any(needs[self.first : at])
+            a = self._run_again(i, self.input(i, x)) if step.raw is None else None
+            assert step.raw is not None
+            if g.pool is not None:
+                dy = max_pool_bwd(dy, self.activation(i, x), g)
+            if image is not None:
+                image = in_format_of(image, step.raw)
+            want = (input_needs, needs[at], needs[at + 1])
+            of_parameters = needs[at + 2] or needs[at + 3]
+            want_dz = last and wants_dresidual
+            d: Tensor | Gradient | None
+            dbias: Tensor | None = None
+            if sums is not None or g.dx_fused or g.dw_fused:
+                d, added, *dbn, dbias = batch_norm_gradient(
+                    dy, step.raw, image if last else None, self.norm(i), step.conv_bias, g, sums,
+                    want_dz, of_parameters or want[2], any(want), step.total,
+                )  # fmt: skip
+            else:
+                d, added, *dbn = batch_norm_act_bwd(
+                    dy, step.raw, image if last else None, step.bn_weight, step.bn_bias, step.mean,
+                    step.var, g.eps, g.act, g.training, want_dz, any(want), of_parameters,
+                    step.total, g.group,
+                )  # fmt: skip
+            dresidual = added if last else dresidual
+            grads[at + 1 : at + 4] = dbias, *dbn
+            self.saved.pop()
+            step.raw = image = None
+            if d is None or not any(want):
+                return None, dresidual
+            if a is None:
+                a = self.input(i, x)
+            added = dresidual if adds and i == 0 else None
+            dx, sums, grads[at], by_torch = convolution_bwd(
+                d, a, step.weight, step.conv_bias, g, want, added
+            )
+            if dbias is None:
+                grads[at + 1] = by_torch
+            del a, step, d, added
+            if dx is None:
+                return None, dresidual
+            dy = dx
+        return dy, dresidual
+
+
+def saves_y(block: BlockGeometry) -> bool:
+    """Whether backward needs the block's output; else, behind an activation, its residual."""
+    act = block.steps[-1].act
+    return act != ACT_NUMBER["none"] and slope_is_in_y(act)
+
+
+@dataclass
+class SavedBlock:
+    """A block in backward; `first` is the place of its first tensor in the arguments."""
+
+    geometry: BlockGeometry
+    steps: SavedSteps
+    shortcut: SavedSteps | None
+    first: int
+
+    def is_identity(self) -> bool:
+        """Whether the shortcut is the block's input itself."""
+        return self.geometry.shortcut == ()
+
+    def residual(self, x: Tensor) -> Tensor | None:
+        """Return what the shortcut adds, rebuilt from the block's input."""
+        if self.shortcut is None:
+            return None
+        last = len(self.shortcut.saved) - 1
+        return x if last < 0 else self.shortcut.output(last, x)
+
+    def image(self, x: Tensor, y: Tensor | None) -> Tensor | None:
+        """Return image_to_save(...) of the last step, from the block's input and output."""
+        if self.shortcut is None or self.steps.geometry[-1].act == ACT_NUMBER["none"]:
+            return None
+        return y if saves_y(self.geometry) else self.residual(x)
+
+    def output(self, x: Tensor) -> Tensor:
+        """Return the block's output, rebuilt from its input by elementwise passes."""
+        return self.steps.output(len(self.steps.saved) - 1, x, self.residual(x))
+
+
+def saved_blocks(blocks: tuple[BlockGeometry, ...], saved: Sequence[Any]) -> list[SavedBlock]:
+    """Undo setup_context's flattening: the tensors of all steps, then what forward returned."""
+    count = sum(len(b.steps) + len(b.shortcut or ()) for b in blocks)
+    tensors, kept = iter(saved[: count * TENSORS]), iter(saved[count * TENSORS :])
+    first = FIRST
+
+    def steps_of(geometry: tuple[Geometry, ...]) -> SavedSteps:
+        nonlocal first
+        steps = SavedSteps(geometry, first)
+        for g in geometry:
+            of_step = [next(tensors) for _ in range(TENSORS)]
+            raw = None if g.rerun else next(kept)
+            if g.training:
+                of_step[4:] = next(kept), next(kept)
+            of_step.append(None if g.group is None else next(kept))
+            steps.saved.append(SavedStep(raw, *of_step))
+        first += len(geometry) * TENSORS
+        return steps
+
+    found = []
+    for block in blocks:
+        start = first
+        shortcut = None if block.shortcut is None else steps_of(block.shortcut)
+        found.append(SavedBlock(block, steps_of(block.steps), shortcut, start))
+    return found

@@ -1,0 +1,203 @@
+"""conv2d_folded: a convolution of modules in inference, its weights folded and packed once.
+
+    y = act(batch_norm(conv2d(x)) + residual)          batch norm and residual are optional
+
+A step of conv_bn_act, with the same checks and the same bits. That one folds the batch norm into
+the weights at every call, and oneDNN lays them out anew; here both are kept:
+
+    CPU, channels_last   the weight in oneDNN's layout, for each of the last sizes of x
+    CPU, NCHW            the folded weight: oneDNN's operator answers a packed one in channels_last
+    CUDA                 the folded weight, for the plan that wants it folded (inference.py)
+
+The modules are read at every call. What was kept goes where one of their tensors is another one,
+has other memory (.to(), load_state_dict(assign=True)) or was written to, which its version counter
+tells (an optimizer's step, load_state_dict). Writes through tensor.data or a NumPy view leave the
+counter as it is: on the CPU three numbers of each tensor are compared, elsewhere refresh() is for
+those. Tensors made in inference mode have no counter: they are
+folded at every call. So is what torch.compile, torch.export, torch.func, subclasses of Tensor and
+calls that want a gradient see: all these by conv_bn_act's own way.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastcnn.common.activation import act_number
+from fastcnn.common.autocast import autocast_dtype, cast
+from fastcnn.common.checks import check_image, memory_format_of
+from fastcnn.ops.conv2d.onednn import convolve_onednn, folds
+from fastcnn.ops.conv2d.onednn_workarounds import onednn_crashes
+from fastcnn.ops.conv_bn_act.inference import convolve_planned, folded, norm_of_step
+from fastcnn.ops.conv_bn_act.interface import OP, conv_bn_act
+from fastcnn.ops.conv_bn_act.problem import is_planned
+from fastcnn.ops.conv_bn_act.step import ConvBnActBlock, ConvBnActStep, Geometry
+from fastcnn.ops.conv_bn_act.validate import Check
+from fastcnn.ops.conv_bn_act.weight_cache import Run, State, Tensors, parameter_of
+
+_PLAIN = (Tensor, nn.Parameter)
+reorder = torch.ops.mkldnn._reorder_convolution_weight
+
+
+class FoldedConv2d:
+    """``act(norm(conv(x)) + residual)`` of modules in evaluation, with weights folded once.
+
+    x is [n, c, h, w] as :func:`fastcnn.functional.conv_bn_act` takes it, a residual has the
+    output's sizes, dtype and layout. With residual_dies nobody reads the residual afterwards, and y
+    may be written into its memory. A copy and a pickle keep nothing.
+
+    Args:
+        conv: a Conv2d with numbers for padding and padding_mode="zeros".
+        norm: the BatchNorm2d behind it, or None.
+        act: "none", "relu", "relu6", "leaky_relu", "silu", "gelu", "sigmoid" or "hardswish".
+
+    Raises:
+        ValueError: another padding, and in a call a batch norm that uses the batch's statistics.
+        TypeError, ValueError: in a call, what conv_bn_act refuses.
+    """
+
+    def __init__(
+        self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, act: str = "none"
+    ) -> None:
+        act_number(OP, act)
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            raise ValueError(
+                f"{OP}: expected padding numbers with padding_mode='zeros', got "
+                f"padding={conv.padding!r} with padding_mode={conv.padding_mode!r}"
+            )
+        self.conv, self.norm, self.act = conv, norm, act
+        self._state: State | None = None
+
+    def refresh(self) -> None:
+        """Fold anew at the next call."""
+        self._state = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FoldedConv2d, (self.conv, self.norm, self.act)
+
+    def __repr__(self) -> str:
+        sizes = 0 if self._state is None else len(self._state.runs)
+        return f"FoldedConv2d({self.conv}, {self.norm}, act={self.act!r}, kept for {sizes} inputs)"
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None = None, residual_dies: bool = False
+    ) -> Tensor:
+        """Return act(norm(conv(x)) + residual)."""
+        tensors, numbers = self.read()
+        dtype = autocast_dtype(x)
+        x, residual = cast(x, dtype), cast(residual, dtype)
+        state = self.state_for(x, residual, tensors, numbers)
+        if state is None:
+            return self._afresh(x, residual, tensors)
+        layouts = x.is_contiguous(), x.is_contiguous(memory_format=torch.channels_last)
+        key = (x.shape, x.dtype, x.device, dtype, layouts)
+        known = state.runs.get(key)
+        if known is None:
+            known = self._keep(state, key, x, dtype, tensors)
+        run, sizes = known
+        if residual is not None and (
+            residual.dtype is not x.dtype
+            or residual.device != x.device
+            or list(residual.shape) != sizes
+        ):
+            return self._afresh(x, residual, tensors)  # which says so
+        return run(x, residual, residual_dies)
+
+    def state_for(
+        self, x: Tensor, other: Tensor | None, tensors: Tensors, numbers: tuple[Any, ...]
+    ) -> State | None:
+        """Return what is kept for the modules as they are, None where nothing can be."""
+        if torch.compiler.is_compiling() or not _is_plain_inference(x, other, tensors):
+            return None
+        if not (folds(x) or is_planned(x)) or x.numel() == 0:
+            return None
+        state = self._state
+        if state is None or not state.is_of(tensors, numbers):
+            state = self._state = State(tensors, numbers)
+        return state
+
+    def read(self) -> tuple[Tensors, tuple[Any, ...]]:
+        """Return the modules' tensors and numbers, as they are now."""
+        conv, norm = self.conv, self.norm
+        numbers = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        weights = (parameter_of(conv, "weight"), parameter_of(conv, "bias"))
+        if norm is None:
+            return (*weights, None, None, None, None), numbers
+        of_batch = norm.training and isinstance(norm, _BatchNorm)  # not torchvision's frozen one
+        if of_batch or norm.running_mean is None:
+            raise ValueError(
+                f"{OP}: expected a batch norm in evaluation with running statistics, which are "
+                f"folded into the convolution, got {norm} with training={norm.training}"
+            )
+        affine = (parameter_of(norm, "weight"), parameter_of(norm, "bias"))
+        return (*weights, norm.running_mean, norm.running_var, *affine), (*numbers, norm.eps)
+
+    def step(self, tensors: Tensors) -> ConvBnActStep:
+        """Return the step, without a batch norm with one that changes nothing, not a bit."""
+        weight, bias, mean, var, bn_weight, bn_bias = tensors
+        assert weight is not None
+        if mean is None:
+            dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
+            mean = torch.zeros(weight.shape[:1], dtype=dtype, device=weight.device)
+            var = torch.ones_like(mean)
+        conv, eps = self.conv, 0.0 if self.norm is None else self.norm.eps
+        return ConvBnActStep(
+            weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups,  # type: ignore[arg-type]
+            mean, var, bn_weight, bn_bias, eps=eps, act=self.act,
+        )  # fmt: skip
+
+    def _afresh(self, x: Tensor, residual: Tensor | None, tensors: Tensors) -> Tensor:
+        """Run it with nothing kept."""
+        return conv_bn_act(x, [self.step(tensors)], residual, "default")
+
+    def _keep(
+        self, state: State, key: Any, x: Tensor, dtype: torch.dtype | None, tensors: Tensors
+    ) -> tuple[Run, list[int]]:
+        """Check, and make what inputs like x run."""
+        check_image(OP, "input", x)
+        check = Check(x, dtype, "default")
+        step = self.step(tensors)
+        sizes = check.block(OP, ConvBnActBlock([step]), list(x.shape), adds=False)
+        run = self._run(state, x, step, check.geometry[0])
+        return state.keep(key, run, sizes)
+
+    def _run(self, state: State, x: Tensor, step: ConvBnActStep, g: Geometry) -> Run:
+        if is_planned(x):
+            return lambda x, residual, _: convolve_planned(x, step, g, residual, False, state.kept)
+        norm, geometry = norm_of_step(step), (g.padding, g.stride, g.dilation, g.groups)
+        crashes = onednn_crashes(x, step.weight, g.stride, g.padding, g.dilation)
+        if memory_format_of(x) is torch.channels_last and not crashes:
+            weight, bias = folded(step.weight, step.conv_bias, norm, x.dtype)
+            weight = reorder(weight, *geometry, list(x.shape))
+        else:
+            weight, bias = state.kept(folded, step.weight, step.conv_bias, norm, x.dtype)
+
+        def run(x: Tensor, residual: Tensor | None, dies: bool) -> Tensor:
+            into = dies and residual is not None and _may_be_written(residual, x)
+            return convolve_onednn(x, weight, bias, g, step.act, residual, False, into)
+
+        return run
+
+
+def _is_plain_inference(x: Tensor, residual: Tensor | None, tensors: Tensors) -> bool:
+    """Whether these are tensors with data and counters, and nobody asks for a gradient."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    grads = torch.is_grad_enabled()
+    images = (x,) if residual is None else (x, residual)
+    if any(type(t) not in _PLAIN or (grads and t.requires_grad) for t in images):
+        return False
+    return not any(
+        type(t) not in _PLAIN or t.is_inference() or (grads and t.requires_grad)
+        for t in tensors
+        if t is not None
+    )
+
+
+def _may_be_written(residual: Tensor, x: Tensor) -> bool:
+    """Whether a convolution of x may write into the residual."""
+    if residual.is_inference() and not torch.is_inference_mode_enabled():
+        return False  # PyTorch refuses
+    return residual.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()

@@ -1,0 +1,258 @@
+"""A step with fixed statistics where nobody asks for a gradient, on CUDA: the planner chooses.
+
+    y = act(batch_norm(conv2d(x)) + residual)
+
+    cudnn         cuDNN's convolution, a pass for the rest
+    cudnn_fused   cuDNN's convolution + bias + ReLU (+ residual), batch norm folded into the
+                  weights; cuDNN refuses some, so that only tuning chooses it
+    triton        one kernel
+
+Bytes: x, weight, residual and y once; cudnn writes and reads the raw output besides. The weights
+are folded at every call, as parameters may change; folded.py keeps them.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from fastcnn.common.activation import ACT_NUMBER, activation
+from fastcnn.common.batch_norm_params import Norm
+from fastcnn.common.checks import check_format, check_like, in_format_of
+from fastcnn.common.library import declare
+from fastcnn.ops.batch_norm_act.operators import batch_norm_act_apply
+from fastcnn.ops.conv2d.aten import convolve, max_pool
+from fastcnn.ops.conv2d.fused import Input, conv2d_fused
+from fastcnn.ops.conv2d.onednn import convolve_onednn
+from fastcnn.ops.conv_bn_act.problem import (
+    MadeUp,
+    Sizes,
+    act_of,
+    geometry_of,
+    norm_of,
+    normalised,
+    problem,
+    without_triton,
+    word,
+)
+from fastcnn.ops.conv_bn_act.step import ConvBnActStep, Geometry
+from fastcnn.plan import Candidate, Kernel, Op, Problem, choose, register
+
+EVAL = "conv_bn_act_eval"
+Keep = Callable[..., Any]  # make(weight, *how, dtype), or what that gave before
+
+
+def _relu_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *geometry: Any
+) -> Tensor:
+    return torch.ops.aten.convolution.default(
+        x, weight, None, *geometry[:3], False, (0, 0), geometry[3]
+    )
+
+
+def _relu_cuda(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *geometry: Any
+) -> Tensor:
+    if residual is None:
+        return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *geometry)
+    return torch.ops.aten.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+
+
+def _relu_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *geometry: Any
+) -> Tensor:
+    y = F.conv2d(x, weight, bias, *geometry)
+    return F.relu_(y if residual is None else y.add_(residual))
+
+
+# PyTorch's own operators of cuDNN have no fakes for torch.compile.
+declare(
+    "conv2d_relu(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[2] stride, "
+    "int[2] padding, int[2] dilation, int groups) -> Tensor",
+    _relu_fake,
+)
+torch.library.impl("fastcnn::conv2d_relu", "cuda")(_relu_cuda)
+torch.library.impl("fastcnn::conv2d_relu", "cpu")(_relu_cpu)
+
+
+def _made(make: Callable[..., Any], *args: Any) -> Any:
+    return make(*args)
+
+
+def convolve_planned(
+    x: Tensor,
+    step: ConvBnActStep,
+    g: Geometry,
+    residual: Tensor | None,
+    own: bool,
+    keep: Keep = _made,
+) -> Tensor:
+    """Return the step's output, pooled where it pools; in autocast the step has its own weight.
+
+    own: the residual is of the block's making, and may come in the other layout.
+    keep: makes what is made of the weight, or has kept it.
+    """
+    words = [word("out", g.act), *(["residual"] if residual is not None else [])]
+    norm = norm_of_step(step)
+    plan = choose(problem(EVAL, x, x.shape, step.weight.shape, g, *words))
+    if plan == "cudnn_fused":
+        weight, bias = keep(folded, step.weight, step.conv_bias, norm, x.dtype)
+        return max_pool(_cudnn_folded(x, weight, bias, g, residual, own), g)
+    if step.conv_bias is not None:
+        norm = norm._replace(mean=norm.mean - step.conv_bias)
+    weight = keep(Tensor.to, step.weight, x.dtype)
+    return max_pool(_RUN[plan](x, weight, g, norm, g.act, residual, own), g)
+
+
+def _cudnn(
+    x: Tensor, weight: Tensor, g: Geometry, norm: Norm, act: int, residual: Tensor | None, own: bool
+) -> Tensor:
+    raw = convolve(x, weight, None, g)
+    if residual is not None and own:
+        residual = in_format_of(residual, raw)
+    elif residual is not None:
+        check_like("conv_bn_act", "residual", residual, raw)
+    mean, var, bn_weight, bn_bias, eps = norm
+    return batch_norm_act_apply(raw, residual, bn_weight, bn_bias, mean, var, eps, act)
+
+
+def _cudnn_fused(
+    x: Tensor, weight: Tensor, g: Geometry, norm: Norm, act: int, residual: Tensor | None, own: bool
+) -> Tensor:
+    return _cudnn_folded(x, *folded(weight, None, norm, x.dtype), g, residual, own)
+
+
+def _cudnn_folded(
+    x: Tensor, weight: Tensor, bias: Tensor, g: Geometry, residual: Tensor | None, own: bool
+) -> Tensor:
+    y = torch.ops.fastcnn.conv2d_relu.default(
+        x, weight, bias, residual, g.stride, g.padding, g.dilation, g.groups
+    )
+    if residual is not None and not own:
+        check_like("conv_bn_act", "residual", residual, y)  # PyTorch has copied another layout
+    return y
+
+
+def _triton(
+    x: Tensor, weight: Tensor, g: Geometry, norm: Norm, act: int, residual: Tensor | None, own: bool
+) -> Tensor:
+    if residual is not None and own:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    elif residual is not None:
+        check_format("conv_bn_act", "residual", residual, torch.channels_last)
+    return conv2d_fused(Input(x), weight, g, norm, residual, act)[0]
+
+
+_RUN = {"cudnn": _cudnn, "cudnn_fused": _cudnn_fused, "triton": _triton}
+
+
+def _tensors(problem: Problem, generator: torch.Generator) -> tuple[Tensor, ...]:
+    made = MadeUp(problem, generator)
+    residual = [made.image(problem.y)] if "residual" in problem.options else []
+    return made.image(problem.x), made.weight(), *made.norm(problem.y[1]), *residual
+
+
+def _exact(problem: Problem, x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+    z = normalised(convolve(x.double(), weight.double(), None, geometry_of(problem)), rest[:4])
+    act = act_of(problem, "out")
+    assert act is not None
+    return activation(z + rest[4].double() if len(rest) > 4 else z, act)
+
+
+def _run(plan: str, problem: Problem, x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+    act = act_of(problem, "out")
+    assert act is not None
+    residual = rest[4] if len(rest) > 4 else None
+    norm = norm_of(rest[:4])
+    return _RUN[plan](x, weight, geometry_of(problem), norm, ACT_NUMBER[act], residual, False)
+
+
+def _kernels(plan: str, problem: Problem) -> list[Kernel]:
+    size = Sizes(problem)
+    residual = size.y if "residual" in problem.options else 0
+    if plan == "cudnn":
+        return [size.cudnn(), Kernel(2 * size.y + residual)]
+    # Folding: six small kernels, of which two read or write the weights.
+    folding = [Kernel(2 * size.weight)] * 2 + [Kernel(0)] * 4
+    return [*folding, size.cudnn(residual)] if plan == "cudnn_fused" else [size.triton(residual)]
+
+
+def _supports(plan: str, problem: Problem) -> str | None:
+    if plan == "cudnn":
+        return None
+    if plan == "triton":
+        return without_triton(problem)
+    if problem.device.type == "cuda" and not torch.backends.cudnn.is_available():
+        return "there is no cuDNN"
+    if "deterministic" in problem.options:
+        return "PyTorch's operator does not ask cuDNN for deterministic ways"
+    return None if act_of(problem, "out") == "relu" else "relu only"
+
+
+register(
+    Op(EVAL, _tensors, _exact, "cudnn"),
+    *(
+        Candidate(
+            plan, partial(_run, plan), partial(_supports, plan), partial(_kernels, plan),
+            only_tuned=plan == "cudnn_fused",
+        )
+        for plan in _RUN
+    ),
+)  # fmt: skip
+
+
+def is_inference(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None) -> bool:
+    """Whether all statistics are fixed, and nobody asks for a gradient."""
+    if any(step.training for step in steps):
+        return False
+    grads = torch.is_grad_enabled()
+    tensors = [x, residual, *(t for step in steps for t in step if isinstance(t, Tensor))]
+    for t in tensors:
+        # oneDNN's operators would drop the tangents of forward-mode differentiation in silence.
+        if t is not None and ((grads and t.requires_grad) or unpack_dual(t).tangent is not None):
+            return False
+    return True
+
+
+def folded(
+    weight: Tensor, conv_bias: Tensor | None, norm: Norm, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return a convolution's weight and bias with the batch norm behind it in them, in a dtype.
+
+    weight' = weight * scale and bias' = (conv_bias - mean) * scale + beta per output channel, with
+    scale = gamma / sqrt(var + eps), computed in float32 and rounded once.
+    """
+    scale = torch.rsqrt(norm.var.float() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    bias = -norm.mean.float()
+    if conv_bias is not None:
+        bias = bias + conv_bias
+    bias = bias * scale
+    if norm.bias is not None:
+        bias = bias + norm.bias
+    return (weight * scale[:, None, None, None]).to(dtype), bias.to(dtype)
+
+
+def convolve_folded(
+    x: Tensor, step: ConvBnActStep, g: Geometry, residual: Tensor | None, own: bool
+) -> Tensor:
+    """Return act(batch_norm(conv2d(x)) + residual), the batch norm folded into the weights.
+
+    own: the residual is of the block's making, and may come in the other layout.
+
+    They are folded at every call, as parameters may change; conv_bn_act/folded.py keeps them.
+    """
+    weight, bias = folded(step.weight, step.conv_bias, norm_of_step(step), x.dtype)
+    return convolve_onednn(x, weight, bias, g, step.act, residual, own)
+
+
+def norm_of_step(step: ConvBnActStep) -> Norm:
+    """Return the batch norm of a step with fixed statistics."""
+    assert step.running_mean is not None
+    assert step.running_var is not None
+    return Norm(step.running_mean, step.running_var, step.bn_weight, step.bn_bias, step.eps)

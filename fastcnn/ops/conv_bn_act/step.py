@@ -1,0 +1,197 @@
+"""One step of a conv_bn_act chain: what it takes, and what is asked of it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, get_args
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from fastcnn.common.activation import act_number
+from fastcnn.common.checks import check_parameters
+from fastcnn.common.conv_geometry import Pair, pair
+from fastcnn.common.process_group import Group, group_of
+
+Memory = Literal["default", "low", "lowest"]
+
+
+class MaxPool(NamedTuple):
+    """The arguments of torch.nn.functional.max_pool2d: an int or a pair each."""
+
+    kernel_size: int | tuple[int, int]
+    stride: int | tuple[int, int]
+    padding: int | tuple[int, int] = 0
+
+
+class ConvBnActStep(NamedTuple):
+    """One step of a chain: act(batch_norm(conv2d(x))), then max_pool2d where `pool` is given.
+
+    The arguments and defaults are those of torch.nn.functional.conv2d and batch_norm: weight
+    [c_out, c_in / groups, kh, kw], conv_bias [c_out] or None, and per output channel running_mean,
+    running_var, bn_weight, bn_bias or None. stride, padding, dilation: an int or a pair.
+    sync, process_group: as in batch_norm_act, for each step by itself.
+    """
+
+    weight: Tensor
+    conv_bias: Tensor | None = None
+    stride: int | tuple[int, int] = 1
+    padding: int | tuple[int, int] = 0
+    dilation: int | tuple[int, int] = 1
+    groups: int = 1
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    bn_weight: Tensor | None = None
+    bn_bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+    act: str = "relu"
+    sync: bool = False
+    process_group: ProcessGroup | None = None
+    pool: MaxPool | None = None
+
+
+class ConvBnActBlock(NamedTuple):
+    """A chain with its shortcut: steps(x) + shortcut(x), added before the last activation.
+
+    shortcut: None for no residual, () for x itself, or the steps of a projection of x.
+    """
+
+    steps: Sequence[ConvBnActStep]
+    shortcut: Sequence[ConvBnActStep] | None = None
+
+
+class Geometry(NamedTuple):
+    """What is not a tensor in a step, as the Function takes it."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    training: bool
+    eps: float
+    act: int
+    group: Group | None
+    pool: tuple[Pair, Pair, Pair] | None
+    rerun: bool  # the raw output is not kept: backward runs the convolution again
+    # The plan: what of the convolution Triton runs (passes.py).
+    fused: bool = False
+    dx_fused: bool = False
+    dw_fused: bool = False
+
+
+def any_fused(steps: Iterable[Geometry]) -> bool:
+    """Whether Triton, which reads channels_last, runs something of these steps."""
+    return any(g.fused or g.dx_fused or g.dw_fused for g in steps)
+
+
+class BlockGeometry(NamedTuple):
+    """A ConvBnActBlock without its tensors."""
+
+    steps: tuple[Geometry, ...]
+    shortcut: tuple[Geometry, ...] | None
+
+
+def check_memory(op: str, memory: str) -> None:
+    """Check the name of a memory level."""
+    if memory not in get_args(Memory):
+        raise ValueError(
+            f"{op}: memory: expected one of {', '.join(get_args(Memory))}, got {memory!r}"
+        )
+
+
+def check_step(
+    op: str, step: ConvBnActStep, x: Tensor, sizes: list[int], memory: str
+) -> tuple[Geometry, list[int], list[int]]:
+    """Check a step whose input has these sizes and x's dtype.
+
+    Returns the sizes of its raw output, and of its output, which are others where it pools.
+    """
+    c_in = _check_weights(op, step, x, sizes)
+    c_out, kernel = step.weight.shape[0], step.weight.shape[2:]
+    pool, group = step.pool, group_of(op, step.sync, step.process_group)
+    g = Geometry(
+        pair(op, "stride", step.stride), pair(op, "padding", step.padding),
+        pair(op, "dilation", step.dilation), step.groups, step.training, step.eps,
+        act_number(op, step.act), group if step.training else None,
+        None if pool is None else _check_pool(op, pool),
+        # Its output is larger than its input, and it is the cheapest convolution there is.
+        rerun=memory == "lowest" and tuple(kernel) == (1, 1) and c_out > c_in,
+    )  # fmt: skip
+    out = [sizes[0], c_out]
+    for size, k, stride, padding, dilation in zip(
+        sizes[2:], kernel, g.stride, g.padding, g.dilation, strict=True
+    ):
+        reach = size + 2 * padding - dilation * (k - 1) - 1
+        if reach < 0 or stride < 1 or padding < 0 or dilation < 1:
+            raise ValueError(
+                f"{op}: weight: expected a kernel that fits into the padded input, got kernel "
+                f"{list(kernel)}, stride {step.stride}, padding {step.padding}, dilation "
+                f"{step.dilation} for an input of {sizes}"
+            )
+        out.append(reach // stride + 1)
+    check_parameters(
+        op, out, x, step.bn_weight, step.bn_bias, step.running_mean, step.running_var,
+        step.training, step.momentum, step.eps, "bn_", group is not None,
+    )  # fmt: skip
+    if g.pool is None:
+        return g, out, out
+    pooled = [
+        (size + 2 * padding - k) // stride + 1
+        for size, k, stride, padding in zip(out[2:], *g.pool, strict=True)
+    ]
+    if min(pooled) < 1:
+        raise ValueError(
+            f"{op}: pool: expected a window that fits into the padded image, got "
+            f"{step.pool} for {out}"
+        )
+    return g, out, out[:2] + pooled
+
+
+def _check_weights(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int]) -> int:
+    """Check the convolution's tensors against each other and x; return its input channels."""
+    weight = step.weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{op}: weight: expected a Tensor, got {type(weight).__name__}")
+    if weight.dim() != 4:
+        raise ValueError(
+            f"{op}: weight: expected 4 dimensions [c_out, c_in / groups, kh, kw], "
+            f"got {list(weight.shape)}"
+        )
+    if step.groups < 1:
+        raise ValueError(f"{op}: groups: expected at least 1, got {step.groups}")
+    c_out, c_in = weight.shape[0], weight.shape[1] * step.groups
+    if c_in != sizes[1]:
+        raise ValueError(
+            f"{op}: weight: expected {sizes[1]} input channels, got {c_in} "
+            f"({weight.shape[1]} for each of {step.groups} groups)"
+        )
+    if c_out % step.groups != 0:
+        raise ValueError(
+            f"{op}: groups: expected a divisor of {c_out} output channels, got {step.groups}"
+        )
+    for name, t in (("weight", weight), ("conv_bias", step.conv_bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"{op}: {name}: expected {x.dtype} as the input, got {t.dtype}")
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{op}: {name}: expected device {x.device}, got {t.device}")
+    if step.conv_bias is not None and step.conv_bias.shape != (c_out,):
+        raise ValueError(
+            f"{op}: conv_bias: expected {c_out} numbers, got {list(step.conv_bias.shape)}"
+        )
+    return c_in
+
+
+def _check_pool(op: str, pool: MaxPool) -> tuple[Pair, Pair, Pair]:
+    if not isinstance(pool, MaxPool):
+        raise TypeError(f"{op}: pool: expected None or a MaxPool, got {type(pool).__name__}")
+    kernel, stride, padding = (
+        pair(op, f"pool.{name}", getattr(pool, name)) for name in MaxPool._fields
+    )
+    if min(*kernel, *stride) < 1 or any(
+        not 0 <= 2 * p <= k for k, p in zip(kernel, padding, strict=True)
+    ):
+        raise ValueError(
+            f"{op}: pool: expected a kernel and a stride of at least 1 and a padding of at most "
+            f"half the kernel, got {pool}"
+        )
+    return kernel, stride, padding

@@ -1,0 +1,152 @@
+"""Launches the convolution kernels: which kernel, which tile, what is refused."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastcnn.common.batch_norm_params import Norm
+from fastcnn.common.conv_geometry import Pair, output_size
+from fastcnn.triton.conv2d_kernels import (
+    conv2d_kernel,
+    join_statistics_kernel,
+    pointwise_kernel,
+)
+from fastcnn.triton.depthwise_kernels import depthwise_kernel
+from fastcnn.triton.device import arch_of, current_device, has_descriptors, matrix, processors
+from fastcnn.triton.tiles import (
+    Tile,
+    blocks,
+    cdiv,
+    default_tile,
+    depthwise_blocks,
+    depthwise_tile,
+    is_lean,
+    power_of_2,
+)
+from fastcnn.triton.validate import (
+    check_groups,
+    check_numbers,
+    check_pixels,
+    check_sizes,
+    check_tensors,
+    checked_norm,
+)
+
+
+class Prologue(NamedTuple):
+    """act(norm(x)) in place of x, 0 outside the image: a batch norm's output, not written."""
+
+    norm: Norm
+    act: int  # the schema's number, fastcnn/common/activation.py, as everywhere here
+
+
+class Epilogue(NamedTuple):
+    """act(norm(product) + residual), and the product's statistics; without a norm plus bias."""
+
+    norm: Norm | None = None
+    residual: Tensor | None = None
+    act: int = 0
+    statistics: bool = False
+    bias: Tensor | None = None
+
+
+class Statistics(NamedTuple):
+    """Of each channel of the product: mean and biased variance, in float32."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    prologue: Prologue | None = None,
+    epilogue: Epilogue = Epilogue(),  # noqa: B008 (immutable)
+    tile: Tile | None = None,
+) -> tuple[Tensor, Statistics | None]:
+    """Return the convolution with what stands before and behind it, and its statistics if asked.
+
+    x is [n, c, h, w], weight [c_out, c / groups, kh, kw], both channels_last and of one type of
+    DTYPES; float32 is multiplied as allows_tf32() says. tile: another than default_tile() would
+    take.
+    """
+    check_tensors(x, weight)
+    _check_groups(x, weight, groups)
+    pre_norm, pre_act = prologue or (None, 0)
+    pre_norm = checked_norm(x.shape[1], "prologue.", pre_norm, pre_act)
+    norm = checked_norm(weight.shape[0], "epilogue.", epilogue.norm, epilogue.act)
+    check_numbers(weight.shape[0], **{"epilogue.bias": epilogue.bias})
+    if norm is not None and epilogue.bias is not None:
+        raise ValueError("conv2d: epilogue: expected a norm or a bias, got both")
+    n, c_in, h, w = x.shape
+    c_out, c_in_group, *window = weight.shape
+    h_out, w_out = output_size((h, w), window, stride, padding, dilation)
+    y = torch.empty(
+        (n, c_out, h_out, w_out), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    check_sizes("epilogue.residual", epilogue.residual, y.shape, x.dtype)
+    pixels, asked = n * h_out * w_out, epilogue.statistics
+    check_pixels(pixels)
+    by_descriptors = has_descriptors(window, stride, padding, groups, x, weight)
+    by_channel = groups > 1 and c_in_group == 1
+    if tile is None and by_channel:
+        tile = depthwise_tile(c_out)
+    elif tile is None:
+        lean = is_lean(
+            prologue is not None, epilogue.residual is not None, by_descriptors, arch_of(x)
+        )
+        tile = default_tile(pixels, c_out // groups, c_in_group, x.dtype, lean)
+    tiles_m, tiles_n = cdiv(pixels, tile.m), cdiv(c_out // groups, tile.n)
+    parts = [x.new_empty((tiles_m, c_out), dtype=torch.float32) for _ in range(2 * asked)]
+    around = (pre_norm, norm, epilogue.bias, epilogue.residual, *(parts or (None, None)))
+    acts = {"PRE_ACT": pre_act, "ACT": epilogue.act}
+    options = {**acts, **blocks(tile), "GROUP_M": tile.group}
+    with current_device(x):
+        if pixels == 0:
+            pass
+        elif by_descriptors:
+            programs = min(tiles_m * tiles_n, processors(x))
+            matrices = (matrix(x, tile.m, tile.k), matrix(weight, tile.n, tile.k))
+            sizes = (pixels, c_in, c_out)
+            pointwise_kernel[(programs,)](*matrices, y, *around, *sizes, **options)
+        elif by_channel:
+            depthwise_kernel[(tiles_m, cdiv(c_out, tile.n))](
+                x, weight, y, *around, n, h, w, c_in, h_out, w_out, c_out, c_out // groups,
+                *window, *stride, *padding, *dilation, **acts, **depthwise_blocks(tile),
+            )  # fmt: skip
+        else:
+            conv2d_kernel[(tiles_m * tiles_n, groups)](
+                x, weight, y, *around,
+                n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out // groups,
+                *window, *stride, *padding, *dilation,
+                FLAT=c_in_group < tile.k and window != [1, 1], **options,
+            )  # fmt: skip
+        return y, _joined(parts, pixels, tile.m) if asked else None
+
+
+def _joined(parts: list[Tensor], pixels: int, rows: int) -> Statistics:
+    means, squares = parts
+    tiles, c_out = means.shape
+    mean, var = (means.new_empty(c_out) for _ in range(2))
+    # 8 channels, a sector of 32 bytes, and as many tiles at once as there are, up to 32 numbers a
+    # thread: few channels are few programs, whose steps wait for memory one after the other.
+    at_once = min(1024, max(16, power_of_2(tiles)))
+    join_statistics_kernel[(cdiv(c_out, 8),)](
+        mean, var, means, squares, pixels, tiles, c_out, ROWS=rows, BLOCK_T=at_once, BLOCK_C=8,
+        num_warps=8 if at_once > 256 else 4,
+    )  # fmt: skip
+    return Statistics(mean, var)
+
+
+def _check_groups(x: Tensor, weight: Tensor, groups: int) -> None:
+    if groups < 1 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups != 0:
+        raise ValueError(
+            f"conv2d: expected weight [c_out, c / groups, kh, kw] with groups dividing c_out and "
+            f"c = {x.shape[1]}, got {tuple(weight.shape)} with groups={groups}"
+        )
+    check_groups(x.shape[1], weight.shape[0], groups)

@@ -1,0 +1,94 @@
+"""What the launches refuse."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastcnn.common.activation import ACT_NUMBER
+from fastcnn.common.batch_norm_params import Norm
+from fastcnn.triton.support import DTYPES
+
+MOST_IN_GRID = 65535  # of CUDA's second and third dimension
+
+
+MOST_PIXELS = 2**31 - 2**16  # kernels count them in int32, with the rest of the last tile
+
+
+def check_tensors(x: Tensor, weight: Tensor, *names: str) -> None:
+    """Raise ValueError naming what is supported."""
+    first, second = (*names, *("x", "weight")[len(names) :])
+    if x.dtype not in DTYPES or weight.dtype is not x.dtype:
+        raise ValueError(
+            f"conv2d: expected {first} and {second} of one type of float16, bfloat16 and float32, "
+            f"got {x.dtype} and {weight.dtype}"
+        )
+    for name, t in ((first, x), (second, weight)):
+        if t.dim() != 4 or not t.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(
+                f"conv2d: {name}: expected 4 dimensions in channels_last, got shape "
+                f"{tuple(t.shape)} with strides {t.stride()}: use "
+                f".contiguous(memory_format=torch.channels_last)"
+            )
+
+
+def check_sizes(name: str, t: Tensor | None, sizes: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise ValueError for an image of other sizes, another type or layout."""
+    if t is None:
+        return
+    dense = t.is_contiguous(memory_format=torch.channels_last)
+    if list(t.shape) != list(sizes) or t.dtype is not dtype or not dense:
+        raise ValueError(
+            f"conv2d: {name}: expected {tuple(sizes)} of {dtype} in channels_last, got "
+            f"{tuple(t.shape)} of {t.dtype} with strides {t.stride()}"
+        )
+
+
+def check_pixels(pixels: int) -> None:
+    """Raise ValueError for more than a kernel can count."""
+    if pixels > MOST_PIXELS:
+        raise ValueError(f"conv2d: expected at most {MOST_PIXELS} pixels, got {pixels}")
+
+
+def check_groups(c_in: int, c_out: int, groups: int) -> None:
+    """Raise ValueError for groups that do not divide the channels, or are too many to launch."""
+    if groups < 1 or c_in % groups != 0 or c_out % groups != 0:
+        raise ValueError(f"conv2d: groups: expected a divisor of {c_in} and {c_out}, got {groups}")
+    if groups > MOST_IN_GRID and c_in != groups:
+        raise ValueError(
+            f"conv2d: groups: expected at most {MOST_IN_GRID} of several channels, got {groups}"
+        )
+
+
+def check_numbers(channels: int, **numbers: Tensor | None) -> None:
+    """Raise ValueError for numbers that are not one a channel, or of another type."""
+    for name, t in numbers.items():
+        if t is not None and (
+            tuple(t.shape) != (channels,) or not t.is_contiguous() or t.dtype not in DTYPES
+        ):
+            raise ValueError(
+                f"conv2d: {name}: expected [{channels}], contiguous, of float16, bfloat16 or "
+                f"float32, got {tuple(t.shape)} with strides {t.stride()} of {t.dtype}"
+            )
+
+
+def checked_norm(channels: int, name: str, norm: Norm | None, act: int) -> Norm | None:
+    """Return the batch norm with a weight and a bias, as kernels take it.
+
+    Triton 3.6, torch 2.11's, cannot ask of a tuple with a None in it whether it is None.
+
+    Raises:
+        ValueError: a batch norm of other channels, or an act behind it that is none.
+    """
+    if norm is not None:
+        tensors = {f"{name}norm.{k}": getattr(norm, k) for k in norm._fields[:4]}
+        check_numbers(channels, **tensors)
+    if act not in ACT_NUMBER.values():
+        raise ValueError(
+            f"conv2d: {name}act: expected a number from 0 to {len(ACT_NUMBER) - 1}, got {act!r}"
+        )
+    if norm is None:
+        return None
+    weight = torch.ones_like(norm.mean) if norm.weight is None else norm.weight
+    bias = torch.zeros_like(norm.mean) if norm.bias is None else norm.bias
+    return norm._replace(weight=weight, bias=bias)
