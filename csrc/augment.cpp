@@ -4,7 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "common/on_device.h"
+#include "bindings/on_device.h"
 
 namespace fastcnn {
 namespace {

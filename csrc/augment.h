@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "common/cpu_capability.h"
 #include "common/cuda_device.h"
 #include "common/types.h"
+#include "cpu/capability.h"
 
 namespace fastcnn {
 

@@ -6,7 +6,7 @@
 
 #include <tuple>
 
-#include "batch_norm_glue.h"
+#include "bindings/batch_norm_glue.h"
 
 namespace fastcnn {
 namespace {

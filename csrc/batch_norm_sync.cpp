@@ -5,7 +5,7 @@
 #include <tuple>
 
 #include "batch_norm_act.h"
-#include "batch_norm_glue.h"
+#include "bindings/batch_norm_glue.h"
 
 namespace fastcnn {
 namespace {

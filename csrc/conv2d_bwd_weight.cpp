@@ -4,8 +4,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "common/check.h"
-#include "common/cpu_capability.h"
+#include "bindings/check.h"
+#include "cpu/capability.h"
 
 namespace fastcnn {
 namespace {

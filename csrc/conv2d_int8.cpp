@@ -7,7 +7,7 @@
 #include <cmath>
 #include <limits>
 
-#include "common/check.h"
+#include "bindings/check.h"
 
 namespace fastcnn {
 namespace {

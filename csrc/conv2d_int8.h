@@ -3,8 +3,8 @@
 // in which type. What the kernel sees: sizes and pointers. No torch header.
 #pragma once
 
-#include "common/cpu_capability.h"
 #include "common/types.h"
+#include "cpu/capability.h"
 
 namespace fastcnn {
 

@@ -4,10 +4,10 @@
 
 #include <cstdint>
 
-#include "common/cpu_capability.h"
 #include "common/cuda_device.h"
-#include "common/keep.h"
+#include "common/dropout_mask.h"
 #include "common/types.h"
+#include "cpu/capability.h"
 
 namespace fastcnn {
 

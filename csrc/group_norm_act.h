@@ -6,9 +6,9 @@
 #include <cstdint>
 
 #include "common/activation.h"
-#include "common/cpu_capability.h"
 #include "common/cuda_device.h"
 #include "common/types.h"
+#include "cpu/capability.h"
 
 namespace fastcnn {
 

@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-#include "common/on_device.h"
+#include "bindings/on_device.h"
 
 namespace fastcnn {
 namespace {

@@ -5,10 +5,10 @@
 
 #include <cstdint>
 
-#include "common/cpu_capability.h"
 #include "common/cuda_device.h"
-#include "common/source_index.h"
+#include "common/resample.h"
 #include "common/types.h"
+#include "cpu/capability.h"
 
 namespace fastcnn {
 

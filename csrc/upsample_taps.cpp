@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-#include "common/check.h"
+#include "bindings/check.h"
 
 namespace fastcnn {
 namespace {

@@ -7,9 +7,9 @@
 
 #include <cstdint>
 
-#include "common/cpu_capability.h"
-#include "common/source_index.h"
+#include "common/resample.h"
 #include "common/types.h"
+#include "cpu/capability.h"
 
 namespace fastcnn {
 

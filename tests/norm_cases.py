@@ -125,7 +125,7 @@ def norm_errors(n: Normalised, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return each result's error before its last rounding (tests/tolerance.py), to first order.
 
     The statistics err by a walk over `count` values, relative to what is summed: magnitudes, and
-    squares around a center, of which two bits cancel at most (csrc/common/moments.h), so that the
+    squares around a center, of which two bits cancel at most (csrc/cpu/moments.h), so that the
     variance has four times their error and std twice. They move all values alike, so that sums over
     values keep that. What one value's own operations add is counted as if sums kept it, too.
     """

@@ -245,5 +245,5 @@ def test_interpolate(
     if mode != "bilinear" and n > 0:
         y, single = ours(tensors), {k: t.float() for k, t in tensors.items()}
         assert torch.equal(y, exact(single).to(dy))
-        if sum(out) <= 128:  # beyond, PyTorch has two definitions: csrc/common/source_index.h
+        if sum(out) <= 128:  # beyond, PyTorch has two definitions: csrc/common/resample.h
             assert torch.equal(y, eager(single).to(dy))

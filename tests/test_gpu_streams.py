@@ -128,8 +128,8 @@ def test_a_backward_runs_on_the_stream_of_its_forward() -> None:
 
 
 def test_the_stream_is_found_as_the_kernels_find_it() -> None:
-    # csrc/cuda_call.cpp in Python: the library that PyTorch has loaded, by its short name. Where
-    # all tests fail, this one says whether it is for that.
+    # csrc/bindings/cuda_call.cpp in Python: the library that PyTorch has loaded, by its short name.
+    # Where all tests fail, this one says whether it is for that.
     loaded = ctypes.CDLL("libtorch_cuda.so", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
     find = loaded.aoti_torch_get_current_cuda_stream
     stream, found = torch.cuda.Stream(), ctypes.c_void_p()

@@ -1,6 +1,6 @@
 """interpolate against torch.nn.functional.interpolate (tests/upsample_cases.py).
 
-Of PyTorch's two definitions of nearest sampling csrc/common/source_index.h names the one that is
+Of PyTorch's two definitions of nearest sampling csrc/common/resample.h names the one that is
 ours, and TWO_WAYS where the other one differs.
 """
 

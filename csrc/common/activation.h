@@ -27,7 +27,7 @@ FASTCNN_HOST_DEVICE constexpr bool slope_is_in_y(Act act) {
   return act == Act::kNone || act == Act::kRelu || act == Act::kRelu6;
 }
 
-// exp and erf of V: of the device's scalars here, of the CPU's vectors in vec_math.h.
+// exp and erf of V: of the device's scalars here, of the CPU's vectors in cpu/simd/vec_math.h.
 template <class V>
 struct Math;
 

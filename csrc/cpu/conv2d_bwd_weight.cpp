@@ -20,8 +20,8 @@
 
 #include <immintrin.h>
 
-#include "common/parallel.h"
-#include "common/spans.h"
+#include "cpu/parallel.h"
+#include "cpu/spans.h"
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 namespace {

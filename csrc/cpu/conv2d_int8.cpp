@@ -7,9 +7,9 @@
 // they would round float results otherwise than a multiplication and an addition do.
 #include "conv2d_int8.h"
 
-#include "common/dispatch.h"
-#include "common/parallel.h"
-#include "common/spans.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+#include "cpu/spans.h"
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 namespace {

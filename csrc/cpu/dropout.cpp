@@ -6,14 +6,14 @@
 //   flat           NCHW, and where images have one pixel or one channel: neighbours in memory are
 //                  neighbours in logical index, so kCounters blocks in a row are kUnit elements.
 //   channels_last  8 pixels of all channels at a time: kCounters channels side by side, and each
-//                  pixel tests one bit of its channels' windows (common/keep_vec.h).
+//                  pixel tests one bit of its channels' windows (cpu/simd/dropout_mask_vec.h).
 //   per channel    the bits of the channels first, then their pixels times one factor each.
 #include "dropout.h"
 
-#include "common/dispatch.h"
-#include "common/keep_vec.h"
-#include "common/parallel.h"
-#include "common/spans.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+#include "cpu/simd/dropout_mask_vec.h"
+#include "cpu/spans.h"
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 namespace {

@@ -1,7 +1,7 @@
 // What the normalisations' CPU kernels share.
 #pragma once
 
-#include "common/spans.h"
+#include "cpu/spans.h"
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 

@@ -9,11 +9,11 @@
 // bits from run to run. Samples that change no contrast cost the first kernel one read each.
 #include "augment.h"
 #include "common/color.h"
-#include "common/columns.cuh"
-#include "common/launch.cuh"
 #include "common/normal.h"
 #include "common/philox.h"
-#include "common/shared_memory.cuh"
+#include "cuda/columns.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/shared_memory.cuh"
 
 namespace fastcnn {
 namespace {
@@ -27,7 +27,7 @@ struct Root {
 
 __device__ float at_least_zero(float v) { return v > 0.f ? v : 0.f; }
 
-// The grey levels of one output pixel: bilinear, as csrc/cpu/augment.cpp tells it.
+// The grey levels of one output pixel: bilinear, as csrc/cpu/augment/augment.cpp tells it.
 template <int kChannels>
 __device__ void sample_pixel(const AugmentParams& p, const AugmentSample& s, int64_t sample,
                              int64_t row, int64_t column, float (&levels)[kChannels]) {

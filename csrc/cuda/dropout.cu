@@ -11,8 +11,8 @@
 //                  straddle, of which the second is the first of the next step.
 //   planes         NCHW, one draw a channel: threads share planes, each draws its plane's bit.
 //   channels       channels_last, one draw a channel: as channels_last, with bits drawn once.
-#include "common/columns.cuh"
-#include "common/launch.cuh"
+#include "cuda/columns.cuh"
+#include "cuda/launch.cuh"
 #include "dropout.h"
 
 namespace fastcnn {

@@ -1,6 +1,6 @@
 // upsample on CUDA.
 //
-// A call first writes the tables of both axes (common/source_index.h) to a workspace: 12 bytes for
+// A call first writes the tables of both axes (common/resample.h) to a workspace: 12 bytes for
 // each row and column, so that no inner loop has coordinate arithmetic. Then, T being one pass:
 //   forward   reads x once and writes y. A thread owns a strip: kVector neighbouring outputs (of a
 //             row in NCHW, of a pixel's channels in channels_last) of a band of rows. It walks
@@ -11,9 +11,9 @@
 //             and its two shares go to the input row at hand and to the one that follows: a sum in
 //             a fixed order, without atomics.
 // Neighbouring threads share input columns, and bands one row: those come from the L1 or L2 cache.
-#include "common/columns.cuh"
-#include "common/divisor.cuh"
-#include "common/launch.cuh"
+#include "cuda/columns.cuh"
+#include "cuda/divisor.cuh"
+#include "cuda/launch.cuh"
 #include "upsample.h"
 
 namespace fastcnn {

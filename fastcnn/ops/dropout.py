@@ -8,10 +8,10 @@ contiguous; seed: one int64 on x's device.
 
 i is the element's logical index (i_n * c + i_c) * h * w + i_h * w + i_w, whatever the memory layout
 (per channel: i_n * c + i_c), and u(i) a draw of 32 bits that depends on seed and i alone:
-csrc/common/keep.h. So the mask is the same bits on CPU and CUDA, in NCHW and channels_last, on any
-number of threads, eager and compiled. The probability to be kept is exactly T / 2^32: 1 - p to
-2^-33, and never 0 or 1 unless p is 1 or 0 (T = 0: nothing is kept; T = 2^32: all is); the scale is
-that of T.
+csrc/common/dropout_mask.h. So the mask is the same bits on CPU and CUDA, in NCHW and channels_last,
+on any number of threads, eager and compiled. The probability to be kept is exactly T / 2^32: 1 - p
+to 2^-33, and never 0 or 1 unless p is 1 or 0 (T = 0: nothing is kept; T = 2^32: all is); the scale
+is that of T.
 
 Data movement in passes over the tensor: 2 (3 with a residual), backward 2. Kept for backward: the
 seed, 8 bytes. Backward is the same map without a residual, applied to dy: it draws the mask again.

@@ -9,7 +9,7 @@ from fastcnn.common.philox import LOW, philox4x32_10
 
 
 def draws(seed: int, index: Tensor) -> Tensor:
-    """Return u(i), 32 bits each, for logical indices i: csrc/common/keep.h has the formula."""
+    """Return u(i), 32 bits each, for logical indices i, as csrc/common/dropout_mask.h has it."""
     block, place = index // 8, index % 8
     u = torch.zeros_like(index)
     for stream in (0, 1):

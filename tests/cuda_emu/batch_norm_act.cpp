@@ -1,9 +1,10 @@
-// Runs the launchers of csrc/cuda/batch_norm_act.cu on cases from test_batch_norm_act_cuda.py.
+// Runs the launchers of csrc/cuda/batch_norm_act/launchers.cu on cases from
+// test_batch_norm_act_cuda.py.
 #include "batch_norm_act.h"
 
-#include "../../csrc/cuda/batch_norm_act_plan.h"
-#include "common/columns.cuh"
-#include "common/launch.cuh"
+#include "cuda/batch_norm_act/plan.h"
+#include "cuda/columns.cuh"
+#include "cuda/launch.cuh"
 #include "norm_params.h"
 
 namespace fastcnn {
@@ -86,7 +87,7 @@ void run_walk(Case& c, const CudaDevice& device) {
   });
 }
 
-// What batch_norm_act_plan.h chooses: slab, tiles, splits, vector, columns, repeat.
+// What cuda/batch_norm_act/plan.h chooses: slab, tiles, splits, vector, columns, repeat.
 void run_plan(Case& c, const CudaDevice& device) {
   const ImageShape shape{c.integer("n"), c.integer("c"), c.integer("hw"),
                          c.integer("channels_last") != 0};

@@ -39,7 +39,11 @@ def compile_all(sources: list[tuple[Path, list[str]]], folder: Path) -> list[Pat
 
     def compiled(given: tuple[Path, list[str]]) -> Path:
         source, command = given
-        return build([*command, "-c", str(source)], [source], folder / f"{source.name}.o")
+        return build(
+            [*command, "-c", str(source)],
+            [source],
+            folder / f"{source.parent.name}.{source.name}.o",
+        )
 
     with ThreadPoolExecutor(PROCESSES) as pool:
         return list(pool.map(compiled, sources))

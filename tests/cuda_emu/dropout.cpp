@@ -3,7 +3,7 @@
 // device's.
 #include "dropout.h"
 
-#include "common/launch.cuh"
+#include "cuda/launch.cuh"
 #include "driver.h"
 
 namespace fastcnn {

@@ -1,4 +1,5 @@
-// Runs the launchers of csrc/cuda/group_norm_act.cu on cases from test_group_norm_act_cuda.py.
+// Runs the launchers of csrc/cuda/group_norm_act/group.cu on cases from
+// test_group_norm_act_cuda.py.
 #include "group_norm_params.h"
 
 namespace fastcnn {

@@ -28,7 +28,7 @@ def load() -> None:
 def build_library() -> Path:
     csrc, torch_dir = build.ROOT / "csrc", Path(torch.__file__).parent
     glue = [path for path in sorted(csrc.glob("*.cpp")) if "(fastcnn, CUDA, m)" in path.read_text()]
-    kernels = [HERE / "cuda_call.cpp", *sorted((csrc / "cuda").glob("*.cu"))]
+    kernels = [HERE / "cuda_call.cpp", *sorted((csrc / "cuda").rglob("*.cu"))]
     include = ["-I", str(HERE), "-I", str(csrc), "-isystem", str(torch_dir / "include")]
     include += ["-isystem", str(build.find_cuda_include())]
     # CMakeLists.txt's; and the headers' version, for the key.

@@ -37,8 +37,7 @@ class Result:
     tensors: dict[str, Tensor]
 
 
-# The sources that an op needs beyond its own.
-SHARED = {"group_norm_act": ["slab_norm.cu"], "pixel_norm_act": ["slab_norm.cu"]}
+FOLDER = {"pixel_norm_act": "group_norm_act"}  # of csrc/cuda, where it is not the op's name
 
 
 def run_cases(op: str, cases: Sequence[Case], timeout: float = 600) -> list[Result]:
@@ -49,9 +48,8 @@ def run_cases(op: str, cases: Sequence[Case], timeout: float = 600) -> list[Resu
             sanitizer's report.
     """
     cuda = build.ROOT / "csrc" / "cuda"
-    of_op = sorted(cuda.glob(f"{op.removesuffix('_act')}*.cu"))
-    shared = [cuda / name for name in SHARED.get(op, ())]
-    sources = [Path(__file__).with_name(f"{op}.cpp"), *of_op, *shared]
+    of_op = sorted((cuda / FOLDER.get(op, op)).glob("*.cu")) or [cuda / f"{op}.cu"]
+    sources = [Path(__file__).with_name(f"{op}.cpp"), *of_op]
     program = build.build_runner(sources, Path(op))
     count = build.PROCESSES
     parts = [cases[i::count] for i in range(count)]

@@ -2,8 +2,8 @@
 // tensors have the names of the params structs; sm_count is the device's.
 #include "upsample.h"
 
-#include "common/divisor.cuh"
-#include "common/launch.cuh"
+#include "cuda/divisor.cuh"
+#include "cuda/launch.cuh"
 #include "driver.h"
 
 namespace fastcnn {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 OP = "interpolate"
 
-# csrc/common/source_index.h holds the same table: by mode and align_corners.
+# csrc/common/resample.h holds the same table: by mode and align_corners.
 SAMPLING_NUMBER = {
     ("nearest", False): 0,
     ("nearest-exact", False): 1,

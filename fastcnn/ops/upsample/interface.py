@@ -3,7 +3,7 @@
     y[o, p] = sum over i, j of rows[o, i] * columns[p, j] * x[i, j]      of each image and channel
 
 rows [h_out, h_in] and columns [w_out, w_in] hold one or two shares a line, which add up to 1:
-csrc/common/source_index.h. x: [n, c, h_in, w_in]; y: [n, c, h_out, w_out], and behind the channels
+csrc/common/resample.h. x: [n, c, h_in, w_in]; y: [n, c, h_out, w_out], and behind the channels
 of skip [n, c_skip, h_out, w_out], or before them (skip_last): [n, c_skip + c, h_out, w_out].
 
     dx[i, j] = sum over o, p of rows[o, i] * columns[p, j] * dy[o, p]

@@ -1,5 +1,5 @@
 // CudaCall of the emulated build; compiled with the emulator's header in front.
-#include "common/cuda_call.h"
+#include "bindings/cuda_call.h"
 
 namespace fastcnn {
 namespace {

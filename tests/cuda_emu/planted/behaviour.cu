@@ -9,7 +9,7 @@
 #include <map>
 #include <memory>
 
-#include "common/shared_memory.cuh"
+#include "cuda/shared_memory.cuh"
 #include "planted.h"
 
 namespace {

@@ -3,7 +3,7 @@
 // defect.
 #include <cuda_runtime.h>
 
-#include "common/shared_memory.cuh"
+#include "cuda/shared_memory.cuh"
 #include "planted.h"
 
 namespace {

@@ -1,0 +1,273 @@
+// batch_norm_act on the CPU, backward.
+//
+// Data movement, T = one pass over the tensor: the reductions read dy, x (and what was saved where
+// a residual was added, then writing dresidual); dx reads dy (or dresidual) and x and writes dx:
+// 5T, and 7T with a residual. NCHW: a task is a channel, whose second read comes from the cache
+// where it fits. All sums have an order that depends on the shape alone.
+#include "cpu/batch_norm_act/coefficients.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+
+namespace fastcnn::FASTCNN_CPU_LEVEL {
+namespace {
+
+// Everything the backward reads and writes, offset to one span.
+template <class T>
+struct BwdSpan {
+  const T *dy, *x, *saved;
+  T *dx, *dresidual;
+
+  BwdSpan(const BatchNormActBwdParams& p, int64_t offset)
+      : dy(static_cast<const T*>(p.dy) + offset),
+        x(static_cast<const T*>(p.x) + offset),
+        saved(at(static_cast<const T*>(p.saved), offset)),
+        dx(at(static_cast<T*>(p.dx), offset)),
+        dresidual(at(static_cast<T*>(p.dresidual), offset)) {}
+};
+
+// dz = dy * act'(z). z is rebuilt exactly as the forward made it; where a residual was added, with
+// the saved residual, or y is read in place of z.
+enum class Z { kUnused, kOfX, kWithSaved };  // what dz is made from, beside dy
+
+template <class T, class A, Z kZ>
+inline __attribute__((always_inline)) Vec<Acc<T>> grad_z(const BwdSpan<T>& s, A act, int64_t o,
+                                                         int64_t count, Vec<Acc<T>> centered,
+                                                         Vec<Acc<T>> scale, Vec<Acc<T>> bias) {
+  const Vec<Acc<T>> dy = load(s.dy + o, count);
+  if constexpr (kZ == Z::kUnused) return dy;
+  Vec<Acc<T>> z = centered * scale + bias;
+  if constexpr (kZ == Z::kWithSaved) {
+    const Vec<Acc<T>> saved = load(s.saved + o, count);
+    z = act.slope_is_in_y() ? saved : z + saved;
+  }
+  return act.bwd(dy, z);
+}
+
+// reduce_rows, which also writes dz where the residual's gradient is wanted. For a plane the lanes
+// are added up once a task and not once a plane.
+template <class T, class A, Z kZ, bool kArray>
+void reduce_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
+                 const Coefficients<Acc<T>>& k, int64_t j, Acc<T>* sum_dz, Acc<T>* sum_dzx) {
+  using S = Acc<T>;
+  const A act(k.act);
+  const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
+      bias{k.bias.get() + j};
+  reduce_rows<T, kArray>(
+      s.x, rows, stride, length, mean, scale, bias, sum_dz, sum_dzx,
+      [&](int64_t o, int64_t count, Vec<S> centered, Vec<S> scale, Vec<S> bias)
+          __attribute__((always_inline)) {
+            ask_ahead<kArray>(s.dy + o, stride);
+            ask_ahead<kArray && kZ == Z::kWithSaved>(s.saved + o, stride);
+            const Vec<S> dz = grad_z<T, A, kZ>(s, act, o, count, centered, scale, bias);
+            if (s.dresidual != nullptr) store(s.dresidual + o, dz, count);
+            return dz;
+          });
+}
+
+// dx = scale * (dz - shift - (x - mean) * slope); with fixed statistics dx = scale * dz. of_dy: the
+// activation, or kNone where dy is dz already.
+template <class T, class A, Z kZ, bool kArray>
+void dx_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
+             const Coefficients<Acc<T>>& k, int64_t j, Act of_dy, bool training) {
+  using S = Acc<T>;
+  const bool past_caches = k.past_caches && can_store_past_caches(s.dx, stride);
+  const A act(of_dy);
+  const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
+      bias{k.bias.get() + j}, shift{k.shift.get() + j}, slope{k.slope.get() + j};
+  for_each_block<S>(
+      rows, length,
+      [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
+        const Vec<S> m = mean.at(i), sc = scale.at(i), b = bias.at(i);
+        const Vec<S> sh = shift.at(i), sl = slope.at(i);
+#pragma GCC unroll 4
+        for (int u = 0; u < block.value; ++u) {
+          const int64_t o = (row + u) * stride + i;
+          ask_ahead<kArray>(s.x + o, stride);
+          ask_ahead<kArray>(s.dy + o, stride);
+          const Vec<S> centered = load(s.x + o, count) - m;
+          Vec<S> dz = grad_z<T, A, kZ>(s, act, o, count, centered, sc, b);
+          if (training) dz -= sh + centered * sl;
+          if (past_caches && count == kLanes<S>) {
+            store_past_caches(s.dx + o, dz * sc);
+          } else {
+            store(s.dx + o, dz * sc, count);
+          }
+        }
+      });
+  if (past_caches) fence_stores();
+}
+
+template <class T>
+using ReduceFn = void (*)(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
+                          const Coefficients<Acc<T>>& k, int64_t j, Acc<T>* sum_dz,
+                          Acc<T>* sum_dzx);
+template <class T>
+using DxFn = void (*)(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
+                      const Coefficients<Acc<T>>& k, int64_t j, Act of_dy, bool training);
+
+// The two loops of one call, chosen once. Where the first one has written dz into dresidual, the
+// second one reads it there instead of dy.
+template <class T, bool kArray>
+struct BwdLoops {
+  ReduceFn<T> reduce;
+  DxFn<T> dx;
+  Act of_dy;
+  bool training;
+
+  explicit BwdLoops(const BatchNormActBwdParams& p)
+      : of_dy(p.dresidual != nullptr ? Act::kNone : p.act), training(p.training) {
+    dispatch_z(p.act, p.saved != nullptr,
+               [&]<class A, Z kZ>() { reduce = reduce_span<T, A, kZ, kArray>; });
+    dispatch_z(of_dy, p.saved != nullptr, [&]<class A, Z kZ>() { dx = dx_span<T, A, kZ, kArray>; });
+  }
+
+  // Calls body<A, kZ>(). Without an activation there is one loop, whatever was saved.
+  template <class Body>
+  static void dispatch_z(Act act, bool saved, Body body) {
+    if (act == Act::kNone) return body.template operator()<InlineAct<Act::kNone>, Z::kUnused>();
+    dispatch_act<Acc<T>>(act, [&](auto tag) {
+      using A = typename decltype(tag)::type;
+      saved ? body.template operator()<A, Z::kWithSaved>() : body.template operator()<A, Z::kOfX>();
+    });
+  }
+
+  void run_dx(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
+              const Coefficients<Acc<T>>& k, int64_t j) const {
+    if (s.dresidual != nullptr) s.dy = s.dresidual;
+    dx(s, rows, stride, length, k, j, of_dy, training);
+  }
+};
+
+// From the sums of channel j to its parameters' gradients and to dx's coefficients; or from the
+// gradients of all ranks to the latter.
+template <class S>
+void finish_channel(const BatchNormActBwdParams& p, Coefficients<S>& k, int64_t j, double sum_dz,
+                    double sum_dzx) {
+  const double rstd = rstd_of(static_cast<const S*>(p.var)[j], p.eps);
+  S *dweight = static_cast<S*>(p.dweight) + j, *dbias = static_cast<S*>(p.dbias) + j;
+  double count = static_cast<double>(p.shape.per_channel()), sum_dzxhat = sum_dzx * rstd;
+  if (p.total == nullptr) {
+    *dbias = static_cast<S>(sum_dz);
+    *dweight = static_cast<S>(sum_dzxhat);
+  } else {
+    count = static_cast<double>(*static_cast<const S*>(p.total));
+    sum_dz = static_cast<double>(*dbias);
+    sum_dzxhat = static_cast<double>(*dweight);
+  }
+  for (int64_t i = j; i < k.c * k.repeat; i += k.c) {
+    k.shift[i] = static_cast<S>(sum_dz / count);
+    k.slope[i] = static_cast<S>(sum_dzxhat * rstd / count);
+  }
+}
+
+// ---- the two layouts ---------------------------------------------------------------------------
+
+template <class T>
+void bwd_channels_last(const BatchNormActBwdParams& p) {
+  using S = Acc<T>;
+  const BwdLoops<T, true> loops(p);
+  const WideRows w(p.shape, sizeof(T), kLanes<S>);
+  Coefficients<S> k(w.c, w.repeat, p.act, p.shape.numel() * sizeof(T));
+  const auto set = [&](int64_t j) { k.set(p, j); };
+  parallel_for(w.c, kSetGrain, set);
+  const int64_t slots = w.tasks + 1;  // the last one for the rest
+  Scratch<double> sum_dz(slots * w.wide), sum_dzx(slots * w.wide);
+  const auto reduce = [&](int64_t slot, int64_t first, int64_t last, int64_t length) {
+    if (p.total != nullptr) return;
+    Scratch<S> of_rows(2 * w.wide, Fill::kNothing);
+    S *dz = of_rows.get(), *dzx = dz + w.wide;
+    for (int64_t row = first; row < last; row += kSumRows) {
+      for_each_vector<S>(2 * w.wide, [&](int64_t i, int64_t) { store(dz + i, Vec<S>{}); });
+      loops.reduce(BwdSpan<T>(p, row * w.wide), min(kSumRows, last - row), length, length, k, 0, dz,
+                   dzx);
+      add_in_double(sum_dz.get() + slot * w.wide, dz, w.wide);
+      add_in_double(sum_dzx.get() + slot * w.wide, dzx, w.wide);
+    }
+  };
+  const auto reduce_rows = [&](int64_t task) { reduce(task, w.first(task), w.last(task), w.wide); };
+  parallel_for(w.tasks, w.grain, reduce_rows);
+  reduce(w.tasks, w.rows, w.rows + 1, w.rest);
+  for_each_channels<S>(w.c, slots * w.wide, [&](int64_t j, int64_t count) {
+    double dz[kLanes<S>] = {}, dzx[kLanes<S>] = {};
+    for (int64_t i = j; i < slots * w.wide; i += w.c) {
+      for (int64_t l = 0; l < count; ++l) {
+        dz[l] += sum_dz[i + l];
+        dzx[l] += sum_dzx[i + l];
+      }
+    }
+    for (int64_t l = 0; l < count; ++l) finish_channel<S>(p, k, j + l, dz[l], dzx[l]);
+  });
+  const auto dx = [&](int64_t row, int64_t rows, int64_t length) {
+    if (p.dx == nullptr) return;
+    loops.run_dx(BwdSpan<T>(p, row * w.wide), rows, length, length, k, 0);
+  };
+  const auto dx_rows = [&](int64_t task) {
+    dx(w.first(task), w.last(task) - w.first(task), w.wide);
+  };
+  dx(w.rows, 1, w.rest);
+  parallel_for_backwards(w.tasks, w.grain, dx_rows);
+}
+
+template <class T>
+void bwd_planes(const BatchNormActBwdParams& p) {
+  using S = Acc<T>;
+  const BwdLoops<T, false> loops(p);
+  const Planes planes(p.shape, sizeof(T));
+  Coefficients<S> k(planes.c, 1, p.act, p.shape.numel() * sizeof(T));
+  // Elements whose terms are added up in single precision, in a vector, before they go to doubles.
+  constexpr int64_t kTerms = 1 << 13;
+  const int64_t piece = min(planes.hw, kTerms), group = max(1, kTerms / planes.hw);
+  Scratch<double> sum_dz(planes.tasks), sum_dzx(planes.tasks);
+  const auto set = [&](int64_t j) { k.set(p, j); };
+  const auto reduce = [&](int64_t task) {
+    if (p.total != nullptr) return;
+    const int64_t j = planes.channel(task), last = planes.last(task);
+    for (int64_t image = planes.first(task); image < last; image += group) {
+      for (int64_t begin = 0; begin < planes.hw; begin += piece) {
+        S dz[kLanes<S>] = {}, dzx[kLanes<S>] = {};
+        loops.reduce(BwdSpan<T>(p, planes.offset(image, j) + begin), min(group, last - image),
+                     planes.stride(), min(piece, planes.hw - begin), k, j, dz, dzx);
+        sum_dz[task] += static_cast<double>(horizontal_sum<S>(load(dz)));
+        sum_dzx[task] += static_cast<double>(horizontal_sum<S>(load(dzx)));
+      }
+    }
+  };
+  const auto finish = [&](int64_t j) {
+    double total_dz = 0, total_dzx = 0;
+    for (int64_t task = j * planes.parts; task < (j + 1) * planes.parts; ++task) {
+      total_dz += sum_dz[task];
+      total_dzx += sum_dzx[task];
+    }
+    finish_channel<S>(p, k, j, total_dz, total_dzx);
+  };
+  const auto dx = [&](int64_t task) {
+    if (p.dx == nullptr) return;
+    const int64_t j = planes.channel(task);
+    loops.run_dx(BwdSpan<T>(p, planes.offset(planes.first(task), j)),
+                 planes.last(task) - planes.first(task), planes.stride(), planes.hw, k, j);
+  };
+  if (planes.parts == 1) {
+    const auto all = [&](int64_t task) {
+      set(task);
+      reduce(task);
+      finish(task);
+      dx(task);
+    };
+    return parallel_for(planes.tasks, planes.grain, all);
+  }
+  parallel_for(planes.c, 1, set);
+  parallel_for(planes.tasks, planes.grain, reduce);
+  parallel_for(planes.c, 1, finish);
+  parallel_for_backwards(planes.tasks, planes.grain, dx);
+}
+
+}  // namespace
+
+void batch_norm_act_bwd_cpu(const BatchNormActBwdParams& p) {
+  dispatch_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    p.shape.channels_last ? bwd_channels_last<T>(p) : bwd_planes<T>(p);
+  });
+}
+
+}  // namespace fastcnn::FASTCNN_CPU_LEVEL

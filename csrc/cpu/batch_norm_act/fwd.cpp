@@ -1,0 +1,138 @@
+// batch_norm_act on the CPU, forward.
+//
+// Data movement, T = one pass over the tensor: statistics read x (1T); the normalisation reads x
+// and residual, writes y (2T or 3T). NCHW: a task is a channel, whose second read comes from the
+// cache where it fits. How the variance is computed: cpu/moments.h. All sums have an order that
+// depends on the shape alone.
+#include "cpu/batch_norm_act/coefficients.h"
+#include "cpu/dispatch.h"
+#include "cpu/moments.h"
+#include "cpu/parallel.h"
+
+namespace fastcnn::FASTCNN_CPU_LEVEL {
+namespace {
+
+// `rows` spans of `length` neighbouring elements, `stride` apart; j is the first channel.
+template <class T, class A, bool kAdd, bool kArray>
+void normalize(const T* x, const T* residual, T* y, int64_t rows, int64_t stride, int64_t length,
+               const Coefficients<Acc<T>>& k, int64_t j) {
+  using S = Acc<T>;
+  const A act(k.act);
+  const bool past_caches = k.past_caches && can_store_past_caches(y, stride);
+  const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
+      bias{k.bias.get() + j};
+  for_each_block<S>(
+      rows, length,
+      [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
+        const Vec<S> m = mean.at(i), s = scale.at(i), b = bias.at(i);
+#pragma GCC unroll 4
+        for (int u = 0; u < block.value; ++u) {
+          const int64_t o = (row + u) * stride + i;
+          ask_ahead<kArray>(x + o, stride);
+          Vec<S> z = (load(x + o, count) - m) * s + b;
+          if constexpr (kAdd) {
+            ask_ahead<kArray>(residual + o, stride);
+            z += load(residual + o, count);
+          }
+          z = act.fwd(z);
+          if (past_caches && count == kLanes<S>) {
+            store_past_caches(y + o, z);
+          } else {
+            store(y + o, z, count);
+          }
+        }
+      });
+  if (past_caches) fence_stores();
+}
+
+template <class T>
+using NormalizeFn = void (*)(const T* x, const T* residual, T* y, int64_t rows, int64_t stride,
+                             int64_t length, const Coefficients<Acc<T>>& k, int64_t j);
+
+template <class T, bool kArray>
+NormalizeFn<T> pick_normalize(const BatchNormActFwdParams& p) {
+  return dispatch_act<Acc<T>>(p.act, [&](auto tag) {
+    return dispatch_bool(p.residual != nullptr, [&](auto add) -> NormalizeFn<T> {
+      return normalize<T, typename decltype(tag)::type, add.value, kArray>;
+    });
+  });
+}
+
+// ---- the two layouts ---------------------------------------------------------------------------
+
+template <class T>
+void apply_channels_last(const BatchNormActFwdParams& p, const WideRows& w) {
+  using S = Acc<T>;
+  const NormalizeFn<T> normalize_span = pick_normalize<T, true>(p);
+  Coefficients<S> k(w.c, w.repeat, p.act, p.shape.numel() * sizeof(T));
+  const auto set = [&](int64_t j) { k.set(p, j); };
+  parallel_for(w.c, kSetGrain, set);
+  const auto span = [&](int64_t row, int64_t rows, int64_t length) {
+    const int64_t o = row * w.wide;
+    normalize_span(static_cast<const T*>(p.x) + o, at(static_cast<const T*>(p.residual), o),
+                   static_cast<T*>(p.y) + o, rows, length, length, k, 0);
+  };
+  const auto rows = [&](int64_t task) {
+    span(w.first(task), w.last(task) - w.first(task), w.wide);
+  };
+  span(w.rows, 1, w.rest);
+  parallel_for_backwards(w.tasks, w.grain, rows);
+}
+
+template <class T>
+void fwd_planes(const BatchNormActFwdParams& p, const Planes& planes, bool training) {
+  using S = Acc<T>;
+  const NormalizeFn<T> normalize_span = pick_normalize<T, false>(p);
+  const T* x = static_cast<const T*>(p.x);
+  Coefficients<S> k(planes.c, 1, p.act, p.shape.numel() * sizeof(T));
+  Scratch<Moments<S>> moments(planes.tasks);
+  const auto stats = [&](int64_t task) { moments[task] = plane_moments(x, planes, task); };
+  const auto join = [&](int64_t j) {
+    if (training) {
+      Moments<S> total;
+      for (int64_t task = j * planes.parts; task < (j + 1) * planes.parts; ++task) {
+        total.join(moments[task].count, moments[task].mean, moments[task].m2);
+      }
+      total.write(static_cast<S*>(p.mean) + j, static_cast<S*>(p.var) + j);
+    }
+    k.set(p, j);
+  };
+  const auto apply = [&](int64_t task) {
+    if (p.y == nullptr) return;
+    const int64_t j = planes.channel(task), o = planes.offset(planes.first(task), j);
+    normalize_span(x + o, at(static_cast<const T*>(p.residual), o), static_cast<T*>(p.y) + o,
+                   planes.last(task) - planes.first(task), planes.stride(), planes.hw, k, j);
+  };
+  if (planes.parts == 1) {  // the whole channel in one go: the second read finds it in the cache
+    const auto all = [&](int64_t task) {
+      if (training) stats(task);
+      join(task);
+      apply(task);
+    };
+    return parallel_for(planes.tasks, planes.grain, all);
+  }
+  if (training) parallel_for(planes.tasks, planes.grain, stats);
+  parallel_for(planes.c, 1, join);
+  parallel_for_backwards(planes.tasks, planes.grain, apply);
+}
+
+void fwd(const BatchNormActFwdParams& p, bool training) {
+  dispatch_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (!p.shape.channels_last) return fwd_planes<T>(p, Planes(p.shape, sizeof(T)), training);
+    const WideRows w(p.shape, sizeof(T), kLanes<Acc<T>>);
+    if (training) {
+      batch_moments(static_cast<const T*>(p.x), w, static_cast<Acc<T>*>(p.mean),
+                    static_cast<Acc<T>*>(p.var));
+    }
+    if (p.y != nullptr) apply_channels_last<T>(p, w);
+  });
+}
+
+}  // namespace
+
+void batch_norm_act_fwd_cpu(const BatchNormActFwdParams& p) { fwd(p, true); }
+
+void batch_norm_act_apply_cpu(const BatchNormActFwdParams& p) { fwd(p, false); }
+
+}  // namespace fastcnn::FASTCNN_CPU_LEVEL

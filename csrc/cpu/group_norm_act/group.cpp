@@ -1,0 +1,344 @@
+// group_norm_act on the CPU.
+//
+// Data movement, T = one pass over the tensor:
+//   forward   statistics read x (1T); the normalisation reads x and writes y (2T).
+//   backward  the reductions read dy and x (2T); dx reads both again and is written (3T).
+// The unit of work is what one statistic or more can be computed from without its neighbours: NCHW
+// the slab of a group, side by side in memory; channels_last a sample, whose groups are walked
+// together, row by row. Where there are units enough a thread takes a unit through all its passes,
+// so that the second reading comes from the cache where it fits: 2T and 3T. Few large units are cut
+// into parts, which threads may share.
+// How the variance is computed: cpu/moments.h.
+// All sums have an order that depends on the shape alone.
+#include <initializer_list>
+
+#include "cpu/dispatch.h"
+#include "cpu/group_norm_act/loops.h"
+#include "cpu/moments.h"
+#include "cpu/spans.h"
+#include "group_norm_act.h"
+
+namespace fastcnn::FASTCNN_CPU_LEVEL {
+namespace {
+
+// ---- NCHW: a unit is the slab of a group --------------------------------------------------------
+
+struct Slabs {
+  int64_t per_group, hw, size, units, elements, parts, per_part;
+
+  // A part is long enough to be worth a task; sums are joined in double after kPiece elements.
+  static constexpr int64_t kPiece = 1 << 13;
+
+  Slabs(const ImageShape& shape, int64_t groups)
+      : per_group(shape.c / groups),
+        hw(shape.hw),
+        size(per_group * hw),
+        units(shape.n * groups),
+        elements(shape.numel()) {
+    per_part = ceil_div(ceil_div(size, ceil_div(kTasks / 4, units)), 2 * kPiece) * 2 * kPiece;
+    parts = ceil_div(size, per_part);
+  }
+
+  // body(channel of the group, offset in the slab, length) for each piece of one channel's.
+  template <class Body>
+  void for_each_piece(int64_t part, Body body) const {
+    const int64_t end = min(size, (part + 1) * per_part);
+    int64_t o = part * per_part;
+    for (int64_t j = o / hw; o < end; ++j) {
+      for (const int64_t stop = min(end, (j + 1) * hw); o < stop;) {
+        const int64_t length = min(kPiece, stop - o);
+        body(j, o, length);
+        o += length;
+      }
+    }
+  }
+};
+
+template <class T>
+void fwd_nchw(const GroupNormActFwdParams& p) {
+  using S = Acc<T>;
+  const Loops<T, false> loops(p.act);
+  const Norm<S> norm(p);
+  const Slabs slabs(p.shape, p.groups);
+  const T* x = static_cast<const T*>(p.x);
+  // space: of each part the count, mean and centred squares
+  const auto stats = [&](double* space, int64_t slab, int64_t part) {
+    const int64_t o = part * slabs.per_part;
+    const Moments<S> m =
+        range_moments(x + slab * slabs.size + o, min(slabs.per_part, slabs.size - o));
+    space[3 * part] = m.count, space[3 * part + 1] = m.mean, space[3 * part + 2] = m.m2;
+  };
+  const auto join = [&](double* space, int64_t slab) {
+    Moments<S> total;
+    for (int64_t part = 0; part < slabs.parts; ++part) {
+      total.join(space[3 * part], space[3 * part + 1], space[3 * part + 2]);
+    }
+    total.write(norm.mean + slab, norm.var + slab);
+  };
+  const auto apply = [&](double*, int64_t slab, int64_t part) {
+    const S rstd = norm.rstd(slab);
+    const int64_t first = slab % norm.groups * norm.per_group, base = slab * slabs.size;
+    slabs.for_each_piece(part, [&](int64_t j, int64_t o, int64_t length) {
+      S scale = norm.weight_of(first + j) * rstd, bias = norm.bias_of(first + j);
+      const Coefficients<S> k{p.act, norm.mean + slab, &scale, &bias, nullptr, nullptr};
+      loops.normalize(x + base + o, static_cast<T*>(p.y) + base + o, 1, length, k);
+    });
+  };
+  run_units<double>(slabs.units, slabs.parts, 3 * slabs.parts, slabs.elements, kNothing, stats,
+                    join, apply);
+}
+
+template <class T>
+void bwd_nchw(const GroupNormActBwdParams& p) {
+  using S = Acc<T>;
+  const Loops<T, false> loops(p.act);
+  const Norm<S> norm(p);
+  const Slabs slabs(p.shape, p.groups);
+  const T *dy = static_cast<const T*>(p.dy), *x = static_cast<const T*>(p.x);
+  const ChannelSums sums(p.shape);
+  // body(coefficients, channel of the group, offset, length) for each piece of a part.
+  const auto walk = [&](int64_t slab, int64_t part, S shift, S slope, auto body) {
+    const S rstd = norm.rstd(slab);
+    const int64_t first = slab % norm.groups * norm.per_group, base = slab * slabs.size;
+    slabs.for_each_piece(part, [&](int64_t j, int64_t o, int64_t length) {
+      S scale = norm.weight_of(first + j) * rstd, bias = norm.bias_of(first + j);
+      body(Coefficients<S>{p.act, norm.mean + slab, &scale, &bias, &shift, &slope}, j, base + o,
+           length);
+    });
+  };
+  // space: of each part and channel of the group sum(dz) and sum(dz * (x - mean))
+  const auto reduce = [&](double* space, int64_t slab, int64_t part) {
+    double* of_part = space + part * slabs.per_group * 2;
+    walk(slab, part, S(0), S(0), [&](Coefficients<S> k, int64_t j, int64_t o, int64_t length) {
+      Vec<S> total[2] = {};
+      S lanes[2][kLanes<S>] = {};
+      loops.reduce(dy + o, x + o, 1, length, k, lanes[0], lanes[1]);
+      for (int i = 0; i < 2; ++i) {
+        total[i] = load(lanes[i]);
+        of_part[2 * j + i] += static_cast<double>(horizontal_sum<S>(total[i]));
+      }
+    });
+  };
+  const auto join = [&](double* space, int64_t slab) {
+    for (int64_t part = 0; part < slabs.parts; ++part) {
+      for (int64_t j = 0; j < slabs.per_group; ++j) {
+        const double* from = space + (part * slabs.per_group + j) * 2;
+        sums.dz[slab * slabs.per_group + j] += from[0];
+        sums.dzx[slab * slabs.per_group + j] += from[1];
+      }
+    }
+  };
+  const auto dx = [&](double*, int64_t slab, int64_t part) {
+    S shift, slope;
+    sums.finish(norm, slab, &shift, &slope);
+    walk(slab, part, shift, slope, [&](Coefficients<S> k, int64_t, int64_t o, int64_t length) {
+      loops.grad_x(dy + o, x + o, static_cast<T*>(p.dx) + o, 1, length, k);
+    });
+  };
+  run_units<double>(slabs.units, slabs.parts, slabs.parts * slabs.per_group * 2, slabs.elements,
+                    kNothing, reduce, join, dx);
+  sums.write(norm, p);
+}
+
+// ---- channels_last: a unit is a sample ----------------------------------------------------------
+
+// The rows of a sample; `rest` elements, fewer than a row, follow the last one as a part of its
+// own.
+template <class T>
+struct SampleRows : WideRows {
+  int64_t n, size, parts;
+
+  explicit SampleRows(const ImageShape& shape)
+      : WideRows({1, shape.c, shape.hw, true}, sizeof(T), kLanes<Acc<T>>,
+                 ceil_div(kTasks / 4, shape.n)),
+        n(shape.n),
+        size(shape.c * shape.hw),
+        parts(max(1, tasks)) {}
+
+  // body(slot, first element, rows, length) for what belongs to a part.
+  template <class Body>
+  void for_each_span(int64_t part, Body body) const {
+    if (first(part) < rows) body(part, first(part) * wide, last(part) - first(part), wide);
+    if (part == parts - 1 && rest > 0) body(parts, rows * wide, int64_t{1}, rest);
+  }
+  int64_t slots() const { return parts + 1; }
+
+  // body(slot, first column, elements a column) for each slot and pixel of a wide row.
+  template <class Body>
+  void for_each_pixel(Body body) const {
+    for (int64_t slot = 0; slot < slots(); ++slot) {
+      const bool is_rest = slot == parts;
+      const int64_t count = is_rest ? 1 : max(0, last(slot) - first(slot));
+      if (count == 0) continue;
+      for (int64_t i = 0; i < (is_rest ? rest : wide); i += c) body(slot, slot * wide + i, count);
+    }
+  }
+};
+
+// mean, scale and bias of a sample's channels, `repeat` times, into k's arrays.
+template <class S>
+void set_channels(const Norm<S>& norm, int64_t sample, int64_t repeat, Coefficients<S> k) {
+  for (int64_t g = 0; g < norm.groups; ++g) {
+    const int64_t slab = sample * norm.groups + g;
+    const S mean = norm.mean[slab], rstd = norm.rstd(slab);
+    for (int64_t j = g * norm.per_group; j < (g + 1) * norm.per_group; ++j) {
+      k.mean[j] = mean;
+      k.scale[j] = norm.weight_of(j) * rstd;
+      k.bias[j] = norm.bias_of(j);
+    }
+  }
+  for (S* values : {k.mean, k.scale, k.bias}) {
+    for (int64_t i = norm.c; i < norm.c * repeat; ++i) values[i] = values[i - norm.c];
+  }
+}
+
+// From the columns' origin + mean and m2 to the groups': the mean, then all squares around it.
+template <class T, class S>
+void join_columns(const SampleRows<T>& rows, const Norm<S>& norm, int64_t sample, const S* origin,
+                  const S* mean, const S* m2) {
+  for (int64_t g = 0; g < norm.groups; ++g) {
+    const int64_t first = g * norm.per_group, last = first + norm.per_group;
+    double total = 0, squares = 0;
+    rows.for_each_pixel([&](int64_t, int64_t column, int64_t count) {
+      double sum = 0;
+      for (int64_t i = column + first; i < column + last; ++i) {
+        sum += static_cast<double>(origin[i]) + static_cast<double>(mean[i]);
+      }
+      total += sum * static_cast<double>(count);
+    });
+    const double center = total / norm.count;
+    rows.for_each_pixel([&](int64_t, int64_t column, int64_t count) {
+      double within = 0, between = 0;
+      for (int64_t i = column + first; i < column + last; ++i) {
+        const double delta = static_cast<double>(origin[i]) + static_cast<double>(mean[i]) - center;
+        within += static_cast<double>(m2[i]);
+        between += delta * delta;
+      }
+      squares += within + between * static_cast<double>(count);
+    });
+    const int64_t slab = sample * norm.groups + g;
+    norm.mean[slab] = static_cast<S>(center);
+    norm.var[slab] = static_cast<S>(squares / norm.count);
+  }
+}
+
+template <class T>
+void fwd_channels_last(const GroupNormActFwdParams& p) {
+  using S = Acc<T>;
+  const Loops<T, true> loops(p.act);
+  const Norm<S> norm(p);
+  const SampleRows<T> rows(p.shape);
+  const T* x = static_cast<const T*>(p.x);
+  // space: three arrays of one number a column and slot, then the coefficients
+  const int64_t array = rows.slots() * rows.wide, arrays = 3 * array;
+  const auto stats = [&](S* space, int64_t sample, int64_t part) {
+    const T* from = x + sample * rows.size;
+    rows.for_each_span(part, [&](int64_t slot, int64_t o, int64_t, int64_t length) {
+      S* at = space + slot * rows.wide;
+      if (slot < rows.parts) {
+        column_moments(from, rows.first(part), rows.last(part), rows, at, at + array,
+                       at + 2 * array);
+      } else {  // one value a column: its own mean
+        for_each_vector<S>(length, [&](int64_t i, int64_t count) {
+          store(at + i, load(from + o + i, count), count);
+        });
+      }
+    });
+  };
+  const auto coefficients = [&](S* space) {
+    S* k = space + arrays;
+    return Coefficients<S>{p.act, k, k + rows.wide, k + 2 * rows.wide, nullptr, nullptr};
+  };
+  const auto join = [&](S* space, int64_t sample) {
+    join_columns(rows, norm, sample, space, space + array, space + 2 * array);
+    set_channels(norm, sample, rows.repeat, coefficients(space));
+  };
+  const auto apply = [&](S* space, int64_t sample, int64_t part) {
+    rows.for_each_span(part, [&](int64_t, int64_t o, int64_t count, int64_t length) {
+      const int64_t at = sample * rows.size + o;
+      loops.normalize(x + at, static_cast<T*>(p.y) + at, count, length, coefficients(space));
+    });
+  };
+  run_units<S>(rows.n, rows.parts, arrays + 3 * rows.wide, p.shape.numel(), kNothing, stats, join,
+               apply);
+}
+
+template <class T>
+void bwd_channels_last(const GroupNormActBwdParams& p) {
+  using S = Acc<T>;
+  const Loops<T, true> loops(p.act);
+  const Norm<S> norm(p);
+  const SampleRows<T> rows(p.shape);
+  const T *dy = static_cast<const T*>(p.dy), *x = static_cast<const T*>(p.x);
+  const ChannelSums sums(p.shape);
+  // space: two sums a column and part, then the coefficients
+  const int64_t array = rows.parts * rows.wide;
+  const auto coefficients = [&](double* space) {
+    S* k = reinterpret_cast<S*>(space + 2 * array);
+    return Coefficients<S>{
+        p.act, k, k + rows.wide, k + 2 * rows.wide, k + 3 * rows.wide, k + 4 * rows.wide};
+  };
+  const auto prepare = [&](double* space, int64_t sample) {
+    set_channels(norm, sample, rows.repeat, coefficients(space));
+  };
+  const auto reduce = [&](double* space, int64_t sample, int64_t part) {
+    const Scratch<S> block(2 * rows.wide, Fill::kNothing);
+    S *dz = block.get(), *dzx = dz + rows.wide;
+    double* of_part = space + part * rows.wide;
+    rows.for_each_span(part, [&](int64_t, int64_t o, int64_t count, int64_t length) {
+      for (int64_t row = 0; row < count; row += kSumRows) {
+        const int64_t from = sample * rows.size + o + row * length;
+        for_each_vector<S>(2 * rows.wide, [&](int64_t i, int64_t) { store(dz + i, Vec<S>{}); });
+        loops.reduce(dy + from, x + from, min(kSumRows, count - row), length, coefficients(space),
+                     dz, dzx);
+        add_in_double(of_part, dz, rows.wide);
+        add_in_double(of_part + array, dzx, rows.wide);
+      }
+    });
+  };
+  const auto join = [&](double* space, int64_t sample) {
+    double *dz = sums.dz.get() + sample * rows.c, *dzx = sums.dzx.get() + sample * rows.c;
+    for (int64_t column = 0; column < array; column += rows.c) {
+      for (int64_t j = 0; j < rows.c; ++j) {
+        dz[j] += space[column + j];
+        dzx[j] += space[array + column + j];
+      }
+    }
+    const Coefficients<S> k = coefficients(space);
+    for (int64_t g = 0; g < norm.groups; ++g) {
+      S shift, slope;
+      sums.finish(norm, sample * norm.groups + g, &shift, &slope);
+      for (int64_t i = g * norm.per_group; i < rows.wide; i += rows.c) {
+        for (int64_t j = i; j < i + norm.per_group; ++j) k.shift[j] = shift, k.slope[j] = slope;
+      }
+    }
+  };
+  const auto dx = [&](double* space, int64_t sample, int64_t part) {
+    rows.for_each_span(part, [&](int64_t, int64_t o, int64_t count, int64_t length) {
+      const int64_t at = sample * rows.size + o;
+      loops.grad_x(dy + at, x + at, static_cast<T*>(p.dx) + at, count, length, coefficients(space));
+    });
+  };
+  const int64_t numbers = ceil_div(5 * rows.wide * sizeof(S), sizeof(double));
+  run_units<double>(rows.n, rows.parts, 2 * array + numbers, p.shape.numel(), prepare, reduce, join,
+                    dx);
+  sums.write(norm, p);
+}
+
+}  // namespace
+
+void group_norm_act_fwd_cpu(const GroupNormActFwdParams& p) {
+  dispatch_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    p.shape.channels_last ? fwd_channels_last<T>(p) : fwd_nchw<T>(p);
+  });
+}
+
+void group_norm_act_bwd_cpu(const GroupNormActBwdParams& p) {
+  dispatch_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    p.shape.channels_last ? bwd_channels_last<T>(p) : bwd_nchw<T>(p);
+  });
+}
+
+}  // namespace fastcnn::FASTCNN_CPU_LEVEL

@@ -1,0 +1,201 @@
+// The loops of group_norm_act's CPU kernels, the numbers they read, and the order they run in.
+#pragma once
+
+#include "cpu/dispatch.h"
+#include "cpu/norm.h"
+#include "cpu/parallel.h"
+#include "cpu/spans.h"
+#include "group_norm_act.h"
+
+namespace fastcnn::FASTCNN_CPU_LEVEL {
+namespace {
+
+// What the loops know of the channels: arrays in step with a span (channels_last), or a number each
+// (a part of a plane).
+template <class S>
+struct Coefficients {
+  Act act;
+  S *mean, *scale, *bias;  // z = (x - mean) * scale + bias
+  S *shift, *slope;        // dx = scale * dz - (shift + (x - mean) * slope)
+};
+
+// `rows` spans of `length` neighbouring elements, one behind the other.
+template <class T, class A, bool kArray>
+void normalize(const T* x, T* y, int64_t rows, int64_t length, Coefficients<Acc<T>> k) {
+  using S = Acc<T>;
+  const A act(k.act);
+  const PerChannel<S, kArray> mean{k.mean}, scale{k.scale}, bias{k.bias};
+  for_each_block<S>(
+      rows, length,
+      [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
+        const Vec<S> m = mean.at(i), s = scale.at(i), b = bias.at(i);
+#pragma GCC unroll 4
+        for (int u = 0; u < block.value; ++u) {
+          const int64_t o = (row + u) * length + i;
+          ask_ahead<kArray>(x + o, length);
+          store(y + o, act.fwd((load(x + o, count) - m) * s + b), count);
+        }
+      });
+}
+
+// reduce_rows; dz comes from z, rebuilt exactly as the forward made it.
+template <class T, class A, bool kArray>
+void reduce(const T* dy, const T* x, int64_t rows, int64_t length, Coefficients<Acc<T>> k,
+            Acc<T>* sum_dz, Acc<T>* sum_dzx) {
+  using S = Acc<T>;
+  const A act(k.act);
+  reduce_rows<T, kArray>(
+      x, rows, length, length, PerChannel<S, kArray>{k.mean}, PerChannel<S, kArray>{k.scale},
+      PerChannel<S, kArray>{k.bias}, sum_dz, sum_dzx,
+      [&](int64_t o, int64_t count, Vec<S> centered, Vec<S> scale, Vec<S> bias)
+          __attribute__((always_inline)) {
+            ask_ahead<kArray>(dy + o, length);
+            return act.bwd(load(dy + o, count), centered * scale + bias);
+          });
+}
+
+template <class T, class A, bool kArray>
+void grad_x(const T* dy, const T* x, T* dx, int64_t rows, int64_t length, Coefficients<Acc<T>> k) {
+  using S = Acc<T>;
+  const A act(k.act);
+  const PerChannel<S, kArray> mean{k.mean}, scale{k.scale}, bias{k.bias};
+  const PerChannel<S, kArray> shift{k.shift}, slope{k.slope};
+  for_each_block<S>(
+      rows, length,
+      [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
+        const Vec<S> m = mean.at(i), s = scale.at(i), b = bias.at(i);
+        const Vec<S> sh = shift.at(i), sl = slope.at(i);
+#pragma GCC unroll 4
+        for (int u = 0; u < block.value; ++u) {
+          const int64_t o = (row + u) * length + i;
+          ask_ahead<kArray>(x + o, length);
+          ask_ahead<kArray>(dy + o, length);
+          const Vec<S> centered = load(x + o, count) - m;
+          const Vec<S> dz = act.bwd(load(dy + o, count), centered * s + b);
+          store(dx + o, dz * s - (sh + centered * sl), count);
+        }
+      });
+}
+
+// The loops of one call, chosen once.
+template <class T, bool kArray>
+struct Loops {
+  void (*normalize)(const T*, T*, int64_t, int64_t, Coefficients<Acc<T>>);
+  void (*reduce)(const T*, const T*, int64_t, int64_t, Coefficients<Acc<T>>, Acc<T>*, Acc<T>*);
+  void (*grad_x)(const T*, const T*, T*, int64_t, int64_t, Coefficients<Acc<T>>);
+
+  explicit Loops(Act act) {
+    dispatch_act<Acc<T>>(act, [&](auto tag) {
+      using A = typename decltype(tag)::type;
+      normalize = FASTCNN_CPU_LEVEL::normalize<T, A, kArray>;
+      reduce = FASTCNN_CPU_LEVEL::reduce<T, A, kArray>;
+      grad_x = FASTCNN_CPU_LEVEL::grad_x<T, A, kArray>;
+    });
+  }
+};
+
+// The numbers of a call's groups and channels.
+template <class S>
+struct Norm {
+  int64_t c, groups, per_group;  // channels
+  double count, eps;             // values a group
+  const S *weight, *bias;
+  S *mean, *var;
+
+  template <class Params>
+  explicit Norm(const Params& p)
+      : c(p.shape.c),
+        groups(p.groups),
+        per_group(c / groups),
+        count(static_cast<double>(per_group * p.shape.hw)),
+        eps(p.eps),
+        weight(static_cast<const S*>(p.weight)),
+        bias(static_cast<const S*>(p.bias)),
+        mean(static_cast<S*>(const_cast<void*>(p.mean))),
+        var(static_cast<S*>(const_cast<void*>(p.var))) {}
+
+  S weight_of(int64_t channel) const { return weight ? weight[channel] : S(1); }
+  S bias_of(int64_t channel) const { return bias ? bias[channel] : S(0); }
+  S rstd(int64_t slab) const { return rstd_of(var[slab], eps); }
+};
+
+// The sums of each sample's channels, and what becomes of them.
+struct ChannelSums {
+  Scratch<double> dz, dzx;  // [n, c]
+
+  explicit ChannelSums(const ImageShape& shape) : dz(shape.n * shape.c), dzx(shape.n * shape.c) {}
+
+  // The shift and slope of a group, slab = n * groups + g.
+  template <class S>
+  void finish(const Norm<S>& norm, int64_t slab, S* shift, S* slope) const {
+    const int64_t sample = slab / norm.groups, first = slab % norm.groups * norm.per_group;
+    double total_dz = 0, total_dzx = 0;
+    for (int64_t j = first; j < first + norm.per_group; ++j) {
+      total_dz += dz[sample * norm.c + j] * norm.weight_of(j);
+      total_dzx += dzx[sample * norm.c + j] * norm.weight_of(j);
+    }
+    const double rstd = norm.rstd(slab);
+    *shift = static_cast<S>(total_dz * rstd / norm.count);
+    *slope = static_cast<S>(total_dzx * rstd * rstd * rstd / norm.count);
+  }
+
+  template <class S>
+  void write(const Norm<S>& norm, const GroupNormActBwdParams& p) const {
+    for (int64_t j = 0; j < norm.c; ++j) {
+      double dweight = 0, dbias = 0;
+      for (int64_t sample = 0; sample < p.shape.n; ++sample) {
+        dbias += dz[sample * norm.c + j];
+        dweight += dzx[sample * norm.c + j] * norm.rstd(sample * norm.groups + j / norm.per_group);
+      }
+      static_cast<S*>(p.dweight)[j] = static_cast<S>(dweight);
+      static_cast<S*>(p.dbias)[j] = static_cast<S>(dbias);
+    }
+  }
+};
+
+// Runs prepare(space, unit), first(space, unit, part) for each part, join(space, unit) and
+// second(space, unit, part) for each part. `space` numbers, zeroed, belong to a unit meanwhile.
+//
+// Where units come out even over the threads, one takes a unit through all of it, the second pass
+// from its end: what the first one has read is then in the cache, as far as it has room. Otherwise
+// threads share units part by part, and each pass goes over all of memory. Sums are the same.
+template <class S, class Prepare, class First, class Join, class Second>
+void run_units(int64_t units, int64_t parts, int64_t space, int64_t elements, Prepare prepare,
+               First first, Join join, Second second) {
+  const int64_t threads = thread_count();
+  if (parts == 1 || units % threads == 0 || units >= 4 * threads) {
+    const int64_t per_task = ceil_div(units, 2 * kTasks), tasks = ceil_div(units, per_task);
+    const auto all = [&](int64_t task) {
+      const Scratch<S> own(space);
+      const int64_t last = min(units, (task + 1) * per_task);
+      for (int64_t unit = task * per_task; unit < last; ++unit) {
+        std::memset(static_cast<void*>(own.get()), 0, static_cast<size_t>(space) * sizeof(S));
+        prepare(own.get(), unit);
+        for (int64_t part = 0; part < parts; ++part) first(own.get(), unit, part);
+        join(own.get(), unit);
+        for (int64_t part = parts - 1; part >= 0; --part) second(own.get(), unit, part);
+      }
+    };
+    return parallel_for(tasks, task_grain(tasks, elements), all);
+  }
+  const Scratch<S> spaces(units * space);
+  const auto of_unit = [&](auto body) {
+    const auto run = [&](int64_t unit) { body(spaces.get() + unit * space, unit); };
+    parallel_for(units, 1, run);
+  };
+  const auto of_part = [&](auto body) {
+    const auto run = [&](int64_t task) {
+      body(spaces.get() + task / parts * space, task / parts, task % parts);
+    };
+    parallel_for(units * parts, task_grain(units * parts, elements), run);
+  };
+  of_unit(prepare);
+  of_part(first);
+  of_unit(join);
+  of_part(second);
+}
+
+const auto kNothing = [](auto*, int64_t) {};
+
+}  // namespace
+}  // namespace fastcnn::FASTCNN_CPU_LEVEL

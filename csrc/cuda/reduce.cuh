@@ -1,0 +1,114 @@
+// Sums over the batch in two stages, in a fixed order and without atomics: the lanes of a block
+// join what they hold, each block writes one partial value a channel, and a last kernel joins
+// those.
+#pragma once
+
+#include "cuda/columns.cuh"
+#include "cuda/shared_memory.cuh"
+
+namespace fastcnn {
+
+__device__ inline float rstd_of(float var, double eps) {
+  return rsqrtf(var + static_cast<float>(eps));
+}
+
+// mean + step towards `target`. A mean that is not finite has no way to go: PyTorch's is then the
+// sum over the count, which is infinite where all such values are, and inf - inf would be NaN.
+__device__ inline float moved_mean(float mean, float target, float step) {
+  const float moved = mean + step;
+  return moved == moved ? moved : mean + target;
+}
+
+// Count, mean and squares around the mean of some values; joined by Chan's formula.
+struct Moments {
+  float count = 0, mean = 0, m2 = 0;
+
+  __device__ void join(float other_count, float other_mean, float other_m2) {
+    if (other_count == 0) return;
+    const float total = count + other_count;
+    const float delta = other_mean - mean, share = other_count / total;
+    mean = moved_mean(mean, other_mean, delta * share);
+    m2 += other_m2 + delta * delta * count * share;
+    count = total;
+  }
+};
+
+// What the backward of a normalisation adds up.
+struct Sums {
+  float dz = 0, dzx = 0;  // sum(dz), sum(dz * (x - mean))
+};
+
+struct JoinSums {
+  __device__ void operator()(Sums& a, const Sums& b) const {
+    a.dz += b.dz;
+    a.dzx += b.dzx;
+  }
+};
+
+// Joins what the lanes of a block hold, value by value: a tree in shared memory, in a fixed order.
+// lanes is a power of two; lane l of a column is thread l * columns + column. Every thread calls
+// it; lane 0 gets the result.
+template <int kCount, class Value, class Join>
+__device__ void join_lanes(Value (&values)[kCount], int columns, int lanes, Join join) {
+  Value* shared = shared_memory<Value>();
+  const int lane = threadIdx.x / columns;
+  for (int s = 0; s < kCount; ++s) shared[threadIdx.x * kCount + s] = values[s];
+  for (int half = lanes / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (lane < half) {
+      for (int s = 0; s < kCount; ++s) {
+        join(shared[threadIdx.x * kCount + s], shared[(threadIdx.x + half * columns) * kCount + s]);
+      }
+    }
+  }
+  if (lane == 0) {  // its own slot: no barrier needed
+    for (int s = 0; s < kCount; ++s) values[s] = shared[threadIdx.x * kCount + s];
+  }
+}
+
+struct JoinMoments {
+  __device__ void operator()(Moments& a, const Moments& b) const { a.join(b.count, b.mean, b.m2); }
+};
+
+// Joins what the lanes of a block hold and writes it to partial [splits, c], c counted in columns.
+template <int kCount, class Value, class Join>
+__device__ void write_partial(Value (&values)[kCount], const ColumnPlan& plan, int64_t c,
+                              int64_t column, bool active, Value* partial, Join join) {
+  join_lanes(values, plan.columns, plan.lanes, join);
+  if (threadIdx.x / plan.columns == 0 && active) {
+    for (int s = 0; s < kCount; ++s) partial[blockIdx.y * c + column + s] = values[s];
+  }
+}
+
+// A block joins the splits of 8 channels with 32 lanes: a lane has few of them, one after another,
+// and 8 neighbouring partial values fill 3 sectors of 32 bytes.
+constexpr int kFinishColumns = 8, kFinishLanes = 32;
+
+// `repeat`: neighbouring columns of partial [splits, c * repeat] that are one channel.
+template <class Value, class Join>
+__device__ Value join_splits(const Value* partial, int splits, int64_t c, int64_t channel,
+                             Join join, int64_t repeat = 1) {
+  Value total[1] = {};
+  const int64_t count = channel < c ? splits * repeat : 0;
+  const auto at = [&](int64_t i) {
+    const int64_t split = repeat == 1 ? i : i / repeat;
+    return partial[(split * c + channel) * repeat + (i - split * repeat)];
+  };
+  int64_t i = threadIdx.x / kFinishColumns;
+  for (; i + (kUnroll - 1) * kFinishLanes < count; i += kUnroll * kFinishLanes) {
+    Value values[kUnroll];  // asked for together, then joined
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) values[u] = at(i + u * kFinishLanes);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) join(total[0], values[u]);
+  }
+  for (; i < count; i += kFinishLanes) join(total[0], at(i));
+  join_lanes(total, kFinishColumns, kFinishLanes, join);
+  return total[0];
+}
+
+__device__ inline int64_t finish_channel() {
+  return blockIdx.x * static_cast<int64_t>(kFinishColumns) + threadIdx.x % kFinishColumns;
+}
+
+}  // namespace fastcnn
