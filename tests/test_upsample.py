@@ -72,7 +72,8 @@ def test_where_torch_differs_from_itself(
     y, dx = run(F.interpolate, last, dy, **how)
     theirs, their_dx = run(F.interpolate, x, dy, **how)
     assert torch.equal(their_dx, dx)
-    assert not torch.equal(theirs, y), "torch agrees with itself now: source_index.h says otherwise"
+    if torch.backends.cpu.get_cpu_capability() != "DEFAULT":  # by whose code all are alike
+        assert not torch.equal(theirs, y), "torch agrees with itself now: resample.h says otherwise"
     for given in (x, last):
         ours, our_dx = run(functional.interpolate, given, dy, **how)
         assert torch.equal(ours, y)

@@ -10,6 +10,7 @@ that it lacks is named, so that nobody takes it for tried.
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -77,9 +78,10 @@ def run(command: list[str], name: str, environment: dict[str, str], seed: int) -
     """Run once and say how it ended."""
     started = time.monotonic()
     command = [*command, f"--seed={seed}", "-q"]
-    done = subprocess.run(
-        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
-    )
+    # inductor keeps code for the set that it met first, under a key that does not name the set.
+    with tempfile.TemporaryDirectory() as cache:
+        env = {**os.environ, **environment, "TORCHINDUCTOR_CACHE_DIR": cache}
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
     ends = done.stdout.strip().splitlines()[-1:] or ["it printed nothing"]
     say(f"{name}, seed {seed}: {ends[0].strip('= ')}; {time.monotonic() - started:.0f} s")
     if done.returncode != 0:
