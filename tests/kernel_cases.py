@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastcnn.augment import Augment
 from fastcnn.common.batch_norm_params import Norm
+from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.functional import batch_norm_act, conv2d_int8, dropout, group_norm_act, interpolate
 from fastcnn.nn import LayerNorm2d
 from fastcnn.ops.conv2d.fused import (
@@ -30,7 +31,6 @@ from fastcnn.ops.conv2d.fused import (
     conv2d_fused_bwd_input,
     conv2d_fused_bwd_weight,
 )
-from fastcnn.ops.conv_bn_act.step import Geometry
 
 ops = torch.ops.fastcnn
 SIZES = {
@@ -143,7 +143,7 @@ def convolution(kernel: int, groups: int) -> None:
     mean, bn_weight, bias, *sums = torch.randn(5, 32, device=DEVICE)
     norm = Norm(mean, torch.ones_like(mean), bn_weight, bias, 1e-5)
     a, half = Input(x, norm, act=1), (kernel // 2, kernel // 2)
-    g = Geometry((1, 1), half, (1, 1), groups, True, 1e-5, 1, None, None, False)
+    g = ConvGeometry(padding=half, groups=groups)
     conv2d_fused(a, weight, g, statistics=True)
     conv2d_fused(Input(x), weight, g, norm, residual=dy, act=1)
     gradient = Gradient(dy, x, norm, 1, (sums[0], sums[1]))

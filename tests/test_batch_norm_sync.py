@@ -38,8 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fastcnn import functional
 from fastcnn.nn import BatchNormAct2d, conv_bn_act, convert_sync_batchnorm
 from fastcnn.ops.conv_bn_act import interface as conv_bn_act_op
-from fastcnn.ops.conv_bn_act import validate as conv_bn_act_check
-from fastcnn.ops.conv_bn_act.step import Geometry
+from fastcnn.ops.conv_bn_act import planning
+from fastcnn.ops.conv_bn_act.step import StepPlan
 
 WORLD = 2
 SECONDS = 600  # far more than the processes need, also beside others; a hang then fails
@@ -176,12 +176,12 @@ def too_few(rank: int) -> Results:
 
 def fused(rank: int) -> Results:
     # One rank's convolutions are all Triton's, the other's PyTorch's: plans are each machine's own.
-    def planned(g: Geometry, *_: object) -> Geometry:
-        return g._replace(fused=rank == 0, dx_fused=rank == 0, dw_fused=rank == 0)
+    def planned(*_: object) -> StepPlan:
+        return StepPlan(rank == 0, rank == 0, rank == 0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conv_bn_act_op, "is_planned", lambda x: True)
-        patch.setattr(conv_bn_act_check, "planned", planned)
+        patch.setattr(planning, "plan_step", planned)
         patch.setattr(torch.backends.cudnn, "allow_tf32", False)
         found = {}
         for name, parts in (("uneven", CHAIN_PARTS), ("empty", (sum(CHAIN_PARTS), 0))):

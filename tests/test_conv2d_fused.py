@@ -17,8 +17,8 @@ from torch.library import opcheck
 
 from fastcnn.ops.conv2d import fused_cuda as operators
 from fastcnn.ops.conv_bn_act import interface as conv_bn_act
-from fastcnn.ops.conv_bn_act import validate as conv_bn_act_check
-from fastcnn.ops.conv_bn_act.step import Geometry
+from fastcnn.ops.conv_bn_act import planning
+from fastcnn.ops.conv_bn_act.step import StepPlan
 
 ops = torch.ops.fastcnn
 GEOMETRY = ([1, 1], [1, 1], [1, 1], 1)
@@ -87,11 +87,11 @@ def test_without_a_gpu_and_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def all_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def planned(g: Geometry, *_: object) -> Geometry:
-        return g._replace(fused=True, dx_fused=True, dw_fused=True)
+    def planned(*_: object) -> StepPlan:
+        return StepPlan(True, True, True)
 
     monkeypatch.setattr(conv_bn_act, "is_planned", lambda x: True)
-    monkeypatch.setattr(conv_bn_act_check, "planned", planned)
+    monkeypatch.setattr(planning, "plan_step", planned)
 
 
 def blocks() -> Stage:

@@ -30,10 +30,10 @@ from fastcnn.ops.conv_bn_act import (
     interface as conv_bn_act,
 )
 from fastcnn.ops.conv_bn_act import (
-    validate as conv_bn_act_check,
+    planning,
 )
 from fastcnn.ops.conv_bn_act.folded import FoldedConv2d
-from fastcnn.ops.conv_bn_act.step import Geometry
+from fastcnn.ops.conv_bn_act.step import StepPlan
 
 Plan = tuple[bool, bool, bool]  # fused, dx_fused, dw_fused
 Force = Callable[..., None]
@@ -54,12 +54,11 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Force:
     def set_plans(*plans: Plan) -> None:
         turn = itertools.cycle(plans)
 
-        def planned(g: Geometry, *_: object) -> Geometry:
-            fused, dx_fused, dw_fused = next(turn)
-            return g._replace(fused=fused, dx_fused=dx_fused, dw_fused=dw_fused)
+        def planned(*_: object) -> StepPlan:
+            return StepPlan(*next(turn))
 
         monkeypatch.setattr(conv_bn_act, "is_planned", lambda x: True)
-        monkeypatch.setattr(conv_bn_act_check, "planned", planned)
+        monkeypatch.setattr(planning, "plan_step", planned)
 
     return set_plans
 

@@ -18,11 +18,11 @@ from test_dropout import SEED
 from tolerance import assert_rounded, walk
 from torch import Tensor
 
+from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.functional import augment, batch_norm_act, dropout, group_norm_act, interpolate
 from fastcnn.nn import LayerNorm2d
 from fastcnn.ops.conv2d.fused import Input, conv2d_fused, conv2d_fused_bwd_input
 from fastcnn.ops.conv2d.fused import conv2d_fused_bwd_weight as bwd_weight
-from fastcnn.ops.conv_bn_act.step import Geometry
 from fastcnn.reference.dropout import draws, threshold
 
 pytestmark = pytest.mark.gpu
@@ -194,7 +194,7 @@ def test_convolutions(size: int, large: bool) -> None:
     c = sizes[1]
     weight = (torch.randn(c, c, size, size) * c**-0.5).to(DTYPE)
     weight = weight.contiguous(memory_format=torch.channels_last).to(DEVICE)
-    g = Geometry((1, 1), (size // 2,) * 2, (1, 1), 1, False, 0.0, 0, None, None, False)
+    g = ConvGeometry(padding=(size // 2, size // 2))
     many, dmany = (repeated(t, copies, "channels_last").detach() for t in (x, dy))
     with on_card():
         found = [conv2d_fused(Input(many), weight, g)[0]]

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastcnn.common.batch_norm_params import Norm
+from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.functional import conv2d_int8
 from fastcnn.ops.conv2d import fused_cuda as operators
 from fastcnn.ops.conv2d.fused import (
@@ -34,7 +35,6 @@ from fastcnn.ops.conv2d.fused import (
     conv2d_fused_bwd_weight,
 )
 from fastcnn.ops.conv2d_int8 import interface as int8
-from fastcnn.ops.conv_bn_act.step import Geometry
 from fastcnn.triton import conv2d_bwd
 from fastcnn.triton import conv2d_fwd as conv2d
 
@@ -117,7 +117,7 @@ def convolutions(
     """
     n, c_in, *sides = sizes
     pair, padding = (stride, stride), (window // 2, window // 2)
-    g = Geometry(pair, padding, (1, 1), groups, training, 1e-5, 1, None, None, False)
+    g = ConvGeometry(pair, padding, (1, 1), groups)
     outside = [(side + 2 * (window // 2) - window) // stride + 1 for side in sides]
     x = image(*sizes, layout="channels_last", dtype=dtype).detach()
     dy = image(n, c_out, *outside, layout="channels_last", dtype=dtype).detach()

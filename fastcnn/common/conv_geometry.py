@@ -1,8 +1,22 @@
-"""A convolution's geometry: pairs of numbers, and the size of its output."""
+"""A convolution's geometry: how its window moves, and the size of its output."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 Pair = tuple[int, int]
+
+
+class ConvGeometry(NamedTuple):
+    """The arguments of torch.nn.functional.conv2d that are not tensors, height before width."""
+
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+    def output_size(self, image: Sequence[int], window: Sequence[int]) -> list[int]:
+        """Return the height and width of the output of an image [h, w] under a window [kh, kw]."""
+        return output_size(image, window, self.stride, self.padding, self.dilation)
 
 
 def pair(op: str, name: str, value: int | tuple[int, ...]) -> Pair:
@@ -14,19 +28,15 @@ def pair(op: str, name: str, value: int | tuple[int, ...]) -> Pair:
 
 
 def output_size(
-    image: Pair, window: Sequence[int], stride: Pair, padding: Pair, dilation: Pair
-) -> tuple[int, ...]:
-    """Return the height and width of a convolution's output, or raise ValueError."""
-    for name, pair, least in (
-        ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)
-    ):  # fmt: skip
-        if len(pair) != 2 or min(pair) < least:
-            raise ValueError(f"conv2d: {name}: expected two numbers from {least} on, got {pair}")
+    image: Sequence[int],
+    window: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int] = (1, 1),
+) -> list[int]:
+    """Return the sides of a convolution's or a pooling's output, below 1 where no window fits.
+
+    floor((side + 2 padding - dilation (k - 1) - 1) / stride) + 1 each, as torch.nn.Conv2d has it.
+    """
     sides = zip(image, window, stride, padding, dilation, strict=True)
-    sizes = tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sides)
-    if min(sizes) < 1:
-        raise ValueError(
-            f"conv2d: weight: expected a window that fits, got {tuple(window)} with "
-            f"dilation={dilation}, larger than the padded image: {image} with padding={padding}"
-        )
-    return sizes
+    return [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sides]

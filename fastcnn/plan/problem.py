@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from fastcnn import _C
+from fastcnn.common.conv_geometry import output_size
 
 __all__ = ["Device", "Problem", "describe"]
 
@@ -47,12 +48,7 @@ class Problem(NamedTuple):
         """Shape of the output, [n, c_out, h_out, w_out]."""
         n, _, *sizes = self.x
         c_out, _, *kernel = self.weight
-        h, w = (
-            (size + 2 * padding - dilation * (k - 1) - 1) // stride + 1
-            for size, k, stride, padding, dilation in zip(
-                sizes, kernel, self.stride, self.padding, self.dilation, strict=True
-            )
-        )
+        h, w = output_size(sizes, kernel, self.stride, self.padding, self.dilation)
         return n, c_out, h, w
 
     @property

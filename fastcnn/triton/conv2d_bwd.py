@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.common.batch_norm_params import Norm
-from fastcnn.common.conv_geometry import Pair, output_size
+from fastcnn.common.conv_geometry import Pair
 from fastcnn.triton.conv2d_bwd_kernels import (
     conv2d_bwd_input_kernel,
     conv2d_bwd_weight_kernel,
@@ -42,6 +42,7 @@ from fastcnn.triton.validate import (
     check_sizes,
     check_tensors,
     checked_norm,
+    checked_output_size,
 )
 
 
@@ -102,7 +103,7 @@ def conv2d_bwd_input(
     c_out, c_in_group, *window = weight.shape
     n, c_in, (h, w) = dy.shape[0], c_in_group * groups, size
     check_groups(c_in, c_out, groups)
-    h_out, w_out = output_size(size, window, stride, padding, dilation)
+    h_out, w_out = checked_output_size(size, window, stride, padding, dilation)
     check_sizes("dy", dy, (n, c_out, h_out, w_out), dy.dtype)
     before, dy_act = _before(norm, dy)
     dx = torch.empty(
@@ -181,7 +182,7 @@ def conv2d_bwd_weight(
     """
     check_tensors(dy, x, "dy", "x")
     (n, c_in, h, w), c_out = x.shape, dy.shape[1]
-    h_out, w_out = output_size((h, w), window, stride, padding, dilation)
+    h_out, w_out = checked_output_size((h, w), window, stride, padding, dilation)
     check_sizes("dy", dy, (n, c_out, h_out, w_out), dy.dtype)
     before, dy_act = _before(norm, dy)
     check_groups(c_in, c_out, groups)

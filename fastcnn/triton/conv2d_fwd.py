@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.common.batch_norm_params import Norm
-from fastcnn.common.conv_geometry import Pair, output_size
+from fastcnn.common.conv_geometry import Pair
 from fastcnn.triton.conv2d_kernels import (
     conv2d_kernel,
     join_statistics_kernel,
@@ -31,6 +31,7 @@ from fastcnn.triton.validate import (
     check_sizes,
     check_tensors,
     checked_norm,
+    checked_output_size,
 )
 
 
@@ -85,7 +86,7 @@ def conv2d(
         raise ValueError("conv2d: epilogue: expected a norm or a bias, got both")
     n, c_in, h, w = x.shape
     c_out, c_in_group, *window = weight.shape
-    h_out, w_out = output_size((h, w), window, stride, padding, dilation)
+    h_out, w_out = checked_output_size((h, w), window, stride, padding, dilation)
     y = torch.empty(
         (n, c_out, h_out, w_out), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )

@@ -7,12 +7,31 @@ from torch import Tensor
 
 from fastcnn.common.activation import ACT_NUMBER
 from fastcnn.common.batch_norm_params import Norm
+from fastcnn.common.conv_geometry import Pair, output_size
 from fastcnn.triton.support import DTYPES
 
 MOST_IN_GRID = 65535  # of CUDA's second and third dimension
 
 
 MOST_PIXELS = 2**31 - 2**16  # kernels count them in int32, with the rest of the last tile
+
+
+def checked_output_size(
+    image: Pair, window: Sequence[int], stride: Pair, padding: Pair, dilation: Pair
+) -> tuple[int, int]:
+    """Return the height and width of a convolution's output, or raise ValueError."""
+    for name, pair, least in (
+        ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)
+    ):  # fmt: skip
+        if len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"conv2d: {name}: expected two numbers from {least} on, got {pair}")
+    h, w = output_size(image, window, stride, padding, dilation)
+    if min(h, w) < 1:
+        raise ValueError(
+            f"conv2d: weight: expected a window that fits, got {tuple(window)} with "
+            f"dilation={dilation}, larger than the padded image: {image} with padding={padding}"
+        )
+    return h, w
 
 
 def check_tensors(x: Tensor, weight: Tensor, *names: str) -> None:

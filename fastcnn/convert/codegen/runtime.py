@@ -22,7 +22,7 @@ from fastcnn import _C, functional
 from fastcnn.common.activation import ACTIVATIONS
 from fastcnn.common.autocast import autocast_dtype
 from fastcnn.common.checks import FLOATS, memory_format_of
-from fastcnn.common.conv_geometry import pair
+from fastcnn.common.conv_geometry import output_size, pair
 from fastcnn.convert.graph.layers import kind_of, own_act
 from fastcnn.convert.graph.patterns import INTERPOLATE
 from fastcnn.nn.batch_norm_act import running_statistics, step_momentum, uses_batch_statistics
@@ -280,12 +280,7 @@ def _residual_unfit(x: Tensor, steps: Sequence[Step], residual: Shortcut) -> str
 
 def _reduced(sizes: Sequence[int], *how: Any) -> list[int]:
     """Return height and width behind a window of a kernel, stride, padding and dilation."""
-    found = []
-    for size, k, stride, padding, dilation in zip(
-        sizes, *(pair("window", "size", value) for value in how), strict=True
-    ):
-        found.append((size + 2 * padding - dilation * (k - 1) - 1) // stride + 1)
-    return found
+    return output_size(sizes, *(pair("window", "size", value) for value in how))
 
 
 def _unlike(t: Any, sizes: Sequence[int] | None, x: Tensor, cast: bool = False) -> str | None:

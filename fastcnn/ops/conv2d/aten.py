@@ -6,17 +6,18 @@ One is fastcnn's: the weight gradient in bfloat16 on CPUs with AVX512-BF16 (weig
 import torch
 from torch import Tensor
 
+from fastcnn.common.conv_geometry import ConvGeometry, Pair
 from fastcnn.ops.conv2d.onednn_workarounds import onednn_overruns, with_columns
 from fastcnn.ops.conv2d.weight_grad import conv2d_bwd_weight, has_conv2d_bwd_weight
-from fastcnn.ops.conv_bn_act.step import Geometry
 
+Pool = tuple[Pair, Pair, Pair]  # kernel, stride, padding
 _convolution = torch.ops.aten.convolution.default
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _max_pool = torch.ops.aten.max_pool2d_with_indices.default
 _max_pool_backward = torch.ops.aten.max_pool2d_with_indices_backward.default
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
     """Return conv2d(x, weight, bias)."""
     x, g = with_columns(x, weight, g)
     return _convolution(x, weight, bias, g.stride, g.padding, g.dilation, False, (0, 0), g.groups)
@@ -27,7 +28,7 @@ def convolve_bwd(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    g: Geometry,
+    g: ConvGeometry,
     want: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return dx, dweight, dbias, with None for what is not wanted."""
@@ -52,16 +53,15 @@ def convolve_bwd(
     return dx, by_torch if dweight is None else dweight, dbias
 
 
-def max_pool(x: Tensor, g: Geometry) -> Tensor:
-    """Return max_pool2d(x) where the step has one, else x."""
-    if g.pool is None:
+def max_pool(x: Tensor, pool: Pool | None) -> Tensor:
+    """Return max_pool2d(x), x without a pool."""
+    if pool is None:
         return x
-    y, _ = _max_pool(x, *g.pool)
+    y, _ = _max_pool(x, *pool)
     return y
 
 
-def max_pool_bwd(dy: Tensor, x: Tensor, g: Geometry) -> Tensor:
+def max_pool_bwd(dy: Tensor, x: Tensor, pool: Pool) -> Tensor:
     """Return dx. The indices, 8 bytes an output, are not kept: the window is searched again."""
-    assert g.pool is not None
-    _, indices = _max_pool(x, *g.pool)
-    return _max_pool_backward(dy, x, *g.pool, (1, 1), False, indices)
+    _, indices = _max_pool(x, *pool)
+    return _max_pool_backward(dy, x, *pool, (1, 1), False, indices)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from fastcnn.common.batch_norm_params import Norm
+from fastcnn.common.conv_geometry import ConvGeometry, output_size
 from fastcnn.common.library import declare
-from fastcnn.ops.conv_bn_act.step import Geometry
 
 Sums = tuple[Tensor, Tensor]
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
@@ -56,11 +56,6 @@ def _norm_arguments(prefix: str) -> str:
     return ", ".join(f"Tensor? {prefix}{name}" for name in names) + f", float {prefix}eps"
 
 
-def _output(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> list[int]:
-    sides = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    return [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sides]
-
-
 def _new(like: Tensor, *sizes: int) -> Tensor:
     return torch.empty(
         sizes, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
@@ -73,7 +68,8 @@ def _channels(like: Tensor, channels: int) -> Tensor:
 
 def _fwd_fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     statistics, stride, padding, dilation, _ = args[-5:]
-    y = _new(x, x.shape[0], weight.shape[0], *_output(x, weight, stride, padding, dilation))
+    sides = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    y = _new(x, x.shape[0], weight.shape[0], *sides)
     c = weight.shape[0] if statistics else 0
     return y, _channels(x, c), _channels(x, c)
 
@@ -146,7 +142,7 @@ def _or_none(norm: Norm | None) -> Norm | tuple[None, None, None, None, float]:
 def conv2d_fused(
     a: Input,
     weight: Tensor,
-    g: Geometry,
+    g: ConvGeometry,
     norm: Norm | None = None,
     residual: Tensor | None = None,
     act: int = 0,
@@ -164,7 +160,7 @@ def conv2d_fused(
 
 
 def conv2d_fused_bwd_input(
-    dy: Tensor | Gradient, weight: Tensor, a: Input, g: Geometry, add: Tensor | None = None
+    dy: Tensor | Gradient, weight: Tensor, a: Input, g: ConvGeometry, add: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient of what `a` was made from, and its sums, which are empty for a.norm None.
 
@@ -178,7 +174,9 @@ def conv2d_fused_bwd_input(
     )  # fmt: skip
 
 
-def conv2d_fused_bwd_weight(dy: Tensor | Gradient, weight: Tensor, a: Input, g: Geometry) -> Tensor:
+def conv2d_fused_bwd_weight(
+    dy: Tensor | Gradient, weight: Tensor, a: Input, g: ConvGeometry
+) -> Tensor:
     """Return the weight's gradient."""
     dy, behind = _behind(dy)
     return _bwd_weight(

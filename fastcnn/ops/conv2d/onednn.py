@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcnn.common.checks import check_like, memory_format_of
-from fastcnn.ops.conv2d.aten import convolve, max_pool
+from fastcnn.common.conv_geometry import ConvGeometry
+from fastcnn.ops.conv2d.aten import convolve
 from fastcnn.ops.conv2d.onednn_workarounds import with_columns
-from fastcnn.ops.conv_bn_act.step import Geometry
 
 _convolution_pointwise = torch.ops.mkldnn._convolution_pointwise
 
@@ -65,13 +65,13 @@ def convolve_onednn(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    g: Geometry,
+    g: ConvGeometry,
     act: str,
     residual: Tensor | None,
     own: bool,
     into: bool = False,
 ) -> Tensor:
-    """Return act(conv2d(x) + residual), pooled where the step pools.
+    """Return act(conv2d(x) + residual).
 
     into: write it into the residual, where the kernel that adds can.
     """
@@ -103,4 +103,4 @@ def convolve_onednn(
                 check_like("conv_bn_act", "residual", residual, y)
         if relu is None:
             y = AFTER_SUM[act](y)
-    return max_pool(y, g)
+    return y

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcnn.ops.conv_bn_act.step import Geometry
+from fastcnn.common.conv_geometry import ConvGeometry
 
 
 def onednn_overruns(weight: Tensor, stride: Sequence[int]) -> bool:
@@ -19,7 +19,7 @@ def onednn_overruns(weight: Tensor, stride: Sequence[int]) -> bool:
     return weight.device.type == "cpu" and narrow and max(stride) > 1
 
 
-def with_columns(x: Tensor, weight: Tensor, g: Geometry) -> tuple[Tensor, Geometry]:
+def with_columns(x: Tensor, weight: Tensor, g: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
     """Return x and g, with zeros in place of padding where onednn_crashes()."""
     if not onednn_crashes(x, weight, g.stride, g.padding, g.dilation):
         return x, g

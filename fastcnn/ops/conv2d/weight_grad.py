@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastcnn import _C
 from fastcnn.common.constant_result import constant_result
+from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.common.library import declare
-from fastcnn.ops.conv_bn_act.step import Geometry
 
 _TILE = 32  # channels that the kernel below works on at a time
 
@@ -37,7 +37,7 @@ def _has_bf16_dot() -> bool:
     return _C.has_bf16_dot()
 
 
-def has_conv2d_bwd_weight(dy: Tensor, x: Tensor, g: Geometry) -> bool:
+def has_conv2d_bwd_weight(dy: Tensor, x: Tensor, g: ConvGeometry) -> bool:
     """Whether conv2d_bwd_weight takes these, and its tiles are well filled."""
     if x.dtype is not torch.bfloat16 or x.device.type != "cpu" or g.groups != 1:
         return False
@@ -51,6 +51,6 @@ def has_conv2d_bwd_weight(dy: Tensor, x: Tensor, g: Geometry) -> bool:
     )
 
 
-def conv2d_bwd_weight(dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
+def conv2d_bwd_weight(dy: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
     """Return the gradient of a weight, in bfloat16 as dy and x."""
     return _bwd_weight(dy, x, *weight.shape[2:], *g.stride, *g.padding, *g.dilation)

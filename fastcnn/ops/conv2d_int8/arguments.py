@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.common.checks import memory_format_of
+from fastcnn.common.conv_geometry import output_size
 
 OP = "conv2d_int8"
 
@@ -135,17 +136,16 @@ def check_call(call: Call) -> list[int]:
     for name, t in (("weight_scale", call.weight_scale), ("bias", call.bias)):
         if t is not None:
             _check_channels(name, t, c_out, x)
-    out = [x.shape[0], c_out]
-    geometry = (call.stride, call.padding, call.dilation)
-    for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], *geometry, strict=True):
-        reach = size + 2 * p - d * (k - 1) - 1
-        if s < 1 or p < 0 or d < 1 or size < 1 or reach < 0 or max(s, p, d) >= 2**20:
-            raise ValueError(
-                f"{OP}: weight: expected a kernel that fits into the padded input, got kernel "
-                f"{list(weight.shape[2:])}, stride {call.stride}, padding {call.padding}, dilation "
-                f"{call.dilation} for an input of {list(x.shape)}"
-            )
-        out.append(reach // s + 1)
+    window, geometry = weight.shape[2:], (call.stride, call.padding, call.dilation)
+    sides = output_size(x.shape[2:], window, *geometry) if min(call.stride) > 0 else [0]
+    small = min(call.padding) < 0 or min(call.dilation) < 1 or min(x.shape[2:]) < 1
+    if small or min(sides) < 1 or max(map(max, geometry)) >= 2**20:
+        raise ValueError(
+            f"{OP}: weight: expected a kernel that fits into the padded input, got kernel "
+            f"{list(window)}, stride {call.stride}, padding {call.padding}, dilation "
+            f"{call.dilation} for an input of {list(x.shape)}"
+        )
+    out = [x.shape[0], c_out, *sides]
     if residual is not None:
         _check_residual(residual, out, out_dtype, x)
     if residual is not None and residual.dtype in INT8:

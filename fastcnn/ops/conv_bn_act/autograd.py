@@ -1,10 +1,10 @@
 """The autograd.Function of conv_bn_act: blocks of chains, forward and backward.
 
 Its arguments are flat, since autograd sees only tensors among them: x, an outside residual, the
-blocks' geometry, then six tensors for each step in the order in which the steps run (a block's
+blocks' settings, then six tensors for each step in the order in which the steps run (a block's
 shortcut before its steps). Its outputs are y, and for each step in that order its raw convolution
-output (unless `rerun`) and, in training, mean and var (and their count where processes share them):
-what backward keeps must be an input or an output for torch.func. These have no gradient.
+output (unless `recompute`) and, in training, mean and var (and their count where processes share
+them): what backward keeps must be an input or an output for torch.func. These have no gradient.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from fastcnn.ops.conv2d.aten import convolve, max_pool
 from fastcnn.ops.conv2d.fused import Input
 from fastcnn.ops.conv_bn_act.backward import FIRST, TENSORS, saved_blocks, saves_y
 from fastcnn.ops.conv_bn_act.passes import batch_statistics, fused_raw, written
-from fastcnn.ops.conv_bn_act.step import BlockGeometry, Geometry, any_fused
+from fastcnn.ops.conv_bn_act.step import BlockSettings, StepSettings, any_by_triton
 
 Tensors = Iterator[Tensor | None]
 
@@ -33,51 +33,53 @@ Tensors = Iterator[Tensor | None]
 def _steps_fwd(
     x: Tensor,
     residual: Tensor | None,
-    steps: tuple[Geometry, ...],
+    steps: tuple[StepSettings, ...],
     tensors: Tensors,
     kept: list[Tensor],
     own: bool,
 ) -> Tensor:
     """Run a chain; own: the residual is of the block's making, not a tensor of the caller's."""
-    a, beside_fused = Input(x), any_fused(steps)
-    for i, g in enumerate(steps):
+    a, channels_last = Input(x), any_by_triton(steps)
+    for i, s in enumerate(steps):
         weight, conv_bias, bn_weight, bn_bias, mean, var = (next(tensors) for _ in range(TENSORS))
         added = residual if i == len(steps) - 1 else None
         # The next convolution applies this step's batch norm and activation itself.
-        leaves = i + 1 < len(steps) and steps[i + 1].fused and g.pool is None
+        leaves = i + 1 < len(steps) and steps[i + 1].plan.fwd and s.pool is None
         assert weight is not None
         found: tuple[Tensor, ...] = ()
-        if g.fused:
-            statistics = g.training and g.group is None
-            raw, *stats = fused_raw(a, weight, conv_bias, g, statistics)
+        if s.plan.fwd:
+            statistics = s.training and s.group is None
+            raw, *stats = fused_raw(a, weight, conv_bias, s, statistics)
             found = tuple(stats) if statistics else ()
         else:
-            raw = convolve(written(a), weight, conv_bias, g)
-            if beside_fused:  # an image of one channel is in both layouts, and PyTorch takes either
+            raw = convolve(written(a), weight, conv_bias, s.conv)
+            if (
+                channels_last
+            ):  # an image of one channel is in both layouts, and PyTorch takes either
                 raw = raw.contiguous(memory_format=torch.channels_last)
         if added is not None and own:
             added = in_format_of(added, raw)
         elif added is not None:
             check_like("conv_bn_act", "residual", added, raw)
-        if not g.rerun:
+        if not s.recompute:
             kept.append(raw)
-        if g.training and not found and (leaves or g.group is not None):
-            found = batch_statistics(raw, g.group)
-        if not g.training:
+        if s.training and not found and (leaves or s.group is not None):
+            found = batch_statistics(raw, s.group)
+        if not s.training:
             assert mean is not None
             assert var is not None
         elif found:
             mean, var = found[:2]
         if mean is None or var is None:
-            y, *stats = batch_norm_act_fwd(raw, added, bn_weight, bn_bias, g.eps, g.act)
+            y, *stats = batch_norm_act_fwd(raw, added, bn_weight, bn_bias, s.eps, s.act)
             found, a = tuple(stats), Input(y)
         elif leaves:
-            a = Input(raw, Norm(mean, var, bn_weight, bn_bias, g.eps), g.act)
+            a = Input(raw, Norm(mean, var, bn_weight, bn_bias, s.eps), s.act)
         else:
-            a = Input(batch_norm_act_apply(raw, added, bn_weight, bn_bias, mean, var, g.eps, g.act))
+            a = Input(batch_norm_act_apply(raw, added, bn_weight, bn_bias, mean, var, s.eps, s.act))
         kept += found
-        if g.pool is not None:
-            a = Input(max_pool(a.x, g))
+        if s.pool is not None:
+            a = Input(max_pool(a.x, s.pool))
     return a.x
 
 
@@ -87,7 +89,7 @@ class ConvBnActFunction(torch.autograd.Function):
     @staticmethod
     @positional
     def forward(
-        x: Tensor, residual: Tensor | None, blocks: tuple[BlockGeometry, ...], *args: Tensor | None
+        x: Tensor, residual: Tensor | None, blocks: tuple[BlockSettings, ...], *args: Tensor | None
     ) -> tuple[Tensor, ...]:
         tensors = iter(args)
         kept: list[Tensor] = []

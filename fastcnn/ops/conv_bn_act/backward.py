@@ -20,7 +20,7 @@ from fastcnn.ops.batch_norm_act.operators import batch_norm_act_apply, batch_nor
 from fastcnn.ops.conv2d.aten import convolve, max_pool, max_pool_bwd
 from fastcnn.ops.conv2d.fused import Gradient, Input, Sums
 from fastcnn.ops.conv_bn_act.passes import batch_norm_gradient, convolution_bwd, fused_raw, written
-from fastcnn.ops.conv_bn_act.step import BlockGeometry, Geometry, any_fused
+from fastcnn.ops.conv_bn_act.step import BlockSettings, StepSettings, any_by_triton
 
 # Of a step: weight, conv_bias, bn_weight, bn_bias, and the fixed mean and var, which are None where
 # the batch's own are used.
@@ -45,8 +45,8 @@ class SavedStep:
 class SavedSteps:
     """A chain in backward. x is always the chain's input; `first` its place in the arguments."""
 
-    def __init__(self, steps: tuple[Geometry, ...], first: int) -> None:
-        self.geometry = steps
+    def __init__(self, steps: tuple[StepSettings, ...], first: int) -> None:
+        self.settings = steps
         self.first = first
         self.saved: list[SavedStep] = []
 
@@ -60,14 +60,14 @@ class SavedSteps:
 
     def _run_again(self, i: int, a: Input) -> Input:
         """Run step i's convolution again; return its input as far as that had to be written."""
-        step, g = self.saved[i], self.geometry[i]
+        step, s = self.saved[i], self.settings[i]
         weight = afresh(step.weight) if i == 0 else step.weight
-        if g.fused:
-            step.raw = fused_raw(a, weight, step.conv_bias, g)[0]
+        if s.plan.fwd:
+            step.raw = fused_raw(a, weight, step.conv_bias, s)[0]
             return a
         image = written(a)
-        step.raw = convolve(image, weight, step.conv_bias, g)
-        if any_fused(self.geometry):
+        step.raw = convolve(image, weight, step.conv_bias, s.conv)
+        if any_by_triton(self.settings):
             step.raw = step.raw.contiguous(memory_format=torch.channels_last)
         return Input(image)
 
@@ -75,24 +75,24 @@ class SavedSteps:
         """Return step i's input. What is rebuilt of it has the same bits, by the same kernel."""
         if i == 0:
             return Input(x)
-        if self.geometry[i - 1].pool is not None:
+        if self.settings[i - 1].pool is not None:
             return Input(self.output(i - 1, x))
-        return Input(self.raw(i - 1, x), self.norm(i - 1), self.geometry[i - 1].act)
+        return Input(self.raw(i - 1, x), self.norm(i - 1), self.settings[i - 1].act)
 
     def norm(self, i: int) -> Norm:
         """Return step i's batch norm."""
-        step, g = self.saved[i], self.geometry[i]
+        step, s = self.saved[i], self.settings[i]
         # In training the forward has run another operator.
-        mean = step.mean if g.training else afresh(step.mean)
-        return Norm(mean, step.var, step.bn_weight, step.bn_bias, g.eps)
+        mean = step.mean if s.training else afresh(step.mean)
+        return Norm(mean, step.var, step.bn_weight, step.bn_bias, s.eps)
 
     def output(self, i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return step i's output: its activation, pooled where it pools."""
-        return max_pool(self.activation(i, x, residual), self.geometry[i])
+        return max_pool(self.activation(i, x, residual), self.settings[i].pool)
 
     def activation(self, i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return act(batch_norm(raw) + residual) of step i."""
-        raw, act = self.raw(i, x), self.geometry[i].act
+        raw, act = self.raw(i, x), self.settings[i].act
         if residual is not None:
             residual = in_format_of(residual, raw)
         mean, var, weight, bias, eps = self.norm(i)
@@ -119,13 +119,13 @@ class SavedSteps:
         sums: Sums | None = None  # of dy, which is in front of the activation then
         while self.saved:
             i = len(self.saved) - 1
-            g, step, last = self.geometry[i], self.saved[i], i == len(self.geometry) - 1
+            s, step, last = self.settings[i], self.saved[i], i == len(self.settings) - 1
             at = self.first + i * TENSORS
             input_needs = x_needs or any(needs[self.first : at])
             a = self._run_again(i, self.input(i, x)) if step.raw is None else None
             assert step.raw is not None
-            if g.pool is not None:
-                dy = max_pool_bwd(dy, self.activation(i, x), g)
+            if s.pool is not None:
+                dy = max_pool_bwd(dy, self.activation(i, x), s.pool)
             if image is not None:
                 image = in_format_of(image, step.raw)
             want = (input_needs, needs[at], needs[at + 1])
@@ -133,16 +133,16 @@ class SavedSteps:
             want_dz = last and wants_dresidual
             d: Tensor | Gradient | None
             dbias: Tensor | None = None
-            if sums is not None or g.dx_fused or g.dw_fused:
+            if sums is not None or s.plan.dx or s.plan.dw:
                 d, added, *dbn, dbias = batch_norm_gradient(
-                    dy, step.raw, image if last else None, self.norm(i), step.conv_bias, g, sums,
+                    dy, step.raw, image if last else None, self.norm(i), step.conv_bias, s, sums,
                     want_dz, of_parameters or want[2], any(want), step.total,
                 )  # fmt: skip
             else:
                 d, added, *dbn = batch_norm_act_bwd(
                     dy, step.raw, image if last else None, step.bn_weight, step.bn_bias, step.mean,
-                    step.var, g.eps, g.act, g.training, want_dz, any(want), of_parameters,
-                    step.total, g.group,
+                    step.var, s.eps, s.act, s.training, want_dz, any(want), of_parameters,
+                    step.total, s.group,
                 )  # fmt: skip
             dresidual = added if last else dresidual
             grads[at + 1 : at + 4] = dbias, *dbn
@@ -154,7 +154,7 @@ class SavedSteps:
                 a = self.input(i, x)
             added = dresidual if adds and i == 0 else None
             dx, sums, grads[at], by_torch = convolution_bwd(
-                d, a, step.weight, step.conv_bias, g, want, added
+                d, a, step.weight, step.conv_bias, s, want, added
             )
             if dbias is None:
                 grads[at + 1] = by_torch
@@ -165,7 +165,7 @@ class SavedSteps:
         return dy, dresidual
 
 
-def saves_y(block: BlockGeometry) -> bool:
+def saves_y(block: BlockSettings) -> bool:
     """Whether backward needs the block's output; else, behind an activation, its residual."""
     act = block.steps[-1].act
     return act != ACT_NUMBER["none"] and slope_is_in_y(act)
@@ -175,14 +175,14 @@ def saves_y(block: BlockGeometry) -> bool:
 class SavedBlock:
     """A block in backward; `first` is the place of its first tensor in the arguments."""
 
-    geometry: BlockGeometry
+    settings: BlockSettings
     steps: SavedSteps
     shortcut: SavedSteps | None
     first: int
 
     def is_identity(self) -> bool:
         """Whether the shortcut is the block's input itself."""
-        return self.geometry.shortcut == ()
+        return self.settings.shortcut == ()
 
     def residual(self, x: Tensor) -> Tensor | None:
         """Return what the shortcut adds, rebuilt from the block's input."""
@@ -193,32 +193,32 @@ class SavedBlock:
 
     def image(self, x: Tensor, y: Tensor | None) -> Tensor | None:
         """Return image_to_save(...) of the last step, from the block's input and output."""
-        if self.shortcut is None or self.steps.geometry[-1].act == ACT_NUMBER["none"]:
+        if self.shortcut is None or self.steps.settings[-1].act == ACT_NUMBER["none"]:
             return None
-        return y if saves_y(self.geometry) else self.residual(x)
+        return y if saves_y(self.settings) else self.residual(x)
 
     def output(self, x: Tensor) -> Tensor:
         """Return the block's output, rebuilt from its input by elementwise passes."""
         return self.steps.output(len(self.steps.saved) - 1, x, self.residual(x))
 
 
-def saved_blocks(blocks: tuple[BlockGeometry, ...], saved: Sequence[Any]) -> list[SavedBlock]:
+def saved_blocks(blocks: tuple[BlockSettings, ...], saved: Sequence[Any]) -> list[SavedBlock]:
     """Undo setup_context's flattening: the tensors of all steps, then what forward returned."""
     count = sum(len(b.steps) + len(b.shortcut or ()) for b in blocks)
     tensors, kept = iter(saved[: count * TENSORS]), iter(saved[count * TENSORS :])
     first = FIRST
 
-    def steps_of(geometry: tuple[Geometry, ...]) -> SavedSteps:
+    def steps_of(settings: tuple[StepSettings, ...]) -> SavedSteps:
         nonlocal first
-        steps = SavedSteps(geometry, first)
-        for g in geometry:
+        steps = SavedSteps(settings, first)
+        for s in settings:
             of_step = [next(tensors) for _ in range(TENSORS)]
-            raw = None if g.rerun else next(kept)
-            if g.training:
+            raw = None if s.recompute else next(kept)
+            if s.training:
                 of_step[4:] = next(kept), next(kept)
-            of_step.append(None if g.group is None else next(kept))
+            of_step.append(None if s.group is None else next(kept))
             steps.saved.append(SavedStep(raw, *of_step))
-        first += len(geometry) * TENSORS
+        first += len(settings) * TENSORS
         return steps
 
     found = []

@@ -31,11 +31,11 @@ def fwd_tensors(problem: Problem, generator: torch.Generator) -> tuple[Tensor, .
 
 def fwd_exact(problem: Problem, x: Tensor, weight: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
     """Return the raw output, and in training its mean and biased variance."""
-    g, a = geometry_of(problem), activation(*_exact_input(problem, x, norm))
-    raw = convolve(a, weight.double(), None, g)
+    a = activation(*_exact_input(problem, x, norm))
+    raw = convolve(a, weight.double(), None, geometry_of(problem))
     of_channels = raw.transpose(0, 1).flatten(1)
     found = raw, of_channels.mean(1), of_channels.var(1, correction=0)
-    return found if g.training else found[:1]
+    return found if "training" in problem.options else found[:1]
 
 
 def bwd_tensors(problem: Problem, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -57,10 +57,9 @@ def bwd_exact(
     problem: Problem, dz: Tensor, raw: Tensor, x: Tensor, weight: Tensor, *rest: Tensor
 ) -> tuple[Tensor, ...]:
     """Return dx, dweight, and dx's sums where there is a norm before; without dx where no_dx."""
-    g = geometry_of(problem)
     mean, var, slope, _, gradient, times_xhat = (t.double()[:, None, None] for t in rest[:6])
     rstd, d = 1 / (var + EPS).sqrt(), dz.double()
-    if g.training:
+    if "training" in problem.options:
         xhat = (raw.double() - mean) * rstd
         d = d - (gradient + xhat * times_xhat) / _values(problem)
     z, act = _exact_input(problem, x, rest[6:])
@@ -68,7 +67,7 @@ def bwd_exact(
     if "no_dx" not in problem.options:
         leaves.insert(0, z.requires_grad_())
     with torch.enable_grad():
-        y = convolve(activation(z, act), leaves[-1], None, g)
+        y = convolve(activation(z, act), leaves[-1], None, geometry_of(problem))
     found = torch.autograd.grad(y, leaves, d * rstd * slope)
     return *found, *_exact_sums(problem, found[0], x, rest[6:])
 

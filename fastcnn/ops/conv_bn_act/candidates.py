@@ -34,14 +34,15 @@ from fastcnn.ops.conv_bn_act.problem import (
     geometry_of,
     norm_of,
     problem,
+    settings_of,
     without_triton,
     word,
 )
-from fastcnn.ops.conv_bn_act.step import Geometry
+from fastcnn.ops.conv_bn_act.step import StepPlan, StepSettings
 from fastcnn.plan import Candidate, Kernel, Op, Problem, choose, register
 
 FWD, BWD = "conv_bn_act_fwd", "conv_bn_act_bwd"
-_BWD_PLANS = {
+_BWD_PLANS = {  # dx and dw by Triton
     "cudnn": (False, False),
     "triton": (True, True),
     "triton_dx": (True, False),
@@ -49,32 +50,31 @@ _BWD_PLANS = {
 }
 
 
-def planned(
-    g: Geometry,
+def plan_step(
+    s: StepSettings,
     x: Tensor,
     sizes: Sequence[int],
     weight: Tensor,
-    before: Geometry | None,
+    before: StepSettings | None,
     wants_dx: bool,
     trains: bool,
-) -> Geometry:
-    """Return a step with its plan. Its input has these sizes, and x's dtype and layout.
+) -> StepPlan:
+    """Choose how a step's convolutions run. Its input has these sizes, and x's dtype and layout.
 
     before: the step before it, None for the first, which wants_dx or not. trains: whether there
     will be a backward.
     """
     words = [] if before is None or before.pool is not None else [word("in", before.act)]
     # Statistics that processes share are a pass of their own in any plan.
-    with_statistics = ["training"] if g.training and g.group is None else []
-    how = problem(FWD, x, sizes, weight.shape, g, *words, *with_statistics)
-    fused = choose(how) == "triton"
+    with_statistics = ["training"] if s.training and s.group is None else []
+    how = problem(FWD, x, sizes, weight.shape, s.conv, *words, *with_statistics)
+    by_triton = choose(how) == "triton"
     if not trains:
-        return g._replace(fused=fused)
-    words += ["training"] if g.training else []
+        return StepPlan(by_triton)
+    words += ["training"] if s.training else []
     words += [] if before is not None or wants_dx else ["no_dx"]
-    how = problem(BWD, x, sizes, weight.shape, g, *words)
-    dx_fused, dw_fused = _BWD_PLANS[choose(how)]
-    return g._replace(fused=fused, dx_fused=dx_fused, dw_fused=dw_fused)
+    how = problem(BWD, x, sizes, weight.shape, s.conv, *words)
+    return StepPlan(by_triton, *_BWD_PLANS[choose(how)])
 
 
 def _input(problem: Problem, x: Tensor, norm: Sequence[Tensor]) -> Input:
@@ -83,15 +83,14 @@ def _input(problem: Problem, x: Tensor, norm: Sequence[Tensor]) -> Input:
 
 
 def _fwd_cudnn(problem: Problem, x: Tensor, weight: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
-    g = geometry_of(problem)
-    raw = convolve(written(_input(problem, x, norm)), weight, None, g)
-    return (raw, *batch_statistics(raw, None)) if g.training else (raw,)
+    raw = convolve(written(_input(problem, x, norm)), weight, None, geometry_of(problem))
+    return (raw, *batch_statistics(raw, None)) if "training" in problem.options else (raw,)
 
 
 def _fwd_triton(problem: Problem, x: Tensor, weight: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
-    g = geometry_of(problem)
-    found = conv2d_fused(_input(problem, x, norm), weight, g, statistics=g.training)
-    return found if g.training else found[:1]
+    a, training = _input(problem, x, norm), "training" in problem.options
+    found = conv2d_fused(a, weight, geometry_of(problem), statistics=training)
+    return found if training else found[:1]
 
 
 def _fwd_kernels(problem: Problem, fused: bool) -> list[Kernel]:
@@ -111,12 +110,11 @@ def _bwd(
     weight: Tensor,
     *rest: Tensor,
 ) -> tuple[Tensor, ...]:
-    dx_fused, dw_fused = _BWD_PLANS[plan]
-    g = geometry_of(problem, dx_fused=dx_fused, dw_fused=dw_fused)
-    sums = (rest[4], rest[5]) if g.training else None
+    s = settings_of(problem, StepPlan(False, *_BWD_PLANS[plan]))
+    sums = (rest[4], rest[5]) if s.training else None
     d, a = Gradient(dz, raw, norm_of(rest[:4]), 0, sums), _input(problem, x, rest[6:])
     want = ("no_dx" not in problem.options, True, False)
-    dx, found, dweight, _ = convolution_bwd(d, a, weight, None, g, want)
+    dx, found, dweight, _ = convolution_bwd(d, a, weight, None, s, want)
     if dx is not None and found is None and a.norm is not None:
         found = gradient_sums(dx, x, a.norm, a.act)
     return tuple(t for t in (dx, dweight, *(found or ())) if t is not None)

@@ -28,13 +28,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastcnn.common.activation import act_number
 from fastcnn.common.autocast import autocast_dtype, cast
 from fastcnn.common.checks import check_image, memory_format_of
+from fastcnn.ops.conv2d.aten import max_pool
 from fastcnn.ops.conv2d.onednn import convolve_onednn, folds
 from fastcnn.ops.conv2d.onednn_workarounds import onednn_crashes
 from fastcnn.ops.conv_bn_act.inference import convolve_planned, folded, norm_of_step
 from fastcnn.ops.conv_bn_act.interface import OP, conv_bn_act
 from fastcnn.ops.conv_bn_act.problem import is_planned
-from fastcnn.ops.conv_bn_act.step import ConvBnActBlock, ConvBnActStep, Geometry
-from fastcnn.ops.conv_bn_act.validate import Check
+from fastcnn.ops.conv_bn_act.step import ConvBnActBlock, ConvBnActStep, StepSettings
+from fastcnn.ops.conv_bn_act.validate import check_block
 from fastcnn.ops.conv_bn_act.weight_cache import Run, State, Tensors, parameter_of
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -157,16 +158,16 @@ class FoldedConv2d:
     ) -> tuple[Run, list[int]]:
         """Check, and make what inputs like x run."""
         check_image(OP, "input", x)
-        check = Check(x, dtype, "default")
         step = self.step(tensors)
-        sizes = check.block(OP, ConvBnActBlock([step]), list(x.shape), adds=False)
-        run = self._run(state, x, step, check.geometry[0])
-        return state.keep(key, run, sizes)
+        block = check_block(OP, ConvBnActBlock([step]), x, list(x.shape), dtype, "default", False)
+        run = self._run(state, x, step, block.steps[0].settings)
+        return state.keep(key, run, block.output)
 
-    def _run(self, state: State, x: Tensor, step: ConvBnActStep, g: Geometry) -> Run:
+    def _run(self, state: State, x: Tensor, step: ConvBnActStep, s: StepSettings) -> Run:
         if is_planned(x):
-            return lambda x, residual, _: convolve_planned(x, step, g, residual, False, state.kept)
-        norm, geometry = norm_of_step(step), (g.padding, g.stride, g.dilation, g.groups)
+            return lambda x, residual, _: convolve_planned(x, step, s, residual, False, state.kept)
+        norm, g = norm_of_step(step), s.conv
+        geometry = (g.padding, g.stride, g.dilation, g.groups)
         crashes = onednn_crashes(x, step.weight, g.stride, g.padding, g.dilation)
         if memory_format_of(x) is torch.channels_last and not crashes:
             weight, bias = folded(step.weight, step.conv_bias, norm, x.dtype)
@@ -176,7 +177,8 @@ class FoldedConv2d:
 
         def run(x: Tensor, residual: Tensor | None, dies: bool) -> Tensor:
             into = dies and residual is not None and _may_be_written(residual, x)
-            return convolve_onednn(x, weight, bias, g, step.act, residual, False, into)
+            y = convolve_onednn(x, weight, bias, g, step.act, residual, False, into)
+            return max_pool(y, s.pool)
 
         return run
 

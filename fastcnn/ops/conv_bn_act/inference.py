@@ -23,6 +23,7 @@ from torch.autograd.forward_ad import unpack_dual
 from fastcnn.common.activation import ACT_NUMBER, activation
 from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.checks import check_format, check_like, in_format_of
+from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.common.library import declare
 from fastcnn.ops.batch_norm_act.operators import batch_norm_act_apply
 from fastcnn.ops.conv2d.aten import convolve, max_pool
@@ -39,7 +40,7 @@ from fastcnn.ops.conv_bn_act.problem import (
     without_triton,
     word,
 )
-from fastcnn.ops.conv_bn_act.step import ConvBnActStep, Geometry
+from fastcnn.ops.conv_bn_act.step import ConvBnActStep, StepSettings
 from fastcnn.plan import Candidate, Kernel, Op, Problem, choose, register
 
 EVAL = "conv_bn_act_eval"
@@ -86,7 +87,7 @@ def _made(make: Callable[..., Any], *args: Any) -> Any:
 def convolve_planned(
     x: Tensor,
     step: ConvBnActStep,
-    g: Geometry,
+    s: StepSettings,
     residual: Tensor | None,
     own: bool,
     keep: Keep = _made,
@@ -96,20 +97,26 @@ def convolve_planned(
     own: the residual is of the block's making, and may come in the other layout.
     keep: makes what is made of the weight, or has kept it.
     """
-    words = [word("out", g.act), *(["residual"] if residual is not None else [])]
+    words = [word("out", s.act), *(["residual"] if residual is not None else [])]
     norm = norm_of_step(step)
-    plan = choose(problem(EVAL, x, x.shape, step.weight.shape, g, *words))
+    plan = choose(problem(EVAL, x, x.shape, step.weight.shape, s.conv, *words))
     if plan == "cudnn_fused":
         weight, bias = keep(folded, step.weight, step.conv_bias, norm, x.dtype)
-        return max_pool(_cudnn_folded(x, weight, bias, g, residual, own), g)
+        return max_pool(_cudnn_folded(x, weight, bias, s.conv, residual, own), s.pool)
     if step.conv_bias is not None:
         norm = norm._replace(mean=norm.mean - step.conv_bias)
     weight = keep(Tensor.to, step.weight, x.dtype)
-    return max_pool(_RUN[plan](x, weight, g, norm, g.act, residual, own), g)
+    return max_pool(_RUN[plan](x, weight, s.conv, norm, s.act, residual, own), s.pool)
 
 
 def _cudnn(
-    x: Tensor, weight: Tensor, g: Geometry, norm: Norm, act: int, residual: Tensor | None, own: bool
+    x: Tensor,
+    weight: Tensor,
+    g: ConvGeometry,
+    norm: Norm,
+    act: int,
+    residual: Tensor | None,
+    own: bool,
 ) -> Tensor:
     raw = convolve(x, weight, None, g)
     if residual is not None and own:
@@ -121,13 +128,19 @@ def _cudnn(
 
 
 def _cudnn_fused(
-    x: Tensor, weight: Tensor, g: Geometry, norm: Norm, act: int, residual: Tensor | None, own: bool
+    x: Tensor,
+    weight: Tensor,
+    g: ConvGeometry,
+    norm: Norm,
+    act: int,
+    residual: Tensor | None,
+    own: bool,
 ) -> Tensor:
     return _cudnn_folded(x, *folded(weight, None, norm, x.dtype), g, residual, own)
 
 
 def _cudnn_folded(
-    x: Tensor, weight: Tensor, bias: Tensor, g: Geometry, residual: Tensor | None, own: bool
+    x: Tensor, weight: Tensor, bias: Tensor, g: ConvGeometry, residual: Tensor | None, own: bool
 ) -> Tensor:
     y = torch.ops.fastcnn.conv2d_relu.default(
         x, weight, bias, residual, g.stride, g.padding, g.dilation, g.groups
@@ -138,7 +151,13 @@ def _cudnn_folded(
 
 
 def _triton(
-    x: Tensor, weight: Tensor, g: Geometry, norm: Norm, act: int, residual: Tensor | None, own: bool
+    x: Tensor,
+    weight: Tensor,
+    g: ConvGeometry,
+    norm: Norm,
+    act: int,
+    residual: Tensor | None,
+    own: bool,
 ) -> Tensor:
     if residual is not None and own:
         residual = residual.contiguous(memory_format=torch.channels_last)
@@ -239,16 +258,17 @@ def folded(
 
 
 def convolve_folded(
-    x: Tensor, step: ConvBnActStep, g: Geometry, residual: Tensor | None, own: bool
+    x: Tensor, step: ConvBnActStep, s: StepSettings, residual: Tensor | None, own: bool
 ) -> Tensor:
-    """Return act(batch_norm(conv2d(x)) + residual), the batch norm folded into the weights.
+    """Return act(batch_norm(conv2d(x)) + residual), pooled, batch norm folded into the weights.
 
     own: the residual is of the block's making, and may come in the other layout.
 
     They are folded at every call, as parameters may change; conv_bn_act/folded.py keeps them.
     """
     weight, bias = folded(step.weight, step.conv_bias, norm_of_step(step), x.dtype)
-    return convolve_onednn(x, weight, bias, g, step.act, residual, own)
+    y = convolve_onednn(x, weight, bias, s.conv, step.act, residual, own)
+    return max_pool(y, s.pool)
 
 
 def norm_of_step(step: ConvBnActStep) -> Norm:

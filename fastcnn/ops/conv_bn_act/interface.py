@@ -23,12 +23,14 @@ residual that came as a tensor:
 Eager keeps every a_i beside every r_i, and a pooling's indices. What is rebuilt has the same bits:
 the kernels that made it run again. The convolutions are PyTorch's own; on CUDA those of a step are
 Triton's where the planner finds them faster, and what stands before and behind is fused into them
-(passes.py, candidates.py). In evaluation, where nobody asks for a gradient, each
-step is one convolution of oneDNN on the CPU (conv2d/aten.py), on CUDA what inference.py
-offers.
+(passes.py, candidates.py). In evaluation, where no gradient is required, each step is one
+convolution of oneDNN on the CPU (conv2d/onednn.py), on CUDA what inference.py offers.
+
+A call: validate.py checks the blocks, planning.py chooses how their convolutions run, autograd.py
+runs them forward and backward, running.py moves the running statistics.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -38,9 +40,11 @@ from fastcnn.common.library import apply, distinct
 from fastcnn.ops.conv2d.onednn import folds
 from fastcnn.ops.conv_bn_act.autograd import ConvBnActFunction
 from fastcnn.ops.conv_bn_act.inference import convolve_folded, convolve_planned, is_inference
+from fastcnn.ops.conv_bn_act.planning import plan_blocks
 from fastcnn.ops.conv_bn_act.problem import is_planned
-from fastcnn.ops.conv_bn_act.step import ConvBnActBlock, ConvBnActStep, Geometry, check_memory
-from fastcnn.ops.conv_bn_act.validate import Check
+from fastcnn.ops.conv_bn_act.running import fixed_statistics, update_running_statistics
+from fastcnn.ops.conv_bn_act.step import ConvBnActBlock, ConvBnActStep, check_memory
+from fastcnn.ops.conv_bn_act.validate import CheckedBlock, CheckedStep, check_block, steps_of
 
 OP = "conv_bn_act"
 
@@ -84,42 +88,43 @@ def _run(
     dtype = autocast_dtype(x)
     x, residual = cast(x, dtype), cast(residual, dtype)
     check_image(OP, "input", x)
-    check = Check(x, dtype, memory)
-    sizes = list(x.shape)
+    sizes, checked = list(x.shape), []
     for name, block in blocks.items():
-        sizes = check.block(name, block, sizes, residual is not None)
+        checked.append(check_block(name, block, x, sizes, dtype, memory, residual is not None))
+        sizes = checked[-1].output
     if residual is not None:
         check_image_of(OP, "residual", residual, sizes, x)
-    if is_inference(x, check.steps, residual):
+    if is_inference(x, [step.given for step in steps_of(checked)], residual):
         if folds(x):
-            return _evaluate(x, residual, blocks.values(), iter(check.geometry), convolve_folded)
+            return _evaluate(x, residual, checked, convolve_folded)
         if is_planned(x) and x.numel() > 0:
-            return _evaluate(x, residual, blocks.values(), iter(check.geometry), convolve_planned)
+            return _evaluate(x, residual, checked, convolve_planned)
     if is_planned(x) and x.numel() > 0:
-        check.plan()
+        checked = plan_blocks(checked, x)
+    steps = steps_of(checked)
     tensors: list[Tensor | None] = []
-    for i, s in enumerate(check.steps):
-        tensors += s.weight, s.conv_bias, s.bn_weight, s.bn_bias, *check.fixed(i)
+    for step in steps:
+        tensors += step.weight, step.conv_bias, step.given.bn_weight, step.given.bn_bias
+        tensors += fixed_statistics(step)
     image, added, *tensors = distinct(x, residual, *tensors)
-    y, *kept = apply(ConvBnActFunction, image, added, tuple(check.blocks), *tensors)
-    check.update_running(kept)
+    settings = tuple(block.settings() for block in checked)
+    y, *kept = apply(ConvBnActFunction, image, added, settings, *tensors)
+    update_running_statistics(steps, kept)
     return y
 
 
 def _evaluate(
     x: Tensor,
     residual: Tensor | None,
-    blocks: Iterable[ConvBnActBlock],
-    geometry: Iterator[Geometry],
+    blocks: Iterable[CheckedBlock],
     run_step: Callable[..., Tensor],
 ) -> Tensor:
     """One call a step, with the weights as they came: cast once, after folding."""
 
-    def run(
-        x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None, own: bool
-    ) -> Tensor:
+    def run(x: Tensor, steps: Sequence[CheckedStep], residual: Tensor | None, own: bool) -> Tensor:
         for i, step in enumerate(steps, start=1):
-            x = run_step(x, step, next(geometry), residual if i == len(steps) else None, own)
+            added = residual if i == len(steps) else None
+            x = run_step(x, step.given, step.settings, added, own)
         return x
 
     for block in blocks:

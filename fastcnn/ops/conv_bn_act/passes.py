@@ -1,7 +1,7 @@
 """A step's convolution with what stands beside it: fused by Triton, or passes around PyTorch's.
 
 The plan of a step says for its convolution, its input's gradient and its weight's whether Triton
-runs them (Geometry.fused, dx_fused, dw_fused; candidates.py chooses). Triton's kernels read
+runs them (StepPlan; candidates.py chooses). Triton's kernels read
 the raw output of the step before and apply batch norm and activation while loading, so that the
 activation is not written, and neither is the gradient of a raw output; they give the statistics and
 sums of what they write. Where PyTorch's convolution stands beside them it gets what it needs by a
@@ -39,7 +39,7 @@ from fastcnn.ops.conv2d.fused import (
     conv2d_fused_bwd_input,
     conv2d_fused_bwd_weight,
 )
-from fastcnn.ops.conv_bn_act.step import Geometry
+from fastcnn.ops.conv_bn_act.step import StepSettings
 
 _NONE = ACT_NUMBER["none"]
 _reduce = torch.ops.fastcnn.batch_norm_act_reduce.default
@@ -55,16 +55,16 @@ def written(a: Input) -> Tensor:
 
 
 def fused_raw(
-    a: Input, weight: Tensor, conv_bias: Tensor | None, g: Geometry, statistics: bool = False
+    a: Input, weight: Tensor, conv_bias: Tensor | None, s: StepSettings, statistics: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a fused step's raw output, and its mean and variance where asked for."""
-    bias = None if g.group is None else conv_bias
-    return conv2d_fused(a, weight, g, statistics=statistics, bias=bias)
+    bias = None if s.group is None else conv_bias
+    return conv2d_fused(a, weight, s.conv, statistics=statistics, bias=bias)
 
 
-def leaves_out_bias(g: Geometry) -> bool:
+def leaves_out_bias(s: StepSettings) -> bool:
     """Whether a step's raw output is without the convolution's bias."""
-    return g.fused and g.group is None
+    return s.plan.fwd and s.group is None
 
 
 def batch_statistics(raw: Tensor, group: Group | None) -> tuple[Tensor, ...]:
@@ -111,7 +111,7 @@ def batch_norm_gradient(
     image: Tensor | None,
     norm: Norm,
     conv_bias: Tensor | None,
-    g: Geometry,
+    s: StepSettings,
     sums: Sums | None,
     want_dz: bool,
     want_sums: bool,
@@ -125,26 +125,26 @@ def batch_norm_gradient(
     sums: where dy is dz already. image, total: as in batch_norm_act_bwd. want_sums: whether fixed
     statistics need them; want_any: whether the convolution does, as in batch_norm_act_bwd.
     """
-    act = g.act if sums is None else _NONE
+    act = s.act if sums is None else _NONE
     dy = in_format_of(dy, raw)
-    if sums is None and (want_dz or image is not None or want_sums or g.training):
+    if sums is None and (want_dz or image is not None or want_sums or s.training):
         writes = want_dz or image is not None
         dz, sums = _sums(dy, raw, image, norm, act, writes)
         if writes:
             dy, act = dz, _NONE
-    shared = sums if g.training else None
-    if shared is not None and g.group is not None and total is not None and want_any:
-        shared = _over_all(shared, raw, g.group, total)
+    shared = sums if s.training else None
+    if shared is not None and s.group is not None and total is not None and want_any:
+        shared = _over_all(shared, raw, s.group, total)
     d = Gradient(dy, raw, norm, act, shared)
     added = dy if want_dz else None
     if sums is None:
         return d, added, None, None, None
     gradient, times_xhat = sums
     dconv_bias: Tensor | None = None
-    if conv_bias is not None and g.group is None:
+    if conv_bias is not None and s.group is None:
         # Statistics of the batch follow a bias: its gradient is 0; of a part of it, it is not.
         slope = gradient if norm.weight is None else gradient * norm.weight
-        slope = torch.zeros_like(slope) if g.training else slope * (norm.var + norm.eps).rsqrt()
+        slope = torch.zeros_like(slope) if s.training else slope * (norm.var + norm.eps).rsqrt()
         dconv_bias = slope.to(conv_bias.dtype)
     return (
         d,
@@ -167,7 +167,7 @@ def convolution_bwd(
     a: Input,
     weight: Tensor,
     bias: Tensor | None,
-    g: Geometry,
+    s: StepSettings,
     want: tuple[bool, bool, bool],
     add: Tensor | None = None,
 ) -> tuple[Tensor | None, Sums | None, Tensor | None, Tensor | None]:
@@ -180,21 +180,21 @@ def convolution_bwd(
     dx: Tensor | None = None
     dweight: Tensor | None = None
     sums: Sums | None = None
-    fused = want[0] and g.dx_fused, want[1] and g.dw_fused
-    dbias = want[2] and (isinstance(d, Tensor) or g.group is not None)
+    fused = want[0] and s.plan.dx, want[1] and s.plan.dw
+    dbias = want[2] and (isinstance(d, Tensor) or s.group is not None)
     rest = (want[0] and not fused[0], want[1] and not fused[1], dbias)
     if isinstance(d, Gradient) and any(rest):
         d = gradient_written(d)
     if fused[1]:
-        dweight = conv2d_fused_bwd_weight(d, weight, a, g)
+        dweight = conv2d_fused_bwd_weight(d, weight, a, s.conv)
     if fused[0]:
-        dx, *found = conv2d_fused_bwd_input(d, weight, a, g, add)
+        dx, *found = conv2d_fused_bwd_input(d, weight, a, s.conv, add)
         sums = None if a.norm is None else (found[0], found[1])
     if any(rest):
         assert isinstance(d, Tensor)
         # For a frozen weight only the input's sizes matter, and x has them.
         image = written(a) if rest[1] else a.x
-        by_torch = convolve_bwd(d, image, weight, bias, g, rest)
+        by_torch = convolve_bwd(d, image, weight, bias, s.conv, rest)
         if rest[0]:
             dx = by_torch[0]
             if dx is not None and add is not None:

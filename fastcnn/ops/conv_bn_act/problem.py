@@ -17,7 +17,8 @@ from fastcnn.common.activation import ACT_NUMBER
 from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.checks import memory_format_of
 from fastcnn.common.constant_result import constant_result
-from fastcnn.ops.conv_bn_act.step import Geometry
+from fastcnn.common.conv_geometry import ConvGeometry
+from fastcnn.ops.conv_bn_act.step import StepPlan, StepSettings
 from fastcnn.plan import Kernel, Problem
 from fastcnn.triton.support import DTYPES, allows_tf32, interpreted
 
@@ -52,7 +53,7 @@ def _settings(float32: bool) -> tuple[str, ...]:
 
 
 def problem(
-    op: str, x: Tensor, sizes: Sequence[int], weight: Sequence[int], g: Geometry, *words: str
+    op: str, x: Tensor, sizes: Sequence[int], weight: Sequence[int], g: ConvGeometry, *words: str
 ) -> Problem:
     """Return the problem of a step whose input has these sizes, and x's dtype, device, layout."""
     options = (*words, *_settings(x.dtype is torch.float32))
@@ -75,12 +76,15 @@ def act_of(problem: Problem, before: str) -> str | None:
     return next((act for _, act in found), None)
 
 
-def geometry_of(problem: Problem, **plan: bool) -> Geometry:
-    """Return the problem's convolution as a step's."""
-    return Geometry(
-        problem.stride, problem.padding, problem.dilation, problem.groups,
-        "training" in problem.options, EPS, 0, None, None, False, **plan,
-    )  # fmt: skip
+def geometry_of(problem: Problem) -> ConvGeometry:
+    """Return the problem's convolution."""
+    return ConvGeometry(problem.stride, problem.padding, problem.dilation, problem.groups)
+
+
+def settings_of(problem: Problem, plan: StepPlan) -> StepSettings:
+    """Return the problem's convolution as a step's, without activation."""
+    training = "training" in problem.options
+    return StepSettings(geometry_of(problem), training, EPS, act=0, plan=plan)
 
 
 class MadeUp:

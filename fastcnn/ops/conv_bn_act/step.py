@@ -8,8 +8,9 @@ from torch.distributed import ProcessGroup
 
 from fastcnn.common.activation import act_number
 from fastcnn.common.checks import check_parameters
-from fastcnn.common.conv_geometry import Pair, pair
+from fastcnn.common.conv_geometry import ConvGeometry, output_size, pair
 from fastcnn.common.process_group import Group, group_of
+from fastcnn.ops.conv2d.aten import Pool
 
 Memory = Literal["default", "low", "lowest"]
 
@@ -60,35 +61,37 @@ class ConvBnActBlock(NamedTuple):
     shortcut: Sequence[ConvBnActStep] | None = None
 
 
-class Geometry(NamedTuple):
+class StepPlan(NamedTuple):
+    """What of a step's convolution Triton runs (passes.py): itself, and its two gradients."""
+
+    fwd: bool = False
+    dx: bool = False
+    dw: bool = False
+
+
+class StepSettings(NamedTuple):
     """What is not a tensor in a step, as the Function takes it."""
 
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    groups: int
+    conv: ConvGeometry
     training: bool
     eps: float
     act: int
-    group: Group | None
-    pool: tuple[Pair, Pair, Pair] | None
-    rerun: bool  # the raw output is not kept: backward runs the convolution again
-    # The plan: what of the convolution Triton runs (passes.py).
-    fused: bool = False
-    dx_fused: bool = False
-    dw_fused: bool = False
+    group: Group | None = None
+    pool: Pool | None = None
+    recompute: bool = False  # the convolution's output is not saved: backward runs it again
+    plan: StepPlan = StepPlan()
 
 
-def any_fused(steps: Iterable[Geometry]) -> bool:
+def any_by_triton(steps: Iterable[StepSettings]) -> bool:
     """Whether Triton, which reads channels_last, runs something of these steps."""
-    return any(g.fused or g.dx_fused or g.dw_fused for g in steps)
+    return any(any(s.plan) for s in steps)
 
 
-class BlockGeometry(NamedTuple):
+class BlockSettings(NamedTuple):
     """A ConvBnActBlock without its tensors."""
 
-    steps: tuple[Geometry, ...]
-    shortcut: tuple[Geometry, ...] | None
+    steps: tuple[StepSettings, ...]
+    shortcut: tuple[StepSettings, ...] | None
 
 
 def check_memory(op: str, memory: str) -> None:
@@ -101,7 +104,7 @@ def check_memory(op: str, memory: str) -> None:
 
 def check_step(
     op: str, step: ConvBnActStep, x: Tensor, sizes: list[int], memory: str
-) -> tuple[Geometry, list[int], list[int]]:
+) -> tuple[StepSettings, list[int], list[int]]:
     """Check a step whose input has these sizes and x's dtype.
 
     Returns the sizes of its raw output, and of its output, which are others where it pools.
@@ -109,42 +112,37 @@ def check_step(
     c_in = _check_weights(op, step, x, sizes)
     c_out, kernel = step.weight.shape[0], step.weight.shape[2:]
     pool, group = step.pool, group_of(op, step.sync, step.process_group)
-    g = Geometry(
+    g = ConvGeometry(
         pair(op, "stride", step.stride), pair(op, "padding", step.padding),
-        pair(op, "dilation", step.dilation), step.groups, step.training, step.eps,
-        act_number(op, step.act), group if step.training else None,
+        pair(op, "dilation", step.dilation), step.groups,
+    )  # fmt: skip
+    s = StepSettings(
+        g, step.training, step.eps, act_number(op, step.act), group if step.training else None,
         None if pool is None else _check_pool(op, pool),
         # Its output is larger than its input, and it is the cheapest convolution there is.
-        rerun=memory == "lowest" and tuple(kernel) == (1, 1) and c_out > c_in,
+        recompute=memory == "lowest" and tuple(kernel) == (1, 1) and c_out > c_in,
     )  # fmt: skip
-    out = [sizes[0], c_out]
-    for size, k, stride, padding, dilation in zip(
-        sizes[2:], kernel, g.stride, g.padding, g.dilation, strict=True
-    ):
-        reach = size + 2 * padding - dilation * (k - 1) - 1
-        if reach < 0 or stride < 1 or padding < 0 or dilation < 1:
-            raise ValueError(
-                f"{op}: weight: expected a kernel that fits into the padded input, got kernel "
-                f"{list(kernel)}, stride {step.stride}, padding {step.padding}, dilation "
-                f"{step.dilation} for an input of {sizes}"
-            )
-        out.append(reach // stride + 1)
+    sides = [] if min(g.stride) < 1 else g.output_size(sizes[2:], kernel)
+    if not sides or min(sides) < 1 or min(g.padding) < 0 or min(g.dilation) < 1:
+        raise ValueError(
+            f"{op}: weight: expected a kernel that fits into the padded input, got kernel "
+            f"{list(kernel)}, stride {step.stride}, padding {step.padding}, dilation "
+            f"{step.dilation} for an input of {sizes}"
+        )
+    out = [sizes[0], c_out, *sides]
     check_parameters(
         op, out, x, step.bn_weight, step.bn_bias, step.running_mean, step.running_var,
         step.training, step.momentum, step.eps, "bn_", group is not None,
     )  # fmt: skip
-    if g.pool is None:
-        return g, out, out
-    pooled = [
-        (size + 2 * padding - k) // stride + 1
-        for size, k, stride, padding in zip(out[2:], *g.pool, strict=True)
-    ]
+    if s.pool is None:
+        return s, out, out
+    pooled = output_size(out[2:], *s.pool)
     if min(pooled) < 1:
         raise ValueError(
             f"{op}: pool: expected a window that fits into the padded image, got "
             f"{step.pool} for {out}"
         )
-    return g, out, out[:2] + pooled
+    return s, out, out[:2] + pooled
 
 
 def _check_weights(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int]) -> int:
@@ -181,7 +179,7 @@ def _check_weights(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int]) ->
     return c_in
 
 
-def _check_pool(op: str, pool: MaxPool) -> tuple[Pair, Pair, Pair]:
+def _check_pool(op: str, pool: MaxPool) -> Pool:
     if not isinstance(pool, MaxPool):
         raise TypeError(f"{op}: pool: expected None or a MaxPool, got {type(pool).__name__}")
     kernel, stride, padding = (

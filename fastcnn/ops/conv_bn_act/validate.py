@@ -1,121 +1,104 @@
-"""What a chain of conv_bn_act is asked, step by step, and what is known of it then."""
+"""What blocks of conv_bn_act are asked, step by step, and what is known of each step then."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastcnn.common.autocast import cast
-from fastcnn.ops.batch_norm_act.operators import update_running
-from fastcnn.ops.conv_bn_act.candidates import planned
-from fastcnn.ops.conv_bn_act.passes import leaves_out_bias
 from fastcnn.ops.conv_bn_act.step import (
-    BlockGeometry,
+    BlockSettings,
     ConvBnActBlock,
     ConvBnActStep,
-    Geometry,
+    StepSettings,
     check_step,
 )
 
 
-class Check:
-    """Checks blocks one after the other, and holds what the Function needs of them."""
+class CheckedStep(NamedTuple):
+    """A step as it came, its weight and bias in autocast's type, and what was found out."""
 
-    def __init__(self, x: Tensor, dtype: torch.dtype | None, memory: str) -> None:
-        self.x, self.dtype, self.memory = x, dtype, memory
-        self.blocks: list[BlockGeometry] = []
-        # Of all blocks' steps, in the order in which they run.
-        self.steps: list[ConvBnActStep] = []
-        self.geometry: list[Geometry] = []
-        self.inputs: list[list[int]] = []  # sizes
-        self.counts: list[int] = []  # values a channel
+    given: ConvBnActStep
+    weight: Tensor
+    conv_bias: Tensor | None
+    settings: StepSettings
+    input: list[int]  # sizes
+    values: int  # of a channel of the convolution's output
 
-    def block(self, op: str, block: ConvBnActBlock, sizes: list[int], adds: bool) -> list[int]:
-        """Check a block whose input has these sizes; return its output's."""
-        if not isinstance(block, ConvBnActBlock):
-            raise TypeError(f"{op}: blocks: expected ConvBnActBlocks, got {type(block).__name__}")
-        shortcut, added = None, sizes
-        if block.shortcut is not None:
-            shortcut, added = self._chain(op, "shortcut", block.shortcut, sizes)
-        steps, out = self._chain(op, "steps", block.steps, sizes)
-        if not steps:
-            raise ValueError(f"{op}: steps: expected at least one, got none")
-        if shortcut is not None and added != out:
-            raise ValueError(f"{op}: shortcut: expected sizes {out} as the steps give, got {added}")
-        if (adds or shortcut is not None) and steps[-1].pool is not None:
-            raise ValueError(
-                f"{op}: pool: expected None in the last step of a block with a residual, "
-                f"got {block.steps[-1].pool}"
-            )
-        self.blocks.append(BlockGeometry(steps, shortcut))
-        return out
 
-    def _chain(
-        self, op: str, name: str, steps: Sequence[ConvBnActStep], sizes: list[int]
-    ) -> tuple[tuple[Geometry, ...], list[int]]:
-        found = []
-        if not isinstance(steps, (tuple, list)) or isinstance(steps, ConvBnActStep):
-            raise TypeError(
-                f"{op}: {name}: expected a tuple or list of steps, got {type(steps).__name__}"
-            )
-        if name != "steps":
-            op = f"{op}: {name}"
-        for i, step in enumerate(steps):
-            if not isinstance(step, ConvBnActStep):
-                raise TypeError(
-                    f"{op}: step {i}: expected a ConvBnActStep, got {type(step).__name__}"
-                )
-            if self.dtype is not None:
-                step = step._replace(
-                    weight=cast(step.weight, self.dtype),
-                    conv_bias=cast(step.conv_bias, self.dtype),
-                )
-            self.inputs.append(sizes)
-            g, raw, sizes = check_step(f"{op}: step {i}", step, self.x, sizes, self.memory)
-            found.append(g)
-            self.steps.append(step)
-            self.counts.append(raw[0] * raw[2] * raw[3])
-        self.geometry += found
-        return tuple(found), sizes
+class CheckedBlock(NamedTuple):
+    """A block's steps, its shortcut's, and the sizes of its output."""
 
-    def plan(self) -> None:
-        """Choose how the convolutions of each step run."""
-        numbers = iter(range(len(self.steps)))
-        tensors = [self.x, *(t for s in self.steps for t in s if isinstance(t, Tensor))]
-        trains = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    steps: tuple[CheckedStep, ...]
+    shortcut: tuple[CheckedStep, ...] | None
+    output: list[int]
 
-        def chain(steps: tuple[Geometry, ...], wants_dx: bool) -> tuple[Geometry, ...]:
-            found: list[Geometry] = []
-            for g in steps:
-                i, before = next(numbers), found[-1] if found else None
-                weight = self.steps[i].weight
-                found.append(planned(g, self.x, self.inputs[i], weight, before, wants_dx, trains))
-            return tuple(found)
+    def settings(self) -> BlockSettings:
+        """Return what the Function takes of it."""
+        shortcut = None if self.shortcut is None else tuple(s.settings for s in self.shortcut)
+        return BlockSettings(tuple(s.settings for s in self.steps), shortcut)
 
-        blocks, self.blocks, self.geometry = self.blocks, [], []
-        for block in blocks:
-            wants_dx = bool(self.blocks) or self.x.requires_grad
-            shortcut = None if block.shortcut is None else chain(block.shortcut, wants_dx)
-            self.blocks.append(BlockGeometry(chain(block.steps, wants_dx), shortcut))
-            self.geometry += (*(shortcut or ()), *self.blocks[-1].steps)
 
-    def fixed(self, i: int) -> tuple[Tensor | None, Tensor | None]:
-        """Return the fixed mean and variance of a step's raw output, None in training."""
-        s = self.steps[i]
-        mean, var = (None, None) if s.training else (s.running_mean, s.running_var)
-        if mean is not None and s.conv_bias is not None and leaves_out_bias(self.geometry[i]):
-            mean = mean - s.conv_bias.detach()
-        return mean, var
+def steps_of(blocks: Iterable[CheckedBlock]) -> list[CheckedStep]:
+    """Return all steps in the order in which they run: a block's shortcut before its steps."""
+    return [step for block in blocks for step in (*(block.shortcut or ()), *block.steps)]
 
-    def update_running(self, kept: Sequence[Tensor]) -> None:
-        """Move the running statistics by what the Function has returned beside y."""
-        values = iter(kept)
-        for g, s, count in zip(self.geometry, self.steps, self.counts, strict=True):
-            if not g.rerun:
-                next(values)
-            if g.training:
-                mean, var = next(values), next(values)
-                total = None if g.group is None else next(values)
-                if s.conv_bias is not None and leaves_out_bias(g):
-                    mean = mean + s.conv_bias.detach()
-                update_running(s.running_mean, s.running_var, mean, var, s.momentum, count, total)
+
+def check_block(
+    op: str,
+    block: ConvBnActBlock,
+    x: Tensor,
+    sizes: list[int],
+    dtype: torch.dtype | None,
+    memory: str,
+    adds: bool,
+) -> CheckedBlock:
+    """Check a block whose input has these sizes, and x's dtype, device and layout.
+
+    dtype: autocast's, None where it is off. adds: a residual comes as a tensor.
+    """
+    if not isinstance(block, ConvBnActBlock):
+        raise TypeError(f"{op}: blocks: expected ConvBnActBlocks, got {type(block).__name__}")
+    shortcut, added = None, sizes
+    if block.shortcut is not None:
+        shortcut, added = _chain(op, "shortcut", block.shortcut, x, sizes, dtype, memory)
+    steps, out = _chain(op, "steps", block.steps, x, sizes, dtype, memory)
+    if not steps:
+        raise ValueError(f"{op}: steps: expected at least one, got none")
+    if shortcut is not None and added != out:
+        raise ValueError(f"{op}: shortcut: expected sizes {out} as the steps give, got {added}")
+    if (adds or shortcut is not None) and steps[-1].settings.pool is not None:
+        raise ValueError(
+            f"{op}: pool: expected None in the last step of a block with a residual, "
+            f"got {block.steps[-1].pool}"
+        )
+    return CheckedBlock(steps, shortcut, out)
+
+
+def _chain(
+    op: str,
+    name: str,
+    steps: Sequence[ConvBnActStep],
+    x: Tensor,
+    sizes: list[int],
+    dtype: torch.dtype | None,
+    memory: str,
+) -> tuple[tuple[CheckedStep, ...], list[int]]:
+    found = []
+    if not isinstance(steps, (tuple, list)) or isinstance(steps, ConvBnActStep):
+        raise TypeError(
+            f"{op}: {name}: expected a tuple or list of steps, got {type(steps).__name__}"
+        )
+    if name != "steps":
+        op = f"{op}: {name}"
+    for i, step in enumerate(steps):
+        if not isinstance(step, ConvBnActStep):
+            raise TypeError(f"{op}: step {i}: expected a ConvBnActStep, got {type(step).__name__}")
+        weight, conv_bias = cast(step.weight, dtype), cast(step.conv_bias, dtype)
+        in_type = step._replace(weight=weight, conv_bias=conv_bias)
+        settings, raw, out = check_step(f"{op}: step {i}", in_type, x, sizes, memory)
+        values = raw[0] * raw[2] * raw[3]
+        found.append(CheckedStep(step, weight, conv_bias, settings, sizes, values))
+        sizes = out
+    return tuple(found), sizes

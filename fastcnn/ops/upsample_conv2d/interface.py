@@ -23,10 +23,10 @@ from torch import Tensor
 
 from fastcnn.common.autocast import autocast_dtype, cast
 from fastcnn.common.checks import check_image, memory_format_of
+from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.common.library import apply, once_differentiable, positional
 from fastcnn.ops.conv2d.aten import convolve, convolve_bwd
 from fastcnn.ops.conv2d.onednn import convolve_onednn, folds
-from fastcnn.ops.conv_bn_act.step import Geometry
 from fastcnn.ops.upsample.arguments import output_size, sampling_number
 from fastcnn.ops.upsample.interface import interpolate
 from fastcnn.ops.upsample_conv2d.taps import TAPS, upsample_taps_bwd, upsample_taps_fwd
@@ -34,8 +34,7 @@ from fastcnn.ops.upsample_conv2d.taps import TAPS, upsample_taps_bwd, upsample_t
 OP = "upsample_conv2d"
 Resize = tuple[int, int, float | None, float | None, int]  # h, w, their scales, the sampling
 
-AROUND = Geometry((1, 1), (1, 1), (1, 1), 1, False, 0.0, 0, None, None, False)
-POINTWISE = AROUND._replace(padding=(0, 0))
+AROUND, POINTWISE = ConvGeometry(padding=(1, 1)), ConvGeometry()
 # Channels of x from which on the spared products outweigh writing and reading z.
 _LEAST_CHANNELS = 32
 
