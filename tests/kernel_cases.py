@@ -22,11 +22,10 @@ from torch import Tensor
 from fastcnn.augment import Augment
 from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.conv_geometry import ConvGeometry
+from fastcnn.common.conv_operands import Gradient, Input, Output, Sums
 from fastcnn.functional import batch_norm_act, conv2d_int8, dropout, group_norm_act, interpolate
 from fastcnn.nn import LayerNorm2d
 from fastcnn.ops.conv2d.fused import (
-    Gradient,
-    Input,
     conv2d_fused,
     conv2d_fused_bwd_input,
     conv2d_fused_bwd_weight,
@@ -144,9 +143,9 @@ def convolution(kernel: int, groups: int) -> None:
     norm = Norm(mean, torch.ones_like(mean), bn_weight, bias, 1e-5)
     a, half = Input(x, norm, act=1), (kernel // 2, kernel // 2)
     g = ConvGeometry(padding=half, groups=groups)
-    conv2d_fused(a, weight, g, statistics=True)
-    conv2d_fused(Input(x), weight, g, norm, residual=dy, act=1)
-    gradient = Gradient(dy, x, norm, 1, (sums[0], sums[1]))
+    conv2d_fused(a, weight, g, Output(statistics=True))
+    conv2d_fused(Input(x), weight, g, Output(norm, residual=dy, act=1))
+    gradient = Gradient(dy, x, norm, 1, Sums(*sums))
     conv2d_fused_bwd_input(gradient, weight, a, g)
     conv2d_fused_bwd_weight(gradient, weight, a, g)
 

@@ -36,15 +36,11 @@ from triton_proof import (
 )
 
 from fastcnn.common.activation import ACT_NUMBER
+from fastcnn.common.conv_geometry import ConvGeometry
+from fastcnn.common.conv_operands import Gradient, Input, Sums
 from fastcnn.triton import conv2d_bwd
-from fastcnn.triton.conv2d_bwd import (
-    Activated,
-    BatchNormGradient,
-    Sums,
-    conv2d_bwd_input,
-    conv2d_bwd_weight,
-)
-from fastcnn.triton.conv2d_fwd import Prologue, conv2d
+from fastcnn.triton.conv2d_bwd import conv2d_bwd_input, conv2d_bwd_weight
+from fastcnn.triton.conv2d_fwd import conv2d
 from fastcnn.triton.device import arch_of, matrix
 
 pytestmark = pytest.mark.gpu
@@ -110,8 +106,9 @@ def test_geometries(name: str, dtype: torch.dtype) -> None:
     geometry = {"groups": 1, **geometry}
     x, weight = channels_last(*sizes, dtype=dtype), channels_last(*window, dtype=dtype)
     dy = output_like(x, weight, geometry)
-    dx, sums = conv2d_bwd_input(dy, weight, sizes[2:], **geometry, tile=SMALL)
-    dweight = conv2d_bwd_weight(dy, x, window[2:], **geometry, tile=SMALL)
+    d, how = Gradient(dy), ConvGeometry(**geometry)
+    dx, sums = conv2d_bwd_input(d, weight, sizes[2:], how, tile=SMALL)
+    dweight = conv2d_bwd_weight(d, Input(x), window[2:], how, tile=SMALL)
     assert sums is None
     bounded = gradients(given(dy), given(x), weight, geometry)
     for k, t, (exact, error) in zip(("dx", "dweight"), (dx, dweight), bounded, strict=True):
@@ -129,14 +126,15 @@ def test_parts_of_the_pixels(dtype: torch.dtype, size: int) -> None:
     dy = output_like(x, weight, geometry)
     _, (exact, error) = gradients(given(dy), given(x), weight, geometry)
     for parts in thinned((1, 2, 3, 100), 3):
-        dweight = conv2d_bwd_weight(dy, x, (size, size), **geometry, tile=SMALL, parts=parts)
+        d, how = Gradient(dy), ConvGeometry(**geometry)
+        dweight = conv2d_bwd_weight(d, Input(x), (size, size), how, SMALL, parts)
         assert_rounded(f"{parts} parts", dweight, exact, error)
 
 
 def batch_norm_gradient(
     dy: Tensor, raw: Tensor, act: str, training: bool
-) -> tuple[BatchNormGradient, Tensor, Bounded]:
-    """One, dy kept from where the activation's derivative jumps, and what it makes of dy.
+) -> tuple[Gradient, Bounded]:
+    """One, dy kept from where the activation's derivative jumps, and what is made of it.
 
     The exact one is autograd's, rounded as the convolution's factors are.
     """
@@ -170,35 +168,31 @@ def batch_norm_gradient(
     xhat = (t - mean) / std
     sums = Sums(*(v.sum(dims).float() for v in (dz, dz * xhat))) if training else None
     g = Bounded(exact, errors["dx"]).read(dy.dtype)
-    return BatchNormGradient(raw, norm, ACT_NUMBER[act], sums), dy, g
+    return Gradient(dy, raw, norm, ACT_NUMBER[act], sums), g
 
 
 def check_batch_norms(
-    x: Tensor, raw: Tensor, prologue: Prologue, training: bool, geometry: dict[str, Any],
-    side: int = 3,
-) -> None:  # fmt: skip
-    """Both gradients of conv2d(prologue(x)) with a batch norm and the same act behind it."""
+    a: Input, raw: Tensor, training: bool, geometry: dict[str, Any], side: int = 3
+) -> None:
+    """Both gradients of conv2d(act(norm(x))) with a batch norm and the same act behind it."""
+    x, how = a.x, ConvGeometry(**geometry)
     dtype, size, (c_out, c_in) = x.dtype, x.shape[2:], (raw.shape[1], x.shape[1])
     weight = channels_last(c_out, c_in // geometry.get("groups", 1), side, side, dtype=dtype)
     dy, add = channels_last(*raw.shape, dtype=dtype), channels_last(*x.shape, dtype=dtype)
-    norm, dy, g = batch_norm_gradient(dy, raw, NAMES[prologue.act], training)
-    dweight = conv2d_bwd_weight(
-        dy, x, (side, side), **geometry, norm=norm, prologue=prologue, tile=SMALL, parts=2
-    )
-    activated = Activated(x, *prologue)
-    d, sums = conv2d_bwd_input(
-        dy, weight, size, **geometry, norm=norm, add=add, activated=activated, tile=SMALL
-    )
+    behind, g = batch_norm_gradient(dy, raw, NAMES[a.act], training)
+    dweight = conv2d_bwd_weight(behind, a, (side, side), how, SMALL, parts=2)
+    d, sums = conv2d_bwd_input(behind, weight, size, how, add, a, SMALL)
 
-    dx, dw = gradients(g, normalised(x, prologue), weight, geometry)
+    dx, dw = gradients(g, normalised(a), weight, geometry)
     assert_rounded("dweight", dweight, *dw)
-    before = before_act(given(x), prologue.norm)
-    slope, total = derivative(before, NAMES[prologue.act]), dx.exact + add.double()
+    assert a.norm is not None
+    before = before_act(given(x), a.norm)
+    slope, total = derivative(before, NAMES[a.act]), dx.exact + add.double()
     off = dx.error + ONE * (dx.exact.abs() + add.double().abs())
     off = STEEPEST * off + total.abs() * slope.error
     assert_rounded("d", d, total * slope.exact, off)
     # Sums of the rounded d, which is at hand, and of as many terms.
-    mean, std = centre(prologue.norm)
+    mean, std = centre(a.norm)
     xhat, xhat_error = (x.double() - mean) / std, ONE * (x.double().abs() + mean.abs()) / std
     assert sums is not None
     terms = walk(d[:, 0].numel(), torch.float32)
@@ -227,8 +221,8 @@ def test_batch_norms_on_both_sides(act: str, dtype: torch.dtype) -> None:
     ):  # fmt: skip
         x = channels_last(2, 16, 6, 5, dtype=dtype)
         raw = channels_last(2, 32, *((3, 3) if "stride" in geometry else (6, 5)), dtype=dtype)
-        prologue = Prologue(norm_of(16, dtype), ACT_NUMBER[act])
-        check_batch_norms(x, raw, prologue, training, geometry)
+        a = Input(x, norm_of(16, dtype), ACT_NUMBER[act])
+        check_batch_norms(a, raw, training, geometry)
 
 
 POINTWISE = [
@@ -256,9 +250,9 @@ def test_1x1_with_batch_norms(
     monkeypatch.setattr(conv2d_bwd, "matrix", lambda *a: (read.append(a), matrix(*a))[1])
     images = {k: channels_last(2, c, 7, 5, dtype=dtype) for k, c in (("x", c_in), ("raw", c_out))}
     x, raw = (moved(t) if k == aside else t for k, t in images.items())
-    prologue = Prologue(norm_of(c_in, dtype), ACT_NUMBER[act])
+    a = Input(x, norm_of(c_in, dtype), ACT_NUMBER[act])
     for training in (True, False):
-        check_batch_norms(x, raw, prologue, training, {}, side=1)
+        check_batch_norms(a, raw, training, {}, side=1)
     if dtype is torch.float32:  # not as TF32 here: dx's three are read by addresses
         matrices = max(matrices - 3, 0) if aside != "x" else 0
     assert len(read) == 2 * matrices * (arch_of(x) >= 90)
@@ -269,7 +263,7 @@ def test_1x1_as_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     # The interpreter rounds nothing.
     dy, weight = channels_last(2, 40, 7, 5), channels_last(40, 24, 1, 1)
     monkeypatch.setattr(conv2d_bwd, "allows_tf32", lambda: True)
-    dx, _ = conv2d_bwd_input(dy, weight, (7, 5), tile=SMALL)
+    dx, _ = conv2d_bwd_input(Gradient(dy), weight, (7, 5), tile=SMALL)
     (exact, error), _ = gradients(given(dy), given(dx), weight, {})
     size, _ = gradients(given(dy.abs()), given(dx), weight.abs(), {})
     assert_rounded("dx", dx, exact, error + (2 * 2**-10 + 2**-20) * size.exact)
@@ -281,21 +275,21 @@ def test_nothing_cancels() -> None:
     half = (channels_last(1, 32, 6, 5) * 256).round() / 256
     raw = (torch.cat([half, -half]) + 1e4).contiguous(memory_format=torch.channels_last)
     norm = norm_of(16)
-    prologue = Prologue(norm._replace(mean=norm.mean + 1e4), ACT_NUMBER["silu"])
-    check_batch_norms(channels_last(2, 16, 6, 5) + 1e4, raw, prologue, True, {"padding": (1, 1)})
+    x, norm = channels_last(2, 16, 6, 5) + 1e4, norm._replace(mean=norm.mean + 1e4)
+    check_batch_norms(Input(x, norm, ACT_NUMBER["silu"]), raw, True, {"padding": (1, 1)})
 
 
 @pytest.mark.parametrize("groups", [1, 16])
 def test_raw_is_not_read_in_vain(groups: int) -> None:
     # Fixed statistics and no act: g = scale * dy, whatever came out of the convolution.
-    geometry = {"padding": (1, 1), "groups": groups}
+    geometry = ConvGeometry(padding=(1, 1), groups=groups)
     x, weight = channels_last(2, 16, 6, 5), channels_last(16, 16 // groups, 3, 3)
     dy, norm = channels_last(2, 16, 6, 5), norm_of(16)._replace(weight=None)
     made = []
     for raw in (torch.zeros_like(dy), torch.full_like(dy, float("inf"))):
-        fixed = BatchNormGradient(raw, norm, 0, None)
-        made.append(conv2d_bwd_input(dy, weight, (6, 5), **geometry, norm=fixed, tile=SMALL)[0])
-        made.append(conv2d_bwd_weight(dy, x, (3, 3), **geometry, norm=fixed, tile=SMALL))
+        fixed = Gradient(dy, raw, norm)
+        made.append(conv2d_bwd_input(fixed, weight, (6, 5), geometry, tile=SMALL)[0])
+        made.append(conv2d_bwd_weight(fixed, Input(x), (3, 3), geometry, tile=SMALL))
     assert torch.equal(made[0], made[2])
     assert torch.equal(made[1], made[3])
     assert all(t.isfinite().all() for t in made)
@@ -303,16 +297,17 @@ def test_raw_is_not_read_in_vain(groups: int) -> None:
 
 def test_empty_batch() -> None:
     dy, weight, x = (channels_last(*s) for s in ((0, 8, 2, 2), (8, 16, 3, 3), (0, 16, 4, 4)))
-    dx, _ = conv2d_bwd_input(dy, weight, (4, 4))
+    dx, _ = conv2d_bwd_input(Gradient(dy), weight, (4, 4))
     assert dx.shape == x.shape
-    assert torch.equal(conv2d_bwd_weight(dy, x, (3, 3)), torch.zeros_like(weight))
+    dweight = conv2d_bwd_weight(Gradient(dy), Input(x), (3, 3))
+    assert torch.equal(dweight, torch.zeros_like(weight))
 
 
 def test_the_same_bits_twice() -> None:
     x, weight = channels_last(2, 16, 6, 5), channels_last(16, 16, 3, 3)
-    dy = output_like(x, weight, {})
+    d, a = Gradient(output_like(x, weight, {})), Input(x)
     both = [
-        (conv2d_bwd_input(dy, weight, (6, 5))[0], conv2d_bwd_weight(dy, x, (3, 3), parts=3))
+        (conv2d_bwd_input(d, weight, (6, 5))[0], conv2d_bwd_weight(d, a, (3, 3), parts=3))
         for _ in range(2)
     ]
     assert all(itertools.starmap(torch.equal, zip(*both, strict=True)))
@@ -324,28 +319,25 @@ DY = channels_last(1, 8, 4, 4)
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"dy": channels_last(1, 8, 5, 4)}, r"dy: expected \(1, 8, 4, 4\)"),
-        ({"dy": channels_last(1, 8, 4, 4).half()}, "dy and weight of one type"),
-        ({"groups": 3}, "groups: expected a divisor of 48 and 8, got 3"),
+        ({"d": Gradient(channels_last(1, 8, 5, 4))}, r"dy: expected \(1, 8, 4, 4\)"),
+        ({"d": Gradient(channels_last(1, 8, 4, 4).half())}, "dy and weight of one type"),
+        ({"geometry": ConvGeometry(groups=3)}, "groups: expected a divisor of 48 and 8, got 3"),
         ({"add": channels_last(1, 4, 4, 4)}, r"add: expected \(1, 16, 4, 4\)"),
-        ({"norm": BatchNormGradient(torch.ones(8), norm_of(8), 0, None)}, "norm.raw: expected"),
-        ({"norm": BatchNormGradient(DY, norm_of(4), 0, None)}, r"norm.norm.mean: expected \[8\]"),
+        ({"d": Gradient(DY, torch.ones(8), norm_of(8))}, "out_raw: expected"),
+        ({"d": Gradient(DY, DY, norm_of(4))}, r"out_mean: expected \[8\]"),
+        ({"d": Gradient(DY, DY, norm_of(8), 8)}, "out_act: expected a number from 0"),
         (
-            {"norm": BatchNormGradient(DY, norm_of(8), 8, None)},
-            "norm.act: expected a number from 0",
+            {"d": Gradient(DY, DY, norm_of(8), 0, Sums(*[torch.ones(9)] * 2))},
+            r"sum: expected \[8\]",
         ),
         (
-            {"norm": BatchNormGradient(DY, norm_of(8), 0, Sums(*[torch.ones(9)] * 2))},
-            r"norm.sums.gradient: expected \[8\]",
-        ),
-        (
-            {"activated": Activated(channels_last(1, 16, 4, 4), norm_of(16), 9)},
-            "activated.act: expected a number from 0 to 7, got 9",
+            {"before": Input(channels_last(1, 16, 4, 4), norm_of(16), 9)},
+            "in_act: expected a number from 0 to 7, got 9",
         ),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], said: str) -> None:
-    good = {"dy": channels_last(1, 8, 4, 4), "weight": channels_last(8, 16, 1, 1), "size": (4, 4)}
+    good = {"d": Gradient(DY), "weight": channels_last(8, 16, 1, 1), "size": (4, 4)}
     with pytest.raises(ValueError, match=said):
         conv2d_bwd_input(**{**good, **options})
 
@@ -356,9 +348,9 @@ def test_more_pixels_than_kernels_count_are_refused() -> None:
     weight = torch.empty(1, 1, 1, 1, device="meta", dtype=torch.half)
     size = (2**15, 2**15)
     for run in (
-        lambda: conv2d(image, weight),
-        lambda: conv2d_bwd_input(image, weight, size),
-        lambda: conv2d_bwd_weight(image, image, (1, 1)),
+        lambda: conv2d(Input(image), weight),
+        lambda: conv2d_bwd_input(Gradient(image), weight, size),
+        lambda: conv2d_bwd_weight(Gradient(image), Input(image), (1, 1)),
     ):
         with pytest.raises(ValueError, match="expected at most 2147418112 pixels, got 2147483648"):
             run()

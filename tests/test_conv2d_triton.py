@@ -28,7 +28,9 @@ from triton_proof import (
 
 from fastcnn.common.activation import ACT_NUMBER
 from fastcnn.common.batch_norm_params import Norm
-from fastcnn.triton.conv2d_fwd import Epilogue, Prologue, Tile, conv2d
+from fastcnn.common.conv_geometry import ConvGeometry
+from fastcnn.common.conv_operands import Input, Output
+from fastcnn.triton.conv2d_fwd import Tile, conv2d
 from fastcnn.triton.support import allows_tf32
 from fastcnn.triton.validate import checked_norm
 
@@ -47,11 +49,11 @@ def seed() -> Iterator[None]:
 NAMES = list(ACT_NUMBER)
 
 
-def normalised(x: Tensor, prologue: Prologue | None) -> Bounded:
+def normalised(a: Input) -> Bounded:
     """What the convolution multiplies: made in float32, rounded to x's type."""
-    if prologue is None:
-        return given(x)
-    return activated(before_act(given(x), prologue.norm), NAMES[prologue.act]).read(x.dtype)
+    if a.norm is None:
+        return given(a.x)
+    return activated(before_act(given(a.x), a.norm), NAMES[a.act]).read(a.x.dtype)
 
 
 def convolved(a: Bounded, weight: Tensor, *geometry: Any) -> Bounded:
@@ -84,21 +86,22 @@ def check(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
     tile: Tile | None = SMALL,
-    **options: Any,
+    before: tuple[Norm, int] = (None, 0),  # type: ignore[assignment]
+    **behind: Any,
 ) -> None:
-    geometry = (stride, padding, dilation, groups)
-    prologue, epilogue = options.get("prologue"), Epilogue(**options.pop("epilogue", {}))
-    y, statistics = conv2d(x, weight, *geometry, epilogue=epilogue, tile=tile, **options)
-    product = convolved(normalised(x, prologue), weight, *geometry)
+    geometry, out = ConvGeometry(stride, padding, dilation, groups), Output(**behind)
+    a = Input(x, *before)
+    y, statistics = conv2d(a, weight, geometry, out, tile)
+    product = convolved(normalised(a), weight, *geometry)
     if statistics is not None:
         assert_statistics(statistics, product, x.dtype)
         # They are of values rounded to y's type, and so is what stands behind.
         rounding = unit_roundoff(x.dtype) * (product.exact.abs() + product.error)
         product = Bounded(product.exact, product.error + rounding)
-    z = before_act(product, epilogue.norm, epilogue.bias, epilogue.residual)
+    z = before_act(product, out.norm, out.bias, out.residual)
     assert y.dtype is x.dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert_rounded("y", y, *activated(z, NAMES[epilogue.act]))
+    assert_rounded("y", y, *activated(z, NAMES[out.act]))
 
 
 GEOMETRIES = {
@@ -166,15 +169,15 @@ def test_activations_before_and_behind(act: str, dtype: torch.dtype) -> None:
             channels_last(2, 16, 4, 5, dtype=dtype),
             channels_last(8, 16, size, size, dtype=dtype),
         )
-        prologue = Prologue(norm_of(16, dtype), ACT_NUMBER[act])
-        check(x, weight, padding=(size // 2, size // 2), prologue=prologue)
-        check(x, weight, padding=(size // 2, size // 2), epilogue={"act": ACT_NUMBER[act]})
+        before = norm_of(16, dtype), ACT_NUMBER[act]
+        check(x, weight, padding=(size // 2, size // 2), before=before)
+        check(x, weight, padding=(size // 2, size // 2), act=ACT_NUMBER[act])
 
 
 @pytest.mark.parametrize(
     "dtype", [DTYPES[0], *(pytest.param(t, marks=pytest.mark.slow) for t in DTYPES[1:])]
 )
-def test_every_epilogue(dtype: torch.dtype) -> None:
+def test_everything_behind(dtype: torch.dtype) -> None:
     # Each in one of the types: they differ where values are read and written alone.
     x = channels_last(1, 16, 5, 7, dtype=dtype)
     norm = norm_of(24, dtype)
@@ -186,9 +189,9 @@ def test_every_epilogue(dtype: torch.dtype) -> None:
     statistics = [{}, {"statistics": True}]
     every = list(itertools.product((1, 3), affine, residuals, statistics))
     for size, *three in thinned(every[DTYPES.index(dtype) :: len(DTYPES)], 3):
-        epilogue = {k: v for options in three for k, v in options.items()}
+        behind = {k: v for options in three for k, v in options.items()}
         weight = channels_last(24, 16, size, size, dtype=dtype)
-        check(x, weight, padding=(size // 2, size // 2), epilogue=epilogue)
+        check(x, weight, padding=(size // 2, size // 2), **behind)
 
 
 @pytest.mark.parametrize(
@@ -196,12 +199,12 @@ def test_every_epilogue(dtype: torch.dtype) -> None:
 )
 def test_depthwise_before_and_behind(dtype: torch.dtype) -> None:
     x, weight = channels_last(2, 20, 6, 5, dtype=dtype), channels_last(20, 1, 3, 3, dtype=dtype)
-    prologue = Prologue(norm_of(20, dtype)._replace(weight=None), ACT_NUMBER["silu"])
-    epilogue = {
+    before = norm_of(20, dtype)._replace(weight=None), ACT_NUMBER["silu"]
+    behind = {
         "norm": norm_of(20)._replace(bias=None), "act": ACT_NUMBER["relu"], "statistics": True,
         "residual": channels_last(2, 20, 6, 5, dtype=dtype),
     }  # fmt: skip
-    check(x, weight, padding=(1, 1), groups=20, prologue=prologue, epilogue=epilogue)
+    check(x, weight, padding=(1, 1), groups=20, before=before, **behind)
     check(x, weight, padding=(1, 1), groups=20, tile=None)
 
 
@@ -224,21 +227,21 @@ def test_nothing_cancels() -> None:
     weight = weight.contiguous(memory_format=torch.channels_last).to(DEVICE)
     norm = norm_of(16)
     norm = norm._replace(mean=norm.mean + 1e4)
-    check(x, weight, prologue=Prologue(norm, 0))
-    check(x, weight, epilogue={"norm": norm})
-    check(x, weight, epilogue={"statistics": True})
+    check(x, weight, before=(norm, 0))
+    check(x, weight, norm=norm)
+    check(x, weight, statistics=True)
 
 
 def test_many_tiles_are_joined() -> None:
     # 76 tiles of 16 pixels, more than join_statistics takes at once, the last with one pixel.
     x, weight = channels_last(1, 16, 1, 75 * 16 + 1), channels_last(16, 16, 1, 1)
-    check(x, weight, tile=SMALL._replace(m=16), epilogue={"statistics": True})
+    check(x, weight, tile=SMALL._replace(m=16), statistics=True)
 
 
 def test_the_same_bits_twice() -> None:
     x, weight = channels_last(2, 16, 6, 5), channels_last(16, 16, 3, 3)
     first, second = (
-        conv2d(x, weight, epilogue=Epilogue(statistics=True), tile=SMALL) for _ in range(2)
+        conv2d(Input(x), weight, out=Output(statistics=True), tile=SMALL) for _ in range(2)
     )
     assert torch.equal(first[0], second[0])
     assert all(map(torch.equal, first[1], second[1]))  # type: ignore[arg-type]
@@ -263,7 +266,7 @@ def test_whether_tf32_is_allowed_is_read_where_it_is_set() -> None:
 
 
 def test_empty_batch() -> None:
-    y, _ = conv2d(channels_last(0, 16, 4, 4), channels_last(8, 16, 3, 3))
+    y, _ = conv2d(Input(channels_last(0, 16, 4, 4)), channels_last(8, 16, 3, 3))
     assert y.shape == (0, 8, 2, 2)
 
 
@@ -279,36 +282,38 @@ X, W = (1, 8, 4, 4), (8, 8, 1, 1)
         (lambda: (channels_last(*X)[0], channels_last(*W)), "x: expected 4 dimensions"),
         (lambda: (channels_last(*X), channels_last(8, 3, 1, 1)), "groups dividing c_out"),
         (
-            lambda: (channels_last(*X), channels_last(7, 4, 1, 1), (1, 1), (0, 0), (1, 1), 2),
+            lambda: (channels_last(*X), channels_last(7, 4, 1, 1), ConvGeometry(groups=2)),
             "groups",
         ),
     ],
 )
 def test_what_is_refused(make: Any, said: str) -> None:
+    x, *others = make()
     with pytest.raises(ValueError, match=said):
-        conv2d(*make())
+        conv2d(Input(x), *others)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"epilogue": Epilogue(Norm(*[torch.ones(7)] * 2))}, r"epilogue.norm.mean: expected \[8\]"),
-        ({"epilogue": Epilogue(bias=torch.ones(16)[::2])}, r"bias: expected \[8\], contiguous"),
-        ({"epilogue": Epilogue(bias=torch.ones(8).double())}, "bias: .* of torch.float64"),
-        ({"epilogue": Epilogue(norm_of(8), bias=torch.ones(8))}, "a norm or a bias, got both"),
-        ({"epilogue": Epilogue(residual=torch.randn(X))}, "residual: expected"),
-        ({"epilogue": Epilogue(act=8)}, "epilogue.act: expected a number from 0 to 7, got 8"),
-        ({"prologue": Prologue(norm_of(8), -1)}, "prologue.act: expected a number from 0 to 7"),
+        ({"out": Output(Norm(*[torch.ones(7)] * 2))}, r"out_mean: expected \[8\]"),
+        ({"out": Output(bias=torch.ones(16)[::2])}, r"bias: expected \[8\], contiguous"),
+        ({"out": Output(bias=torch.ones(8).double())}, "bias: .* of torch.float64"),
+        ({"out": Output(norm_of(8), bias=torch.ones(8))}, "a norm behind it or a bias, got both"),
+        ({"out": Output(residual=torch.randn(X))}, "residual: expected"),
+        ({"out": Output(act=8)}, "out_act: expected a number from 0 to 7, got 8"),
+        ({"before": (norm_of(8), -1)}, "in_act: expected a number from 0 to 7"),
+        ({"before": (norm_of(8)._replace(bias=torch.ones(1)), 1)}, "in_bias: expected"),
+        ({"geometry": ConvGeometry(stride=(0, 1))}, "stride: expected"),
+        ({"geometry": ConvGeometry(padding=(-1, 0))}, "padding: expected"),
         (
-            {"prologue": Prologue(norm_of(8)._replace(bias=torch.ones(1)), 1)},
-            r"prologue.norm.bias: expected",
+            {"geometry": ConvGeometry(dilation=(5, 5)), "weight": (8, 8, 2, 2)},
+            "larger than the padded image",
         ),
-        ({"stride": (0, 1)}, "stride: expected"),
-        ({"padding": (-1, 0)}, "padding: expected"),
-        ({"dilation": (5, 5), "weight": (8, 8, 2, 2)}, "larger than the padded image"),
     ],
 )
 def test_which_options_are_refused(options: dict[str, Any], said: str) -> None:
     weight = channels_last(*options.pop("weight", W))
+    a = Input(channels_last(*X), *options.pop("before", ()))
     with pytest.raises(ValueError, match=said):
-        conv2d(channels_last(*X), weight, **options)
+        conv2d(a, weight, **options)

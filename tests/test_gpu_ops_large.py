@@ -19,9 +19,10 @@ from tolerance import assert_rounded, walk
 from torch import Tensor
 
 from fastcnn.common.conv_geometry import ConvGeometry
+from fastcnn.common.conv_operands import Gradient, Input, Output
 from fastcnn.functional import augment, batch_norm_act, dropout, group_norm_act, interpolate
 from fastcnn.nn import LayerNorm2d
-from fastcnn.ops.conv2d.fused import Input, conv2d_fused, conv2d_fused_bwd_input
+from fastcnn.ops.conv2d.fused import conv2d_fused, conv2d_fused_bwd_input
 from fastcnn.ops.conv2d.fused import conv2d_fused_bwd_weight as bwd_weight
 from fastcnn.reference.dropout import draws, threshold
 
@@ -197,9 +198,9 @@ def test_convolutions(size: int, large: bool) -> None:
     g = ConvGeometry(padding=(size // 2, size // 2))
     many, dmany = (repeated(t, copies, "channels_last").detach() for t in (x, dy))
     with on_card():
-        found = [conv2d_fused(Input(many), weight, g)[0]]
-        found.append(conv2d_fused_bwd_input(dmany, weight, Input(many), g)[0])
-        dweight = bwd_weight(dmany, weight, Input(many), g).cpu()
+        found = [conv2d_fused(Input(many), weight, g, Output())[0]]
+        found.append(conv2d_fused_bwd_input(Gradient(dmany), weight, Input(many), g)[0])
+        dweight = bwd_weight(Gradient(dmany), weight, Input(many), g).cpu()
 
     def exact(x: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:
         leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()

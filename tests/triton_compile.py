@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from fastcnn.common.activation import ACT_NUMBER
 from fastcnn.common.batch_norm_params import Norm
+from fastcnn.common.conv_operands import Sums
 from fastcnn.ops.conv2d_int8.cuda import default_tile as default_int8_tile
 from fastcnn.triton import (
     conv2d_bwd_kernels,
@@ -32,7 +33,6 @@ from fastcnn.triton import (
     depthwise_kernels,
     pointwise_bwd_kernels,
 )
-from fastcnn.triton.conv2d_bwd import Sums
 from fastcnn.triton.tiles import (
     Tile,
     blocks,

@@ -25,11 +25,10 @@ from triton.compiler import ASTSource
 
 from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.conv_geometry import ConvGeometry
+from fastcnn.common.conv_operands import Gradient, Input, Output, Sums
 from fastcnn.functional import conv2d_int8
 from fastcnn.ops.conv2d import fused_cuda as operators
 from fastcnn.ops.conv2d.fused import (
-    Gradient,
-    Input,
     conv2d_fused,
     conv2d_fused_bwd_input,
     conv2d_fused_bwd_weight,
@@ -122,17 +121,17 @@ def convolutions(
     x = image(*sizes, layout="channels_last", dtype=dtype).detach()
     dy = image(n, c_out, *outside, layout="channels_last", dtype=dtype).detach()
     weight = torch.randn(c_out, c_in // groups, window, window).to(dtype)
-    a, gradient = Input(x), dy
+    a, gradient = Input(x), Gradient(dy)
     if norms:
         a = Input(x, _norm(c_in, affine), act=1)
-        sums = (torch.randn(c_out), torch.randn(c_out)) if training else None
+        sums = Sums(torch.randn(c_out), torch.randn(c_out)) if training else None
         gradient = Gradient(dy, dy, _norm(c_out, affine), 1, sums)
     if norms and training:
-        conv2d_fused(a, weight, g, statistics=True)
+        conv2d_fused(a, weight, g, Output(statistics=True))
     elif norms:
-        conv2d_fused(a, weight, g, _norm(c_out, affine), residual=dy, act=1)
+        conv2d_fused(a, weight, g, Output(_norm(c_out, affine), residual=dy, act=1))
     else:
-        conv2d_fused(a, weight, g, act=1, bias=torch.randn(c_out))
+        conv2d_fused(a, weight, g, Output(act=1, bias=torch.randn(c_out)))
     conv2d_fused_bwd_input(gradient, weight, a, g)
     conv2d_fused_bwd_weight(gradient, weight, a, g)
 

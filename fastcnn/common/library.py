@@ -1,7 +1,7 @@
 """The dispatcher library `fastcnn`: schemas are declared here, kernels come from _ops.so."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,12 @@ def declare(schema: str, fake: Callable[..., Any]) -> None:
         return fake(*args)
 
     torch.library.register_fake(name, checked_fake)
+
+
+def by_name(operator: Any, args: Sequence[Any]) -> dict[str, Any]:
+    """Return an operator's arguments under the names of its schema."""
+    names = (argument.name for argument in operator._schema.arguments)
+    return dict(zip(names, args, strict=True))
 
 
 class _Refused(torch.autograd.Function):

@@ -1,19 +1,18 @@
 """Launches the convolution's gradients: tiles, phases, parts."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastcnn.common.batch_norm_params import Norm
-from fastcnn.common.conv_geometry import Pair
+from fastcnn.common.conv_geometry import ConvGeometry, Pair
+from fastcnn.common.conv_operands import Gradient, Input, Sums
 from fastcnn.triton.conv2d_bwd_kernels import (
     conv2d_bwd_input_kernel,
     conv2d_bwd_weight_kernel,
     sum_tiles_kernel,
 )
-from fastcnn.triton.conv2d_fwd import Prologue
 from fastcnn.triton.depthwise_kernels import (
     depthwise_bwd_input_kernel,
     depthwise_bwd_weight_kernel,
@@ -46,74 +45,37 @@ from fastcnn.triton.validate import (
 )
 
 
-class Sums(NamedTuple):
-    """Per channel, in float32: of the gradient, and of the gradient times the normalised input."""
-
-    gradient: Tensor
-    times_xhat: Tensor
-
-
-class BatchNormGradient(NamedTuple):
-    """A batch norm and its act behind the convolution: their gradient is taken while loading dy.
-
-    With dz = dy * act'(norm(raw)), raw being the convolution's output, in place of dy stands
-
-        rstd * weight * (dz - (sums.gradient + (raw - mean) * rstd * sums.times_xhat) / count)
-
-    with sums of dz over all count pixels of the batch, and without, for fixed statistics, rstd *
-    weight * dz. act 0: dy is dz; raw is not read if there are no sums either.
-    """
-
-    raw: Tensor
-    norm: Norm
-    act: int
-    sums: Sums | None
-
-
-class Activated(NamedTuple):
-    """The convolution's input was act(norm(raw)): dx is taken back to dx * act'(norm(raw)).
-
-    With it come its sums, of itself and times (raw - mean) * rstd.
-    """
-
-    raw: Tensor
-    norm: Norm
-    act: int
-
-
 def conv2d_bwd_input(
-    dy: Tensor,
+    d: Gradient,
     weight: Tensor,
     size: Pair,
-    stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
-    dilation: Pair = (1, 1),
-    groups: int = 1,
-    norm: BatchNormGradient | None = None,
+    geometry: ConvGeometry = ConvGeometry(),  # noqa: B008 (immutable)
     add: Tensor | None = None,
-    activated: Activated | None = None,
+    before: Input | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Sums | None]:
-    """Return dx [n, c, *size] of a convolution, channels_last, and its sums where `activated`.
+    """Return dx [n, c, *size] of a convolution, channels_last, and its sums with a norm before.
 
-    dy is [n, c_out, h_out, w_out], weight [c_out, c / groups, kh, kw], both channels_last and of
-    one type. norm: see BatchNormGradient. add is added to dx, then `activated` goes on.
+    d.dy is [n, c_out, h_out, w_out], weight [c_out, c / groups, kh, kw], both channels_last and of
+    one type. add is added to dx. before: the convolution's input was act(norm(x)) of it; dx is
+    taken back to dx * act'(norm(x)), with its sums, of itself and times xhat.
     """
+    dy, (stride, padding, dilation, groups) = d.dy, geometry
     check_tensors(dy, weight, "dy")
     c_out, c_in_group, *window = weight.shape
     n, c_in, (h, w) = dy.shape[0], c_in_group * groups, size
     check_groups(c_in, c_out, groups)
     h_out, w_out = checked_output_size(size, window, stride, padding, dilation)
     check_sizes("dy", dy, (n, c_out, h_out, w_out), dy.dtype)
-    before, dy_act = _before(norm, dy)
+    behind = _behind(d)
     dx = torch.empty(
         (n, c_in, h, w), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last
     )
     check_sizes("add", add, dx.shape, dy.dtype)
-    if activated is not None:
-        check_sizes("activated.raw", activated.raw, dx.shape, dy.dtype)
-        after = checked_norm(c_in, "activated.", activated.norm, activated.act)
-    by_descriptors = has_descriptors(window, stride, padding, groups, dy, weight, before[0])
+    if before is not None:
+        check_sizes("in_raw", before.x, dx.shape, dy.dtype)
+        in_norm = checked_norm(c_in, "in_", before.norm, before.act)
+    by_descriptors = has_descriptors(window, stride, padding, groups, dy, weight, behind[0])
     # Multiplied without TF32 it would spill 1.6 KB on sm_90, the kernel of addresses nothing.
     by_descriptors = by_descriptors and (dy.dtype.itemsize == 2 or allows_tf32())
     by_channel = groups > 1 and c_in_group == 1
@@ -126,17 +88,17 @@ def conv2d_bwd_input(
     if tile is None and by_channel:
         tile = depthwise_tile(c_in)
     elif tile is None:
-        lean = activated is None
+        lean = before is None
         tile = default_tile(pixels, c_in_group, c_out // groups, dy.dtype, lean)
         # Programs that stay keep more: with SiLU's gradient whole steps spilled 8 to 48 bytes.
-        tile = half_steps(tile) if by_descriptors and norm is not None else tile
+        tile = half_steps(tile) if by_descriptors and d.norm is not None else tile
     tiles = cdiv(pixels, tile.m)
-    count = 2 if activated else 0
+    count = 2 if before else 0
     parts = [dy.new_empty((phases * tiles, c_in), dtype=torch.float32) for _ in range(count)]
-    behind = (activated.raw, after, *parts) if activated else (None,) * 4
-    tensors = (dy, weight, dx, *before, add, *behind)
+    after = (before.x, in_norm, *parts) if before else (None,) * 4
+    tensors = (dy, weight, dx, *behind, add, *after)
     sizes = (n, h, w, c_in, h_out, w_out, c_out)
-    acts = {"DY_ACT": dy_act, "ACT": activated.act if activated else 0}
+    acts = {"DY_ACT": d.act, "ACT": before.act if before else 0}
     with current_device(dy):
         if dx.numel() > 0 and by_channel:
             depthwise_bwd_input_kernel[(tiles, cdiv(c_in, tile.n))](
@@ -147,7 +109,7 @@ def conv2d_bwd_input(
             programs = min(tiles * cdiv(c_in, tile.n), processors(dy))
             pointwise_bwd_input_kernel[(programs,)](
                 matrix(dy, tile.m, tile.k), matrix(weight, tile.k, tile.n), dx,
-                *_by_descriptor(before, tile.m, tile.k), add, *behind, pixels, c_in, c_out,
+                *_by_descriptor(behind, tile.m, tile.k), add, *after, pixels, c_in, c_out,
                 **acts, **blocks(tile), GROUP_M=tile.group,
             )  # fmt: skip
         elif dx.numel() > 0:
@@ -157,44 +119,38 @@ def conv2d_bwd_input(
                 *(math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)),
                 **acts, **blocks(tile), GROUP_M=tile.group,
             )  # fmt: skip
-        sums = Sums(*(_sum(part, torch.float32) for part in parts)) if activated else None
+        sums = Sums(*(_sum(part, torch.float32) for part in parts)) if before else None
     return dx, sums
 
 
 def conv2d_bwd_weight(
-    dy: Tensor,
-    x: Tensor,
+    d: Gradient,
+    a: Input,
     window: Pair,
-    stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
-    dilation: Pair = (1, 1),
-    groups: int = 1,
-    norm: BatchNormGradient | None = None,
-    prologue: Prologue | None = None,
+    geometry: ConvGeometry = ConvGeometry(),  # noqa: B008 (immutable)
     tile: Tile | None = None,
     parts: int | None = None,
 ) -> Tensor:
     """Return dweight [c_out, c / groups, *window] of a convolution, channels_last, in x's type.
 
-    dy is [n, c_out, h_out, w_out], x [n, c, h, w], both channels_last and of one type. norm: see
-    BatchNormGradient. prologue: what the convolution multiplied in place of x. parts: of how many
-    the pixels' sum is made, else enough for the card's processors.
+    d.dy is [n, c_out, h_out, w_out], a.x [n, c, h, w], both channels_last and of one type. parts:
+    of how many the pixels' sum is made, else enough for the device's multiprocessors.
     """
+    dy, x, (stride, padding, dilation, groups) = d.dy, a.x, geometry
     check_tensors(dy, x, "dy", "x")
     (n, c_in, h, w), c_out = x.shape, dy.shape[1]
     h_out, w_out = checked_output_size((h, w), window, stride, padding, dilation)
     check_sizes("dy", dy, (n, c_out, h_out, w_out), dy.dtype)
-    before, dy_act = _before(norm, dy)
+    behind = _behind(d)
     check_groups(c_in, c_out, groups)
-    pre_norm, pre_act = prologue or (None, 0)
-    pre_norm = checked_norm(c_in, "prologue.", pre_norm, pre_act)
+    in_norm = checked_norm(c_in, "in_", a.norm, a.act)
     c_in_group, c_out_group, taps = c_in // groups, c_out // groups, math.prod(window)
     pixels = n * h_out * w_out
     check_pixels(pixels)
-    by_descriptors = has_descriptors(window, stride, padding, groups, dy, x, before[0])
+    by_descriptors = has_descriptors(window, stride, padding, groups, dy, x, behind[0])
     by_channel = groups > 1 and c_in_group == 1
     if tile is None:
-        both = norm is not None and prologue is not None
+        both = d.norm is not None and a.norm is not None
         sizes = (c_out_group, c_in_group, pixels)
         tile = depthwise_tile(c_out) if by_channel else weight_tile(*sizes, dy.dtype, both)
     flat = c_in_group < tile.n and taps > 1  # a tile's columns are of several taps
@@ -209,24 +165,24 @@ def conv2d_bwd_weight(
     pixels_a_part = cdiv(cdiv(max(pixels, 1), max(parts, 1)), step) * step
     parts = max(1, cdiv(pixels, pixels_a_part))
     sums = dy.new_empty((parts, c_out, *window, c_in_group), dtype=torch.float32)
-    tensors = (dy, x, sums, *before, pre_norm)
-    image, geometry = (n, h, w, c_in, h_out, w_out, c_out), (*window, *stride, *padding, *dilation)
-    acts = {"DY_ACT": dy_act, "PRE_ACT": pre_act}
+    tensors = (dy, x, sums, *behind, in_norm)
+    image, how = (n, h, w, c_in, h_out, w_out, c_out), (*window, *stride, *padding, *dilation)
+    acts = {"DY_ACT": d.act, "PRE_ACT": a.act if in_norm else 0}
     with current_device(dy):
         if by_channel:
             depthwise_bwd_weight_kernel[(*grid, parts)](
-                *tensors, *image, pixels_a_part, c_out_group, *geometry,
+                *tensors, *image, pixels_a_part, c_out_group, *how,
                 **acts, **depthwise_blocks(tile),
             )  # fmt: skip
         elif by_descriptors:
             pointwise_bwd_weight_kernel[(grid[0], parts)](
                 matrix(dy, tile.k, tile.m), matrix(x, tile.k, tile.n), sums,
-                *_by_descriptor(before, tile.k, tile.m), pre_norm,
+                *_by_descriptor(behind, tile.k, tile.m), in_norm,
                 pixels, c_in, c_out, pixels_a_part // step, **acts, **blocks(tile),
             )  # fmt: skip
         else:
             conv2d_bwd_weight_kernel[(*grid, parts)](
-                *tensors, *image, c_in_group, c_out_group, pixels_a_part, *geometry,
+                *tensors, *image, c_in_group, c_out_group, pixels_a_part, *how,
                 **acts, FLAT=flat, **blocks(tile),
             )  # fmt: skip
         dweight = _sum(sums.flatten(1), x.dtype)
@@ -246,20 +202,20 @@ def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return total
 
 
-def _before(norm: BatchNormGradient | None, dy: Tensor) -> tuple[tuple[Any, ...], int]:
-    """What the kernels take of a batch norm behind the convolution: raw, norm, sums, share; act."""
-    if norm is None:
-        return (None, None, None, 1.0), 0
-    check_sizes("norm.raw", norm.raw, dy.shape, dy.dtype)
-    whole = checked_norm(dy.shape[1], "norm.", norm.norm, norm.act)
-    if norm.sums is not None:
-        check_numbers(dy.shape[1], **{f"norm.sums.{k}": t for k, t in norm.sums._asdict().items()})
-    needed = norm.act != 0 or norm.sums is not None
-    count = max(dy.numel() // dy.shape[1], 1)
-    return (norm.raw if needed else None, whole, norm.sums, 1 / count), norm.act
+def _behind(d: Gradient) -> tuple[Any, ...]:
+    """Return what the kernels take of a batch norm behind: raw, norm, sums, 1 / count."""
+    if d.norm is None:
+        return None, None, None, 1.0
+    c = d.dy.shape[1]
+    check_sizes("out_raw", d.raw, d.dy.shape, d.dy.dtype)
+    norm = checked_norm(c, "out_", d.norm, d.act)
+    if d.sums is not None:
+        check_numbers(c, sum=d.sums.gradient, sum_xhat=d.sums.times_xhat)
+    needed = d.act != 0 or d.sums is not None
+    return d.raw if needed else None, norm, d.sums, 1 / max(d.dy.numel() // c, 1)
 
 
-def _by_descriptor(before: tuple[Any, ...], *block: int) -> tuple[Any, ...]:
-    """_before()'s, with raw as the matrix of dy's blocks."""
-    raw, *rest = before
+def _by_descriptor(behind: tuple[Any, ...], *block: int) -> tuple[Any, ...]:
+    """_behind()'s, with raw as the matrix of dy's blocks."""
+    raw, *rest = behind
     return None if raw is None else matrix(raw, *block), *rest

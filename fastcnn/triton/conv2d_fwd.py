@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcnn.common.batch_norm_params import Norm
-from fastcnn.common.conv_geometry import Pair
+from fastcnn.common.conv_geometry import ConvGeometry
+from fastcnn.common.conv_operands import Input, Output
 from fastcnn.triton.conv2d_kernels import (
     conv2d_kernel,
     join_statistics_kernel,
@@ -35,23 +35,6 @@ from fastcnn.triton.validate import (
 )
 
 
-class Prologue(NamedTuple):
-    """act(norm(x)) in place of x, 0 outside the image: a batch norm's output, not written."""
-
-    norm: Norm
-    act: int  # the schema's number, fastcnn/common/activation.py, as everywhere here
-
-
-class Epilogue(NamedTuple):
-    """act(norm(product) + residual), and the product's statistics; without a norm plus bias."""
-
-    norm: Norm | None = None
-    residual: Tensor | None = None
-    act: int = 0
-    statistics: bool = False
-    bias: Tensor | None = None
-
-
 class Statistics(NamedTuple):
     """Of each channel of the product: mean and biased variance, in float32."""
 
@@ -60,52 +43,46 @@ class Statistics(NamedTuple):
 
 
 def conv2d(
-    x: Tensor,
+    a: Input,
     weight: Tensor,
-    stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
-    dilation: Pair = (1, 1),
-    groups: int = 1,
-    prologue: Prologue | None = None,
-    epilogue: Epilogue = Epilogue(),  # noqa: B008 (immutable)
+    geometry: ConvGeometry = ConvGeometry(),  # noqa: B008 (immutable)
+    out: Output = Output(),  # noqa: B008 (immutable)
     tile: Tile | None = None,
 ) -> tuple[Tensor, Statistics | None]:
     """Return the convolution with what stands before and behind it, and its statistics if asked.
 
-    x is [n, c, h, w], weight [c_out, c / groups, kh, kw], both channels_last and of one type of
+    a.x is [n, c, h, w], weight [c_out, c / groups, kh, kw], both channels_last and of one type of
     DTYPES; float32 is multiplied as allows_tf32() says. tile: another than default_tile() would
     take.
     """
+    x, (stride, padding, dilation, groups) = a.x, geometry
     check_tensors(x, weight)
     _check_groups(x, weight, groups)
-    pre_norm, pre_act = prologue or (None, 0)
-    pre_norm = checked_norm(x.shape[1], "prologue.", pre_norm, pre_act)
-    norm = checked_norm(weight.shape[0], "epilogue.", epilogue.norm, epilogue.act)
-    check_numbers(weight.shape[0], **{"epilogue.bias": epilogue.bias})
-    if norm is not None and epilogue.bias is not None:
-        raise ValueError("conv2d: epilogue: expected a norm or a bias, got both")
+    in_norm = checked_norm(x.shape[1], "in_", a.norm, a.act)
+    norm = checked_norm(weight.shape[0], "out_", out.norm, out.act)
+    check_numbers(weight.shape[0], bias=out.bias)
+    if norm is not None and out.bias is not None:
+        raise ValueError("conv2d: expected a norm behind it or a bias, got both")
     n, c_in, h, w = x.shape
     c_out, c_in_group, *window = weight.shape
     h_out, w_out = checked_output_size((h, w), window, stride, padding, dilation)
     y = torch.empty(
         (n, c_out, h_out, w_out), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
-    check_sizes("epilogue.residual", epilogue.residual, y.shape, x.dtype)
-    pixels, asked = n * h_out * w_out, epilogue.statistics
+    check_sizes("residual", out.residual, y.shape, x.dtype)
+    pixels, asked = n * h_out * w_out, out.statistics
     check_pixels(pixels)
     by_descriptors = has_descriptors(window, stride, padding, groups, x, weight)
     by_channel = groups > 1 and c_in_group == 1
     if tile is None and by_channel:
         tile = depthwise_tile(c_out)
     elif tile is None:
-        lean = is_lean(
-            prologue is not None, epilogue.residual is not None, by_descriptors, arch_of(x)
-        )
+        lean = is_lean(a.norm is not None, out.residual is not None, by_descriptors, arch_of(x))
         tile = default_tile(pixels, c_out // groups, c_in_group, x.dtype, lean)
     tiles_m, tiles_n = cdiv(pixels, tile.m), cdiv(c_out // groups, tile.n)
     parts = [x.new_empty((tiles_m, c_out), dtype=torch.float32) for _ in range(2 * asked)]
-    around = (pre_norm, norm, epilogue.bias, epilogue.residual, *(parts or (None, None)))
-    acts = {"PRE_ACT": pre_act, "ACT": epilogue.act}
+    around = (in_norm, norm, out.bias, out.residual, *(parts or (None, None)))
+    acts = {"PRE_ACT": a.act if in_norm else 0, "ACT": out.act}
     options = {**acts, **blocks(tile), "GROUP_M": tile.group}
     with current_device(x):
         if pixels == 0:

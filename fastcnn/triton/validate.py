@@ -100,7 +100,7 @@ def checked_norm(channels: int, name: str, norm: Norm | None, act: int) -> Norm 
         ValueError: a batch norm of other channels, or an act behind it that is none.
     """
     if norm is not None:
-        tensors = {f"{name}norm.{k}": getattr(norm, k) for k in norm._fields[:4]}
+        tensors = {f"{name}{k}": getattr(norm, k) for k in norm._fields[:4]}
         check_numbers(channels, **tensors)
     if act not in ACT_NUMBER.values():
         raise ValueError(

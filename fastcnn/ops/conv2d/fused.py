@@ -17,38 +17,17 @@ They run on the CPU where Triton's interpreter is on.
 
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.conv_geometry import ConvGeometry, output_size
-from fastcnn.common.library import declare
+from fastcnn.common.conv_operands import Gradient, Input, Output
+from fastcnn.common.library import by_name, declare
 
-Sums = tuple[Tensor, Tensor]
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
-
-
-class Input(NamedTuple):
-    """A convolution's input: x, or act(norm(x)) that was not written."""
-
-    x: Tensor
-    norm: Norm | None = None
-    act: int = 0
-
-
-class Gradient(NamedTuple):
-    """A gradient in front of a batch norm, dz = dy * act'(norm(raw)); act 0: dy is dz.
-
-    sums: of dz and dz * xhat over the batch; None with fixed statistics.
-    """
-
-    dy: Tensor
-    raw: Tensor
-    norm: Norm
-    act: int
-    sums: Sums | None
 
 
 def _norm_arguments(prefix: str) -> str:
@@ -66,25 +45,27 @@ def _channels(like: Tensor, channels: int) -> Tensor:
     return like.new_empty(channels, dtype=torch.float32)
 
 
-def _fwd_fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    statistics, stride, padding, dilation, _ = args[-5:]
-    sides = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
-    y = _new(x, x.shape[0], weight.shape[0], *sides)
-    c = weight.shape[0] if statistics else 0
-    return y, _channels(x, c), _channels(x, c)
+def _fwd_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = args[:2]
+    given = by_name(_fwd, args)
+    geometry = given["stride"], given["padding"], given["dilation"]
+    sides = output_size(x.shape[2:], weight.shape[2:], *geometry)
+    c = weight.shape[0] if given["statistics"] else 0
+    return _new(x, x.shape[0], weight.shape[0], *sides), _channels(x, c), _channels(x, c)
 
 
-def _bwd_input_fake(
-    dy: Tensor, weight: Tensor, h: int, w: int, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    groups, in_raw = args[-1], args[10]
-    c_in = weight.shape[1] * groups
-    c = 0 if in_raw is None else c_in
+def _bwd_input_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dy, weight, h, w = args[:4]
+    given = by_name(_bwd_input, args)
+    c_in = weight.shape[1] * given["groups"]
+    c = 0 if given["in_raw"] is None else c_in
     return _new(dy, dy.shape[0], c_in, h, w), _channels(dy, c), _channels(dy, c)
 
 
-def _bwd_weight_fake(dy: Tensor, x: Tensor, kernel_h: int, kernel_w: int, *args: Any) -> Tensor:
-    return _new(x, dy.shape[1], x.shape[1] // args[-1], kernel_h, kernel_w)
+def _bwd_weight_fake(*args: Any) -> Tensor:
+    dy, x, kernel_h, kernel_w = args[:4]
+    groups = by_name(_bwd_weight, args)["groups"]
+    return _new(x, dy.shape[1], x.shape[1] // groups, kernel_h, kernel_w)
 
 
 declare(
@@ -134,59 +115,39 @@ for _name in ("conv2d_fused", "conv2d_fused_bwd_input", "conv2d_fused_bwd_weight
     torch.library.impl(f"fastcnn::{_name}", ("cpu", "cuda"))(_when_called(_name))
 
 
-def _or_none(norm: Norm | None) -> Norm | tuple[None, None, None, None, float]:
+def _norm(norm: Norm | None) -> tuple[Any, ...]:
     # A constant of the function: torch.compile takes a number of the module for a changing one.
-    return (None, None, None, None, 0.0) if norm is None else norm
+    return (None, None, None, None, 0.0) if norm is None else tuple(norm)
 
 
 def conv2d_fused(
-    a: Input,
-    weight: Tensor,
-    g: ConvGeometry,
-    norm: Norm | None = None,
-    residual: Tensor | None = None,
-    act: int = 0,
-    statistics: bool = False,
-    bias: Tensor | None = None,
+    a: Input, weight: Tensor, g: ConvGeometry, out: Output
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, and mean and variance of the convolution, which are empty where not asked for.
-
-    bias: the convolution's own, not beside a norm, which would take it off again.
-    """
+    """Return y, and mean and variance of the convolution, which are empty where not asked for."""
     return _fwd(
-        a.x, weight, bias, *_or_none(a.norm), a.act, *_or_none(norm), residual, act,
-        statistics, g.stride, g.padding, g.dilation, g.groups,
+        a.x, weight, out.bias, *_norm(a.norm), a.act, *_norm(out.norm), out.residual, out.act,
+        out.statistics, *g,
     )  # fmt: skip
 
 
 def conv2d_fused_bwd_input(
-    dy: Tensor | Gradient, weight: Tensor, a: Input, g: ConvGeometry, add: Tensor | None = None
+    d: Gradient, weight: Tensor, a: Input, g: ConvGeometry, add: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient of what `a` was made from, and its sums, which are empty for a.norm None.
 
     add: another gradient of what the convolution read.
     """
-    activated = (None if a.norm is None else a.x, *_or_none(a.norm), a.act)
-    dy, behind = _behind(dy)
-    return _bwd_input(
-        dy, weight, *a.x.shape[2:], *behind, add, *activated,
-        g.stride, g.padding, g.dilation, g.groups,
-    )  # fmt: skip
+    raw = None if a.norm is None else a.x
+    sides = a.x.shape[2:]
+    return _bwd_input(d.dy, weight, *sides, *_gradient(d), add, raw, *_norm(a.norm), a.act, *g)
 
 
-def conv2d_fused_bwd_weight(
-    dy: Tensor | Gradient, weight: Tensor, a: Input, g: ConvGeometry
-) -> Tensor:
+def conv2d_fused_bwd_weight(d: Gradient, weight: Tensor, a: Input, g: ConvGeometry) -> Tensor:
     """Return the weight's gradient."""
-    dy, behind = _behind(dy)
-    return _bwd_weight(
-        dy, a.x, *weight.shape[2:], *behind, *_or_none(a.norm), a.act,
-        g.stride, g.padding, g.dilation, g.groups,
-    )  # fmt: skip
+    window = weight.shape[2:]
+    return _bwd_weight(d.dy, a.x, *window, *_gradient(d), *_norm(a.norm), a.act, *g)
 
 
-def _behind(dy: Tensor | Gradient) -> tuple[Tensor, tuple[Any, ...]]:
-    """Return dy, and the operators' arguments from out_raw to sum_xhat."""
-    if isinstance(dy, Gradient):
-        return dy.dy, (dy.raw, *dy.norm, dy.act, *(dy.sums or (None, None)))
-    return dy, (None, *_or_none(None), 0, None, None)
+def _gradient(d: Gradient) -> tuple[Any, ...]:
+    """Return the operators' arguments from out_raw to sum_xhat."""
+    return d.raw, *_norm(d.norm), d.act, *(d.sums or (None, None))

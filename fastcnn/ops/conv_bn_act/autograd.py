@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.checks import check_like, in_format_of
+from fastcnn.common.conv_operands import Input
 from fastcnn.common.library import once_differentiable, positional
 from fastcnn.ops.batch_norm_act.operators import (
     batch_norm_act_apply,
@@ -22,7 +23,6 @@ from fastcnn.ops.batch_norm_act.operators import (
     image_to_save,
 )
 from fastcnn.ops.conv2d.aten import convolve, max_pool
-from fastcnn.ops.conv2d.fused import Input
 from fastcnn.ops.conv_bn_act.backward import FIRST, TENSORS, saved_blocks, saves_y
 from fastcnn.ops.conv_bn_act.passes import batch_statistics, fused_raw, written
 from fastcnn.ops.conv_bn_act.step import BlockSettings, StepSettings, any_by_triton

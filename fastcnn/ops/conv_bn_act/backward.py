@@ -15,10 +15,10 @@ from torch import Tensor
 from fastcnn.common.activation import ACT_NUMBER, slope_is_in_y
 from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.checks import in_format_of
+from fastcnn.common.conv_operands import Gradient, Input, Sums
 from fastcnn.common.library import afresh
 from fastcnn.ops.batch_norm_act.operators import batch_norm_act_apply, batch_norm_act_bwd
 from fastcnn.ops.conv2d.aten import convolve, max_pool, max_pool_bwd
-from fastcnn.ops.conv2d.fused import Gradient, Input, Sums
 from fastcnn.ops.conv_bn_act.passes import batch_norm_gradient, convolution_bwd, fused_raw, written
 from fastcnn.ops.conv_bn_act.step import BlockSettings, StepSettings, any_by_triton
 

@@ -18,8 +18,9 @@ from functools import partial
 from torch import Tensor
 
 from fastcnn.common.activation import ACT_NUMBER
+from fastcnn.common.conv_operands import Gradient, Input, Output, Sums
 from fastcnn.ops.conv2d.aten import convolve
-from fastcnn.ops.conv2d.fused import Gradient, Input, conv2d_fused
+from fastcnn.ops.conv2d.fused import conv2d_fused
 from fastcnn.ops.conv_bn_act.candidate_inputs import (
     bwd_exact,
     bwd_finish,
@@ -89,7 +90,7 @@ def _fwd_cudnn(problem: Problem, x: Tensor, weight: Tensor, *norm: Tensor) -> tu
 
 def _fwd_triton(problem: Problem, x: Tensor, weight: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
     a, training = _input(problem, x, norm), "training" in problem.options
-    found = conv2d_fused(a, weight, geometry_of(problem), statistics=training)
+    found = conv2d_fused(a, weight, geometry_of(problem), Output(statistics=training))
     return found if training else found[:1]
 
 
@@ -111,7 +112,7 @@ def _bwd(
     *rest: Tensor,
 ) -> tuple[Tensor, ...]:
     s = settings_of(problem, StepPlan(False, *_BWD_PLANS[plan]))
-    sums = (rest[4], rest[5]) if s.training else None
+    sums = Sums(*rest[4:6]) if s.training else None
     d, a = Gradient(dz, raw, norm_of(rest[:4]), 0, sums), _input(problem, x, rest[6:])
     want = ("no_dx" not in problem.options, True, False)
     dx, found, dweight, _ = convolution_bwd(d, a, weight, None, s, want)

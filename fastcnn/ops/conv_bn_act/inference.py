@@ -24,10 +24,11 @@ from fastcnn.common.activation import ACT_NUMBER, activation
 from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.checks import check_format, check_like, in_format_of
 from fastcnn.common.conv_geometry import ConvGeometry
+from fastcnn.common.conv_operands import Input, Output
 from fastcnn.common.library import declare
 from fastcnn.ops.batch_norm_act.operators import batch_norm_act_apply
 from fastcnn.ops.conv2d.aten import convolve, max_pool
-from fastcnn.ops.conv2d.fused import Input, conv2d_fused
+from fastcnn.ops.conv2d.fused import conv2d_fused
 from fastcnn.ops.conv2d.onednn import convolve_onednn
 from fastcnn.ops.conv_bn_act.problem import (
     MadeUp,
@@ -163,7 +164,7 @@ def _triton(
         residual = residual.contiguous(memory_format=torch.channels_last)
     elif residual is not None:
         check_format("conv_bn_act", "residual", residual, torch.channels_last)
-    return conv2d_fused(Input(x), weight, g, norm, residual, act)[0]
+    return conv2d_fused(Input(x), weight, g, Output(norm, residual, act))[0]
 
 
 _RUN = {"cudnn": _cudnn, "cudnn_fused": _cudnn_fused, "triton": _triton}

@@ -26,15 +26,13 @@ from torch import Tensor
 from fastcnn.common.activation import ACT_NUMBER
 from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.checks import in_format_of
+from fastcnn.common.conv_operands import Gradient, Input, Output, Sums
 from fastcnn.common.dtypes import as_acc
 from fastcnn.common.process_group import Group
 from fastcnn.ops.batch_norm_act.operators import batch_norm_act_apply
 from fastcnn.ops.batch_norm_act.sync import frozen_bwd, joined_statistics, shared_sums
 from fastcnn.ops.conv2d.aten import convolve_bwd
 from fastcnn.ops.conv2d.fused import (
-    Gradient,
-    Input,
-    Sums,
     conv2d_fused,
     conv2d_fused_bwd_input,
     conv2d_fused_bwd_weight,
@@ -59,7 +57,7 @@ def fused_raw(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a fused step's raw output, and its mean and variance where asked for."""
     bias = None if s.group is None else conv_bias
-    return conv2d_fused(a, weight, s.conv, statistics=statistics, bias=bias)
+    return conv2d_fused(a, weight, s.conv, Output(statistics=statistics, bias=bias))
 
 
 def leaves_out_bias(s: StepSettings) -> bool:
@@ -88,11 +86,13 @@ def _sums(
     dz, times_xhat, gradient = _reduce(
         dy, raw, image, weight, bias, mean, var, norm.eps, act, want_dz
     )
-    return dz, (gradient, times_xhat)
+    return dz, Sums(gradient, times_xhat)
 
 
 def gradient_written(d: Gradient) -> Tensor:
     """Return the gradient of the raw output: one pass."""
+    assert d.raw is not None
+    assert d.norm is not None
     mean, var, weight, bias = (as_acc(d.raw, t) for t in d.norm[:4])
     if d.sums is None:
         statistics = d.norm.mean, d.norm.var
@@ -159,7 +159,7 @@ def _over_all(sums: Sums, raw: Tensor, group: Group, total: Tensor) -> Sums:
     """Return the sums over all parts of the batch, for kernels that divide by the values of one."""
     # In the order of every other way back: ranks may have different plans.
     shared = shared_sums(sums[1], sums[0], group) * (raw.numel() // raw.shape[1] / total)
-    return shared[1], shared[0]
+    return Sums(shared[1], shared[0])
 
 
 def convolution_bwd(
@@ -185,11 +185,12 @@ def convolution_bwd(
     rest = (want[0] and not fused[0], want[1] and not fused[1], dbias)
     if isinstance(d, Gradient) and any(rest):
         d = gradient_written(d)
+    by_triton = d if isinstance(d, Gradient) else Gradient(d)
     if fused[1]:
-        dweight = conv2d_fused_bwd_weight(d, weight, a, s.conv)
+        dweight = conv2d_fused_bwd_weight(by_triton, weight, a, s.conv)
     if fused[0]:
-        dx, *found = conv2d_fused_bwd_input(d, weight, a, s.conv, add)
-        sums = None if a.norm is None else (found[0], found[1])
+        dx, *found = conv2d_fused_bwd_input(by_triton, weight, a, s.conv, add)
+        sums = None if a.norm is None else Sums(*found)
     if any(rest):
         assert isinstance(d, Tensor)
         # For a frozen weight only the input's sizes matter, and x has them.
