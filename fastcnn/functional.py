@@ -99,8 +99,9 @@ def augment(
     Source: torchvision.transforms.v2; Salmon et al. 2011 (Philox).
     """
     return _augment.augment(
-        images, parameters, masks, size, mean, std, dtype, memory_format, fill, mask_fill,
-        erase_value,
+        images=images, parameters=parameters, masks=masks, size=size, mean=mean, std=std,
+        dtype=dtype, memory_format=memory_format, fill=fill, mask_fill=mask_fill,
+        erase_value=erase_value,
     )  # fmt: skip
 
 
@@ -163,8 +164,9 @@ def batch_norm_act(
     torch.nn.SyncBatchNorm.
     """
     return _batch_norm_act.batch_norm_act(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, act,
-        sync, process_group,
+        input=input, running_mean=running_mean, running_var=running_var, weight=weight,
+        bias=bias, training=training, momentum=momentum, eps=eps, residual=residual,
+        act=act, sync=sync, process_group=process_group,
     )  # fmt: skip
 
 
@@ -241,8 +243,11 @@ def conv2d_int8(
     Source: ONNX's QLinearConv; Jacob et al. 2018, arXiv:1712.05877; torch.nn.functional.conv2d.
     """
     return _conv2d_int8.conv2d_int8(
-        x, weight, weight_scale, x_scale, x_zero_point, bias, stride, padding, dilation, groups,
-        residual, residual_scale, residual_zero_point, act, out_dtype, out_scale, out_zero_point,
+        x=x, weight=weight, weight_scale=weight_scale, x_scale=x_scale,
+        x_zero_point=x_zero_point, bias=bias, stride=stride, padding=padding,
+        dilation=dilation, groups=groups, residual=residual, residual_scale=residual_scale,
+        residual_zero_point=residual_zero_point, act=act, out_dtype=out_dtype,
+        out_scale=out_scale, out_zero_point=out_zero_point,
     )  # fmt: skip
 
 
@@ -306,7 +311,7 @@ def conv_bn_act(
         ValueError: no steps; channels or sizes that do not fit, naming the step; pooling behind a
             residual; and all that batch_norm_act refuses.
     """
-    return _conv_bn_act.conv_bn_act(input, steps, residual, memory)
+    return _conv_bn_act.conv_bn_act(x=input, steps=steps, residual=residual, memory=memory)
 
 
 def conv_bn_act_blocks(
@@ -328,7 +333,7 @@ def conv_bn_act_blocks(
     Raises:
         TypeError, ValueError: as conv_bn_act, naming the block.
     """
-    return _conv_bn_act.conv_bn_act_blocks(input, blocks, memory)
+    return _conv_bn_act.conv_bn_act_blocks(x=input, blocks=blocks, memory=memory)
 
 
 def group_norm_act(
@@ -370,7 +375,9 @@ def group_norm_act(
 
     Source: Wu and He 2018, arXiv:1803.08494; torch.nn.functional.group_norm.
     """
-    y, _, _ = _group_norm_act.group_norm_act(input, num_groups, weight, bias, eps, act)
+    y, _, _ = _group_norm_act.group_norm_act(
+        input=input, num_groups=num_groups, weight=weight, bias=bias, eps=eps, act=act
+    )
     return y
 
 
@@ -426,8 +433,9 @@ def interpolate(
     Source: torch.nn.functional.interpolate.
     """
     return _upsample.interpolate(
-        input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias, concat,
-        concat_last,
+        input=input, size=size, scale_factor=scale_factor, mode=mode,
+        align_corners=align_corners, recompute_scale_factor=recompute_scale_factor,
+        antialias=antialias, concat=concat, concat_last=concat_last,
     )  # fmt: skip
 
 
@@ -481,4 +489,7 @@ def dropout(
     Source: Srivastava et al. 2014; Tompson et al. 2015, arXiv:1411.4280 (per channel); Salmon et
     al. 2011 (Philox); torch.nn.functional.dropout, dropout2d.
     """
-    return _dropout.dropout(input, p, training, inplace, residual, per_channel, generator)
+    return _dropout.dropout(
+        input=input, p=p, training=training, inplace=inplace, residual=residual,
+        per_channel=per_channel, generator=generator,
+    )  # fmt: skip
