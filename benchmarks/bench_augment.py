@@ -17,7 +17,7 @@ from where import DEVICE, cases, on, tiny
 
 from fastcnn.augment import Augment
 
-# 4 x 12.6 MB in, 38.5 MB out; on a card 50 and 154 MB.
+# 4 x 12.6 MB in, 38.5 MB out; on a GPU 50 and 154 MB.
 BATCH, INPUTS = on(64, 256), 4
 NORMALISE = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 EVERYTHING: dict[str, Any] = {
@@ -33,7 +33,7 @@ CASES = {
     for layout, name in (("nchw", "nchw"), ("nhwc", "channels_last"))
     for against in ("samples", "batch")
 }
-CARD = ["everything-nhwc-batch", "everything-nchw-batch", "flip-crop-normalise-nchw-batch"]
+GPU_CASES = ["everything-nhwc-batch", "everything-nchw-batch", "flip-crop-normalise-nchw-batch"]
 
 
 def compose(everything: bool) -> Any:
@@ -52,7 +52,7 @@ def compose(everything: bool) -> Any:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", cases(CASES, CARD))
+@pytest.mark.parametrize("case", cases(CASES, GPU_CASES))
 def test_augment(compare: Any, case: tuple[str, torch.memory_format, str]) -> None:
     what, layout, against = case
     sizes = (*tiny(BATCH), 3, 256, 256)

@@ -18,7 +18,7 @@ from where import DEVICE, cases, on, tiny
 
 from fastcnn.functional import batch_norm_act
 
-# ResNet-50's first and last stage at batch 16: beyond the last-level cache, and within it. A card's
+# ResNet-50's first and last stage at batch 16: beyond the last-level cache, and within it. A GPU's
 # L2 of 60 MB takes batch 256 and the stages down to the third: 103 to 411 MB in bf16.
 BATCH = on(16, 256)
 SHAPES = {
@@ -36,7 +36,7 @@ CASES = {
     for layout, name in (("nchw", "nchw"), ("nhwc", "channels_last"))
     for kind in ("", "residual")
 }
-CARD = [
+GPU_CASES = [
     "256x56x56-bf16-nhwc-", "256x56x56-bf16-nhwc-residual", "256x56x56-bf16-nchw-",
     "256x56x56-fp32-nhwc-", "64x112x112-bf16-nhwc-", "1024x14x14-bf16-nhwc-residual",
 ]  # fmt: skip
@@ -92,7 +92,7 @@ def gradients(forward: Callable[[Layer], Tensor]) -> Callable[[Layer], tuple[Ten
     return run
 
 
-@pytest.mark.parametrize("case", cases(CASES, CARD))
+@pytest.mark.parametrize("case", cases(CASES, GPU_CASES))
 def test_training(compare: Any, case: tuple[str, str, torch.memory_format, bool]) -> None:
     layers = [layer(*case) for _ in range(INPUTS)]
     others = {name: gradients(forward) for name, forward in beside(eager).items()}

@@ -22,13 +22,13 @@ CASES = {
     for network, convs in (("resnet50", RESNET50_CONVS), ("unet", UNET_CONVS))
     for conv in convs
 }
-CARD = [
+GPU_CASES = [
     "resnet50-64-256-k1-s1-56", "resnet50-128-128-k3-s1-28", "resnet50-1024-256-k1-s1-14",
     "resnet50-256-256-k3-s1-14", "unet-64-64-k3-s1-256",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", cases(CASES, CARD))
+@pytest.mark.parametrize("case", cases(CASES, GPU_CASES))
 def test_convolutions(compare: Any, case: tuple[Conv, int]) -> None:
     conv, (batch,) = tiny_conv(case[0]), tiny(case[1])
     last, sizes = torch.channels_last, (batch, conv.c_in, conv.side, conv.side)

@@ -6,7 +6,7 @@
     blocks  ResNet-50's, forward and backward, also in fp32
 
 PyTorch runs each of them one by one ("eager"), compiled, and in evaluation with the batch norm
-folded into the weights beforehand, which fastcnn does at every call; on a card also by cuDNN's own
+folded into the weights beforehand, which fastcnn does at every call; on a GPU also by cuDNN's own
 convolution + bias + ReLU (+ residual) from the same folded weights ("cudnn"), and what is compiled
 there is the folded one, by max-autotune. The floor of an inference in bytes is x, weight, residual
 and y once; with a backward most of the time is the convolutions', and there is none to compare
@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from candidates import compiled
 from shapes import RESNET50_CONVS, UNET_CONVS, Conv
 from torch import Tensor, nn
-from where import ALL, DEVICE, HAS_CARD, cases, on, tiny, tiny_conv
+from where import ALL, DEVICE, HAS_GPU, cases, on, tiny, tiny_conv
 
 from fastcnn import convert
 from fastcnn.functional import conv_bn_act
-from fastcnn.lab import eager_twin
+from fastcnn.lab import eager_baseline
 from fastcnn.models.resnet import Bottleneck
 from fastcnn.ops.conv_bn_act.step import ConvBnActStep
 
@@ -34,12 +34,12 @@ BATCH = {"resnet50": on(16, 256), "unet": on(1, 16)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INPUTS = 4  # in turn: all but the smallest steps' are beyond the caches, as a block's activations
 # Compiling all of them takes minutes. These stand for them: much to move beside little arithmetic,
-# with a residual and without; much arithmetic; little of both. On a card two in inference.
+# with a residual and without; much arithmetic; little of both. On a GPU two in inference.
 COMPILED = on(
     {"64-256-k1-s1-56", "256-64-k1-s1-56", "64-64-k3-s1-256", "512-512-k3-s1-7"},
     {"64-256-k1-s1-56", "256-256-k3-s1-14"},
 )
-CARD = {
+GPU_CASES = {
     "infer": [
         "resnet50-64-256-k1-s1-56", "resnet50-256-64-k1-s1-56", "resnet50-128-128-k3-s1-28",
         "resnet50-256-256-k3-s1-14", "resnet50-1024-256-k1-s1-14", "resnet50-512-2048-k1-s1-7",
@@ -47,7 +47,7 @@ CARD = {
     ],
     "train": ["resnet50-64-256-k1-s1-56", "resnet50-128-128-k3-s1-28"],
 }  # fmt: skip
-BLOCKS_ON_CARD = ["stage1-identity-bf16", "stage3-identity-bf16"]
+BLOCKS_ON_GPU = ["stage1-identity-bf16", "stage3-identity-bf16"]
 
 Step = Callable[[Tensor, ConvBnActStep, Tensor | None], Tensor]
 
@@ -58,7 +58,7 @@ def convolutions(what: str) -> list[Any]:
         for network, convs in (("resnet50", RESNET50_CONVS), ("unet", UNET_CONVS))
         for conv in convs
     }
-    return cases(everything, [f"{what}-{name}" for name in CARD[what]])
+    return cases(everything, [f"{what}-{name}" for name in GPU_CASES[what]])
 
 
 def image(n: int, c: int, side: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -139,7 +139,7 @@ def test_inference(compare: Any, warm: bool, case: tuple[Conv, int]) -> None:
 
     with torch.inference_mode():
         baselines = {"eager": eager, "folded": folded(step)}
-        if HAS_CARD:
+        if HAS_GPU:
             baselines["cudnn"] = cudnn(step)
         # Not to warm up: max-autotune times what it finds, and keeps the choice on disk.
         if not warm and (ALL or str(case[0]) in COMPILED):
@@ -168,7 +168,7 @@ def test_training(compare: Any, warm: bool, case: tuple[Conv, int]) -> None:
 
     gradients(ours)(inputs[0])  # tunes here
     baselines = {"eager": eager}
-    if not warm and (ALL or (not HAS_CARD and str(case[0]) in COMPILED)):
+    if not warm and (ALL or (not HAS_GPU and str(case[0]) in COMPILED)):
         options = on({}, {"mode": "max-autotune-no-cudagraphs"})
         baselines["compiled"] = compiled(eager, **options)
     beside = {name: gradients(run) for name, run in baselines.items()}
@@ -203,14 +203,14 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("case", cases(BLOCKS, BLOCKS_ON_CARD))
+@pytest.mark.parametrize("case", cases(BLOCKS, BLOCKS_ON_GPU))
 def test_blocks(compare: Any, case: tuple[str, str, torch.dtype]) -> None:
     stage, kind, dtype = case
     planes, side = STAGES[stage]
     model = bottleneck(planes, kind == "projection").to(
         DEVICE, dtype, memory_format=torch.channels_last
     )
-    twin = eager_twin(model)
+    plain = eager_baseline(model)
     batch, side = tiny(BATCH["resnet50"], side * model.conv2.stride[0])
     inputs = [
         image(batch, model.conv1.in_channels, side, dtype).requires_grad_() for _ in range(INPUTS)
@@ -221,4 +221,4 @@ def test_blocks(compare: Any, case: tuple[str, str, torch.dtype]) -> None:
     def step(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(model(x), [x, *model.parameters()], dy)
 
-    compare(lambda x: step(model, x), lambda x: step(twin, x), inputs, 0, dy)
+    compare(lambda x: step(model, x), lambda x: step(plain, x), inputs, 0, dy)

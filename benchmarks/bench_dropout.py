@@ -18,7 +18,7 @@ from where import DEVICE, cases, on, tiny
 from fastcnn.functional import dropout
 
 # ResNet-50's stages at batch 16: whole blocks of 8 a plane (56x56), and planes that straddle them
-# (14x14, 7x7); the last two lie within the cache. A card has batch 256: 411, 103 and 13 MB in bf16.
+# (14x14, 7x7); the last two lie within the cache. A GPU has batch 256: 411, 103 and 13 MB in bf16.
 BATCH = on(16, 256)
 SHAPES = {
     f"{image.c}x{image.h}x{image.w}": image for image in (RESNET50[2], RESNET50[6], RESNET50[7])
@@ -33,7 +33,7 @@ CASES = {
     for layout, name in (("nchw", "nchw"), ("nhwc", "channels_last"))
     for kind in ("", "residual", "channel")
 }
-CARD = [
+GPU_CASES = [
     "256x56x56-bf16-nhwc-", "256x56x56-bf16-nhwc-residual", "256x56x56-bf16-nhwc-channel",
     "256x56x56-bf16-nchw-", "256x56x56-fp32-nhwc-", "1024x14x14-bf16-nhwc-",
 ]  # fmt: skip
@@ -47,7 +47,7 @@ class Layer(NamedTuple):
     dy: Tensor
 
 
-@pytest.mark.parametrize("case", cases(CASES, CARD))
+@pytest.mark.parametrize("case", cases(CASES, GPU_CASES))
 def test_training(compare: Any, case: tuple[str, str, torch.memory_format, str]) -> None:
     shape, dtype, layout, kind = case
     sizes = tiny(BATCH, *SHAPES[shape].sizes[1:])

@@ -18,7 +18,7 @@ from where import DEVICE, cases, on, tiny
 from fastcnn.functional import group_norm_act
 from fastcnn.nn import LayerNorm2d
 
-# A card's L2 of 60 MB takes eight times the batch: 51 to 268 MB in bf16.
+# A GPU's L2 of 60 MB takes eight times the batch: 51 to 268 MB in bf16.
 BATCHES = on(1, 8)
 LAYER_NORM = Image(BATCHES * 16, 192, 28, 28, "ConvNeXt-T, stage 2")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,11 +33,11 @@ CASES = {
     for image, groups in ((one._replace(n=BATCHES * one.n), groups) for one, groups in GROUP_NORM)
     for kind in TYPES
 }
-CARD = [
+GPU_CASES = [
     "128x256x56x56-32-bf16-nhwc", "128x256x56x56-32-bf16-nchw", "64x320x64x64-32-bf16-nhwc",
     "32x64x256x256-8-fp32-nhwc", "256x128x28x28-128-bf16-nchw",
 ]  # fmt: skip
-LAYER_NORM_ON_CARD = ["bf16-nchw", "bf16-nhwc"]
+LAYER_NORM_ON_GPU = ["bf16-nchw", "bf16-nhwc"]
 
 
 class Layer(NamedTuple):
@@ -74,7 +74,7 @@ def gradients(forward: Forward) -> Callable[[Layer], tuple[Tensor, ...]]:
     )
 
 
-@pytest.mark.parametrize("case", cases(CASES, CARD))
+@pytest.mark.parametrize("case", cases(CASES, GPU_CASES))
 def test_training(compare: Any, case: tuple[Image, int, torch.dtype, torch.memory_format]) -> None:
     image, groups, dtype, layout = case
     (groups,) = tiny(groups)
@@ -90,7 +90,7 @@ def test_training(compare: Any, case: tuple[Image, int, torch.dtype, torch.memor
     compare(gradients(ours), others, inputs, 8, inputs[0].dy)
 
 
-@pytest.mark.parametrize("case", cases(TYPES, LAYER_NORM_ON_CARD))
+@pytest.mark.parametrize("case", cases(TYPES, LAYER_NORM_ON_GPU))
 def test_layer_norm_2d(compare: Any, case: tuple[torch.dtype, torch.memory_format]) -> None:
     # Eager is torchvision's class: permute, layer_norm, permute back.
     inputs = layers(LAYER_NORM, *case)

@@ -8,7 +8,7 @@ On the CPU converted inference is in bf16 autocast from float32 weights; its bas
 in bf16, which spares them autocast's casts, torch.compile freezes them too, and OpenVINO has the
 latency hint: on two cores its throughput hint gave ResNet-50 the same speed, within 1 %.
 
-On a card all get weights in bf16 in inference, and ours and eager are captured in a CUDA graph as
+On a GPU all get weights in bf16 in inference, and ours and eager are captured in a CUDA graph as
 well; FASTCNN_BENCH=all adds torch.compile with CUDA graphs and with its longest search.
 """
 
@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from candidates import Graph, compiled
 from oracles import torchvision
 from torch import Tensor, nn
-from where import ALL, DEVICE, ON_CARD, TINY, cases, on, tiny
+from where import ALL, DEVICE, ON_GPU, TINY, cases, on, tiny
 
 import fastcnn
-from fastcnn.lab import eager_twin, kept_for_backward
+from fastcnn.lab import eager_baseline, kept_for_backward
 
 # In torch.compile's own code, and in OpenVINO's.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -62,10 +62,10 @@ TRAINING = {
     "resnet50-224px-bf16": Training("resnet50", on(16, 256), 224, compiled=True),
     "resnet50-224px-bf16-low": Training("resnet50", on(16, 256), 224, memory="low"),
     "resnet50-224px-bf16-lowest": Training("resnet50", on(16, 256), 224, memory="lowest"),
-    # Of compiling on a card, half a minute each, one must do in three minutes.
-    "unet-256px-bf16": Training("unet", on(4, 32), 256, compiled=ALL or not ON_CARD),
+    # Of compiling on a GPU, half a minute each, one must do in three minutes.
+    "unet-256px-bf16": Training("unet", on(4, 32), 256, compiled=ALL or not ON_GPU),
 }
-TRAINING_ON_CARD = list(TRAINING)[2:]
+TRAINING_ON_GPU = list(TRAINING)[2:]
 
 
 class Inference(NamedTuple):
@@ -79,11 +79,11 @@ class Inference(NamedTuple):
 
 INFERENCE = {
     "resnet50-224px-inference": Inference("resnet50", on(16, 256), 224),
-    "unet-256px-inference": Inference("unet", on(4, 32), 256, ALL or not ON_CARD),
+    "unet-256px-inference": Inference("unet", on(4, 32), 256, ALL or not ON_GPU),
 }
-if ON_CARD:  # where launches are all
+if ON_GPU:  # where launches are all
     INFERENCE["resnet50-224px-inference-b1"] = Inference("resnet50", 1, 224)
-INFERENCE_ON_CARD = list(INFERENCE)[:2]
+INFERENCE_ON_GPU = list(INFERENCE)[:2]
 
 Run = Callable[[Any], object]
 
@@ -94,8 +94,8 @@ def network(name: str) -> nn.Module:
 
 
 def graphs(runs: dict[str, Run]) -> dict[str, Run]:
-    """Return them each as a CUDA graph, on a card."""
-    return {f"{name}, graph": Graph(partial(run, None)) for name, run in runs.items() if ON_CARD}
+    """Return them each as a CUDA graph, on a GPU."""
+    return {f"{name}, graph": Graph(partial(run, None)) for name, run in runs.items() if ON_GPU}
 
 
 def compilers(model: nn.Module, wanted: bool, **options: Any) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def compilers(model: nn.Module, wanted: bool, **options: Any) -> dict[str, Any]:
     if not wanted:
         return {}
     ways = {"compiled": compiled(model, options=options or None)}
-    if ON_CARD and ALL:
+    if ON_GPU and ALL:
         for name, more in (
             ("compiled, graph", {"triton.cudagraphs": True}),
             ("compiled, searched", {"max_autotune": True}),
@@ -112,12 +112,12 @@ def compilers(model: nn.Module, wanted: bool, **options: Any) -> dict[str, Any]:
     return ways
 
 
-@pytest.mark.parametrize("case", cases(TRAINING, TRAINING_ON_CARD))
+@pytest.mark.parametrize("case", cases(TRAINING, TRAINING_ON_GPU))
 def test_training_step(compare: Any, case: Training) -> None:
     name, dtype, memory = case.name, case.dtype, case.memory
     (batch,), (size,) = tiny(case.batch, most=2), tiny(case.size, most=32)
     ours = fastcnn.convert(network(name), memory=memory)
-    eager = eager_twin(ours)
+    eager = eager_baseline(ours)
     x = torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=torch.channels_last)
     with torch.no_grad():
         n, classes, *image = eager(x).shape
@@ -162,7 +162,7 @@ def openvino(model: nn.Module, x: Tensor) -> Callable[[], object]:
     return lambda: request.infer({0: image}, share_inputs=True, share_outputs=True)
 
 
-@pytest.mark.parametrize("case", cases(INFERENCE, INFERENCE_ON_CARD))
+@pytest.mark.parametrize("case", cases(INFERENCE, INFERENCE_ON_GPU))
 def test_inference(compare: Any, case: Inference) -> None:
     (batch,), (size,) = tiny(case.batch, most=2), tiny(case.size, most=32)
     dtype = on(torch.float32, torch.bfloat16)
@@ -170,8 +170,8 @@ def test_inference(compare: Any, case: Inference) -> None:
     ours = fastcnn.convert(model, mode="infer")
     x = torch.randn(batch, 3, size, size, device=DEVICE)
     x = x.to(dtype, memory_format=torch.channels_last)
-    eager = eager_twin(ours)
-    latency = {} if ON_CARD else {"OpenVINO": openvino(eager, x)}
+    eager = eager_baseline(ours)
+    latency = {} if ON_GPU else {"OpenVINO": openvino(eager, x)}
     half = eager.bfloat16()
 
     def run(model: Any) -> Run:

@@ -2,7 +2,7 @@
 
 Floor in passes over the output (docs/performance.md): forward 1/4 read and 1 written, backward 1
 read and 1/4 written. A skip of as many channels as the output's is read and written once in forward
-and never moved in backward. On a card the bilinear backward is measured alone as well, where
+and never moved in backward. On a GPU the bilinear backward is measured alone as well, where
 PyTorch's adds by atomics.
 """
 
@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from candidates import beside
 from shapes import LAYOUTS
 from torch import Tensor
-from where import DEVICE, ON_CARD, cases, on, tiny
+from where import DEVICE, ON_GPU, cases, on, tiny
 
 from fastcnn.functional import interpolate
 
-# The inputs of a U-Net's decoder: a wide and a narrow one. A card's are U-Net's widest and its
+# The inputs of a U-Net's decoder: a wide and a narrow one. A GPU's are U-Net's widest and its
 # second at 256x256 and batch 32: outputs of 537 and 134 MB in bf16.
 SHAPES = on(
     {"64x56x56": (16, 64, 56, 56), "128x64x64": (8, 128, 64, 64)},
@@ -34,13 +34,13 @@ CASES = {
     for dtype in DTYPES
     for layout, name in (("nchw", "nchw"), ("nhwc", "channels_last"))
 }
-CARD = [
+GPU_CASES = [
     "128x128x128-bilinear-bf16-nhwc", "128x128x128-bilinear-bf16-nchw",
     "128x128x128-nearest-bf16-nhwc", "128x128x128-bilinear-skip-bf16-nhwc",
     "512x32x32-bilinear-bf16-nhwc",
 ]  # fmt: skip
 BACKWARD = {name: case for name, case in CASES.items() if case[1] == "bilinear"}
-BACKWARD_ON_CARD = ["128x128x128-bilinear-bf16-nhwc", "128x128x128-bilinear-bf16-nchw"]
+BACKWARD_ON_GPU = ["128x128x128-bilinear-bf16-nhwc", "128x128x128-bilinear-bf16-nchw"]
 
 Case = tuple[str, str, str, torch.memory_format]
 Tensors = tuple[Tensor, ...]  # x, a skip, and the gradient of y
@@ -79,7 +79,7 @@ def ways(mode: str) -> tuple[Callable[[Tensors], Tensor], ...]:
     return ours, eager
 
 
-@pytest.mark.parametrize("case", cases(CASES, CARD))
+@pytest.mark.parametrize("case", cases(CASES, GPU_CASES))
 def test_doubled(compare: Any, case: Case) -> None:
     inputs = [tensors(case) for _ in range(INPUTS)]
     ours, eager = ways(case[1])
@@ -88,8 +88,8 @@ def test_doubled(compare: Any, case: Case) -> None:
     compare(gradients(ours), others, inputs, 4.5 if len(inputs[0]) == 3 else 2.5, y)
 
 
-@pytest.mark.skipif(not ON_CARD, reason="backward alone is measured on a card")
-@pytest.mark.parametrize("case", cases(BACKWARD, BACKWARD_ON_CARD))
+@pytest.mark.skipif(not ON_GPU, reason="backward alone is measured on a GPU")
+@pytest.mark.parametrize("case", cases(BACKWARD, BACKWARD_ON_GPU))
 def test_backward(compare: Any, case: Case) -> None:
     inputs = [tensors(case) for _ in range(INPUTS)]
 

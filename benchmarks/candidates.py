@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from where import HAS_CARD, ON_CARD, TINY
+from where import HAS_GPU, ON_GPU, TINY
 
 __all__ = ["Graph", "beside", "compiled", "peak_bytes"]
 
@@ -20,13 +20,13 @@ def compiled(run: Run, **options: Any) -> Run:
 
 def beside(eager: Run) -> dict[str, Run]:
     """Return PyTorch's ways by name; on the CPU torch.compile gains nothing over eager."""
-    return {"eager": eager, **({"compiled": compiled(eager)} if ON_CARD else {})}
+    return {"eager": eager, **({"compiled": compiled(eager)} if ON_GPU else {})}
 
 
 class Graph:
     """A call of no arguments as one CUDA graph, captured when it is first made.
 
-    What it reads and writes stays where it was. Without a card it is the call.
+    What it reads and writes stays where it was. Without a GPU it is the call.
     """
 
     def __init__(self, run: Callable[[], object]) -> None:
@@ -35,7 +35,7 @@ class Graph:
 
     def __call__(self, _: Any = None) -> None:
         """Replay."""
-        if not HAS_CARD:
+        if not HAS_GPU:
             self._run()
             return
         if self._graph is None:
@@ -57,8 +57,8 @@ class Graph:
 
 
 def peak_bytes(run: Callable[[], object]) -> int | None:
-    """Return the most memory that a call takes on the card, beside what was taken before."""
-    if not HAS_CARD:
+    """Return the most memory that a call takes on the GPU, beside what was taken before."""
+    if not HAS_GPU:
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

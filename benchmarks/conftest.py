@@ -29,7 +29,7 @@ import torch
 from candidates import peak_bytes
 from records import OURS, Records, counted, measured
 from torch import Tensor
-from where import HAS_CARD, ON_CARD, TINY
+from where import HAS_GPU, ON_GPU, TINY
 
 from fastcnn import plan
 from fastcnn.lab import interleaved
@@ -41,7 +41,7 @@ from fastcnn.plan.timer import timer_for
 START = time.monotonic()
 ROUNDS, WARMUP = (2, 0) if TINY else (12, 3)
 HEADER = ["case", "fastcnn ms", "PyTorch ms", "speedup", "copy ms", "of copy", "beside"]
-# On a card: what is worth most comes first, where time may run out.
+# On a GPU: what is worth most comes first, where time may run out.
 ORDER = ["batch_norm_act", "networks", "upsample", "dropout", "group_norm_act", "conv_bn_act"]
 
 RECORDS = pytest.StashKey[Records]()
@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let warnings end no measurement: they are shown at the end."""
     for item in items:
         item.add_marker(pytest.mark.filterwarnings("default"))
-    if ON_CARD:
+    if ON_GPU:
         names = [f"bench_{name}" for name in ORDER]
         items.sort(
             key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names)
@@ -84,15 +84,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
-    """Make a row of an error too, and end the run where the card is lost."""
+    """Make a row of an error too, and end the run where the GPU is lost."""
     report = yield
     if report.failed and call.excinfo is not None and not item.stash.get(RECORDED, False):
         record(item, {"error": call.excinfo.exconly()})
-    if report.failed and HAS_CARD:
+    if report.failed and HAS_GPU:
         try:
             torch.cuda.synchronize()
         except Exception as error:
-            item.session.shouldfail = f"the card answers no more: {error}"
+            item.session.shouldfail = f"the GPU answers no more: {error}"
     return report
 
 
@@ -103,7 +103,7 @@ def on_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-    if HAS_CARD:
+    if HAS_GPU:
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -168,7 +168,7 @@ def first_calls(runs: dict[str, Callable[[], object]]) -> dict[str, str]:
     for name in list(runs):
         try:
             runs[name]()
-            if HAS_CARD:
+            if HAS_GPU:
                 torch.cuda.synchronize()
         except Exception as error:
             if name == OURS:
@@ -199,7 +199,7 @@ def timed(
     row = measured(times, floor_passes, image.numel() * image.element_size(), images)
     if late:
         row["late"] = late
-    if whole and HAS_CARD:
+    if whole and HAS_GPU:
         names_of_peaks = [name for name in runs if "graph" not in name and name != "copy"]
         row["peak_bytes"] = {name: peak_bytes(runs[name]) for name in names_of_peaks}
     return row
@@ -227,7 +227,7 @@ def noted_plans(device: torch.device) -> Iterator[dict[str, str]]:
 def record(item: Any, row: dict[str, Any]) -> None:
     """Keep a case's row."""
     item.stash[RECORDED] = True
-    device = torch.device("cuda", torch.cuda.current_device()) if HAS_CARD else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if HAS_GPU else torch.device("cpu")
     names = {"case": item.callspec.id, "test": item.originalname, "file": item.path.stem}
     item.config.stash[RECORDS].add({**names, "device": conditions(device), **row})
 

@@ -1,9 +1,9 @@
 """Where the benchmarks run, on which cases, and how large.
 
-On the card where there is one, else on the CPU. FASTCNN_BENCH says what else:
+On the GPU where there is one, else on the CPU. FASTCNN_BENCH says what else:
 
-    all    on the card every case, not only those that end in three minutes
-    tiny   the card's cases in sizes of nothing, on the CPU too: proves that they run, times nothing
+    all    on the GPU every case, not only those that end in three minutes
+    tiny   the GPU's cases in sizes of nothing, on the CPU too: proves that they run, times nothing
 """
 
 import os
@@ -11,21 +11,21 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
-from card import DEVICE, HAS_CARD
+from device import DEVICE, HAS_GPU
 from shapes import Conv
 
-__all__ = ["ALL", "DEVICE", "HAS_CARD", "ON_CARD", "TINY", "cases", "on", "tiny", "tiny_conv"]
+__all__ = ["ALL", "DEVICE", "HAS_GPU", "ON_GPU", "TINY", "cases", "on", "tiny", "tiny_conv"]
 
 _WHICH = os.environ.get("FASTCNN_BENCH", "")
 if _WHICH not in ("", "all", "tiny"):
     raise ValueError(f"FASTCNN_BENCH: expected all or tiny, got {_WHICH!r}")
 ALL, TINY = _WHICH == "all", _WHICH == "tiny"
-ON_CARD = HAS_CARD or TINY  # whether the card's cases are meant
+ON_GPU = HAS_GPU or TINY  # whether the GPU's cases are meant
 
 
-def on(cpu: Any, card: Any) -> Any:
+def on(cpu: Any, gpu: Any) -> Any:
     """Return what holds here."""
-    return card if ON_CARD else cpu
+    return gpu if ON_GPU else cpu
 
 
 def tiny(*sizes: int, most: int = 16) -> tuple[int, ...]:
@@ -39,7 +39,7 @@ def tiny_conv(conv: Conv) -> Conv:
     return conv._replace(c_in=c_in, c_out=c_out, side=side)
 
 
-def cases(everything: Mapping[str, Any], card: Iterable[str]) -> list[Any]:
-    """Return parameters with their ids: on the card those that are named, or all."""
-    names = list(card) if ON_CARD and not ALL else list(everything)
+def cases(everything: Mapping[str, Any], gpu: Iterable[str]) -> list[Any]:
+    """Return parameters with their ids: on the GPU those that are named, or all."""
+    names = list(gpu) if ON_GPU and not ALL else list(everything)
     return [pytest.param(everything[name], id=name) for name in names]

@@ -12,7 +12,7 @@ namespace {
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::toString;
 
-constexpr int64_t kMaxSide = 1 << 24;  // whole numbers that a float holds
+constexpr int64_t kMaxSide = 1 << 24;  // integers that a float holds
 
 // A dense matrix of `rows` x `columns` where the images are.
 const void* table(const char* op, const char* name, const Tensor& t, const Tensor& images,

@@ -13,7 +13,7 @@ enum class ResidualKind : int32_t { kNone, kUint8, kInt8, kOutput };  // kOutput
 // All images are channels_last: `pixels` rows of c.
 struct Conv2dInt8Params {
   int64_t pixels, c;
-  const void* acc;          // [pixels, c] float32 that hold whole numbers, or int32
+  const void* acc;          // [pixels, c] float32 that hold integers, or int32
   bool acc_is_float;        //
   const float* multiplier;  // [c]
   const void* bias;         // [c] int32 where y is quantised, else float32; or null

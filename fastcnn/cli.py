@@ -25,7 +25,7 @@ def _at_least(least: int, text: str) -> int:
     except ValueError:
         value = least - 1
     if value < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least} up, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected an integer from {least} up, got {text!r}")
     return value
 
 

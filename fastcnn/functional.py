@@ -285,7 +285,7 @@ def conv_bn_act(
         y = \mathrm{act}_k(\mathrm{BN}_k(\mathrm{conv}_k(a_{k-1})) + r)
 
     A step with a ``pool`` ends in torch.nn.functional.max_pool2d. The chain is one autograd
-    function. For backward it keeps its input and the raw convolution outputs; the activations
+    function. For backward it keeps its input and the convolution outputs; the activations
     between the steps are rebuilt by one elementwise pass each, to the same bits, so ordinary ReLU
     and ordinary weights need no retraining. Under autocast, input, residual and convolution weights
     are cast to the autocast dtype, as torch.nn.functional.conv2d does. In evaluation on the CPU,
@@ -300,8 +300,8 @@ def conv_bn_act(
         residual: added in the last step before its activation. A tensor of the sizes, dtype and
             layout of the last convolution's output; or steps, a chain on the same input whose
             output is added, as in a block that changes resolution; no steps add the input itself.
-        memory: "lowest" keeps no raw output of a 1x1 convolution to more channels than it takes,
-            and runs it again in backward. "default" and "low" are one for a single chain.
+        memory: "lowest" saves no output of a 1x1 convolution to more channels than it takes, and
+            recomputes it in backward. "default" and "low" are one for a single chain.
 
     Returns:
         The last step's output [n, c_out, h_out, w_out].
@@ -319,7 +319,7 @@ def conv_bn_act_blocks(
 ) -> Tensor:
     """Run blocks one after the other: y = conv_bn_act(x, steps, shortcut), whose x is the next y.
 
-    ``memory`` says what is kept for backward, beside the raw convolution outputs: with "default"
+    ``memory`` says what is kept for backward, beside the convolution outputs: with "default"
     every block's input; with "low" the first one's only, from which backward rebuilds the others by
     one elementwise pass each, for all blocks of this call at once; "lowest" as in
     :func:`conv_bn_act`. Gradients are the same bits in "default" and "low".

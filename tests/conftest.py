@@ -13,7 +13,7 @@ import seeds
 import torch
 
 # Read where kernels are defined. It must be set before Triton is imported, which torch does late.
-# Asked as tests/card.py asks: beside a card, kernels in the interpreter would prove nothing.
+# Asked as tests/device.py asks: beside a GPU, kernels in the interpreter would prove nothing.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -2,7 +2,7 @@
 
     python tests/kernel_cases.py [--launched] [cuda|triton ...]
 
---launched, on a card, prints the names of the kernels that ran.
+--launched, on a GPU, prints the names of the kernels that ran.
 
 Sizes are the smallest at which an H200's 132 SMs take the path that is meant, ragged where that is
 possible. tests/test_kernel_cases.py proves that no kernel of csrc/cuda is left out.
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from card import DEVICE, HAS_CARD
+from device import DEVICE, HAS_GPU
 from seeds import seed_all
 from shapes import LAYOUTS
 from torch import Tensor
@@ -35,7 +35,7 @@ ops = torch.ops.fastcnn
 SIZES = {
     # ResNet-50's last stage, where a block's channels fit into shared memory, at their smallest.
     "slab": (2, 24, 5, 7),
-    # More than 32 words of 16 bytes a thread: three launches over the whole card.
+    # More than 32 words of 16 bytes a thread: three launches over the whole GPU.
     "stages": (9, 16, 64, 65),
 }
 DTYPES = (torch.float32, torch.bfloat16)
@@ -172,7 +172,7 @@ CASES = {"cuda": CUDA, "triton": TRITON}
 
 
 def run(kinds: list[str]) -> int:
-    """Run the cases of some kinds, and wait for the card after each; return how many raised."""
+    """Run the cases of some kinds, and wait for the GPU after each; return how many raised."""
     seed_all(0)
     raised = 0
     for kind in kinds:
@@ -180,7 +180,7 @@ def run(kinds: list[str]) -> int:
             print(name, flush=True)
             try:
                 case()
-                if HAS_CARD:
+                if HAS_GPU:
                     torch.cuda.synchronize()
             except Exception:
                 raised += 1
@@ -189,11 +189,11 @@ def run(kinds: list[str]) -> int:
 
 
 def run_and_print_launched(kinds: list[str]) -> int:
-    """Run them likewise, and print what the card ran."""
+    """Run them likewise, and print what the GPU ran."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         raised = run(kinds)
-    on_card = torch.autograd.DeviceType.CUDA
-    for name in sorted({e.name for e in profile.events() if e.device_type is on_card}):
+    on_gpu = torch.autograd.DeviceType.CUDA
+    for name in sorted({e.name for e in profile.events() if e.device_type is on_gpu}):
         print(f"launched: {name}")
     return raised
 

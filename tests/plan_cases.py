@@ -73,8 +73,8 @@ def candidate(
     return Candidate(name, timed, supports, kernels, finish, only_tuned)
 
 
-def op(*candidates: Candidate, yardstick: str | None = None) -> Op:
-    """Doubles x; the yardstick is the first candidate where none is named."""
+def op(*candidates: Candidate, baseline: str | None = None) -> Op:
+    """Doubles x; the baseline is the first candidate where none is named."""
 
     def tensors(problem: Problem, generator: torch.Generator) -> tuple[Tensor, ...]:
         return (torch.randn(problem.x, generator=generator, dtype=problem.dtype),)
@@ -83,7 +83,7 @@ def op(*candidates: Candidate, yardstick: str | None = None) -> Op:
         return x.double() * 2
 
     by_name = {c.name: c for c in candidates}
-    first = yardstick or next(iter(by_name), "")
+    first = baseline or next(iter(by_name), "")
     return Op("double", tensors, reference, first, candidates=by_name)
 
 
@@ -92,7 +92,7 @@ def planner(
     clock: Clock,
     folder: Path | None,
     *candidates: Candidate,
-    yardstick: str | None = None,
+    baseline: str | None = None,
     **others: object,
 ) -> Planner:
     def open_file(device: Device) -> PlanFile:
@@ -104,4 +104,4 @@ def planner(
         "defaults": {}, "open_file": open_file, "timer_for": lambda _: clock,
         "prove": lambda *_: None, **others
     }  # fmt: skip
-    return Planner(mode, {"double": op(*candidates, yardstick=yardstick)}, **asked)  # type: ignore[arg-type]
+    return Planner(mode, {"double": op(*candidates, baseline=baseline)}, **asked)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The benchmarks run: a card's cases in sizes of nothing, what is written down, what ends a run."""
+"""The benchmarks run: a GPU's cases in sizes of nothing, what is written down, what ends a run."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def bench(tmp_path: Path, *arguments: str) -> tuple[int, str, list[dict[str, Any
 
 
 @pytest.mark.slow
-def test_a_card_s_cases(tmp_path: Path) -> None:
+def test_the_gpu_s_cases(tmp_path: Path) -> None:
     status, out, rows = bench(tmp_path, *[f"benchmarks/{case}" for case in SOME])
     assert status == 0, out
     assert sorted(f"{row['file']}.py::{row['test']}[{row['case']}]" for row in rows) == SOME

@@ -49,7 +49,7 @@ def test_torch_must_be_new_enough(tmp_path: Path, version: str, accepted: bool) 
 def test_options_are_checked(tmp_path: Path) -> None:
     said = configure(tmp_path, "-DFASTCNN_CUDA=MAYBE")
     assert "FASTCNN_CUDA: expected AUTO, ON or OFF, got MAYBE" in said
-    # "native" would build, and then nobody could tell which cards the binary serves.
+    # "native" would build, and then nobody could tell which GPUs the binary serves.
     said = configure(tmp_path, "-DFASTCNN_CUDA=AUTO", "-DFASTCNN_CUDA_ARCHS=native")
     assert "FASTCNN_CUDA_ARCHS: expected numbers as in 80-real,90, got native" in said
 

@@ -263,9 +263,9 @@ def test_models_are_pickled_and_copied() -> None:
     seed_all(0)
     model = resnet20().eval()
     x = torch.randn(2, 3, 8, 8)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(x), model(x))
-        assert twin.conv1.weight.data_ptr() != model.conv1.weight.data_ptr()
+    for original in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(original(x), model(x))
+        assert original.conv1.weight.data_ptr() != model.conv1.weight.data_ptr()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from activations import ACTS, near_a_kink
-from card import slow_unless, thinned
+from device import slow_unless, thinned
 from norm_cases import STEEPEST, Normalised, norm_errors
 from seeds import seed_all
 from test_conv2d_triton import (

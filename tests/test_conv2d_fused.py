@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import triton_proof  # noqa: F401 (mends the interpreter)
-from card import DEVICE
 from chains import Stage, results, stage
+from device import DEVICE
 from test_conv_bn_act_frozen import Operators
 from torch import Tensor
 from torch.library import opcheck
@@ -60,7 +60,7 @@ def test_opcheck() -> None:
 
 
 def test_opcheck_of_cudnn_s() -> None:
-    # Not on a card, whose cuDNN has no such convolution for all sizes.
+    # Not on a GPU, whose cuDNN has no such convolution for all sizes.
     x, y, weight, bias = image(*X).cpu(), image(*Y).cpu(), image(*WEIGHT).cpu(), torch.randn(6)
     opcheck(ops.conv2d_relu, (x, weight, bias, y, *GEOMETRY))
     opcheck(ops.conv2d_relu, (x, weight, bias, None, *GEOMETRY))
@@ -100,7 +100,7 @@ def blocks() -> Stage:
 
 @pytest.mark.gpu
 def test_what_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Two blocks: 4 + 3 convolutions. Written beside raw outputs are the blocks' outputs and the
+    # Two blocks: 4 + 3 convolutions. Written beside their outputs are the blocks' outputs and the
     # projection's; statistics and sums come with the convolutions, but for each block's last sums,
     # behind an addition, and the projection's.
     all_fused(monkeypatch)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import triton_proof  # noqa: F401 (mends the interpreter)
-from card import DEVICE, needs_a_card, on_card, thinned
 from conv2d_int8_cases import ACTS, CASES, FLOATS, INT8, Case, assert_same, problem
+from device import DEVICE, needs_gpu, on_gpu, thinned
 from shapes import LAYOUTS
 from test_conv2d_int8_errors import CASE, ERRORS
 from torch import Tensor
@@ -36,7 +36,7 @@ def on_device(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def call(**given: Any) -> Tensor:
-    with on_card():
+    with on_gpu():
         return conv2d_int8(**on_device(given)).cpu()
 
 
@@ -111,7 +111,7 @@ def test_layouts_strides_and_an_empty_batch(layout: str) -> None:
 
 @pytest.mark.parametrize(("changes", "error", "message"), ERRORS)
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    # Changed on the card: a tensor that is moved there becomes dense.
+    # Changed on the GPU: a tensor that is moved there becomes dense.
     given = on_device(problem(CASE, torch.uint8, torch.int8, torch.uint8))
     for name, change in changes.items():
         given[name] = change(given[name]) if callable(change) else change
@@ -137,7 +137,7 @@ def test_sizes_beyond_a_kernel_s() -> None:
         launches.launch(grouped, y, y.new_empty(1, 65536, 1, 1))
 
 
-@needs_a_card
+@needs_gpu
 def test_numbers_compile_no_kernel_anew() -> None:
     given = {**problem(PLAIN), "x_zero_point": 7, "out_zero_point": 5}
     call(**given)
@@ -154,7 +154,7 @@ def test_numbers_compile_no_kernel_anew() -> None:
     assert not compiled
 
 
-@needs_a_card
+@needs_gpu
 def test_tensors_of_two_devices() -> None:
     given = problem(PLAIN)
     there = {k: t.cuda() if isinstance(t, Tensor) else t for k, t in given.items()}

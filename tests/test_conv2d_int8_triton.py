@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from card import DEVICE, thinned
+from device import DEVICE, thinned
 from test_conv2d_triton import GEOMETRIES
 from torch import Tensor
 

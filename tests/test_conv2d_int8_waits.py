@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from card import DEVICE, needs_a_card, on_card
 from conv2d_int8_cases import assert_same, problem
+from device import DEVICE, needs_gpu, on_gpu
 from test_conv2d_int8_cuda import PLAIN, call, on_device
 from torch import Tensor
 from triton_proof import INTERPRETED
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 
 
 class NoKernel:
-    """Stands for a kernel: the interpreter copies tensors, as a launch on a card does not."""
+    """Stands for a kernel: the interpreter copies tensors, as a launch on a GPU does not."""
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return lambda *args, **options: None
@@ -58,12 +58,12 @@ def test_the_second_call_waits_for_nothing(groups: int, waits_raise: Callable[[]
     calls = [(packed, [EMPTY]), (number, [EMPTY]), (floating, [EMPTY]), (given, [EMPTY, SUM])]
     calls += [(nchw, [EMPTY, SUM] + [COPY] * (groups == 1))]
     for arguments, _ in calls:
-        with on_card():
+        with on_gpu():
             conv2d_int8(**arguments)
     waits_raise()
     for arguments, kernels in calls:
         for change in ({}, {"x_zero_point": 9}, {"x_scale": 0.0456}):  # known on the host
-            with on_card() as called:
+            with on_gpu() as called:
                 conv2d_int8(**{**arguments, **change})
             if INTERPRETED:
                 assert called.others == kernels
@@ -137,7 +137,7 @@ def test_what_was_not_looked_at_is_refused_while_capturing(monkeypatch: pytest.M
     check_data(arguments)
 
 
-@needs_a_card
+@needs_gpu
 def test_a_captured_graph_gives_the_same_and_reads_new_inputs() -> None:
     given = problem(PLAIN, residual_dtype=torch.uint8, act="relu")
     there = {k: t.cuda() if isinstance(t, Tensor) else t for k, t in given.items()}

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from activations import ACTS
-from card import DEVICE, slow_unless, thinned
+from device import DEVICE, slow_unless, thinned
 from seeds import seed_all
 from tolerance import assert_rounded, unit_roundoff, walk
 from torch import Tensor

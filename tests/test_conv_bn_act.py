@@ -153,7 +153,7 @@ def test_autocast_leaves_float64_alone() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("act", ACTS)
 def test_what_is_saved_for_backward(act: str, layout: str) -> None:
-    # Counted in bytes: the input, every raw convolution output, in training mean and var of every
+    # Counted in bytes: the input, every convolution output, in training mean and var of every
     # step, and the output or the residual, which are of one size, where a residual went through an
     # activation. No activation in between.
     x = torch.randn(4, 4, 9, 8).contiguous(memory_format=LAYOUTS[layout])

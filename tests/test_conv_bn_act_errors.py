@@ -42,14 +42,14 @@ STEP_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"pool": MaxPool(2, 2, -1)}, ValueError, r"pool: .* a padding of at most half the kernel"),
     ({"pool": MaxPool(2, 2, 2)}, ValueError, r"pool: .* half the kernel, got MaxPool\(kernel"),
     ({"pool": MaxPool((2, 9), 2)}, ValueError, r"pool: expected a window that fits .*\(2, 9\)"),
-    ({"pool": MaxPool(2.0, 2)}, ValueError, r"pool.kernel_size: expected a whole number or a pair"),
+    ({"pool": MaxPool(2.0, 2)}, ValueError, r"pool.kernel_size: expected an integer or a pair"),
     ({"pool": MaxPool(2, (1, 1, 1))}, ValueError, r"pool.stride: .* or a pair .*, got \(1, 1, 1\)"),
     ({"pool": 2}, TypeError, r"pool: expected None or a MaxPool, got int"),
     ({"momentum": 1.5}, ValueError, r"momentum: expected a number from 0 to 1, got 1.5"),
     ({"eps": -1e-5}, ValueError, r"eps: expected a number above 0, got -1e-05"),
     ({"sync": None}, TypeError, r"sync: expected a bool, got NoneType"),
-    ({"stride": None}, ValueError, r"stride: expected a whole number or a pair of them, got None"),
-    ({"padding": "same"}, ValueError, r"padding: expected a whole number or a pair .*, got 'same'"),
+    ({"stride": None}, ValueError, r"stride: expected an integer or a pair of them, got None"),
+    ({"padding": "same"}, ValueError, r"padding: expected an integer or a pair .*, got 'same'"),
 ]  # fmt: skip
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 import triton_proof  # noqa: F401 (mends the interpreter)
 from activations import ACTS
-from card import slow_unless
 from chains import Chain, Stage, conv_bn, expected_roundings, results, stage
+from device import slow_unless
 from roundings import Expected
 from torch import Tensor, nn
 

@@ -112,7 +112,7 @@ def test_pooling_keeps_neither_indices_nor_its_result(memory: str) -> None:
 
 
 def test_what_eager_keeps_for_comparison() -> None:
-    # The formula's other side: two steps of eager PyTorch keep x, both raw outputs, both outputs.
+    # The formula's other side: two steps of eager PyTorch save x, both convolutions, both outputs.
     x = images(2, 4, 9, 8)
     chain = Chain(conv_bn(4, 8, 3), conv_bn(8, 8, 3))
     sizes = x.nbytes + 4 * 2 * (8 * 9 * 8) * 4

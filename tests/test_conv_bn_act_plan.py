@@ -1,7 +1,7 @@
 """The candidates of conv_bn_act's plans: each is right, and the model's choices make sense.
 
 Candidates run on the CPU here, PyTorch's convolutions in place of cuDNN's and Triton's in its
-interpreter, under the planner's own check: the one that decides on a card.
+interpreter, under the planner's own check: the one that decides on a GPU.
 """
 
 import warnings
@@ -67,7 +67,7 @@ def test_every_candidate_is_right(
         assert entry.names() == expected
 
 
-def on_card(op: str, conv: Conv, *options: str, **others: object) -> Problem:
+def on_gpu(op: str, conv: Conv, *options: str, **others: object) -> Problem:
     fields: dict[str, object] = {
         "dtype": torch.bfloat16, "stride": (conv.stride,) * 2, "padding": (conv.kernel // 2,) * 2,
         "options": (*options, "channels_last"), "device": torch.device("cuda", 0), **others,
@@ -78,16 +78,16 @@ def on_card(op: str, conv: Conv, *options: str, **others: object) -> Problem:
     )
 
 
-def lends(monkeypatch: pytest.MonkeyPatch, kib: int) -> None:
-    """A card that lends a program so much shared memory."""
-    card = SimpleNamespace(shared_memory_per_block_optin=kib << 10)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+def opt_in(monkeypatch: pytest.MonkeyPatch, kib: int) -> None:
+    """A GPU with so much opt-in shared memory."""
+    gpu = SimpleNamespace(shared_memory_per_block_optin=kib << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
 
 
 @pytest.fixture
 def h200(monkeypatch: pytest.MonkeyPatch) -> Planner:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    lends(monkeypatch, 227)
+    opt_in(monkeypatch, 227)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     return Planner("off", OPS, {}, describe=lambda _: H200, busy=lambda _: "here")
 
@@ -96,7 +96,7 @@ def test_the_model_fuses_what_memory_bounds(h200: Planner) -> None:
     # ResNet-50 at batch 256 on a H200: the wide 1x1 convolutions are bound by memory, so that the
     # fewest bytes win; where arithmetic bounds, cuDNN's rate does.
     chosen = {
-        op: {conv: h200.choose(on_card(op, conv, *options)).name for conv in RESNET50_CONVS}
+        op: {conv: h200.choose(on_gpu(op, conv, *options)).name for conv in RESNET50_CONVS}
         for op, options in ((FWD, ("in=relu", "training")), (EVAL, ("out=relu",)))
     }
     narrow = [conv for conv in RESNET50_CONVS if conv.kernel == 1 and conv.side >= 28]
@@ -111,28 +111,28 @@ def test_the_model_fuses_what_memory_bounds(h200: Planner) -> None:
 
 def test_who_cannot_says_why(h200: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
     conv = RESNET50_CONVS[1]
-    nchw = h200.choose(on_card(FWD, conv, "training", options=("training",)))
+    nchw = h200.choose(on_gpu(FWD, conv, "training", options=("training",)))
     assert nchw.name == "cudnn"
     assert nchw.reason.endswith("triton: channels_last only")
-    double = h200.choose(on_card(FWD, conv, dtype=torch.float64))
+    double = h200.choose(on_gpu(FWD, conv, dtype=torch.float64))
     assert double.reason.endswith("float16, bfloat16 and float32 only, not torch.float64")
-    silu = h200.choose(on_card(EVAL, conv, "out=silu"))
+    silu = h200.choose(on_gpu(EVAL, conv, "out=silu"))
     assert silu.reason.endswith("cudnn_fused: relu only")
-    asked = on_card(EVAL, conv, "out=relu", "deterministic")
+    asked = on_gpu(EVAL, conv, "out=relu", "deterministic")
     assert "cudnn_fused: PyTorch's operator does not ask" in h200.choose(asked).reason
-    lends(monkeypatch, 99)  # sm_86, sm_89 and sm_120: a launch of these tiles would raise
-    small = h200.choose(on_card(FWD, conv, "training"))
+    opt_in(monkeypatch, 99)  # sm_86, sm_89 and sm_120: a launch of these tiles would raise
+    small = h200.choose(on_gpu(FWD, conv, "training"))
     assert small.name == "cudnn"
-    assert small.reason.endswith("166912 bytes of shared memory only, not 101376")
+    assert small.reason.endswith("166912 bytes of opt-in shared memory only, not 101376")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert h200.choose(on_card(BWD, conv)).reason.endswith("triton_dw: sm_80 and later only")
+    assert h200.choose(on_gpu(BWD, conv)).reason.endswith("triton_dw: sm_80 and later only")
     monkeypatch.setattr(conv_bn_act_problem.importlib.util, "find_spec", lambda _: None)
-    assert h200.choose(on_card(EVAL, conv, "out=relu")).reason.endswith("triton is not installed")
+    assert h200.choose(on_gpu(EVAL, conv, "out=relu")).reason.endswith("triton is not installed")
 
 
 def test_cudnn_s_fused_convolution_runs_only_where_it_was_tuned(h200: Planner) -> None:
     # PyTorch's operator raises for shapes that cuDNN has no engine for.
-    wide = on_card(EVAL, Conv(512, 512, 3, 1, 7, 2), "out=relu", "residual")
+    wide = on_gpu(EVAL, Conv(512, 512, 3, 1, 7, 2), "out=relu", "residual")
     plan = h200.choose(wide)
     assert plan.name != "cudnn_fused"
     assert "(only where tuned)" in plan.reason

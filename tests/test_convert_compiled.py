@@ -38,16 +38,16 @@ def test_changes_of_a_compiled_model_take_effect(change: Callable[[Any], None]) 
     """torch.compile keeps the guard's answer, and so has to see what it was made of."""
     model = net(_scaled)
     model.relu, model.scale = nn.LeakyReLU(), 2.0
-    twin = copy.deepcopy(prepared(model))
+    unconverted = copy.deepcopy(prepared(model))
     convert(model)
     compiled = torch.compile(model, backend="eager")
     x = images(2, 4, 5, 5)
-    for m in (model, twin):
+    for m in (model, unconverted):
         m.eval()
-    assert_same(compiled(x), twin(x))
-    for m in (model, twin):
+    assert_same(compiled(x), unconverted(x))
+    for m in (model, unconverted):
         change(m)
-    assert_same(compiled(x), twin(x))
+    assert_same(compiled(x), unconverted(x))
 
 
 def test_many_compiled_models_do_not_count_as_one() -> None:

@@ -85,22 +85,22 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("how", COPIES)
 def test_copies_are_converted_and_their_own(how: str, x: Tensor) -> None:
     model = convert(small())
-    twin = COPIES[how](model)
-    assert converted_parts(twin) == converted_parts(model)
-    assert patterns(twin) == patterns(model)
-    assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
+    eager = COPIES[how](model)
+    assert converted_parts(eager) == converted_parts(model)
+    assert patterns(eager) == patterns(model)
+    assert not {id(p) for p in eager.parameters()} & {id(p) for p in model.parameters()}
     want = results(COPIES[how](model), x)
-    assert_same(results(twin, x), want)
+    assert_same(results(eager, x), want)
     assert_same(results(model, x), want)  # its statistics did not move with its copies'
-    nn.init.zeros_(twin.fc.weight)
-    assert not torch.equal(twin(x), model(x))
+    nn.init.zeros_(eager.fc.weight)
+    assert not torch.equal(eager(x), model(x))
 
 
 def test_copies_of_copies_and_of_parts(x: Tensor) -> None:
     model = convert(small())
-    twin = copy.deepcopy(copy.deepcopy(model.block))
-    assert_same(results(twin, x), results(copy.deepcopy(model.block), x))
-    assert isinstance(twin, Converted)
+    eager = copy.deepcopy(copy.deepcopy(model.block))
+    assert_same(results(eager, x), results(copy.deepcopy(model.block), x))
+    assert isinstance(eager, Converted)
 
 
 def test_a_copy_of_an_unconverted_model_stays_one() -> None:
@@ -110,13 +110,13 @@ def test_a_copy_of_an_unconverted_model_stays_one() -> None:
 
 
 def test_revert_gives_back_the_model_to_the_bit(x: Tensor) -> None:
-    model, twin = small(), small()
+    model, eager = small(), small()
     everything = {name: dict(m.__dict__) for name, m in model.named_modules()}
     classes = [type(m) for m in model.modules()]
     convert(model)
     assert [type(m).__name__ for m in model.modules()] == [c.__name__ for c in classes]
     assert all(isinstance(m, c) for m, c in zip(model.modules(), classes, strict=True))
-    assert repr(model) == repr(twin)
+    assert repr(model) == repr(eager)
     assert revert(model) is model
     assert [type(m) for m in model.modules()] == classes
     for name, module in model.named_modules():
@@ -124,25 +124,25 @@ def test_revert_gives_back_the_model_to_the_bit(x: Tensor) -> None:
         assert all(value is everything[name][key] for key, value in module.__dict__.items())
     assert all(
         torch.equal(a, b)
-        for a, b in zip(results(model, x).values(), results(twin, x).values(), strict=True)
+        for a, b in zip(results(model, x).values(), results(eager, x).values(), strict=True)
     )
     revert(revert(model))
     assert [type(m) for m in model.modules()] == classes
 
 
 def test_state_dict_and_optimizer_are_the_models(x: Tensor) -> None:
-    model, twin = small(), small()
-    optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (model, twin)]
+    model, eager = small(), small()
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (model, eager)]
     convert(model)
     for _ in range(2):
-        for m, optimizer in zip((model, twin), optimizers, strict=True):
+        for m, optimizer in zip((model, eager), optimizers, strict=True):
             optimizer.zero_grad()
             m(x).square().mean().backward()
             optimizer.step()
-    assert_same(dict(model.state_dict()), dict(twin.state_dict()))
+    assert_same(dict(model.state_dict()), dict(eager.state_dict()))
     fresh = convert(small())
-    fresh.load_state_dict(twin.state_dict())
-    assert_same(results(fresh.eval(), x), results(twin.eval(), x))
+    fresh.load_state_dict(eager.state_dict())
+    assert_same(results(fresh.eval(), x), results(eager.eval(), x))
 
 
 def test_exponential_moving_average(x: Tensor) -> None:
@@ -161,15 +161,15 @@ def test_exponential_moving_average(x: Tensor) -> None:
 @pytest.mark.filterwarnings("ignore")  # in torch.compile's own code
 @pytest.mark.parametrize("mode", ["infer", pytest.param("train", marks=pytest.mark.slow)])
 def test_compiled_whole(mode: Any, x: Tensor) -> None:
-    model, twin = net(_block).double(), net(_block).double()
-    twin.load_state_dict(model.state_dict())
+    model, eager = net(_block).double(), net(_block).double()
+    eager.load_state_dict(model.state_dict())
     convert(model, mode=mode)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert_same(results(compiled, x), _prefixed(results(twin, x)))
-    model.eval(), twin.eval()
-    assert_same(results(compiled, x), _prefixed(results(twin, x)))
+    assert_same(results(compiled, x), _prefixed(results(eager, x)))
+    model.eval(), eager.eval()
+    assert_same(results(compiled, x), _prefixed(results(eager, x)))
     with torch.no_grad():
-        assert_same(compiled(x), twin(x))
+        assert_same(compiled(x), eager(x))
 
 
 def _block(m: Any, x: Tensor) -> Tensor:
@@ -220,29 +220,29 @@ def test_reverted_models_go_to_onnx(x: Tensor) -> None:
 
 
 def test_distributed_data_parallel(x: Tensor, tmp_path: Any) -> None:
-    model, twin = small(), small()
+    model, eager = small(), small()
     convert(model)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1
     )
     try:
         got = results(DistributedDataParallel(model), x)
-        want = results(DistributedDataParallel(twin), x)
+        want = results(DistributedDataParallel(eager), x)
     finally:
         leave_group()
     assert_same(got, want)
 
 
 def test_under_checkpointing_and_func(x: Tensor) -> None:
-    model, twin = convert(small()).eval(), small().eval()
+    model, eager = convert(small()).eval(), small().eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
-    assert_same(again, twin(x))
+    assert_same(again, eager(x))
 
     def loss(m: Any) -> Callable[[Any], Tensor]:
         return lambda p: torch.func.functional_call(m, p, (x,)).square().sum()
 
-    got, want = (torch.func.grad(loss(m))(dict(m.named_parameters())) for m in (model, twin))
+    got, want = (torch.func.grad(loss(m))(dict(m.named_parameters())) for m in (model, eager))
     assert_same(got, want)
     assert not any(m in notes for m in model.modules())  # by the kernels

@@ -85,12 +85,12 @@ def test_a_part_that_was_converted_before() -> None:
 def test_within_no_grad(context: Any) -> None:
     """Nothing of the mode that it was converted in stays."""
     x = images(2, 4, 5, 5)
-    model, twin = prepared(cbr(nn.ReLU())), prepared(cbr(nn.ReLU()))
+    model, eager = prepared(cbr(nn.ReLU())), prepared(cbr(nn.ReLU()))
     with context():
         convert(model)
-        assert_same(model(x), twin(x))
+        assert_same(model(x), eager(x))
     assert patterns(model) == ["conv-bn-relu"]
-    assert_same(results(model, x), results(twin, x))
+    assert_same(results(model, x), results(eager, x))
 
 
 def test_on_the_meta_device() -> None:
@@ -113,19 +113,19 @@ def test_models_without_anything_to_convert() -> None:
 def test_a_layer_by_itself() -> None:
     x = images(2, 4, 5, 5)
     for layer in (bn(), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4)):
-        twin = prepared(type(layer)(*((2, 4) if isinstance(layer, nn.GroupNorm) else (4,))))
+        eager = prepared(type(layer)(*((2, 4) if isinstance(layer, nn.GroupNorm) else (4,))))
         convert(prepared(layer))
         assert isinstance(layer, Converted)
-        assert_same(results(layer, x), results(twin, x))
+        assert_same(results(layer, x), results(eager, x))
 
 
 def test_inputs_without_a_kernel_run_as_before() -> None:
     """Strided views, three dimensions: what PyTorch takes keeps working."""
     model = prepared(nn.Sequential(conv(), nn.GroupNorm(2, 4), nn.ReLU(), conv(), bn(), nn.ReLU()))
-    twin = prepared(nn.Sequential(conv(), nn.GroupNorm(2, 4), nn.ReLU(), conv(), bn(), nn.ReLU()))
+    eager = prepared(nn.Sequential(conv(), nn.GroupNorm(2, 4), nn.ReLU(), conv(), bn(), nn.ReLU()))
     convert(model)
     wide = images(2, 8, 5, 5)[:, ::2]
-    assert_same(results(model, wide), results(twin, wide))
+    assert_same(results(model, wide), results(eager, wide))
     one = convert(prepared(nn.GroupNorm(2, 4)))
     assert one(images(2, 4, 7)).shape == (2, 4, 7)
     with pytest.raises(RuntimeError, match="channels"):  # PyTorch's own words

@@ -110,10 +110,10 @@ def test_one_training_step_changes_what_is_inferred() -> None:
 
 def test_autocast_in_bfloat16() -> None:
     model = prepared(nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU()))).float().eval()
-    twin, x = copy.deepcopy(model), images(2, 4, 8, 8).float()
+    eager, x = copy.deepcopy(model), images(2, 4, 8, 8).float()
     convert(model, mode="infer")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        y, want = model(x), twin(x)
+        y, want = model(x), eager(x)
     assert y.dtype is want.dtype is torch.bfloat16
-    assert_inferred(y, twin.double(), x, torch.bfloat16)
+    assert_inferred(y, eager.double(), x, torch.bfloat16)
     assert patterns(model) == ["conv-bn-relu > conv-bn-relu"]

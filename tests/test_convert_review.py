@@ -85,16 +85,16 @@ def _changeable() -> Any:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_a_trace_has_read_may_change(change: Callable[[Any], None], x: Tensor) -> None:
-    model, twin = _changeable(), _changeable()
+    model, eager = _changeable(), _changeable()
     convert(model)
     assert patterns(model) == ["conv-bn-relu > conv-bn-relu"]
-    change(model), change(twin)
+    change(model), change(eager)
     with pytest.warns(UserWarning, match="has changed since it was converted"):
-        assert_same(results(model, x), results(twin, x))
+        assert_same(results(model, x), results(eager, x))
     convert(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert_same(results(model, x), results(twin, x))
+        assert_same(results(model, x), results(eager, x))
 
 
 def test_a_class_may_get_another_forward(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,13 +115,13 @@ def test_hooks_on_an_identity_run(x: Tensor) -> None:
 
 
 def test_momentum_and_eps_are_read_at_every_call(x: Tensor) -> None:
-    model, twin = prepared(cbr(nn.ReLU())), prepared(cbr(nn.ReLU()))
+    model, eager = prepared(cbr(nn.ReLU())), prepared(cbr(nn.ReLU()))
     convert(model)
-    for m in (model, twin):
+    for m in (model, eager):
         m[1].momentum, m[1].eps = 0.7, 0.5
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert_same(results(model, x), results(twin, x))
+        assert_same(results(model, x), results(eager, x))
 
 
 # What a trace cannot repeat
@@ -154,7 +154,7 @@ def test_what_does_not_repeat_is_not_traced(name: str, x: Tensor) -> None:
     models: Any = [prepared(net(run, part=Part())) for _ in range(2)]
     for m in models:
         m.rng, m.config = random.Random(3), argparse.Namespace(calls=0)
-    model, twin = models
+    model, eager = models
     before = np.random.get_state()[2]  # noqa: NPY002
     convert(model)
     assert np.random.get_state()[2] == before  # noqa: NPY002
@@ -162,10 +162,10 @@ def test_what_does_not_repeat_is_not_traced(name: str, x: Tensor) -> None:
     assert patterns(model.part) == ["conv-bn-relu"]
     KEPT.clear()
     for _ in range(2):
-        assert_same(results(model, x), results(twin, x))
+        assert_same(results(model, x), results(eager, x))
     assert len(KEPT) in (0, 4)
-    assert model.config.calls == twin.config.calls
-    assert model.rng.getstate() == twin.rng.getstate()
+    assert model.config.calls == eager.config.calls
+    assert model.rng.getstate() == eager.rng.getstate()
 
 
 # Classes and copies
@@ -174,9 +174,9 @@ def test_what_does_not_repeat_is_not_traced(name: str, x: Tensor) -> None:
 def test_names_of_a_user_s_own(x: Tensor) -> None:
     model: Any = prepared(net(lambda m, x: m.conversion(fused(m, x)), conversion=nn.Sigmoid()))
     model.original_class = "network"
-    twin = copy.deepcopy(model)
+    eager = copy.deepcopy(model)
     convert(model)
-    assert_same(results(copy.deepcopy(model), x), results(twin, x))
+    assert_same(results(copy.deepcopy(model), x), results(eager, x))
     assert model.original_class == "network"
 
 
@@ -201,18 +201,18 @@ def test_registries_of_classes_keep_what_they_have() -> None:
 
 def test_shallow_copies(x: Tensor) -> None:
     model = convert(prepared(cbr(nn.ReLU())).eval())
-    twin = copy.copy(model)
-    assert patterns(twin) == ["conv-bn-relu"]
-    assert twin[0] is model[0]
-    assert_same(twin(x), model(x))
+    eager = copy.copy(model)
+    assert patterns(eager) == ["conv-bn-relu"]
+    assert eager[0] is model[0]
+    assert_same(eager(x), model(x))
 
 
 def test_copies_of_what_has_changed_since(x: Tensor) -> None:
     model: Any = convert(prepared(nn.Sequential(cbr(nn.ReLU()), Part())).eval())
     model.forward = lambda x: 2 * model[0](x)
-    twin = copy.deepcopy(model)
-    assert "a forward of its own" in untraceable[twin]
-    assert_same(twin(x), model(x))
+    eager = copy.deepcopy(model)
+    assert "a forward of its own" in untraceable[eager]
+    assert_same(eager(x), model(x))
 
 
 def test_scripted_children_are_called(x: Tensor) -> None:
@@ -240,7 +240,7 @@ def test_again_after_a_part_was_changed(change: Callable[[Any], Any]) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.func.jvp's own
 def test_vmap_and_forward_mode(x: Tensor) -> None:
-    model, twin = convert(prepared(cbr(nn.ReLU())).eval()), prepared(cbr(nn.ReLU())).eval()
+    model, eager = convert(prepared(cbr(nn.ReLU())).eval()), prepared(cbr(nn.ReLU())).eval()
 
     def gradients(m: Any) -> Any:
         def loss(p: Any, x: Tensor) -> Tensor:
@@ -248,11 +248,11 @@ def test_vmap_and_forward_mode(x: Tensor) -> None:
 
         return torch.vmap(torch.func.grad(loss), (None, 0))(dict(m.named_parameters()), x)
 
-    assert_same(gradients(model), gradients(twin))
-    got, want = (torch.func.jvp(m, (x,), (x,)) for m in (model, twin))
+    assert_same(gradients(model), gradients(eager))
+    got, want = (torch.func.jvp(m, (x,), (x,)) for m in (model, eager))
     assert_same(got, want)
     both = torch.stack([x, 2 * x])
-    assert_same(torch.vmap(model)(both), torch.vmap(twin)(both))
+    assert_same(torch.vmap(model)(both), torch.vmap(eager)(both))
 
 
 def test_optimizers_that_write_to_data(x: Tensor) -> None:

@@ -97,14 +97,14 @@ def test_sync_batch_norm_alone_is_batch_norm(x: Tensor) -> None:
 
 def test_frozen_parts(x: Tensor) -> None:
     model = prepared(nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU())))
-    twin = prepared(nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU())))
-    for m in (model, twin):
+    eager = prepared(nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU())))
+    for m in (model, eager):
         m[0].requires_grad_(False)
         m[0][1].eval()  # its statistics stay, in a model that trains
     convert(model)
-    got, want = results(model, x), results(twin, x)
+    got, want = results(model, x), results(eager, x)
     assert "d 0.0.weight" not in got
-    assert torch.equal(got["0.1.running_mean"], twin[0][1].running_mean)
+    assert torch.equal(got["0.1.running_mean"], eager[0][1].running_mean)
     assert_same(got, want)
 
 
@@ -115,19 +115,19 @@ def test_flags_that_differ_within_a_model(x: Tensor) -> None:
         return net(lambda m, x: F.dropout(m.relu(m.bn(m.conv(x))), 0.5, m.training))
 
     model = prepared(nn.Sequential(part(), part()))
-    twin = prepared(nn.Sequential(part(), part()))
+    eager = prepared(nn.Sequential(part(), part()))
     convert(model)
     for flags in [(True, False), (False, False), (False, True)]:
-        for m in (model, twin):
+        for m in (model, eager):
             m[0].train(flags[0]), m[1].train(flags[1])
         zeros = [(model[i](images(2, 4, 64, 64)) == 0).double().mean().item() for i in (0, 1)]
-        expected = [(twin[i](images(2, 4, 64, 64)) == 0).double().mean().item() for i in (0, 1)]
+        expected = [(eager[i](images(2, 4, 64, 64)) == 0).double().mean().item() for i in (0, 1)]
         # Two draws of 32768 elements differ by a deviation of at most sqrt(2 / 4 / 32768); by
         # 6 of them in one of 5e8 draws.
         for got, want in zip(zeros, expected, strict=True):
             assert abs(got - want) < 6 * math.sqrt(0.5 / 32768)
-    model.eval(), twin.eval()
-    assert_same(results(model, x), results(twin, x))
+    model.eval(), eager.eval()
+    assert_same(results(model, x), results(eager, x))
 
 
 def test_evaluation_is_traced_at_conversion(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,9 +136,9 @@ def test_evaluation_is_traced_at_conversion(x: Tensor, monkeypatch: pytest.Monke
     convert(model)
     monkeypatch.setattr(converted, "trace", None)
     assert (model(x) == 0).any()
-    twin = prepared(net(lambda m, x: m.relu(m.bn(m.conv(x)))))
-    twin.load_state_dict(model.state_dict())
-    assert_same(model.eval()(x), twin.eval()(x))
+    eager = prepared(net(lambda m, x: m.relu(m.bn(m.conv(x)))))
+    eager.load_state_dict(model.state_dict())
+    assert_same(model.eval()(x), eager.eval()(x))
 
 
 # Forwards that a trace would get wrong
@@ -302,20 +302,20 @@ def seen_by(module: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("layer", ["0.0", "0.1", "1.2"])
 def test_hooks_on_inner_layers_are_left_alone(layer: str, x: Tensor) -> None:
-    model, twin = (prepared(nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU()))) for _ in range(2))
-    seen, expected = seen_by(model.get_submodule(layer)), seen_by(twin.get_submodule(layer))
+    model, eager = (prepared(nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU()))) for _ in range(2))
+    seen, expected = seen_by(model.get_submodule(layer)), seen_by(eager.get_submodule(layer))
     convert(model)
-    assert_same(results(model, x), results(twin, x))
+    assert_same(results(model, x), results(eager, x))
     assert_same(seen, expected)
     if layer != "1.2":  # of an activation: the rest of its step is fused
         assert any("forward hooks" in why for why in reasons(model))
 
 
 def test_hooks_on_containers_run(x: Tensor) -> None:
-    model, twin = (prepared(nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU()))) for _ in range(2))
-    seen, expected = seen_by(model[0]), seen_by(twin[0])
+    model, eager = (prepared(nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU()))) for _ in range(2))
+    seen, expected = seen_by(model[0]), seen_by(eager[0])
     convert(model)
-    assert_same(results(model, x), results(twin, x))
+    assert_same(results(model, x), results(eager, x))
     assert_same(seen, expected)
     assert patterns(model) == ["conv-bn-relu"]  # the second container's
     assert patterns(model[0]) == ["conv-bn-relu"]
@@ -323,12 +323,12 @@ def test_hooks_on_containers_run(x: Tensor) -> None:
 
 @pytest.mark.parametrize("layer", ["0", "0.1", "1.2"])
 def test_hooks_that_come_later_run_too(layer: str, x: Tensor) -> None:
-    model, twin = (prepared(nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU()))) for _ in range(2))
+    model, eager = (prepared(nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU()))) for _ in range(2))
     convert(model)
-    seen, expected = seen_by(model.get_submodule(layer)), seen_by(twin.get_submodule(layer))
+    seen, expected = seen_by(model.get_submodule(layer)), seen_by(eager.get_submodule(layer))
     with warned("the model has changed since it was converted .* has hooks now"):
         got = results(model, x)
-    assert_same(got, results(twin, x))
+    assert_same(got, results(eager, x))
     assert_same(seen, expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -354,16 +354,16 @@ def _forward(m: Any) -> None:
 
 @pytest.mark.parametrize("change", [_replace, _remove, _attribute, _forward])
 def test_changes_after_conversion_take_effect(change: Callable[[Any], None], x: Tensor) -> None:
-    model, twin = (prepared(nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU()))) for _ in range(2))
+    model, eager = (prepared(nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU()))) for _ in range(2))
     convert(model)
-    change(model), change(twin)
+    change(model), change(eager)
     with warned("convert it again"):
         got = results(model, x)
-    assert_same(got, results(twin, x))
+    assert_same(got, results(eager, x))
     convert(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert_same(results(model, x), results(twin, x))
+        assert_same(results(model, x), results(eager, x))
 
 
 def test_a_new_head_needs_no_conversion(x: Tensor) -> None:

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 
 @dataclass
 class Kernel:
-    """One instantiation: what ptxas made of it for a card, and its PTX."""
+    """One instantiation: what ptxas made of it for a GPU, and its PTX."""
 
     arch: str
     name: str  # demangled, without its parameters
@@ -114,7 +114,7 @@ ATOMIC = re.compile(r"\b(?:atom|red)\.([\w.:]+)\.(\w+)\s")
 
 def float_atomics(ptx: str) -> list[str]:
     """The atomic operations of some PTX that add floats, or may: compare-and-swap is how one adds
-    those that the card has no instruction for."""
+    those that the GPU has no instruction for."""
     found = []
     for match in ATOMIC.finditer(ptx):
         operation, kind = match[1].split("."), match[2]

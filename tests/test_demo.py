@@ -167,10 +167,10 @@ def test_comparison_leaves_the_trained_weights_alone(few: demo.Digits) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--epochs", "0"], "argument --epochs: expected a whole number from 1 up, got '0'"),
-        (["--epochs", "two"], "argument --epochs: expected a whole number from 1 up, got 'two'"),
-        (["--threads", "-1"], "argument --threads: expected a whole number from 1 up, got '-1'"),
-        (["--seed", "-1"], "argument --seed: expected a whole number from 0 up, got '-1'"),
+        (["--epochs", "0"], "argument --epochs: expected an integer from 1 up, got '0'"),
+        (["--epochs", "two"], "argument --epochs: expected an integer from 1 up, got 'two'"),
+        (["--threads", "-1"], "argument --threads: expected an integer from 1 up, got '-1'"),
+        (["--seed", "-1"], "argument --seed: expected an integer from 0 up, got '-1'"),
         (["--out", __file__], "argument --out: expected a folder that can be written"),
         (["--out", f"{__file__}/x"], "argument --out: expected a folder that can be written"),
     ],

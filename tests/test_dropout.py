@@ -230,7 +230,7 @@ def test_in_place_is_torchs() -> None:
         assert torch.equal(leaf, x)
         with pytest.raises(RuntimeError, match="view"):
             fn(x.clone().requires_grad_().unbind()[0], 0.5, inplace=True)
-        # What backward needs was overwritten: autograd says so rather than compute nonsense.
+        # What backward needs was overwritten: autograd says so.
         kept = x.clone().requires_grad_().sigmoid()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             fn(kept, 0.5, inplace=True).sum().backward()

@@ -1,10 +1,10 @@
-"""Augment beside a busy card: images and parameters come from the CPU while it works."""
+"""Augment beside a busy GPU: images and parameters come from the CPU while it works."""
 
 from contextlib import nullcontext
 
 import pytest
 import torch
-from card import DEVICE, HAS_CARD, needs_a_card
+from device import DEVICE, HAS_GPU, needs_gpu
 from seeds import seeded
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def data(seed: int) -> tuple[Tensor, Tensor, AugmentParameters]:
 
 def augmented(seed: int, pinned: bool) -> list[Tensor]:
     images, masks, parameters = data(seed)
-    if pinned and HAS_CARD:
+    if pinned and HAS_GPU:
         images, masks = images.pin_memory(), masks.pin_memory()
     moved = (t.to(DEVICE, non_blocking=pinned) for t in (images, masks))
     return list(module().apply_parameters(next(moved), parameters, next(moved)))
@@ -42,28 +42,28 @@ def augmented(seed: int, pinned: bool) -> list[Tensor]:
 @pytest.mark.parametrize("other_stream", [False, True])
 def test_batches_queued_behind_other_work(other_stream: bool) -> None:
     # What was pinned, and the rows of parameters, are gone on the CPU, and their memory used again,
-    # before the card has read them: it must have read the values of the call all the same.
+    # before the GPU has read them: it must have read the values of the call all the same.
     expected = []
     for seed in range(CALLS):
         expected.append(augmented(seed, pinned=False))
-        if HAS_CARD:
+        if HAS_GPU:
             torch.cuda.synchronize()
     assert not torch.equal(expected[0][0], expected[1][0])
-    stream = torch.cuda.stream(torch.cuda.Stream()) if HAS_CARD and other_stream else nullcontext()
+    stream = torch.cuda.stream(torch.cuda.Stream()) if HAS_GPU and other_stream else nullcontext()
     with stream:
-        if HAS_CARD:
+        if HAS_GPU:
             torch.cuda._sleep(CYCLES)
         found = [augmented(seed, pinned=True) for seed in range(CALLS)]
-    if HAS_CARD:
+    if HAS_GPU:
         torch.cuda.synchronize()
     for got, want in zip(found, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-@needs_a_card
+@needs_gpu
 def test_a_call_waits_for_nothing() -> None:
-    # A copy that waits for the card would hold up the CPU until the step before is over.
+    # A copy that waits for the GPU would hold up the CPU until the step before is over.
     images, masks, parameters = data(0)
     images, masks = images.to(DEVICE), masks.to(DEVICE)
     module().apply_parameters(images, parameters, masks)

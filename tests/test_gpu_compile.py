@@ -9,8 +9,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from card import DEVICE, HAS_CARD, needs_a_card
-from card_networks import batch, expected_results, networks, results
+from device import DEVICE, HAS_GPU, needs_gpu
+from gpu_networks import batch, expected_results, networks, results
 from seeds import seed_all
 from tolerance import assert_same
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compiled(model: nn.Module) -> nn.Module:
     other = copy.deepcopy(model)
-    other.compile(fullgraph=True, backend="inductor" if HAS_CARD else "aot_eager")
+    other.compile(fullgraph=True, backend="inductor" if HAS_GPU else "aot_eager")
     return other
 
 
@@ -50,7 +50,7 @@ def test_a_converted_network_is_one_graph() -> None:
             assert_same(found[0][name], expected, name=name)
 
 
-@needs_a_card
+@needs_gpu
 def test_a_compiled_network_is_as_exact_as_its_arithmetic() -> None:
     fused, plain = networks()
     x, target = batch()
@@ -68,7 +68,7 @@ class Dropped(nn.Module):
         return self.dropout(self.conv(x).sigmoid() + y.exp())
 
 
-@needs_a_card
+@needs_gpu
 def test_graph_trees_draw_anew_at_every_replay() -> None:
     # mode="reduce-overhead" captures forward and backward apart. A seed frozen at the capture gives
     # one mask for ever; one that backward does not get from forward, a gradient of another mask.
@@ -90,7 +90,7 @@ def test_graph_trees_draw_anew_at_every_replay() -> None:
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
 
 
-@needs_a_card
+@needs_gpu
 def test_graph_trees_train_as_eager_does() -> None:
     # Running statistics are written in place by operators inside of the graphs; a graph that keeps
     # those of its capture, or reads an input of an earlier step, differs in the loss.

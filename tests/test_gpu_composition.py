@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from card import DEVICE
-from card_networks import (
+from device import DEVICE
+from gpu_networks import (
     assert_bitwise,
     batch,
     expected_logits,
@@ -116,7 +116,7 @@ def test_activation_checkpointing() -> None:
 
 
 def test_func_grad() -> None:
-    # Autograd says what is right, on the card by the same kernels.
+    # Autograd says what is right, on the GPU by the same kernels.
     model, _ = networks(dropout=0.3)
     x, target = batch()
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())

@@ -1,4 +1,4 @@
-"""Networks that convert has changed, on the card: values, memory, and the way there and back."""
+"""Networks that convert has changed, on the GPU: values, memory, and the way there and back."""
 
 import copy
 from collections.abc import Callable
@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from card import DEVICE, HAS_CARD, needs_a_card
-from card_plans import planned_by, wherever_it_can
 from chains import stage
 from conversions import assert_inferred
+from device import DEVICE, HAS_GPU, needs_gpu
+from gpu_plans import planned_by, wherever_it_can
 from oracles import timm, torchvision
 from seeds import seed_all
 from test_conv_bn_act_memory import expected_bytes, state
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gpu
 
 LAST = torch.channels_last
 # How convolutions of float32 round what they read: to TF32, perhaps, which has float16's precision.
-ON_DEVICE = torch.float16 if HAS_CARD else torch.float32
+ON_DEVICE = torch.float16 if HAS_GPU else torch.float32
 
 
 class Case(NamedTuple):
@@ -76,7 +76,7 @@ CASES = ON_CPU_TOO | {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ON_CPU_TOO else needs_a_card) for n in CASES]
+    "name", [pytest.param(n, marks=() if n in ON_CPU_TOO else needs_gpu) for n in CASES]
 )
 def test_a_network_is_what_it_was(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     # verify runs it beside itself unconverted and beside float64, forward and backward, and looks
@@ -95,14 +95,14 @@ def test_a_network_is_what_it_was(name: str, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("memory", ["default", "low", "lowest"])
 @pytest.mark.parametrize(
-    "plan", ["cudnn", pytest.param("triton", marks=needs_a_card), "as PyTorch runs it"]
+    "plan", ["cudnn", pytest.param("triton", marks=needs_gpu), "as PyTorch runs it"]
 )
 def test_bytes_kept_for_backward(plan: str, memory: str) -> None:
     # By the formula that holds on the CPU: what plans and cuDNN need beside is freed by then.
     names = ("projection", "identity", "two steps")
     model = stage(*names, memory=memory).to(DEVICE, memory_format=LAST)
     x = torch.randn(2, 4, 9, 8).to(DEVICE, memory_format=LAST)
-    if plan == "as PyTorch runs it":  # unplanned on the CPU, cuDNN's in another layout on a card
+    if plan == "as PyTorch runs it":  # unplanned on the CPU, cuDNN's in another layout on a GPU
         model, x = model.to(memory_format=torch.contiguous_format), x.contiguous()
         kept = kept_for_backward(lambda: model(x), exclude=state(model))
     else:
@@ -111,22 +111,22 @@ def test_bytes_kept_for_backward(plan: str, memory: str) -> None:
     assert kept == expected_bytes(copy.deepcopy(model).cpu(), x.cpu())
 
 
-def test_to_the_card_and_back() -> None:
-    # Nothing of the card stays with the model: on the CPU again, it computes the bits of before.
+def test_to_the_gpu_and_back() -> None:
+    # Nothing of the GPU stays with the model: on the CPU again, it computes the bits of before.
     for mode in ("train", "infer"):
         model, x = _unet().eval(), torch.randn(2, 3, 16, 16)
         exact = copy.deepcopy(revert(model)).double()
         convert(model, mode=mode)
         with torch.no_grad():
             before = model(x)
-            on_card = model.to(DEVICE)(x.to(DEVICE))
-            assert on_card.is_cuda == HAS_CARD
+            on_gpu = model.to(DEVICE)(x.to(DEVICE))
+            assert on_gpu.is_cuda == HAS_GPU
             assert torch.equal(model.to("cpu")(x), before)
-        for y, dtype in ((before, torch.float32), (on_card, ON_DEVICE)):
+        for y, dtype in ((before, torch.float32), (on_gpu, ON_DEVICE)):
             assert_inferred(y, exact, x, dtype)
 
 
-def test_a_changed_model_says_so_on_the_card_too() -> None:
+def test_a_changed_model_says_so_on_the_gpu_too() -> None:
     # A hook inside of what was fused: a warning, then its layers one by one.
     model, x = _unet().eval(), torch.randn(2, 3, 16, 16)
     exact = copy.deepcopy(revert(model)).double()

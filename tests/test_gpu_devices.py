@@ -1,9 +1,9 @@
-"""Tensors of a card that is not the current one."""
+"""Tensors of a GPU that is not the current one."""
 
 import pytest
 import torch
-from card import needs_a_card
-from card_calls import CALLS, assert_equal, inputs, run
+from device import needs_gpu
+from gpu_calls import CALLS, assert_equal, inputs, run
 from seeds import seed_all
 
 import fastcnn.plan
@@ -14,15 +14,15 @@ from fastcnn.plan.planner import Planner
 
 pytestmark = [
     pytest.mark.gpu,
-    needs_a_card,
+    needs_gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_runs_where_its_tensors_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A launch on the current card would fault or give garbage; one that changes the current card
-    # would show in the caller's next tensor. Two cards of one kind compute the same bits.
+    # A launch on the current GPU would fault or give garbage; one that changes the current GPU
+    # would show in the caller's next tensor. Two GPUs of one kind compute the same bits.
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     found = []
     for index in (0, 1):
@@ -36,8 +36,8 @@ def test_a_call_runs_where_its_tensors_are(name: str, monkeypatch: pytest.Monkey
         assert_equal(*found)
 
 
-def test_each_card_has_plans_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Cards may differ: a plan of one is none of another.
+def test_each_gpu_has_plans_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    # GPUs may differ: a plan of one is none of another.
     planner = Planner("off", OPS, {})
     monkeypatch.setattr(fastcnn.plan, "_planner", lambda: planner)
     for index in (0, 1):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from card import DEVICE, needs_a_card
-from card_networks import assert_bitwise, batch, expected_results, networks, results
+from device import DEVICE, needs_gpu
+from gpu_networks import assert_bitwise, batch, expected_results, networks, results
 from seeds import seed_all
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +21,7 @@ from fastcnn.ops.conv_bn_act import step as conv_bn_act_step
 
 # Not by gloo: PyTorch 2.13 holds the interpreter's lock while destroy_process_group waits for a
 # thread that may need it, to let go of a DDP reduction, and then waits forever.
-pytestmark = [pytest.mark.gpu, needs_a_card]
+pytestmark = [pytest.mark.gpu, needs_gpu]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """A group of this process; NCCL is told its card, or it would guess, and say so."""
+    """A group of this process; NCCL is told its GPU, or it would guess, and say so."""
     distributed.init_process_group(
         "nccl", init_method=f"file://{folder}/store", rank=0, world_size=1,
         device_id=torch.device("cuda", 0),

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from card import DEVICE, needs_a_card
-from card_calls import CALLS, assert_equal, inputs, run
-from card_graphs import WARM_UPS, captured
+from device import DEVICE, needs_gpu
+from gpu_calls import CALLS, assert_equal, inputs, run
+from gpu_graphs import WARM_UPS, captured
 from seeds import seed_all, seeded
 from torch import Tensor, nn
 
@@ -89,8 +89,8 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
 
 
-def assert_same_state(model: nn.Module, twin: nn.Module) -> None:
-    for (name, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+def assert_same_state(model: nn.Module, plain: nn.Module) -> None:
+    for (name, a), b in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
 
@@ -112,9 +112,9 @@ def test_a_whole_training_step(optimizer_inside: bool) -> None:
         return loss.detach()
 
     found, replay = captured(lambda: [forward_backward(model, optimizer, x, target)])
-    twin = copy.deepcopy(model)
-    twin_optimizer = optimizer_of(twin)
-    twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    plain = copy.deepcopy(model)
+    plain_optimizer = optimizer_of(plain)
+    plain_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for seed in (1, 2, 3):
         new_x, new_target = batch(seed)
         x.copy_(new_x)
@@ -122,36 +122,36 @@ def test_a_whole_training_step(optimizer_inside: bool) -> None:
         seed_all(seed)
         replay()
         seed_all(seed)
-        loss = forward_backward(twin, twin_optimizer, new_x, new_target)
+        loss = forward_backward(plain, plain_optimizer, new_x, new_target)
         if not optimizer_inside:
             optimizer.step()
-            twin_optimizer.step()
+            plain_optimizer.step()
         assert torch.equal(found[0], loss)
-    assert_same_state(model, twin)
+    assert_same_state(model, plain)
     counted = model.state_dict()["0.bn1.num_batches_tracked"]
     assert counted.item() == WARM_UPS + 3
 
 
 # PyTorch's own static outputs keep the capture's autograd graph, and its stream, alive.
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")
-@needs_a_card
+@needs_gpu
 def test_graphed_callables() -> None:
     # PyTorch's graphs of forward and backward by themselves, dropout's seed in the first.
     model, (x, target) = network(), batch(0)
-    twin = copy.deepcopy(model)
+    plain = copy.deepcopy(model)
     torch.cuda.make_graphed_callables(model, (x,))
-    twin.load_state_dict(model.state_dict())  # its warm-up has moved running statistics
+    plain.load_state_dict(model.state_dict())  # its warm-up has moved running statistics
     for seed in (1, 2):
         x, target = batch(seed)
-        for one in (model, twin):
+        for one in (model, plain):
             one.zero_grad()
             seed_all(seed)
             F.cross_entropy(one(x), target).backward()
-        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
             assert torch.equal(p.grad, q.grad), name
-    assert_same_state(model, twin)
+    assert_same_state(model, plain)
     x, _ = batch(3)  # in evaluation PyTorch leaves the graph
-    assert torch.equal(model.eval()(x), twin.eval()(x))
+    assert torch.equal(model.eval()(x), plain.eval()(x))
 
 
 def test_a_module_with_a_graphed_forward_is_called_as_it_was() -> None:
@@ -163,7 +163,7 @@ def test_a_module_with_a_graphed_forward_is_called_as_it_was() -> None:
     assert torch.equal(model(x), expected)
 
 
-@needs_a_card
+@needs_gpu
 def test_a_problem_that_is_first_met_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     # Nothing is run to check it, which would be captured too: the default plan runs, the report
     # says that it is not checked, and the next call outside checks it.
@@ -189,7 +189,7 @@ def test_a_problem_that_is_first_met_in_a_capture(monkeypatch: pytest.MonkeyPatc
         assert planners[1].plans() == known
 
 
-@needs_a_card
+@needs_gpu
 def test_scales_that_nobody_has_looked_at_are_refused_in_a_capture() -> None:
     # conv2d_int8 looks at weight_scale and bias once, which waits for the device: in a capture it
     # says what to do instead, the capture ends in order, and the next one succeeds.
@@ -214,7 +214,7 @@ FIRST = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from card_calls import CALLS, assert_equal, inputs, run
+from gpu_calls import CALLS, assert_equal, inputs, run
 from seeds import seed_all
 
 for name in CALLS:
@@ -232,7 +232,7 @@ for name in CALLS:
 """
 
 
-@needs_a_card
+@needs_gpu
 def test_a_kernel_s_first_launch_may_be_captured() -> None:
     # In a process of its own, where each kernel is loaded, and allowed its shared memory, while the
     # capture is on.

@@ -1,7 +1,7 @@
-"""dropout, interpolate and augment on the card, through their public functions and autograd.
+"""dropout, interpolate and augment on the GPU, through their public functions and autograd.
 
 Oracles and limits are those of the tests on the CPU; where a result is defined to the bit it is the
-CPU operator's. And: no operator with a CUDA implementation goes without a call on the card.
+CPU operator's. And: no operator with a CUDA implementation goes without a call on the GPU.
 """
 
 import itertools
@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import card_calls
+import gpu_calls
 import pytest
 import torch
 from augment_cases import (
@@ -20,8 +20,8 @@ from augment_cases import (
     resized,
     smooth_images,
 )  # fmt: skip
-from card import CARD, DEVICE, HAS_CARD, cuda_operators, needs_a_card, on_card
 from cuda_emu import library
+from device import DEVICE, GPU, HAS_GPU, cuda_operators, needs_gpu, on_gpu
 from seeds import seed_all
 from shapes import EDGES, LAYOUTS, RESNET50, Image
 from test_dropout import SEED
@@ -35,21 +35,24 @@ from fastcnn.reference.dropout import threshold
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LARGE = [pytest.param(image, marks=needs_a_card) for image in RESNET50[::2]]
+LARGE = [pytest.param(image, marks=needs_gpu) for image in RESNET50[::2]]
 
 
 def test_every_operator_with_a_cuda_implementation_is_called() -> None:
     x = image((2, 16, 5, 7), torch.float16, "channels_last").to(DEVICE)
     weight = image((16, 16, 3, 3), torch.float16, "channels_last").to(DEVICE)
-    with on_card() as called:
-        for name in card_calls.CALLS:
-            card_calls.run(name, *card_calls.inputs(name, 0))
+    with on_gpu() as called:
+        for name in gpu_calls.CALLS:
+            gpu_calls.run(name, *gpu_calls.inputs(name, 0))
         geometry = [1, 1], [1, 1], [1, 1], 1
         torch.ops.fastcnn.conv2d_relu(x, weight, weight[:, 0, 0, 0].contiguous(), None, *geometry)
-    assert cuda_operators() <= {*called.operators, "afresh"}  # that one stands in compiled graphs
+    assert cuda_operators() <= {
+        *called.operators,
+        "clone_no_cse",
+    }  # of compiled graphs
 
 
-@pytest.mark.skipif(HAS_CARD, reason="there is a card: nothing is emulated")
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU: nothing is emulated")
 def test_every_cuda_implementation_in_csrc_is_emulated() -> None:
     # One that is not would be called on the CPU, and its tests would prove nothing.
     library.load()
@@ -75,7 +78,7 @@ def test_dropout_s_masks_and_values_are_the_cpu_operator_s(shape: Image, layout:
     for p, per_channel, dtype in itertools.product((0.1, 1 - 2**-17), (False, True), DTYPES):
         x = image(shape.sizes, dtype, layout)
         expected = op(x, None, seed, p, per_channel)
-        with on_card():
+        with on_gpu():
             y = op(x.to(DEVICE), None, seed.to(DEVICE), p, per_channel)
         assert torch.equal(y.cpu(), expected), (p, per_channel, dtype)
         assert y.stride() == x.stride()
@@ -93,7 +96,7 @@ def test_dropout_and_its_gradient(dtype: torch.dtype, layout: str) -> None:
         images = [t.contiguous(memory_format=LAYOUTS[layout])[1:] for t in base.chunk(3)]
         x, residual, dy = (t.detach().requires_grad_() for t in images)
         seed_all(5)
-        with on_card():
+        with on_gpu():
             y = dropout(
                 x * 1 if inplace else x, 0.3, inplace=inplace, per_channel=per_channel,
                 residual=residual if added else None,
@@ -119,12 +122,12 @@ def test_dropout_and_its_gradient(dtype: torch.dtype, layout: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_interpolate(case: Resize, layout: str, how: dict[str, Any]) -> None:
     for dtype in DTYPES:
-        check(case, dtype, layout, how, CARD)
+        check(case, dtype, layout, how, GPU)
 
 
 UNET = [
-    pytest.param(Resize((1, 1024, 16, 16), {"scale_factor": 2}, "U-Net"), marks=needs_a_card),
-    pytest.param(Resize((2, 128, 128, 128), {"scale_factor": 2}, "U-Net"), marks=needs_a_card),
+    pytest.param(Resize((1, 1024, 16, 16), {"scale_factor": 2}, "U-Net"), marks=needs_gpu),
+    pytest.param(Resize((2, 128, 128, 128), {"scale_factor": 2}, "U-Net"), marks=needs_gpu),
 ]
 
 
@@ -132,7 +135,7 @@ UNET = [
 @pytest.mark.parametrize("case", UNET, ids=str)
 def test_interpolate_of_large_images(case: Resize, layout: str) -> None:
     for how, dtype in itertools.product(MODES[1:], DTYPES[:2]):
-        check(case, dtype, layout, how, CARD)
+        check(case, dtype, layout, how, GPU)
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -148,7 +151,7 @@ def test_interpolate_beside_a_skip_is_torch_s_cat(
         dy = image((2, c + c_skip, 10, 12), dtype, layout, 2).to(DEVICE)
         leaf, alone = x.clone().requires_grad_(), x.clone().requires_grad_()
         dup, dskip = dy.split((c, c_skip) if last else (c_skip, c), 1)[:: 1 if last else -1]
-        with on_card():
+        with on_gpu():
             y = interpolate(leaf, scale_factor=2, **how, concat=skip, concat_last=last)
             y.backward(dy)
             up = interpolate(alone, scale_factor=2, **how)
@@ -176,7 +179,7 @@ def test_interpolate_s_gradients_in_any_layout(layout: str) -> None:
         MODES,
     ):
         dense = dy.contiguous(memory_format=LAYOUTS[layout])
-        with on_card():
+        with on_gpu():
             actual, again, expected = (
                 run(interpolate, x, g, scale_factor=2, **how) for g in (dy, dy, dense)
             )
@@ -188,7 +191,7 @@ def test_empty_batches() -> None:
     for layout, c_skip in itertools.product(LAYOUTS, [None, 2]):
         x = image((0, 3, 4, 5), torch.float32, layout).to(DEVICE).requires_grad_()
         skip = None if c_skip is None else torch.ones(0, c_skip, 8, 10, device=DEVICE)
-        with on_card():
+        with on_gpu():
             y = interpolate(x, scale_factor=2, concat=skip)
             y.sum().backward()
             assert dropout(x).shape == x.shape
@@ -206,7 +209,7 @@ def test_augment_is_the_reference_s(c: int, layout: str) -> None:
     for images, p, size, options in resized(c, LAYOUTS[layout]):
         expected = reference.augment(images, p, size, **options)
         how: dict[str, Any] = {**options, "size": size, "memory_format": LAYOUTS[layout]}
-        with on_card():
+        with on_gpu():
             y, *halves = (augment(images.to(DEVICE), p, **how, dtype=t) for t in DTYPES)
             again = augment(images.to(DEVICE), p, **how)
         assert y.is_contiguous(memory_format=LAYOUTS[layout])
@@ -223,7 +226,7 @@ def test_augment_s_masks_are_the_cpu_operator_s(dtype: torch.dtype) -> None:
     labels = torch.arange(4 * SIZE[0] * SIZE[1]).view(4, *SIZE) % 251
     masks = labels.to(dtype)
     _, expected = augment(images, p, size=(29, 31), masks=masks)
-    with on_card():
+    with on_gpu():
         _, found = augment(images.to(DEVICE), p, size=(29, 31), masks=masks.to(DEVICE))
         y, nothing = augment(images[:0].to(DEVICE), p[:0], masks=masks[:0].to(DEVICE))
     clear = clear_of_ties(p, SIZE, (29, 31))

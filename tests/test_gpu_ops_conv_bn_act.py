@@ -12,9 +12,9 @@ from functools import partial
 import pytest
 import torch
 from activations import ACTS
-from card import DEVICE, needs_a_card, on_card
-from card_plans import planned_by, wherever_it_can
 from chains import Chain, Stage, conv_bn, expected_roundings, results, stage
+from device import DEVICE, needs_gpu, on_gpu
+from gpu_plans import planned_by, wherever_it_can
 from seeds import seed_all
 from test_conv_bn_act_fused import chain, pooled_grouped_and_depthwise
 from torch import Tensor
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.gpu
 slow = pytest.mark.slow
 PLANS = ["cudnn", "triton"]
 # The interpreter's: test_conv_bn_act_fused.py, at length.
-BY_CUDNN = [pytest.param("cudnn", marks=slow), pytest.param("triton", marks=needs_a_card)]
+BY_CUDNN = [pytest.param("cudnn", marks=slow), pytest.param("triton", marks=needs_gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -53,7 +53,7 @@ def check(
     # The fused one has the batch norm in its weights, which are rounded once more.
     expected = expected_roundings(model, x, added, dtype if plan == "cudnn_fused" else None)
     there = [t if t is None else t.to(DEVICE) for t in (x, added)]
-    with on_card(), planned_by(partial(wherever_it_can, plan)):
+    with on_gpu(), planned_by(partial(wherever_it_can, plan)):
         expected.check(results(model.to(DEVICE), *there))
 
 
@@ -63,7 +63,7 @@ def check(
      *(pytest.param(*how, True, marks=slow) for how in itertools.product(DTYPES[1:], ["cudnn"])),
      *(pytest.param(*how, False, marks=slow) for how in itertools.product(DTYPES, ["cudnn"])),
      pytest.param(torch.bfloat16, "triton", False, marks=slow),
-     *(pytest.param(*how, marks=needs_a_card)
+     *(pytest.param(*how, marks=needs_gpu)
        for how in itertools.product(DTYPES[::2], ["triton"], [True, False]))],
 )  # fmt: skip
 def test_a_chain(dtype: torch.dtype, plan: str, training: bool) -> None:
@@ -75,7 +75,7 @@ def test_a_chain(dtype: torch.dtype, plan: str, training: bool) -> None:
     ("memory", "plan"),
     [*(pytest.param(memory, "cudnn", marks=slow) for memory in ("default", "low")),
      ("lowest", "cudnn"), ("lowest", "triton"),
-     *(pytest.param(memory, "triton", marks=needs_a_card) for memory in ("default", "low"))],
+     *(pytest.param(memory, "triton", marks=needs_gpu) for memory in ("default", "low"))],
 )  # fmt: skip
 def test_bottlenecks_at_each_memory_level(memory: str, plan: str) -> None:
     for shortcuts in (("projection", "identity"), ("two steps", "none")):
@@ -92,7 +92,7 @@ def test_pooling_grouped_and_depthwise(plan: str) -> None:
     ("act", "plan"),
     [("relu", "cudnn"), ("relu", "cudnn_fused"),
      *(pytest.param(act, "cudnn", marks=slow) for act in ACTS if act != "relu"),
-     *(pytest.param(act, "triton", marks=needs_a_card) for act in ("relu", "silu"))],
+     *(pytest.param(act, "triton", marks=needs_gpu) for act in ("relu", "silu"))],
 )  # fmt: skip
 def test_inference(act: str, plan: str) -> None:
     # Its fused one is for halves, of whole vectors of channels.
@@ -116,7 +116,7 @@ def test_the_same_bits_twice_and_at_each_memory_level(plan: str) -> None:
         for level in ("default", "default", "low", "lowest"):
             again = copy.deepcopy(model)
             again.memory = level
-            with on_card(), planned_by(partial(wherever_it_can, plan)):
+            with on_gpu(), planned_by(partial(wherever_it_can, plan)):
                 found.append(results(again, x, None))
     finally:
         torch.backends.cudnn.deterministic = deterministic
@@ -132,7 +132,7 @@ def test_gradients_in_any_layout_and_an_empty_batch(plan: str) -> None:
     ones = torch.ones(2, 24, 3, 4, device=DEVICE)
     dys = [ones.expand(2, 24, 3, 4), ones.contiguous(memory_format=torch.channels_last)]
     dys.append(torch.ones((), device=DEVICE).expand(2, 24, 3, 4))
-    with on_card(), planned_by(partial(wherever_it_can, plan)):
+    with on_gpu(), planned_by(partial(wherever_it_can, plan)):
         first, *others = (torch.autograd.grad(copy.deepcopy(model)(x), x, dy) for dy in dys)
         assert all(torch.equal(other[0], first[0]) for other in others)
         y = model.eval()(x[:0])
@@ -141,7 +141,7 @@ def test_gradients_in_any_layout_and_an_empty_batch(plan: str) -> None:
     assert all(not w.grad.any() for w in weights)
 
 
-@needs_a_card
+@needs_gpu
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_resnet50_s_bottlenecks(dtype: torch.dtype, plan: str) -> None:
@@ -159,7 +159,7 @@ def test_what_was_called() -> None:
         ("triton", {"conv2d_fused", "conv2d_fused_bwd_input", "conv2d_fused_bwd_weight"}),
         ("cudnn", {"batch_norm_act_fwd", "batch_norm_act_bwd"}),
     ):
-        with on_card() as called, planned_by(partial(wherever_it_can, plan)):
+        with on_gpu() as called, planned_by(partial(wherever_it_can, plan)):
             results(chain().to(DEVICE), x, None)
         assert expected <= set(called.operators), plan
     names = {"conv2d_fused", "aten.convolution.default"}

@@ -1,7 +1,7 @@
-"""Tensors of more than 2^31 elements, on the card: a batch that repeats a few images.
+"""Tensors of more than 2^31 elements, on the GPU: a batch that repeats a few images.
 
 Where a 32-bit index overflows, the last images are not what the first ones are. The same bodies run
-with few copies where there is no card.
+with few copies where there is no GPU.
 """
 
 import pytest
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import triton_proof  # noqa: F401 (mends the interpreter)
 from augment_cases import draw_everything
 from batch_norm_cases import Case, normalised
-from card import DEVICE, needs_a_card, on_card
+from device import DEVICE, needs_gpu, on_gpu
 from norm_cases import Draw, Normalised, halved, norm_errors, normalised_by_group
 from seeds import seeded
 from shapes import LAYOUTS
@@ -27,7 +27,7 @@ from fastcnn.ops.conv2d.fused import conv2d_fused_bwd_weight as bwd_weight
 from fastcnn.reference.dropout import draws, threshold
 
 pytestmark = pytest.mark.gpu
-LARGE = pytest.param(True, marks=needs_a_card, id="large")
+LARGE = pytest.param(True, marks=needs_gpu, id="large")
 SIZE = pytest.mark.parametrize("large", [False, LARGE])
 LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 DTYPE, LIMIT = torch.bfloat16, 2**31
@@ -110,7 +110,7 @@ def test_normalisations(name: str, layout: str, large: bool) -> None:
 
     many = [repeated(t, copies, layout) for t in (x, dy, residual)]
     assert not large or many[0].numel() > LIMIT
-    with on_card():
+    with on_gpu():
         found = results(many[0], many[1].detach(), many[2].detach(), True)
     del many
     exact = results(x.double().requires_grad_(), dy.double(), residual.double(), False)
@@ -131,7 +131,7 @@ def test_dropout(per_channel: bool, layout: str, large: bool) -> None:
     sizes, copies = sizes_of(large)
     x = repeated(torch.ones(sizes, dtype=DTYPE), copies, layout)
     seed, op = torch.tensor(SEED, device=DEVICE), torch.ops.fastcnn.dropout_apply
-    with on_card(), torch.no_grad():
+    with on_gpu(), torch.no_grad():
         y = op(x, None, seed, 0.3, per_channel)
         inplace = x.detach()
         torch.ops.fastcnn.dropout_apply_(inplace, None, seed, 0.3, per_channel)
@@ -163,7 +163,7 @@ def test_interpolate(mode: str, layout: str, large: bool) -> None:
 
     many = [repeated(t, copies, layout) for t in (x, skip, dy)]
     assert not large or many[2].numel() > LIMIT
-    with on_card():
+    with on_gpu():
         found = results(many[0], many[1].detach(), many[2].detach())
         one = [repeated(t, 1, layout) for t in (x, skip, dy)]
         expected = results(one[0], one[1].detach(), one[2].detach())
@@ -181,7 +181,7 @@ def test_augment(layout: str, large: bool) -> None:
     images = torch.randint(256, (n, 3, 33, 47), dtype=torch.uint8, device=DEVICE, generator=g)
     p = draw_everything(n, (33, 47), size)
     options = {"size": size, "dtype": DTYPE, "memory_format": LAYOUTS[layout]}
-    with on_card():
+    with on_gpu():
         y = augment(images, p, **options)
         for i in (slice(0, 2), slice(n // 2, n // 2 + 2), slice(n - 2, n)):
             assert torch.equal(y[i], augment(images[i], p[i], **options))
@@ -197,7 +197,7 @@ def test_convolutions(size: int, large: bool) -> None:
     weight = weight.contiguous(memory_format=torch.channels_last).to(DEVICE)
     g = ConvGeometry(padding=(size // 2, size // 2))
     many, dmany = (repeated(t, copies, "channels_last").detach() for t in (x, dy))
-    with on_card():
+    with on_gpu():
         found = [conv2d_fused(Input(many), weight, g, Output())[0]]
         found.append(conv2d_fused_bwd_input(Gradient(dmany), weight, Input(many), g)[0])
         dweight = bwd_weight(Gradient(dmany), weight, Input(many), g).cpu()
@@ -224,7 +224,7 @@ def test_running_and_dropped_through_the_functions(large: bool) -> None:
     draw = Draw(sizes, DTYPE, "channels_last", torch.float32)
     x, stats = draw.image(), [draw.uniform(0.5, 1.5).to(DEVICE) for _ in range(4)]
     many = repeated(x, copies, "channels_last")
-    with on_card():
+    with on_gpu():
         y = batch_norm_act(many, *stats)
         one = batch_norm_act(repeated(x, 1, "channels_last"), *stats)
         assert torch.equal(assert_repeats(y, copies), one.detach().cpu())

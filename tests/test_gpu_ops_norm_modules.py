@@ -1,4 +1,4 @@
-"""Modules of normalisations, and the operators of synchronised statistics, on the card."""
+"""Modules of normalisations, and the operators of synchronised statistics, on the GPU."""
 
 import copy
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import batch_norm_cases as batch_norm
 import pytest
 import torch
-from card import DEVICE, on_card
+from device import DEVICE, on_gpu
 from norm_cases import compare, halved, norm_errors, normalised_by_group
 from seeds import seeded
 from shapes import LAYOUTS
@@ -69,7 +69,7 @@ def test_modules(name: str, training: bool) -> None:
         return {k: t.cpu() for k, t in found.items()}
 
     exact = results(theirs, nn.SiLU(), torch.float64)
-    with on_card():
+    with on_gpu():
         actual = results(ours, nn.Identity(), DEVICE)
     assert actual.keys() == exact.keys()
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_synchronised_statistics_make_the_whole(layout: str, dtype: torch.dtype)
     here = case.to(DEVICE)
     affine = here.weight, here.bias
     xs, residuals, dys = parts(here.x), parts(here.residual), parts(here.dy)
-    with on_card():
+    with on_gpu():
         gathered = torch.stack([ops.batch_norm_act_stats(x) for x in xs])
         mean, var, total = ops.batch_norm_join_stats(gathered)
         fixed = *affine, mean, var

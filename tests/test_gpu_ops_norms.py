@@ -1,4 +1,4 @@
-"""The normalisations on the card, through their public functions and autograd, against float64.
+"""The normalisations on the GPU, through their public functions and autograd, against float64.
 
 Cases, oracle and limits are those of the tests on the CPU (test_batch_norm_act.py,
 test_group_norm_act.py).
@@ -13,7 +13,7 @@ import pytest
 import test_group_norm_act as group_norm
 import torch
 from activations import ACTS
-from card import CARD, DEVICE, needs_a_card, on_card
+from device import DEVICE, GPU, needs_gpu, on_gpu
 from shapes import EDGES, GROUPED, LAYOUTS, RESNET50, Image
 from test_group_norm_act import PIXELS
 from torch import Tensor
@@ -22,7 +22,7 @@ from fastcnn import functional, reference
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LARGE = [pytest.param(image, marks=needs_a_card) for image in RESNET50[::2]]
+LARGE = [pytest.param(image, marks=needs_gpu) for image in RESNET50[::2]]
 TRAINING_AND_EVAL = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 
 
@@ -31,10 +31,10 @@ TRAINING_AND_EVAL = pytest.mark.parametrize("training", [True, False], ids=["tra
 def test_batch_norm_act_of_every_shape(image: Image, layout: str) -> None:
     # The backward has four ways to dz: each in one of these.
     make = batch_norm.make_case
-    batch_norm.check(make(image.sizes, torch.float32, layout, "relu6"), CARD)
-    batch_norm.check(make(image.sizes, torch.float32, layout, "silu", residual=True), CARD)
-    batch_norm.check(make(image.sizes, torch.bfloat16, layout, "gelu"), CARD)
-    batch_norm.check(make(image.sizes, torch.float16, layout, "relu", residual=True), CARD)
+    batch_norm.check(make(image.sizes, torch.float32, layout, "relu6"), GPU)
+    batch_norm.check(make(image.sizes, torch.float32, layout, "silu", residual=True), GPU)
+    batch_norm.check(make(image.sizes, torch.bfloat16, layout, "gelu"), GPU)
+    batch_norm.check(make(image.sizes, torch.float16, layout, "relu", residual=True), GPU)
 
 
 @TRAINING_AND_EVAL
@@ -45,34 +45,34 @@ def test_every_combination_of_batch_norm_act(
 ) -> None:
     for act, residual in itertools.product(ACTS, [False, True]):
         case = batch_norm.make_case((5, 7, 9, 11), dtype, layout, act, residual, training)
-        batch_norm.check(case, CARD)
+        batch_norm.check(case, GPU)
     mixed = (4, 6, 5, 5), dtype, layout, "relu", True, training, torch.float32
-    batch_norm.check(batch_norm.make_case(*mixed), CARD)
+    batch_norm.check(batch_norm.make_case(*mixed), GPU)
     for missing in (["weight"], ["bias"], ["weight", "bias"]):
         case = batch_norm.make_case((3, 5, 4, 6), dtype, layout, "none", False, training)
-        batch_norm.check(replace(case, **dict.fromkeys(missing)), CARD)
+        batch_norm.check(replace(case, **dict.fromkeys(missing)), GPU)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("image", "groups"),
-    [*GROUPED, *(pytest.param(i.values[0], 32, marks=needs_a_card) for i in LARGE)],
+    [*GROUPED, *(pytest.param(i.values[0], 32, marks=needs_gpu) for i in LARGE)],
     ids=str,
 )
 def test_group_norm_act_of_every_shape(image: Image, groups: int, layout: str) -> None:
     make = group_norm.make_case
-    group_norm.check(make(image.sizes, groups, torch.float32, layout, "relu"), CARD)
-    group_norm.check(make(image.sizes, groups, torch.bfloat16, layout, "silu"), CARD)
-    group_norm.check(make(image.sizes, groups, torch.float16, layout, "none"), CARD)
-    group_norm.check(make(image.sizes, PIXELS, torch.float32, layout, "none"), CARD)
-    group_norm.check(make(image.sizes, PIXELS, torch.bfloat16, layout, "gelu"), CARD)
+    group_norm.check(make(image.sizes, groups, torch.float32, layout, "relu"), GPU)
+    group_norm.check(make(image.sizes, groups, torch.bfloat16, layout, "silu"), GPU)
+    group_norm.check(make(image.sizes, groups, torch.float16, layout, "none"), GPU)
+    group_norm.check(make(image.sizes, PIXELS, torch.float32, layout, "none"), GPU)
+    group_norm.check(make(image.sizes, PIXELS, torch.bfloat16, layout, "gelu"), GPU)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_combination_of_group_norm_act(dtype: torch.dtype, layout: str) -> None:
     for act, groups in itertools.product(ACTS, (1, 2, 6, PIXELS)):
-        group_norm.check(group_norm.make_case((5, 6, 9, 11), groups, dtype, layout, act), CARD)
+        group_norm.check(group_norm.make_case((5, 6, 9, 11), groups, dtype, layout, act), GPU)
 
 
 def calls(layout: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, Any, Any]]:
@@ -104,7 +104,7 @@ def test_gradients_in_any_layout(layout: str) -> None:
             torch.randn(4, 6, 5, 14, device=DEVICE)[..., ::2],
         ):
             dense = dy.contiguous(memory_format=LAYOUTS[layout])
-            with on_card():
+            with on_gpu():
                 assert_equal(run(fn, replace(case, dy=dy)), run(fn, replace(case, dy=dense)))
 
 
@@ -121,17 +121,17 @@ def test_misaligned_images(layout: str, dtype: torch.dtype) -> None:
         return base[1:]
 
     case = batch_norm.make_case(sizes, dtype, layout, residual=True)
-    expected = batch_norm.check(case, CARD)
+    expected = batch_norm.check(case, GPU)
     here = case.to(DEVICE)
     views = {k: sliced(getattr(here, k)) for k in ("x", "residual", "dy")}
-    with on_card():
+    with on_gpu():
         found = batch_norm.run(batch_norm.fastcnn_batch_norm_act, replace(here, **views))
     assert_equal({k: t.cpu() for k, t in found.items()}, expected)
     for groups in (1, 3, PIXELS):
         small = group_norm.make_case(sizes, groups, dtype, layout)
-        expected = group_norm.check(small, CARD)
+        expected = group_norm.check(small, GPU)
         there = small.to(DEVICE)
-        with on_card():
+        with on_gpu():
             of_views = replace(there, x=sliced(there.x), dy=sliced(there.dy))
             found = group_norm.run(group_norm.fastcnn_norm_act, of_views)
         assert_equal({k: t.cpu() for k, t in found.items()}, expected)
@@ -143,7 +143,7 @@ def test_the_same_bits_twice_and_all_of_them_written(layout: str) -> None:
     # writes, or a sum in an order of its own, would be seen.
     for dtype in DTYPES:
         for case, fn, run in calls(layout, dtype).values():
-            with on_card():
+            with on_gpu():
                 first = run(fn, case)
                 torch.use_deterministic_algorithms(True)
                 try:
@@ -160,7 +160,7 @@ def test_a_large_mean_keeps_its_variance(layout: str) -> None:
     for image, groups in [*((image, 1) for image in EDGES), *GROUPED]:
         x = group_norm.make_case(image.sizes, groups, torch.float32, layout, "none").x + 1e4
         there = x.to(DEVICE)
-        with on_card():
+        with on_gpu():
             _, _, var = ops.batch_norm_act_fwd(there, None, None, None, 1e-5, 0)
             found = [(var, x.double().var((0, 2, 3), correction=0))]
             for form in (groups, PIXELS):
@@ -173,11 +173,11 @@ def test_a_large_mean_keeps_its_variance(layout: str) -> None:
 
 
 def test_float64_is_the_cpu_s() -> None:
-    # By the launchers themselves; on a card the functions say so before.
+    # By the launchers themselves; on a GPU the functions say so before.
     ops, x, c = torch.ops.fastcnn, torch.ones(2, 3, 4, 5).double().to(DEVICE), torch.ones(3)
     c = c.double().to(DEVICE)
     stats, matrix, rest = (c, c, c, c), torch.ones(2, 3).to(c), (1e-5, 1)
-    with on_card():
+    with on_gpu():
         for run in (
             lambda: ops.batch_norm_act_fwd(x, None, None, None, *rest),
             lambda: ops.batch_norm_act_apply(x, None, *stats, *rest),
@@ -196,7 +196,7 @@ def test_float64_is_the_cpu_s() -> None:
                 run()
 
 
-@needs_a_card
+@needs_gpu
 def test_float64_is_refused_in_the_user_s_words() -> None:
     x = torch.ones(2, 3, 4, 5, dtype=torch.float64, device=DEVICE)
     for run in (
@@ -215,10 +215,10 @@ def test_empty_batches(training: bool) -> None:
     for layout in LAYOUTS:
         case = batch_norm.make_case((0, 3, 4, 5), torch.float32, layout, "relu", True, training)
         expected = batch_norm.run(batch_norm.torch_batch_norm_act, case)
-        (found,) = CARD.run(batch_norm.run, case, batch_norm.fastcnn_batch_norm_act)
+        (found,) = GPU.run(batch_norm.run, case, batch_norm.fastcnn_batch_norm_act)
         assert_equal(found, expected)
         for groups in (1, 3, PIXELS):
             x = torch.empty((0, 3, 4, 5), memory_format=LAYOUTS[layout])
             small = group_norm.Case(x, torch.ones(3), torch.ones(3), x.clone(), groups, "relu")
-            (found,) = CARD.run(group_norm.run, small, group_norm.fastcnn_norm_act)
+            (found,) = GPU.run(group_norm.run, small, group_norm.fastcnn_norm_act)
             assert_equal(found, group_norm.run(group_norm.torch_norm_act, small))

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from card import DEVICE, HAS_CARD, needs_a_card
-from card_networks import batch, expected_results, networks, results
-from card_plans import planned_by, wherever_it_can
+from device import DEVICE, HAS_GPU, needs_gpu
+from gpu_networks import batch, expected_results, networks, results
+from gpu_plans import planned_by, wherever_it_can
 from seeds import seed_all
 from torch import Tensor
 
@@ -30,19 +30,19 @@ from fastcnn.plan.planner import Planner
 pytestmark = pytest.mark.gpu
 
 
-# A process that trains a bottleneck once. On a card it is one of ResNet-50's at batch 32; without
+# A process that trains a bottleneck once. On a GPU it is one of ResNet-50's at batch 32; without
 # one a tiny step, timed once, in the interpreter.
 TRAIN = """
 import hashlib, json, os, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from card import DEVICE, HAS_CARD
+from device import DEVICE, HAS_GPU
 from seeds import seed_all
 import fastcnn.plan.tune
 from fastcnn.nn import BatchNormAct2d, conv_bn_act
 from fastcnn.ops.conv_bn_act import interface as op
 
-if not HAS_CARD:
+if not HAS_GPU:
     import triton_proof
     op.is_planned = lambda x: True
     fastcnn.plan.tune.REPEATS, fastcnn.plan.tune.WARMUP = 1, 0
@@ -52,9 +52,9 @@ if os.environ["FASTCNN_PLAN"] == "read":
     fastcnn.plan.tune._checked = never
 torch.backends.cudnn.deterministic = True
 seed_all(0)
-wide, narrow, images = (256, 64, (32, 256, 56, 56)) if HAS_CARD else (16, 16, (1, 16, 3, 4))
-layers = [(wide, narrow, 1), (narrow, narrow, 3), (narrow, wide, 1)][: 3 if HAS_CARD else 1]
-half = torch.bfloat16 if HAS_CARD else torch.float32
+wide, narrow, images = (256, 64, (32, 256, 56, 56)) if HAS_GPU else (16, 16, (1, 16, 3, 4))
+layers = [(wide, narrow, 1), (narrow, narrow, 3), (narrow, wide, 1)][: 3 if HAS_GPU else 1]
+half = torch.bfloat16 if HAS_GPU else torch.float32
 steps = []
 for c_in, c_out, size in layers:
     conv = torch.nn.Conv2d(c_in, c_out, size, padding=size // 2, bias=False).to(half)
@@ -90,7 +90,7 @@ def test_tuned_once_and_read_by_the_next_process(tmp_path: Path) -> None:
     second = trained("read", tmp_path)
     assert file.read_bytes() == written
     assert second == first
-    assert len(first["rows"]) == (6 if HAS_CARD else 2)
+    assert len(first["rows"]) == (6 if HAS_GPU else 2)
     for problem, plan, source, reason, milliseconds in first["rows"]:
         assert source == "tuned", problem
         assert milliseconds > 0
@@ -101,7 +101,7 @@ def test_tuned_once_and_read_by_the_next_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "plan",
-    ["cudnn", "triton", *(pytest.param(p, marks=needs_a_card) for p in ("triton_dx", "triton_dw"))],
+    ["cudnn", "triton", *(pytest.param(p, marks=needs_gpu) for p in ("triton_dx", "triton_dw"))],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_plan_trains_as_exactly(
@@ -111,7 +111,7 @@ def test_every_plan_trains_as_exactly(
     # epilogue, sums that the convolution before has made, gradients that nobody has written.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     fused, plain = networks()
-    x, target = batch(n=8 if HAS_CARD else 2)
+    x, target = batch(n=8 if HAS_GPU else 2)
     autocast = None if dtype is torch.float32 else dtype
     expected = expected_results(plain, x, target, autocast)
     casts = torch.autocast(DEVICE.type, dtype, enabled=autocast is not None)
@@ -121,7 +121,7 @@ def test_every_plan_trains_as_exactly(
 
 def step_of(*sizes: int) -> list[Tensor]:
     """A step in front of another, trained: the output of both, and x's gradient."""
-    c, dtype = sizes[1], torch.bfloat16 if HAS_CARD else torch.float32
+    c, dtype = sizes[1], torch.bfloat16 if HAS_GPU else torch.float32
     seed_all(0)
     modules = [(torch.nn.Conv2d(c, c, 1, bias=False), BatchNormAct2d(c)) for _ in range(2)]
     last = torch.channels_last
@@ -137,16 +137,16 @@ def test_the_model_s_choice_is_right_and_nobody_is_warned(monkeypatch: pytest.Mo
     # channels at 56x56 are bound by memory: there it chooses Triton's kernels on a H200.
     planner = Planner("off", OPS, {})
     monkeypatch.setattr(fastcnn.plan, "_planner", lambda: planner)
-    if not HAS_CARD:
+    if not HAS_GPU:
         monkeypatch.setattr(conv_bn_act_op, "is_planned", lambda x: True)
-    step_of(*((128, 64, 56, 56) if HAS_CARD else (1, 16, 3, 4)))
+    step_of(*((128, 64, 56, 56) if HAS_GPU else (1, 16, 3, 4)))
     plans = planner.plans()
     assert {problem.op for problem in plans} == {FWD, BWD}
     for plan in plans.values():
         assert plan.source == "model"
         assert plan.reason.startswith("predicted from the ")
         assert "refused" not in plan.reason
-    if "H200" in (torch.cuda.get_device_name() if HAS_CARD else ""):
+    if "H200" in (torch.cuda.get_device_name() if HAS_GPU else ""):
         assert any(plan.name.startswith("triton") for plan in plans.values())
 
 
@@ -172,7 +172,7 @@ def test_a_wrong_candidate_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     problem = Problem(
         FWD, (2, 16, 5, 6), (32, 16, 1, 1), torch.float32,
-        torch.device("cuda", 0) if HAS_CARD else DEVICE, options=("training", "channels_last"),
+        torch.device("cuda", 0) if HAS_GPU else DEVICE, options=("training", "channels_last"),
     )  # fmt: skip
     with pytest.warns(UserWarning, match="refused") as warned:
         plan = planner.choose(problem)

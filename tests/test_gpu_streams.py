@@ -5,17 +5,17 @@ import os
 
 import pytest
 import torch
-from card import DEVICE, needs_a_card
-from card_calls import CALLS, assert_equal, inputs, run
+from device import DEVICE, needs_gpu
+from gpu_calls import CALLS, assert_equal, inputs, run
 from seeds import seed_all
 from torch import Tensor
 
 from fastcnn.functional import batch_norm_act
 
-pytestmark = [pytest.mark.gpu, needs_a_card]
+pytestmark = [pytest.mark.gpu, needs_gpu]
 
 # 0.5 s at a H200's 1.98 GHz: a call's part of the CPU takes milliseconds, and each of its waits for
-# the card a turn of the processes that test beside it, which share it by time.
+# the GPU a turn of the processes that test beside it, which share it by time.
 CYCLES = 1_000_000_000
 
 

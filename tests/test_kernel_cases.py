@@ -1,24 +1,24 @@
-"""What compute-sanitizer is shown on a card: a call of every kernel, as the emulator sees them."""
+"""What compute-sanitizer is shown on a GPU: a call of every kernel, as the emulator sees them."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from card import HAS_CARD, on_card
 from cuda_emu import library
+from device import HAS_GPU, on_gpu
 from gpu.sanitize import kernels, triton_kernels
 from kernel_cases import CASES, run
 from triton.runtime import interpreter
 
 TESTS = Path(__file__).parent
-AS_ON_A_CARD = """
-import card, kernel_cases
-with card.on_card():
+AS_ON_A_GPU = """
+import device, kernel_cases
+with device.on_gpu():
     raise SystemExit(kernel_cases.run(["cuda"]))
 """
 
-pytestmark = pytest.mark.skipif(HAS_CARD, reason="on a card make gpu asks the card itself")
+pytestmark = pytest.mark.skipif(HAS_GPU, reason="on a GPU make gpu asks the GPU itself")
 
 
 def test_every_cuda_kernel_is_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,7 +27,7 @@ def test_every_cuda_kernel_is_launched(tmp_path: Path, monkeypatch: pytest.Monke
     launched = tmp_path / "launched"
     monkeypatch.setenv("CUDA_EMU_LAUNCHED", f"{launched}")
     monkeypatch.setenv("CUDA_EMU_SMS", "132")
-    subprocess.run([sys.executable, "-c", AS_ON_A_CARD], cwd=TESTS, check=True)
+    subprocess.run([sys.executable, "-c", AS_ON_A_GPU], cwd=TESTS, check=True)
     symbols = subprocess.run(
         ["nm", "-C", library.build_library()], capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -46,7 +46,7 @@ def test_every_triton_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> Non
         launch(self, *args, **kwargs)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", noted)
-    with on_card():
+    with on_gpu():
         assert run(["triton"]) == 0
     assert found == triton_kernels()
 

@@ -28,7 +28,7 @@ NO_MODULE = {"conv2d_int8"}  # quantisation makes its modules
 CPU_ONLY = {
     "conv2d_bwd_weight", "conv2d_int8_epilogue", "upsample_taps_fwd", "upsample_taps_bwd",
 }  # fmt: skip
-IN_PYTHON = {"afresh", "conv2d_int8"}  # registered on CUDA without a compiler for it
+IN_PYTHON = {"clone_no_cse", "conv2d_int8"}  # registered on CUDA without a compiler for it
 KERNEL_OPS = [op for op in OPS if op not in COMPOSED]
 OPERATORS = [
     name.removeprefix("fastcnn::")

@@ -1,4 +1,4 @@
-"""`make gpu` loses nothing: its stages, limits and files, with made-up stages and no card."""
+"""`make gpu` loses nothing: its stages, limits and files, with made-up stages and no GPU."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from card import HAS_CARD
+from device import HAS_GPU
 from gpu import __main__ as make_gpu
 from gpu import run as runs
 from gpu import stages, table, tune_networks
@@ -17,7 +17,7 @@ from gpu.run import Failed, Found, Run
 from test_benchmark_rows import row
 
 ROOT = Path(__file__).resolve().parents[1]
-MACHINE = {"commit": "c0ffee", "device": "card", "driver": "1.2", "versions": {"torch": "2.11"}}
+MACHINE = {"commit": "c0ffee", "device": "gpu", "driver": "1.2", "versions": {"torch": "2.11"}}
 
 
 def good(run: Run) -> Found:
@@ -120,15 +120,15 @@ def test_errors(arguments: list[str], expected: str, made_up: Path) -> None:
         make_gpu.main(arguments)
 
 
-@pytest.mark.skipif(HAS_CARD, reason="there is a card")
-def test_without_a_card(tmp_path: Path) -> None:
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
+def test_without_a_gpu(tmp_path: Path) -> None:
     # As the Makefile calls it: one line that says what is missing, and no folder.
     done = subprocess.run(
         [sys.executable, "-m", "gpu", tmp_path / "results"],
         env={"PYTHONPATH": f"{ROOT / 'tools'}"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1
-    expected = f"expected a CUDA card that torch {torch.__version__} can use, got none"
+    expected = f"expected a CUDA GPU that torch {torch.__version__} can use, got none"
     assert done.stderr == f"gpu: {expected}\n"
     assert not (tmp_path / "results").exists()
 
@@ -151,7 +151,7 @@ time.sleep(60)
 
 
 def test_nothing_of_an_interrupted_process_goes_on(made_up: Path) -> None:
-    # It would share the card with what is timed next.
+    # It would share the GPU with what is timed next.
     made_up.mkdir()
     run = Run(made_up, made_up / "log", time.monotonic() + 3)
     assert run.execute([sys.executable, "-c", LEAVES_A_CHILD]) is None
@@ -185,7 +185,7 @@ import pytest
 pytestmark = pytest.mark.gpu
 def test_good(): pass
 def test_bad(): assert 1 == 2
-@pytest.mark.skip(reason="needs two cards")
+@pytest.mark.skip(reason="needs two GPUs")
 def test_skipped(): pass
 @pytest.fixture
 def fixture(): raise ValueError("no")
@@ -217,7 +217,7 @@ def test_a_file_of_tests(made_up: Path) -> None:
         "test_bad": "assert 1 == 2",
         "test_error": 'failed on setup with "ValueError: no"',
     }
-    assert [*found["skipped"].values()] == ["needs two cards"]
+    assert [*found["skipped"].values()] == ["needs two GPUs"]
     assert found["passed"] == 1
     assert "assert 1 == 2" in (made_up / "log").read_text()
     path.write_text("import os, pytest\npytestmark = pytest.mark.gpu\ndef test_x(): os._exit(139)")
@@ -231,7 +231,7 @@ def test_a_file_of_tests(made_up: Path) -> None:
 
 @pytest.mark.slow
 def test_networks_are_met_for_tuning(capsys: pytest.CaptureFixture) -> None:
-    # All but the card: on a CPU nothing is planned, and the table of plans is empty.
+    # All but the GPU: on a CPU nothing is planned, and the table of plans is empty.
     tune_networks.main({"resnet50": (2, 32), "unet": (1, 32)}, "cpu")
     lines = capsys.readouterr().out.splitlines()
     words = [" ".join(line.split()[:2]) for line in lines[:4]]
@@ -250,7 +250,7 @@ if "--warm" in sys.argv:
     pathlib.Path(CHOSEN).parent.mkdir(parents=True)
     pathlib.Path(CHOSEN).touch()
     sys.exit(3)  # its errors are the timed run's as well, and are told there
-assert not pathlib.Path(CHOSEN).exists()  # chosen while others were using the card
+assert not pathlib.Path(CHOSEN).exists()  # chosen while others were using the GPU
 assert os.environ["FASTCNN_PLAN"] == "tune"
 rows = next(word.partition("=")[2] for word in sys.argv if word.startswith("--rows="))
 pathlib.Path(rows).write_text(json.dumps(ROW) + "\\n" + '{"file": "cut o')

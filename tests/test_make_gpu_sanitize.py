@@ -1,4 +1,4 @@
-"""What `make gpu` understands of compute-sanitizer, with made-up words of it and no card."""
+"""What `make gpu` understands of compute-sanitizer, with made-up words of it and no GPU."""
 
 import time
 from pathlib import Path

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastcnn import convert, models
 from fastcnn.convert.converted import Converted
-from fastcnn.lab import eager_twin
+from fastcnn.lab import eager_baseline
 from fastcnn.models.registry import architecture
 
 # Networks whose arithmetic differs: both blocks, and dilation, which changes no weight's shape. Of
@@ -189,26 +189,26 @@ BUILDERS: list[tuple[Callable[[], nn.Module], int]] = [
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(("build", "size"), BUILDERS, ids=["resnet20", "plain20", "bottlenecks"])
-def test_eager_twin_is_the_same_network(
+def test_eager_baseline_is_the_same_network(
     build: Callable[[], nn.Module], size: int, training: bool
 ) -> None:
-    # Speedups are measured against the twin: it must compute the same, and only that.
+    # Speedups are measured against the eager: it must compute the same, and only that.
     model = build().double().train(training)
     randomize(model)
-    twin = eager_twin(model)
-    assert_same_network(model, twin, torch.randn(4, 3, size, size, dtype=torch.float64))
+    eager = eager_baseline(model)
+    assert_same_network(model, eager, torch.randn(4, 3, size, size, dtype=torch.float64))
 
 
-def test_eager_twin_shares_nothing_with_the_model_and_leaves_it_fused() -> None:
+def test_eager_baseline_shares_nothing_with_the_model_and_leaves_it_fused() -> None:
     model = models.resnet20()
-    twin = eager_twin(model)
+    eager = eager_baseline(model)
     assert isinstance(model, Converted)
-    assert not any(isinstance(module, Converted) for module in twin.modules())
+    assert not any(isinstance(module, Converted) for module in eager.modules())
     ours = {t.data_ptr() for t in model.state_dict().values()}
-    assert ours.isdisjoint(t.data_ptr() for t in twin.state_dict().values())
+    assert ours.isdisjoint(t.data_ptr() for t in eager.state_dict().values())
 
 
-def test_eager_twin_of_an_unconverted_network_is_refused() -> None:
+def test_eager_baseline_of_an_unconverted_network_is_refused() -> None:
     # Its copy would be the same network twice, and the speedup always 1.
     with pytest.raises(TypeError, match=r"model: expected a converted model, got Linear as it was"):
-        eager_twin(nn.Linear(1, 1))
+        eager_baseline(nn.Linear(1, 1))

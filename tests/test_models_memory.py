@@ -11,7 +11,7 @@ from test_models import LAYERS, assert_same_network, resnets
 from torch import Tensor, nn
 
 from fastcnn import convert, models, revert
-from fastcnn.lab import eager_twin, kept_for_backward
+from fastcnn.lab import eager_baseline, kept_for_backward
 
 LEVELS = ["default", "low", "lowest"]
 
@@ -72,7 +72,7 @@ def kept_at_batch_16(model: nn.Module) -> int:
 def test_bytes_kept_by_resnet50() -> None:
     # Beside eager PyTorch with ReLU in place, as torchvision has it: batch 16, bfloat16 autocast,
     # channels_last, 224x224.
-    eager = kept_at_batch_16(eager_twin(models.resnet50()))
+    eager = kept_at_batch_16(eager_baseline(models.resnet50()))
     for memory, limit in (("default", 0.83), ("low", 0.65), ("lowest", 0.5)):
         ratio = kept_at_batch_16(models.resnet50(memory=memory)) / eager
         assert ratio <= limit, f"{memory}: {ratio:.3f}"

@@ -119,16 +119,16 @@ def test_conversion_of_a_model() -> None:
     # In place, with the same keys; torch's own layers become torch's own. Without an initialised
     # torch.distributed a process is the whole batch: the same bits.
     model = nn.Sequential(nn.Conv2d(3, 4, 1), BatchNormAct2d(4, act="relu6"), nn.BatchNorm2d(4))
-    twin, x = copy.deepcopy(model), torch.randn(2, 3, 4, 4)
+    eager, x = copy.deepcopy(model), torch.randn(2, 3, 4, 4)
     assert convert_sync_batchnorm(model) is model
     assert type(model[1]) is BatchNormAct2d
     assert model[1].sync
     assert "act=relu6, sync=True" in repr(model[1])
     assert type(model[2]) is nn.SyncBatchNorm
-    assert model.state_dict().keys() == twin.state_dict().keys()
-    assert torch.equal(model[:2](x), twin[:2](x))
+    assert model.state_dict().keys() == eager.state_dict().keys()
+    assert torch.equal(model[:2](x), eager[:2](x))
     for name, b in model[:2].named_buffers():
-        assert torch.equal(b, dict(twin[:2].named_buffers())[name]), name
+        assert torch.equal(b, dict(eager[:2].named_buffers())[name]), name
 
 
 def test_the_residual_comes_before_the_activation() -> None:

@@ -48,7 +48,7 @@ def raises(_: Problem, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
-        (lambda _, x: x * 2.001, r"output 0: error \S+, limit \S+ where the yardstick errs by 0"),
+        (lambda _, x: x * 2.001, r"output 0: error \S+, limit \S+ where the baseline errs by 0"),
         (nan_in_one_place, "output 0: error nan, where the reference is finite"),
         (
             lambda _, x: (x * 2)[:, :4],
@@ -136,24 +136,24 @@ def test_default_plans_say_where_they_come_from() -> None:
     clock = Clock()
     ways = [candidate("two", clock, passes=2), candidate("one", clock, passes=1)]
     # 1 GB a pass over 4.3 TB/s is 232.6 us, and 4 us for each launch.
-    card = {"describe": lambda _: H200, "busy": lambda _: None}
-    on_card = problem(device=torch.device("cuda", 0))
-    plan = planner("read", clock, None, *ways, **card).choose(on_card)
+    gpu = {"describe": lambda _: H200, "busy": lambda _: None}
+    on_gpu = problem(device=torch.device("cuda", 0))
+    plan = planner("read", clock, None, *ways, **gpu).choose(on_gpu)
     reason = "predicted from the numbers of H200: two 0.4731 ms, one 0.2366 ms"
     assert plan == ("one", "model", reason, None)
 
     entry = Entry("two", {"two": 0.2, "one": 0.3}, {})
-    known = {on_card.key(H200): entry}
-    plan = planner("read", clock, None, *ways, **card, defaults=known).choose(on_card)
+    known = {on_gpu.key(H200): entry}
+    plan = planner("read", clock, None, *ways, **gpu, defaults=known).choose(on_gpu)
     assert plan == ("two", "measured", "two 0.2 ms, one 0.3 ms", 0.2)
     # A measured candidate that is no longer there cannot run.
-    plan = planner("off", clock, None, ways[1], **card, defaults=known).choose(on_card)
+    plan = planner("off", clock, None, ways[1], **gpu, defaults=known).choose(on_gpu)
     assert (plan.name, plan.source) == ("one", "model")
     assert not clock.calls
 
 
 def test_the_model_s_choice_is_checked_on_one_image(tmp_path: Path) -> None:
-    # In the modes that time nothing. The yardstick, "two", is what PyTorch would run.
+    # In the modes that time nothing. The baseline, "two", is what PyTorch would run.
     shapes = []
 
     def wrong(asked: Problem, x: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def test_what_may_refuse_is_only_chosen_where_tuned(tmp_path: Path) -> None:
 
 
 def test_the_packaged_measurements_can_be_read() -> None:
-    # Of cards alone: a key ends in the device.
+    # Of GPUs alone: a key ends in the device.
     assert all(re.search(r" on .* sm_\d+$", key) for key in measured())
 
 

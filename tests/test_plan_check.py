@@ -40,21 +40,21 @@ def test_the_bound(dtype: torch.dtype, options: tuple[str, ...], expected: float
     assert limit(wide(dtype), torch.int8, 127.0) == 0
 
 
-def judged(y: Tensor, yardstick: Tensor, exact: Tensor) -> str | None:
-    own, found = (errors([t], [exact]) for t in (yardstick, y))
+def judged(y: Tensor, baseline: Tensor, exact: Tensor) -> str | None:
+    own, found = (errors([t], [exact]) for t in (baseline, y))
     return difference(problem(dtype=torch.bfloat16), found, [exact.abs().max().item()], own)
 
 
-def test_the_yardstick_s_error_counts_four_times() -> None:
+def test_the_baseline_s_error_counts_four_times() -> None:
     exact = torch.tensor([8.0, -16.0], dtype=torch.float64)
 
     def off(by: float, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return (exact - by).to(dtype)
 
-    # bfloat16's unit at 16 is 16 * 2^-7 = 0.125; the yardstick errs by 0.25: 4 * 0.25 + 0.125.
+    # bfloat16's unit at 16 is 16 * 2^-7 = 0.125; the baseline errs by 0.25: 4 * 0.25 + 0.125.
     assert judged(off(1.125), off(0.25), exact) is None
     assert judged(off(1.25), off(0.25), exact) == (
-        "output 0: error 1.25, limit 1.12 where the yardstick errs by 0.25"
+        "output 0: error 1.25, limit 1.12 where the baseline errs by 0.25"
     )
     assert judged(off(0.125), off(0.0), exact) is None
     assert "limit 0.125 where" in str(judged(off(0.25), off(0.0), exact))
@@ -63,7 +63,7 @@ def test_the_yardstick_s_error_counts_four_times() -> None:
 def test_integers_are_equal() -> None:
     exact = torch.tensor([-128, 127, 3], dtype=torch.int32)
     y = exact.to(torch.int8)
-    assert judged(y, y + 1, exact.double()) is None  # whatever the yardstick does
+    assert judged(y, y + 1, exact.double()) is None  # whatever the baseline does
     assert "error 1, limit 0" in str(judged(torch.tensor([-128, 127, 2]).char(), y, exact.double()))
 
 
@@ -110,12 +110,12 @@ def failing(clock: Clock, how: str) -> Candidate:
         "not here" if how == "unsupported" else None
     )
     run = runs.get(how, lambda _, x: x * 2)
-    return candidate("yardstick", clock, 9.0, run=run, supports=supports)
+    return candidate("baseline", clock, 9.0, run=run, supports=supports)
 
 
 @pytest.mark.filterwarnings("ignore:double")
 @pytest.mark.parametrize("how", ["raises", "nan", "shape", "unsupported"])
-def test_without_its_yardstick_a_bound_counts(how: str, tmp_path: Path) -> None:
+def test_without_its_baseline_a_bound_counts(how: str, tmp_path: Path) -> None:
     # Sums of 8: 8 * 2^-23 + sqrt(8) * 2^-22 = 3.66 * 2^-22 of the largest value; these are off by
     # 2^-21 and by 2^-19 of each.
     clock = Clock()
@@ -124,7 +124,7 @@ def test_without_its_yardstick_a_bound_counts(how: str, tmp_path: Path) -> None:
         candidate("near", clock, 2.0, run=lambda _, x: x * (2 + 2**-20)),
         candidate("far", clock, 1.0, run=lambda _, x: x * (2 + 2**-18)),
     ]
-    plan = planner("tune", clock, tmp_path, *ways, yardstick="yardstick").choose(problem())
+    plan = planner("tune", clock, tmp_path, *ways, baseline="baseline").choose(problem())
     assert plan.name == "near"
     assert "far refused: output 0: error " in plan.reason
     assert " by a bound" in plan.reason
@@ -148,7 +148,7 @@ def test_what_is_left_to_the_consumer(tmp_path: Path) -> None:
     assert plan[:3] == ("half", "tuned", "whole 2 ms, half 1 ms")
 
 
-def test_a_yardstick_that_is_finished_in_float64(tmp_path: Path) -> None:
+def test_a_baseline_that_is_finished_in_float64(tmp_path: Path) -> None:
     # Beside a candidate that needs no finish, and rounds to the problem's dtype.
     clock = Clock()
     ways = [
@@ -173,26 +173,26 @@ def test_what_a_finish_makes_wrong(finish: Finish, reason: str, tmp_path: Path) 
         assert planner("tune", clock, tmp_path, *ways).choose(problem()).name == "whole"
 
 
-def test_the_yardstick_only_has_to_be_finite(tmp_path: Path) -> None:
+def test_the_baseline_only_has_to_be_finite(tmp_path: Path) -> None:
     clock = Clock()
     ways = [candidate("own", clock, run=lambda _, x: x * 2.5), candidate("exact", clock, 2.0)]
-    assert planner("tune", clock, tmp_path, *ways, yardstick="own").choose(problem()).name == "own"
+    assert planner("tune", clock, tmp_path, *ways, baseline="own").choose(problem()).name == "own"
 
 
 @pytest.mark.filterwarnings("ignore:double")
-def test_an_integer_yardstick_is_no_excuse(tmp_path: Path) -> None:
+def test_an_integer_baseline_is_no_excuse(tmp_path: Path) -> None:
     # Other integers than the reference's: right for PyTorch's own way alone.
     clock = Clock()
     ways = [
         candidate(name, clock, run=lambda _, x: (x * 2).round().int() + 1) for name in ("own", "b")
     ]
-    plan = planner("tune", clock, tmp_path, *ways, yardstick="own").choose(problem())
+    plan = planner("tune", clock, tmp_path, *ways, baseline="own").choose(problem())
     assert plan.name == "own"
     assert "b refused: output 0: error 1." in plan.reason
 
 
-def test_an_unknown_yardstick(tmp_path: Path) -> None:
+def test_an_unknown_baseline(tmp_path: Path) -> None:
     clock = Clock()
-    plans = planner("tune", clock, tmp_path, candidate("a", clock), yardstick="cudnn")
-    with pytest.raises(ValueError, match="yardstick: expected one of a, got cudnn"):
+    plans = planner("tune", clock, tmp_path, candidate("a", clock), baseline="cudnn")
+    with pytest.raises(ValueError, match="baseline: expected one of a, got cudnn"):
         plans.choose(problem())

@@ -5,7 +5,7 @@ import torch
 from plan_cases import H200, problem
 
 from fastcnn.plan.problem import Device, Problem, describe
-from fastcnn.plan.roofline import CARDS, Kernel, card_of, predicted_seconds
+from fastcnn.plan.roofline import PEAKS, Kernel, peaks_of, predicted_seconds
 
 CUDA = torch.device("cuda", 0)
 
@@ -18,7 +18,7 @@ def conv(c: int, c_out: int, size: int, k: int) -> Problem:
 
 
 def milliseconds(problem: Problem, kernels: list[Kernel]) -> float:
-    return 1e3 * predicted_seconds(CARDS["sm_90"]["H200"], problem.dtype, kernels)
+    return 1e3 * predicted_seconds(PEAKS["sm_90"]["H200"], problem.dtype, kernels)
 
 
 def test_memory_bound() -> None:
@@ -64,7 +64,7 @@ def test_an_arithmetic_without_a_rate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "capability", "card"),
+    ("name", "capability", "peaks"),
     [
         ("NVIDIA H200", "sm_90", "H200"),
         ("NVIDIA H100 80GB HBM3", "sm_90", "H100"),
@@ -76,11 +76,11 @@ def test_an_arithmetic_without_a_rate() -> None:
         ("AMD EPYC, 2 threads", "avx512", "CPU"),
     ],
 )
-def test_whose_numbers_count(name: str, capability: str, card: str) -> None:
-    found, reason = card_of(Device(name, capability, "none"))
-    assert found.name == card
-    # Another card's numbers are never taken without saying so.
-    own = name.startswith((f"NVIDIA {card}", "AMD"))
+def test_whose_numbers_count(name: str, capability: str, peaks: str) -> None:
+    found, reason = peaks_of(Device(name, capability, "none"))
+    assert found.name == peaks
+    # Another GPU's numbers are never taken without saying so.
+    own = name.startswith((f"NVIDIA {peaks}", "AMD"))
     assert ("there being none of" in reason) != own
 
 
@@ -107,7 +107,7 @@ def test_key_names_everything() -> None:
         ("groups", True), ("padding", (1,)), ("options", ("act relu",)), ("op", ""),
     ],
 )  # fmt: skip
-def test_key_of_nonsense(field: str, value: object) -> None:
+def test_key_of_an_invalid_problem(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{field}: expected"):
         problem(**{field: value}).key(H200)
 

@@ -1,4 +1,4 @@
-"""What fastcnn asks of torch, of the card and of the processor, and how it says so."""
+"""What fastcnn asks of torch, of the GPU and of the processor, and how it says so."""
 
 import os
 import subprocess
@@ -36,7 +36,7 @@ def test_torch_new_enough() -> None:
         ("100-real", 120, False),  # another major version
     ],
 )
-def test_code_for_the_card_that_is_there(archs: str, capability: int, runs: bool) -> None:
+def test_code_for_the_gpu_that_is_there(archs: str, capability: int, runs: bool) -> None:
     missing = _C.missing_cuda_code(archs, capability)
     if runs:
         assert missing == ""

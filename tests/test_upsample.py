@@ -64,7 +64,7 @@ def test_where_torch_differs_from_itself(
     sizes: tuple[int, int], dtype: torch.dtype, how: dict[str, Any]
 ) -> None:
     # In NCHW, h + w beyond 128, its forward picks other pixels than in channels_last and than its
-    # own backward. Ours picks the latter in both. Whole numbers: sums of gradients are exact.
+    # own backward. Ours picks the latter in both. Integers: sums of gradients are exact.
     x = torch.arange(4.0 * sizes[0] * sizes[1], dtype=dtype).view(1, 4, *sizes)
     last = x.contiguous(memory_format=torch.channels_last)
     shape = F.interpolate(x, **how).shape

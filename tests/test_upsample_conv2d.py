@@ -154,7 +154,7 @@ def test_operators() -> None:
     torch.library.opcheck(upsample_taps_bwd, (upsample_taps_fwd(z, 6, 8, *how), 3, 4, *how))
 
 
-def test_nonsense_is_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     z = torch.randn(2, 18, 3, 4).contiguous(memory_format=CL)
     with pytest.raises(RuntimeError, match="z: expected a multiple of 9 channels, got 17"):
         upsample_taps_fwd(z[:, :17].contiguous(memory_format=CL), 6, 8, None, None, 2)

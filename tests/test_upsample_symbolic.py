@@ -85,7 +85,7 @@ EXPORTED = [
 @pytest.mark.parametrize("strict", [False, True], ids=["fake", "strict"])
 @pytest.mark.parametrize(("name", "value"), EXPORTED, ids=str)
 def test_export_with_dynamic_sizes(name: str, value: Any, strict: bool) -> None:
-    # Sizes at which size * factor is just below a whole number are among them: 100 * 0.29.
+    # Sizes at which size * factor is just below an integer are among them: 100 * 0.29.
     arguments = {name: value, "mode": "bilinear"}
     module = nn.Sequential(nn.Conv2d(3, 4, 1), Upsample(**arguments))
     dims = {0: torch.export.Dim("n", min=1, max=64), 2: torch.export.Dim("h", min=8, max=256)}

@@ -228,7 +228,7 @@ WRONG_FILES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("x.pth", written(b"version https://git-lfs.github.com/spec/v1\noid sha256:0"), "Git LFS poi"),
     ("x.pth", zipped("archive/constants.pkl"), "a TorchScript archive; save its state_dict"),
     ("x.pth", zipped("readme.txt"), "a zip archive without tensors"),
-    ("x.safetensors", written(b"\x10\0\0\0\0\0\0\0 nonsense"), "is no safetensors file: "),
+    ("x.safetensors", written(b"\x10\0\0\0\0\0\0\0 garbage"), "is no safetensors file: "),
     ("x.pth", lambda p: p.mkdir(), "expected a file, got the folder"),
 ]  # fmt: skip
 

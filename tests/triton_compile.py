@@ -106,7 +106,7 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], set[str]]]:
 def compile_one(
     kernel: Any, constants: dict[str, Any], absent: set[str], arch: int, half: str
 ) -> dict[str, Any]:
-    """Compile for one card: bfloat16 or float16 images, float32 numbers per channel."""
+    """Compile for one GPU: bfloat16 or float16 images, float32 numbers per channel."""
     # As the launches choose.
     lean = "sum_ptr" not in set(kernel.arg_names) - absent
     if "residual_ptr" in kernel.arg_names:
@@ -179,7 +179,7 @@ def _pointer(name: str, half: str, int8: bool) -> str:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and local memory of a thread, as the card's code states them."""
+    """Registers and local memory of a thread, as the GPU's code states them."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

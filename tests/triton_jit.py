@@ -1,4 +1,4 @@
-"""Lead launches of the kernels through Triton's JIT, up to code for a card that is not there.
+"""Lead launches of the kernels through Triton's JIT, up to code for a GPU that is not there.
 
     python triton_jit.py [more]
 
@@ -186,11 +186,11 @@ MORE: dict[str, Callable[[], None]] = {
 
 
 def stand_in() -> torch.library.Library:
-    """Where the launches ask for a card, tell them of a H200; undone with the object returned."""
+    """Where the launches ask for a GPU, tell them of a H200; undone with the object returned."""
     triton.runtime.driver.set_active(Driver)
     operators.interpreted = lambda: True
     for module in (conv2d, conv2d_bwd):
-        module.processors = lambda x: PROCESSORS
+        module.multiprocessors = lambda x: PROCESSORS
     library = torch.library.Library("fastcnn", "IMPL")
     library.impl("conv2d_int8", int8._cuda, "CPU", allow_override=True)
     return library

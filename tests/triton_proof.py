@@ -1,4 +1,4 @@
-"""Triton kernels without a GPU: its interpreter, mended where it is wrong, or the card there is.
+"""Triton kernels without a GPU: its interpreter, mended where it is wrong, or the GPU there is.
 
 conftest.py sets TRITON_INTERPRET before Triton is imported, where there is no GPU.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 from activations import ACTS, near_a_kink
-from card import DEVICE
+from device import DEVICE
 from norm_cases import STEEPEST
 from tolerance import walk
 from torch import Tensor

@@ -122,7 +122,7 @@ def axis(
     """Of one axis, in float64.
 
     A coordinate is made of at most four rounded operations, of values up to its own size and 1. It
-    moves a weight by as much as it is off; beside a whole number another pixel's weight.
+    moves a weight by as much as it is off; beside an integer another pixel's weight.
     """
     weights = reference_matrix(size, size_out, scale, mode, align_corners)
     if mode != "bilinear" or size == size_out:

@@ -1,4 +1,4 @@
-// Which cards a binary's CUDA code runs on.
+// Which GPUs a binary's CUDA code runs on.
 #pragma once
 
 #include <string>
@@ -7,9 +7,9 @@
 namespace fastcnn {
 
 // Why a binary built for `archs` ("80-real,90": machine code for sm_80, machine code and PTX for
-// sm_90) cannot run on a card of compute capability `capability` (87 for sm_87); empty if it can.
-// Machine code runs on cards of the same major version and at least the same minor one; PTX is
-// compiled by the driver for every later card.
+// sm_90) cannot run on a GPU of compute capability `capability` (87 for sm_87); empty if it can.
+// Machine code runs on GPUs of the same major version and at least the same minor one; PTX is
+// compiled by the driver for every later GPU.
 inline std::string missing_cuda_code(std::string_view archs, int capability) {
   std::string_view rest = archs;
   while (!rest.empty()) {

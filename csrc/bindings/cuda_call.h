@@ -1,4 +1,4 @@
-// One launch on a card, from torch's side: the right device, its stream, and memory in its order.
+// One launch on a GPU, from torch's side: the right device, its stream, and memory in its order.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -11,7 +11,7 @@ namespace fastcnn {
 // Makes x's device current for the lifetime of the object.
 class CudaCall {
  public:
-  // Fails where this build has no code for the card.
+  // Fails where this build has no code for the GPU.
   CudaCall(const char* op, const Tensor& x);
 
   const CudaDevice& device() const { return device_; }

@@ -37,8 +37,7 @@ PYBIND11_MODULE(_C, m) {
         "Whether the CPU kernels use the AVX512-BF16 dot product.");
   m.def("keep_freed_memory", &keep_freed_memory,
         "Let glibc's malloc keep what is freed; False without glibc.");
-  m.def(
-      "missing_cuda_code", &fastcnn::missing_cuda_code, pybind11::arg("archs"),
-      pybind11::arg("capability"),
-      "Why code built for `archs` cannot run on a card of this compute capability; '' if it can.");
+  m.def("missing_cuda_code", &fastcnn::missing_cuda_code, pybind11::arg("archs"),
+        pybind11::arg("capability"),
+        "Why code built for `archs` cannot run on a GPU of this compute capability; '' if it can.");
 }

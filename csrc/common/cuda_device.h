@@ -1,11 +1,11 @@
-// What a launcher must know of the card. No torch header, no CUDA header.
+// What a launcher must know of the GPU. No torch header, no CUDA header.
 #pragma once
 
 struct CUstream_st;
 
 namespace fastcnn {
 
-constexpr int kSharedBytes = 48 << 10;  // of a block, on every card without asking for more
+constexpr int kSharedBytes = 48 << 10;  // of a block, on every GPU without asking for more
 
 struct CudaDevice {
   int sm_count;

@@ -46,7 +46,7 @@ FASTCNN_HOST_DEVICE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 // pixel are neighbours: they are [first(i - reach), first(i + 1)).
 //
 // S is the type of coordinates: float, and double for float64. Nearest modes use float always: a
-// coordinate just below a whole number would fall to another pixel in another type.
+// coordinate just below an integer would fall to another pixel in another type.
 template <class S>
 struct Sampler {
   int32_t in, out;

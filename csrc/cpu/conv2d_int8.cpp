@@ -72,7 +72,7 @@ inline void store_low_bytes(uint8_t* p, Vec<uint64_t> v, int64_t count) {
   std::memcpy(p, &bytes, static_cast<size_t>(count));
 }
 
-// A quantised pixel. Adding 1.5 * 2^52 rounds a double to a whole number, to nearest even, and
+// A quantised pixel. Adding 1.5 * 2^52 rounds a double to an integer, to nearest even, and
 // leaves it in the lowest bits.
 template <class A, bool kAdds>
 void quantize_row(const A* acc, const double* multiplier, const double* bias,
@@ -116,7 +116,7 @@ void for_each_pixel(const Conv2dInt8Params& p, const Body& body) {
 template <class A, bool kAdds>
 void quantize(const Conv2dInt8Params& p, const A* acc) {
   const Channels<double> k(p);
-  // ReLU and ReLU6 are bounds of z. Rounding is monotonic, and the zero point a whole number: the
+  // ReLU and ReLU6 are bounds of z. Rounding is monotonic, and the zero point an integer: the
   // bounds may be moved behind the addition of the zero point.
   const double zero = p.zero_point, cap = static_cast<double>(p.cap) + zero;
   const double low = p.relu && zero > p.low ? zero : p.low, high = cap < p.high ? cap : p.high;

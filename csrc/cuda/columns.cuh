@@ -208,7 +208,7 @@ __device__ void in_groups(int64_t left, Next next, Load load, Each each) {
   }
 }
 
-// The cut of one call over the card, the same for all kernels of an op.
+// The cut of one call over the GPU, the same for all kernels of an op.
 struct ColumnPlan {
   int vector;      // elements of a vector: 16 bytes of them, or 1
   int columns;     // column vectors of a block; 1 for NCHW

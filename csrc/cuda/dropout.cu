@@ -230,7 +230,7 @@ int64_t clamp(int64_t value, int64_t low, int64_t high) {
 
 constexpr int64_t kMaxPixels = 64;  // of a thread: eight steps, for one block drawn ahead
 
-// Pixels of a thread, whole steps of eight: as many as leave `threads` threads to the card.
+// Pixels of a thread, whole steps of eight: as many as leave `threads` threads to the GPU.
 int64_t pixels_of(const ImageShape& s, int64_t columns, int64_t threads) {
   const int64_t share = s.n * columns * s.hw / threads / kKeepBlock * kKeepBlock;
   return clamp(share, kKeepBlock, kMaxPixels);
@@ -244,7 +244,7 @@ int launch_dropout_apply(const DropoutParams& p, const CudaDevice& device) {
   const int64_t row = flat ? s.numel() : (s.channels_last ? s.c : s.hw);  // must be whole vectors
   const int wide = 16 / element_bytes(p.dtype);
   const int vector = aligned({p.x, p.residual, p.y}) && row % wide == 0 ? wide : 1;
-  const int64_t threads = int64_t{8} * kThreads * device.sm_count;  // what fills the card
+  const int64_t threads = int64_t{8} * kThreads * device.sm_count;  // what fills the GPU
   const auto blocks = [](int64_t threads) {
     return dim3(static_cast<unsigned>(ceil_div(threads, kThreads)));
   };

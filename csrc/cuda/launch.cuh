@@ -42,7 +42,7 @@ cudaError_t dispatch(DType dtype, int vector, bool channels_last, Body body) {
   }
 }
 
-// What a card takes: more blocks would be refused, or counted modulo 2^32.
+// What a GPU takes: more blocks would be refused, or counted modulo 2^32.
 inline bool fits_a_grid(int64_t x, int64_t y = 1) { return x <= INT32_MAX && y <= UINT16_MAX; }
 
 template <class... Parameters, class... Arguments>

@@ -272,7 +272,7 @@ StripPlan plan_strips(const UpsampleShape& s, int vector, int64_t columns, int64
   plan.rows = rows;
   const int64_t planes = s.channels_last ? s.n : s.n * s.c;
   const int64_t of_a_row = planes * plan.vectors.value * plan.columns.value;
-  // Twice the threads that the card runs at a time: a short last wave costs less.
+  // Twice the threads that the GPU runs at a time: a short last wave costs less.
   const int64_t wanted = 2 * 2048 * static_cast<int64_t>(device.sm_count);
   plan.band = kMaxBand;
   while (plan.band > kMinBand && of_a_row * (rows / plan.band) < wanted) plan.band /= 2;

@@ -11,7 +11,7 @@ from fastcnn.augment.module import Augment
 
 
 def _integer(name: str, value: Any, bits: int) -> int:
-    """A whole number of any kind, as NumPy's, from -2^63 and of so many bits."""
+    """An integer of any kind, as NumPy's, from -2^63 and of so many bits."""
     expected = f"Collate: {name}: expected an int from -2^63 to 2^{bits} - 1, got {value!r}"
     try:
         number = operator.index(value)

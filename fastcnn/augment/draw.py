@@ -62,7 +62,7 @@ def _first(fits: Tensor, *sides: Tensor) -> list[Tensor]:
 
 
 def _place(u: Tensor, free: Tensor | int) -> Tensor:
-    """A whole number from 0 to `free`, included."""
+    """An integer from 0 to `free`, included."""
     return (u * (free + 1)).long()
 
 

@@ -23,7 +23,7 @@ def pair(op: str, name: str, value: int | tuple[int, ...]) -> Pair:
     """Return one number for the height and one for the width, as torch.nn.functional takes them."""
     numbers = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if len(numbers) not in (1, 2) or not all(isinstance(number, int) for number in numbers):
-        raise ValueError(f"{op}: {name}: expected a whole number or a pair of them, got {value!r}")
+        raise ValueError(f"{op}: {name}: expected an integer or a pair of them, got {value!r}")
     return numbers[0], numbers[-1]
 
 

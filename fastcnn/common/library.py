@@ -122,17 +122,17 @@ def distinct(*tensors: Any) -> tuple[Any, ...]:
     return tuple(seen)
 
 
-declare("afresh(Tensor t) -> Tensor", torch.empty_like)
-torch.library.impl("fastcnn::afresh", ("cpu", "cuda"))(torch.clone)
+declare("clone_no_cse(Tensor t) -> Tensor", torch.empty_like)
+torch.library.impl("fastcnn::clone_no_cse", ("cpu", "cuda"))(torch.clone)
 
 
-def afresh(t: Tensor) -> Tensor:
+def clone_no_cse(t: Tensor) -> Tensor:
     """Return t, under torch.compile as a copy that the compiler cannot know to be equal to t.
 
     What backward computes from it again then stays in backward: AOTAutograd would else find the
     same operator on the same tensors in forward, and keep that result.
     """
-    return torch.ops.fastcnn.afresh.default(t) if torch.compiler.is_compiling() else t
+    return torch.ops.fastcnn.clone_no_cse.default(t) if torch.compiler.is_compiling() else t
 
 
 def load_kernels() -> None:

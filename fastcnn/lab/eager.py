@@ -8,12 +8,12 @@ from torch import nn
 from fastcnn.convert import revert
 from fastcnn.convert.converted import Converted
 
-__all__ = ["eager_twin"]
+__all__ = ["eager_baseline"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def eager_twin(model: Model) -> Model:
+def eager_baseline(model: Model) -> Model:
     """A copy of a converted model as it was before, with its own parameters of the same values.
 
     Raises:

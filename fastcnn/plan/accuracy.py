@@ -1,15 +1,15 @@
 """Which candidate is right: errors against a more exact reference, beside PyTorch's own errors.
 
-An op names its yardstick, the candidate that is PyTorch's own way. Output i is right if
+An op names its baseline, the candidate that is PyTorch's own way. Output i is right if
 
-    error <= 4 * the yardstick's error + eps(dtype) * largest
+    error <= 4 * the baseline's error + eps(dtype) * largest
 
 error: the largest difference from the reference, where that is finite; largest: its largest value,
 or that of the output whose values it sums up, as a mean may be far smaller; eps * largest is a unit
 in the last place of that. 4, because ways that are equally good differ by chance, in the order of
-their sums and in what they round in between; the unit, because the yardstick's error may be 0 by
+their sums and in what they round in between; the unit, because the baseline's error may be 0 by
 chance. dtype is the output's own, float64 where it is finished in that. Integers are equal. The
-yardstick itself only has to be finite: what PyTorch computes is what the user would have had.
+baseline itself only has to be finite: what PyTorch computes is what the user would have had.
 
 Where it cannot run there is a bound instead, for sums of k = prod(weight[1:]) products:
 
@@ -70,14 +70,14 @@ def largest(y: Tensor) -> float:
 
 
 def limit(
-    problem: Problem, dtype: torch.dtype, scale: float, yardstick: float | None = None
+    problem: Problem, dtype: torch.dtype, scale: float, baseline: float | None = None
 ) -> float:
     """Return the largest error that is right; scale is `largest` of the formulas above."""
     if not dtype.is_floating_point:
         return 0.0
     eps = torch.finfo(dtype).eps
-    if yardstick is not None:
-        return 4 * yardstick + eps * scale
+    if baseline is not None:
+        return 4 * baseline + eps * scale
     sums = torch.float64 if problem.dtype is torch.float64 else torch.float32
     walk = math.sqrt(math.prod(problem.weight[1:])) * 2 * torch.finfo(sums).eps
     tf32 = 2**-9 if "tf32" in problem.options else 0.0
@@ -88,13 +88,13 @@ def difference(
     problem: Problem,
     found: Sequence[Error],
     scales: Sequence[float],
-    yardstick: Sequence[Error] | None,
+    baseline: Sequence[Error] | None,
 ) -> str | None:
-    """Say which output is not right, if one is not; yardstick: its errors, None where it failed."""
+    """Say which output is not right, if one is not; baseline: its errors, None where it failed."""
     for i, (error, scale) in enumerate(zip(found, scales, strict=True)):
-        own = None if yardstick is None else yardstick[i]
+        own = None if baseline is None else baseline[i]
         most = limit(problem, error.dtype, scale, None if own is None else own.size)
         if error.size > most:
-            by = "by a bound" if own is None else f"where the yardstick errs by {own.size:.3g}"
+            by = "by a bound" if own is None else f"where the baseline errs by {own.size:.3g}"
             return f"output {i}: error {error.size:.3g}, limit {most:.3g} {by}"
     return None

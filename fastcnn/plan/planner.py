@@ -6,9 +6,9 @@
 | tune | the candidates are checked and timed, and the file gets an entry |
 | off | the default plan; the file is neither read nor written |
 
-The default plan is from measurement on cards that were measured (measured.json), else from the
-model of cards.py; the model's choice is run once on a single image and checked, and where it is not
-right the op's yardstick, PyTorch's own way, runs instead, with a warning. Nothing is run while a
+The default plan is from measurement on GPUs that were measured (measured.json), else from the
+model of roofline.py; the model's choice is run once on a single image and checked, and where it is
+not right the op's baseline, PyTorch's own way, runs instead, with a warning. Nothing is run while a
 CUDA graph is captured, under torch.compile, or under a dispatch mode (whose tensors may be fakes);
 an entry counts there as well, else the default plan runs, and the problem is tuned or checked the
 next time that it is met elsewhere.
@@ -28,7 +28,7 @@ from fastcnn.plan.environment import environment_of
 from fastcnn.plan.plan_file import Entry, PlanFile, folder, parse
 from fastcnn.plan.problem import Device, Problem, describe
 from fastcnn.plan.registry import Candidate, Op
-from fastcnn.plan.roofline import card_of, predicted_seconds
+from fastcnn.plan.roofline import peaks_of, predicted_seconds
 from fastcnn.plan.timer import Timer, timer_for
 from fastcnn.plan.tune import prove, tune
 
@@ -160,8 +160,8 @@ class Planner:
             return plan
 
     def _proven(self, op: Op, problem: Problem, plan: Plan, able: Mapping[str, Candidate]) -> Plan:
-        """Return the plan, or the yardstick's where the model's choice is not right here."""
-        if plan.source != "model" or plan.name == op.yardstick or op.yardstick not in able:
+        """Return the plan, or the baseline's where the model's choice is not right here."""
+        if plan.source != "model" or plan.name == op.baseline or op.baseline not in able:
             return plan
         try:
             timer = self._timer_for(problem.device)
@@ -171,7 +171,7 @@ class Planner:
         if why is None:
             return plan
         warnings.warn(f"{op.name}: {plan.name} refused: {why}", stacklevel=2)
-        return Plan(op.yardstick, "model", f"{plan.reason}; {plan.name} refused: {why}", None)
+        return Plan(op.baseline, "model", f"{plan.reason}; {plan.name} refused: {why}", None)
 
     def _tune(
         self, op: Op, problem: Problem, key: str, able: Mapping[str, Candidate], file: PlanFile
@@ -198,9 +198,9 @@ class Planner:
         entry = self._defaults.get(key)
         if entry is not None and entry.plan in able:
             return _of_entry(entry, "measured", able)
-        card, which = card_of(device)
+        peaks, which = peaks_of(device)
         seconds = {
-            name: predicted_seconds(card, problem.dtype, one.kernels(problem))
+            name: predicted_seconds(peaks, problem.dtype, one.kernels(problem))
             for name, one in able.items()
         }
         untried = [name for name, one in able.items() if one.only_tuned]

@@ -24,7 +24,7 @@ class Candidate:
     # Why it cannot do a problem, else None. Not by n, h and w alone: under torch.compile with
     # symbolic sizes the candidate meets others than those that it was asked about.
     supports: Callable[[Problem], str | None]
-    # The kernels that it runs one after another, for the model of cards.py.
+    # The kernels that it runs one after another, for the model of roofline.py.
     kernels: Callable[[Problem], Sequence[Kernel]]
     # finish(problem, inputs, outputs) -> the outputs as the op has them, for the check. It takes no
     # time: what a candidate may leave to its consumer, who does it on the way.
@@ -43,7 +43,7 @@ class Op:
     # reference(problem, *tensors) -> the outputs, more exact than any candidate's
     reference: Callable[..., Tensor | tuple[Tensor, ...]]
     # The candidate that is PyTorch's own way: the others may err a few times as much (check.py).
-    yardstick: str
+    baseline: str
     # By output, of which output's values it is a sum that may cancel: that one's largest value says
     # what is right for it. None: each is its own.
     scale_of: tuple[int, ...] | None = None

@@ -31,7 +31,7 @@ def tune(op: Op, problem: Problem, candidates: Sequence[Candidate], timer: Timer
 
     Raises:
         RuntimeError: none is right; or the device is out of order since one ran.
-        ValueError: the op's yardstick is not registered.
+        ValueError: the op's baseline is not registered.
     """
     with _apart(problem.device):
         tensors, refused = _checked(op, problem, candidates, timer)
@@ -53,7 +53,7 @@ def prove(op: Op, problem: Problem, candidate: Candidate, timer: Timer) -> str |
     """Say why a candidate that nobody has timed is not right, run once on a single image."""
     one = problem._replace(x=(1, *problem.x[1:]))
     with _apart(problem.device):
-        _, refused = _checked(op, one, [op.candidates[op.yardstick], candidate], timer)
+        _, refused = _checked(op, one, [op.candidates[op.baseline], candidate], timer)
     return refused.get(candidate.name)
 
 
@@ -69,9 +69,9 @@ def _checked(
     op: Op, problem: Problem, candidates: Sequence[Candidate], timer: Timer
 ) -> tuple[tuple[Tensor, ...], dict[str, str]]:
     """Run the candidates on made-up tensors; return these, and which are refused, and why."""
-    if op.yardstick not in op.candidates:
+    if op.baseline not in op.candidates:
         names = ", ".join(op.candidates)
-        raise ValueError(f"yardstick: expected one of {names}, got {op.yardstick}")
+        raise ValueError(f"baseline: expected one of {names}, got {op.baseline}")
     tensors = op.tensors(problem, torch.Generator(problem.device).manual_seed(0))
     expected = _tuple(op.reference(problem, *tensors))
     errors: dict[str, list[check.Error]] = {}
@@ -84,10 +84,10 @@ def _checked(
     scales = [check.largest(exact.double().nan_to_num(0.0, 0.0, 0.0)) for exact in expected]
     if op.scale_of is not None:
         scales = [scales[op.scale_of[i]] for i in range(len(scales))]
-    yardstick = errors.get(op.yardstick)
+    baseline = errors.get(op.baseline)
     for name, found in errors.items():
-        why = check.difference(problem, found, scales, yardstick)
-        if why is not None and name != op.yardstick:
+        why = check.difference(problem, found, scales, baseline)
+        if why is not None and name != op.baseline:
             refused[name] = why
     return tensors, refused
 

@@ -28,7 +28,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import fastcnn
-from fastcnn.lab import eager_twin, interleaved, kept_for_backward, ratio
+from fastcnn.lab import eager_baseline, interleaved, kept_for_backward, ratio
 from fastcnn.models import resnet20
 
 __all__ = ["EPOCHS", "run"]
@@ -207,14 +207,14 @@ def kept_by_step(model: nn.Module, x: Tensor, labels: Tensor) -> int:
 
 
 def compare(model: nn.Module, digits: Digits) -> dict[str, float]:
-    """Time and memory of a training step of `model` (m) and its twin in plain PyTorch (e).
+    """Time and memory of a training step of `model` (m) and its original in plain PyTorch (e).
 
     train_step_speedup = median(time e / time m); activation_memory_ratio = bytes m / bytes e.
     """
     x = prepare(digits.train.x[:BATCH], digits)
     labels = digits.train.labels[:BATCH]
     # Copies: the steps change weights, and the trained ones are not ours to change.
-    models = {"fastcnn": copy.deepcopy(model), "eager": eager_twin(model)}
+    models = {"fastcnn": copy.deepcopy(model), "eager": eager_baseline(model)}
     steps = {name: training_step(net, x, labels) for name, net in models.items()}
     kept = {name: kept_by_step(net, x, labels) for name, net in models.items()}
     times = interleaved(steps, TIMING_ROUNDS, TIMING_WARMUP)

@@ -17,7 +17,7 @@ from fastcnn.triton.depthwise_kernels import (
     depthwise_bwd_input_kernel,
     depthwise_bwd_weight_kernel,
 )
-from fastcnn.triton.device import current_device, has_descriptors, matrix, processors
+from fastcnn.triton.device import current_device, has_descriptors, matrix, multiprocessors
 from fastcnn.triton.pointwise_bwd_kernels import (
     pointwise_bwd_input_kernel,
     pointwise_bwd_weight_kernel,
@@ -106,7 +106,7 @@ def conv2d_bwd_input(
                 **acts, **depthwise_blocks(tile),
             )  # fmt: skip
         elif by_descriptors:
-            programs = min(tiles * cdiv(c_in, tile.n), processors(dy))
+            programs = min(tiles * cdiv(c_in, tile.n), multiprocessors(dy))
             pointwise_bwd_input_kernel[(programs,)](
                 matrix(dy, tile.m, tile.k), matrix(weight, tile.k, tile.n), dx,
                 *_by_descriptor(behind, tile.m, tile.k), add, *after, pixels, c_in, c_out,
@@ -161,7 +161,7 @@ def conv2d_bwd_weight(
         columns = columns if flat else taps * cdiv(c_in_group, tile.n)
         grid, step = (cdiv(c_out_group, tile.m) * columns, groups), tile.k
     if parts is None:  # a program for each processor, and at least 8 steps for each of them
-        parts = min(cdiv(pixels, 8 * step), processors(dy) // math.prod(grid))
+        parts = min(cdiv(pixels, 8 * step), multiprocessors(dy) // math.prod(grid))
     pixels_a_part = cdiv(cdiv(max(pixels, 1), max(parts, 1)), step) * step
     parts = max(1, cdiv(pixels, pixels_a_part))
     sums = dy.new_empty((parts, c_out, *window, c_in_group), dtype=torch.float32)

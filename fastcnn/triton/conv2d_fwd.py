@@ -13,7 +13,7 @@ from fastcnn.triton.conv2d_kernels import (
     pointwise_kernel,
 )
 from fastcnn.triton.depthwise_kernels import depthwise_kernel
-from fastcnn.triton.device import arch_of, current_device, has_descriptors, matrix, processors
+from fastcnn.triton.device import arch_of, current_device, has_descriptors, matrix, multiprocessors
 from fastcnn.triton.tiles import (
     Tile,
     blocks,
@@ -88,7 +88,7 @@ def conv2d(
         if pixels == 0:
             pass
         elif by_descriptors:
-            programs = min(tiles_m * tiles_n, processors(x))
+            programs = min(tiles_m * tiles_n, multiprocessors(x))
             matrices = (matrix(x, tile.m, tile.k), matrix(weight, tile.n, tile.k))
             sizes = (pixels, c_in, c_out)
             pointwise_kernel[(programs,)](*matrices, y, *around, *sizes, **options)

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from fastcnn.triton.conv2d_kernels import tile_of
 
-# Added to a float64 below 2^51 and taken away again, it leaves the nearest even whole number.
+# Added to a float64 below 2^51 and taken away again, it leaves the nearest even integer.
 ROUND = tl.constexpr(1.5 * 2.0**52)
 # Triton would compile anew for a 1, and for the multiples of 16.
 ZERO_POINTS = ["x_zero_point", "residual_zero_point", "out_zero_point"]

@@ -50,7 +50,7 @@ def numbers(pointer, at, mask):
 def per_channel(norm, channels, mask):
     """Return a norm's mean, rstd, scale and bias at the channels, in float32.
 
-    rsqrt, to 2^-22.9, as PyTorch's batch norm takes it on a card: IEEE root and division branch,
+    rsqrt, to 2^-22.9, as PyTorch's batch norm takes it on a GPU: IEEE root and division branch,
     and on sm_100, where a thread has a row of the tile, they spilled 152 bytes.
     """
     mean = numbers(norm.mean, channels, mask)

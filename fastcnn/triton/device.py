@@ -19,8 +19,8 @@ def arch_of(t: Tensor) -> int:
     return 10 * major + minor
 
 
-def processors(x: Tensor) -> int:
-    """The card's, on which as many programs run at once at the least."""
+def multiprocessors(x: Tensor) -> int:
+    """Return the GPU's, on which as many programs run at once at the least."""
     if x.device.type != "cuda":
         return 3  # in the interpreter: fewer than there are tiles, so that programs take several
     return torch.cuda.get_device_properties(x.device).multi_processor_count

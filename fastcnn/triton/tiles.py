@@ -33,7 +33,7 @@ def default_tile(pixels: int, c_out: int, c_in: int, dtype: torch.dtype, lean: b
 
     128 x 128 results a program: 64 bytes of operands are read for 64 multiplications each way, near
     a H200's ratio of arithmetic to shared memory. Fewer channels get a narrower tile; few pixels a
-    lower one, so that there are programs for the card's processors. Where much stands before and
+    lower one, so that each multiprocessor has a program. Where much stands before and
     behind the product (not lean), and in float32, 128 x 128 would take more registers than a
     program has.
     """

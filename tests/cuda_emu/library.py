@@ -2,8 +2,8 @@
 
 The torch glue and the kernels of csrc are compiled by g++ against the emulator's headers (build.py)
 and registered under the dispatch key PrivateUse1, to be called with CPU tensors. Only what tells of
-a card, CudaCall, is another one: 3 multiprocessors, no stream. What a call gets and returns, how
-much workspace it allocates, what it refuses, and the Python above it, run as on a card.
+a GPU, CudaCall, is another one: 3 multiprocessors, no stream. What a call gets and returns, how
+much workspace it allocates, what it refuses, and the Python above it, run as on a GPU.
 """
 
 import functools

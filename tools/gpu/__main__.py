@@ -1,4 +1,4 @@
-"""Build, prove, tune and measure on a machine with an NVIDIA card, in under ten minutes.
+"""Build, prove, tune and measure on a machine with an NVIDIA GPU, in under ten minutes.
 
     python -m gpu RESULTS [build,test,sanitize,tune,bench]
 
@@ -102,8 +102,8 @@ def look() -> Found:
     import torch
 
     if not torch.cuda.is_available():
-        stop(f"expected a CUDA card that torch {torch.__version__} can use, got none")
-    # Not from torch, which would keep a context on the card in this process.
+        stop(f"expected a CUDA GPU that torch {torch.__version__} can use, got none")
+    # Not from torch, which would keep a context on the GPU in this process.
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     device, driver = told.splitlines()[0].rsplit(", ", 1)

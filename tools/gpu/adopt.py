@@ -1,8 +1,8 @@
-"""Make the plans of a run on a card the default ones.
+"""Make the plans of a run on a GPU the default ones.
 
     python tools/gpu/adopt.py RESULTS/plans.json
 
-A plan's key names its device, so that those of several cards stand side by side; of the same
+A plan's key names its device, so that those of several GPUs stand side by side; of the same
 problem the newer one stays. They count where the plan file has none (docs/planning.md).
 """
 

@@ -1,4 +1,4 @@
-"""Rows of the benchmarks on a card as Markdown, each beside the floor that it is held against.
+"""Rows of the benchmarks on a GPU as Markdown, each beside the floor that it is held against.
 
 python tools/gpu/benchmark_table.py ROWS...    files that `pytest benchmarks --rows=FILE` wrote; of
                                                the same case in several runs the last counts

@@ -35,7 +35,7 @@ TEST_PROCESSES = max(2, min(8, (os.cpu_count() or 2) // 2))
 
 
 def build(run: Run) -> Found:
-    """Install from this checkout, with code for this machine's cards alone."""
+    """Install from this checkout, with code for this machine's GPUs alone."""
     started = time.monotonic()
     status = run.execute(
         [*PIP, "--upgrade", "--target", SITE, f"-Cbuild-dir={WORK / 'cmake'}", ROOT],
@@ -133,7 +133,7 @@ def bench(run: Run) -> Found:
 
 
 def keep_plans(run: Run) -> Found:
-    """Copy the card's plan file, the newest, and count its plans."""
+    """Copy the GPU's plan file, the newest, and count its plans."""
     files = sorted((CACHE / "plans").glob("*.json"), key=lambda path: path.stat().st_mtime)
     if not files:
         return {"plans": 0}

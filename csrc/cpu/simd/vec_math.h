@@ -31,7 +31,7 @@ inline __attribute__((always_inline)) Vec<float> polynomial(const float (&coeffi
 
 inline __attribute__((always_inline)) Vec<float> vec_exp(Vec<float> x) {
   constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves a whole number's bits below
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves an integer's bits below
   constexpr float kPolynomial[] = {0.49999994f, 0.166665196f, 0.0416684076f, 0.0083689225f,
                                    0.00138141715f};
   x = x > 89.f ? splat(89.f) : (x < -105.f ? splat(-105.f) : x);  // inf and 0 from there on

@@ -1,5 +1,5 @@
 // batch_norm_act on CUDA: the launchers. Small layers take one launch over shared memory
-// (cuda/batch_norm_act/one_pass.cuh), the others several over the whole card
+// (cuda/batch_norm_act/one_pass.cuh), the others several over the whole GPU
 // (cuda/batch_norm_act/multi_pass.cuh); cuda/batch_norm_act/plan.h chooses.
 #include "batch_norm_act.h"
 #include "cuda/batch_norm_act/multi_pass.cuh"

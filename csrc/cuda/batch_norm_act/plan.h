@@ -1,4 +1,4 @@
-// How a call of batch_norm_act is cut over the card: forward and backward ask here.
+// How a call of batch_norm_act is cut over the GPU: forward and backward ask here.
 #pragma once
 
 #include "common/cuda_device.h"
@@ -9,7 +9,7 @@ namespace fastcnn {
 struct BatchNormPlan {
   ColumnPlan columns;
   ImageShape walked;  // the shape, or of a flat walk [n, c * hw, 1]
-  bool slab;          // one launch over shared memory, else stages over the whole card
+  bool slab;          // one launch over shared memory, else stages over the whole GPU
 };
 
 // What a slab kernel keeps on chip.
@@ -94,7 +94,7 @@ inline BatchNormPlan plan_batch_norm(const ImageShape& shape, int element_bytes,
     } table[] = {
         // Narrower rows are shared out to more SMs.
         {row_bytes == 64 && shape.channels_last && idle, Then::kNext},
-        // A long walk of one block: the whole card is faster.
+        // A long walk of one block: the whole GPU is faster.
         {steps > kSlabSteps || bytes > shared, Then::kNext},
         // Two blocks are resident, and one loads while the other calculates. (1 KiB of an SM's
         // shared memory belongs to the driver, for each block.)

@@ -1,4 +1,4 @@
-// How the two-stage kernels of group_norm_act cut a call over the card.
+// How the two-stage kernels of group_norm_act cut a call over the GPU.
 #pragma once
 
 #include "cuda/columns.cuh"
@@ -32,7 +32,7 @@ SamplePlan plan_samples(const ImageShape& shape, int64_t groups, int element_byt
   plan.samples = shape.n;
   plan.groups = groups;
   plan.per_group = shape.c / groups;
-  // Each sample fills its share of the card.
+  // Each sample fills its share of the GPU.
   const int64_t share = (device.sm_count + shape.n - 1) / shape.n;
   plan.columns = plan_columns(plan.sample, element_bytes, aligned, static_cast<int>(share));
   // Small images: no more threads than there are loads in flight for, down to a warp.

@@ -29,7 +29,7 @@ from fastcnn.ops.augment.parameters import AugmentParameters
 OP = "augment"
 # The numbers of DType in csrc/common/types.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LARGEST_SIDE = 2**24  # a float32 holds every whole number up to here
+LARGEST_SIDE = 2**24  # a float32 holds every integer up to here
 
 
 def _augment_fake(
@@ -189,7 +189,7 @@ def augment(
         dtype=torch.float32,
     )
     rows = *pack(parameters, (h, w), out), channels
-    # Not waiting for the card: CUDA has taken the values of pageable memory when the call returns.
+    # Not waiting for the GPU: CUDA has taken the values of pageable memory when the call returns.
     reals, integers, channels = (t.to(images.device, non_blocking=True) for t in rows)
     channels_last = memory_format is torch.channels_last
     y = _augment(images, reals, integers, channels, *out, DTYPES[dtype], channels_last)

@@ -101,7 +101,7 @@ def check_types(
     for name, value in integers.items():
         optional_number = name in ("residual_zero_point", "out_zero_point")
         if not isinstance(value, int) and not (value is None and optional_number):
-            raise TypeError(f"{OP}: {name}: expected a whole number, got {type(value).__name__}")
+            raise TypeError(f"{OP}: {name}: expected an integer, got {type(value).__name__}")
     if not isinstance(out_dtype, torch.dtype):
         raise TypeError(f"{OP}: out_dtype: expected a torch.dtype, got {type(out_dtype).__name__}")
     for name, t in tensors.items():

@@ -1,7 +1,7 @@
 """conv2d_int8: a convolution of 8-bit integers, with everything up to the next one's input.
 
 x [n, c, h, w] uint8 or int8, w [o, c / groups, kh, kw] int8, y [n, o, h_out, w_out]. fl32 and fl64
-are roundings to float32 and float64, to nearest even; rne is to a whole number, to nearest even.
+are roundings to float32 and float64, to nearest even; rne is to an integer, to nearest even.
 Every operation is written down, so that each backend gives the same integers:
 
     acc   = sum of (x - x_zero_point) * w                 int32; padding is x_zero_point: it adds 0

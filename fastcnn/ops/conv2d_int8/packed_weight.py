@@ -119,7 +119,7 @@ def accumulator(
     dilation: Sequence[int],
     groups: int,
 ) -> Callable[[Tensor], Tensor]:
-    """Return what makes images like x into sums: channels_last, whole numbers or int32."""
+    """Return what makes images like x into sums: channels_last, integers or int32."""
     geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
     # oneDNN 3.12 errs where one channel (a group) gives one column, with a stride along it.
     reach = x.shape[3] + 2 * padding[1] - dilation[1] * (weight.shape[3] - 1) - 1

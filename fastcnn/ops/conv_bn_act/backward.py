@@ -1,8 +1,8 @@
 """What a conv_bn_act chain saved for backward, and its backward pass: recomputation, gradients.
 
 A chain is a step or several, a block two chains: its steps and its shortcut.
-A step's input is rebuilt from the raw output before it, where the step needs it, and a raw output
-that was not kept by its convolution. Each tensor is dropped after its last use.
+A step's input is recomputed from the convolution output before it, where the step needs it, and a
+convolution output that was not saved by its convolution. Each tensor is dropped after its last use.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from fastcnn.common.activation import ACT_NUMBER, slope_is_in_y
 from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.checks import in_format_of
 from fastcnn.common.conv_operands import Gradient, Input, Sums
-from fastcnn.common.library import afresh
+from fastcnn.common.library import clone_no_cse
 from fastcnn.ops.batch_norm_act.operators import batch_norm_act_apply, batch_norm_act_bwd
 from fastcnn.ops.conv2d.aten import convolve, max_pool, max_pool_bwd
 from fastcnn.ops.conv_bn_act.passes import batch_norm_gradient, convolution_bwd, fused_raw, written
@@ -51,7 +51,7 @@ class SavedSteps:
         self.saved: list[SavedStep] = []
 
     def raw(self, i: int, x: Tensor) -> Tensor:
-        """Return step i's raw output, kept or from its convolution once more."""
+        """Return step i's convolution output, kept or from its convolution once more."""
         step = self.saved[i]
         if step.raw is None:
             self._run_again(i, self.input(i, x))
@@ -61,7 +61,7 @@ class SavedSteps:
     def _run_again(self, i: int, a: Input) -> Input:
         """Run step i's convolution again; return its input as far as that had to be written."""
         step, s = self.saved[i], self.settings[i]
-        weight = afresh(step.weight) if i == 0 else step.weight
+        weight = clone_no_cse(step.weight) if i == 0 else step.weight
         if s.plan.fwd:
             step.raw = fused_raw(a, weight, step.conv_bias, s)[0]
             return a
@@ -83,7 +83,7 @@ class SavedSteps:
         """Return step i's batch norm."""
         step, s = self.saved[i], self.settings[i]
         # In training the forward has run another operator.
-        mean = step.mean if s.training else afresh(step.mean)
+        mean = step.mean if s.training else clone_no_cse(step.mean)
         return Norm(mean, step.var, step.bn_weight, step.bn_bias, s.eps)
 
     def output(self, i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:

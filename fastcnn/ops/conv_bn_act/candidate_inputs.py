@@ -30,7 +30,7 @@ def fwd_tensors(problem: Problem, generator: torch.Generator) -> tuple[Tensor, .
 
 
 def fwd_exact(problem: Problem, x: Tensor, weight: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
-    """Return the raw output, and in training its mean and biased variance."""
+    """Return the convolution output, and in training its mean and biased variance."""
     a = activation(*_exact_input(problem, x, norm))
     raw = convolve(a, weight.double(), None, geometry_of(problem))
     of_channels = raw.transpose(0, 1).flatten(1)

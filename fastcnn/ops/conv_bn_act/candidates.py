@@ -1,6 +1,6 @@
 """How the steps of a chain that is trained run on CUDA, for the planner to choose from.
 
-    conv_bn_act_fwd    from the raw output before the step to its own, and the statistics of that
+    conv_bn_act_fwd    from the convolution output before the step to its own, and its statistics
         cudnn                 the activation written, cuDNN's convolution, a pass for statistics
         triton                one kernel
     conv_bn_act_bwd    from dz and its sums behind the step to those before it, and dweight

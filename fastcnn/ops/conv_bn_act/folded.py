@@ -91,7 +91,7 @@ class FoldedConv2d:
         x, residual = cast(x, dtype), cast(residual, dtype)
         state = self.state_for(x, residual, tensors, numbers)
         if state is None:
-            return self._afresh(x, residual, tensors)
+            return self._without_cache(x, residual, tensors)
         layouts = x.is_contiguous(), x.is_contiguous(memory_format=torch.channels_last)
         key = (x.shape, x.dtype, x.device, dtype, layouts)
         known = state.runs.get(key)
@@ -103,7 +103,7 @@ class FoldedConv2d:
             or residual.device != x.device
             or list(residual.shape) != sizes
         ):
-            return self._afresh(x, residual, tensors)  # which says so
+            return self._without_cache(x, residual, tensors)  # which says so
         return run(x, residual, residual_dies)
 
     def state_for(
@@ -149,7 +149,7 @@ class FoldedConv2d:
             mean, var, bn_weight, bn_bias, eps=eps, act=self.act,
         )  # fmt: skip
 
-    def _afresh(self, x: Tensor, residual: Tensor | None, tensors: Tensors) -> Tensor:
+    def _without_cache(self, x: Tensor, residual: Tensor | None, tensors: Tensors) -> Tensor:
         """Run it with nothing kept."""
         return conv_bn_act(x, [self.step(tensors)], residual, "default")
 

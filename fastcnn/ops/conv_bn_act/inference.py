@@ -7,8 +7,8 @@
                   weights; cuDNN refuses some, so that only tuning chooses it
     triton        one kernel
 
-Bytes: x, weight, residual and y once; cudnn writes and reads the raw output besides. The weights
-are folded at every call, as parameters may change; folded.py keeps them.
+Bytes: x, weight, residual and y once; cudnn writes and reads the convolution output besides. The
+weights are folded at every call, as parameters may change; folded.py keeps them.
 """
 
 from collections.abc import Callable, Sequence

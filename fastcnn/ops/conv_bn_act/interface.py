@@ -1,7 +1,7 @@
 """conv_bn_act: a chain of (convolution, batch norm, activation, pooling) steps, with a residual.
 
     a_0 = input
-    r_i = conv(a_{i-1}, weight_i)                              the raw output of step i
+    r_i = conv(a_{i-1}, weight_i)                              the convolution output of step i
     a_i = pool_i(act_i(batch_norm_i(r_i)))                     i < last
     output = act_last(batch_norm_last(r_last) + residual)
 

@@ -1,10 +1,10 @@
 """A step's convolution with what stands beside it: fused by Triton, or passes around PyTorch's.
 
 The plan of a step says for its convolution, its input's gradient and its weight's whether Triton
-runs them (StepPlan; candidates.py chooses). Triton's kernels read
-the raw output of the step before and apply batch norm and activation while loading, so that the
-activation is not written, and neither is the gradient of a raw output; they give the statistics and
-sums of what they write. Where PyTorch's convolution stands beside them it gets what it needs by a
+runs them (StepPlan; candidates.py chooses). Triton's kernels read the convolution output of the
+step before and apply batch norm and activation while loading, so that the activation is not
+written, and neither is the gradient of a convolution output; they give the statistics and sums of
+what they write. Where PyTorch's convolution stands beside them it gets what it needs by a
 pass. X and Y are the step's input and output, raw:
 
                     PyTorch's                             Triton's
@@ -16,7 +16,7 @@ pass. X and Y are the step's input and output, raw:
                     dx: read g, write dx                  read dz, Y, X, write dz before
                     dw: read X, write a; read g, a        read dz, Y, X
 
-A convolution's bias is left out of a fused raw output: batch norm takes it off again with the mean.
+A convolution's bias is left out where Triton runs it: batch norm takes it off again with the mean.
 Not where processes share statistics, since not all of them need have the same plan.
 """
 
@@ -55,13 +55,13 @@ def written(a: Input) -> Tensor:
 def fused_raw(
     a: Input, weight: Tensor, conv_bias: Tensor | None, s: StepSettings, statistics: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a fused step's raw output, and its mean and variance where asked for."""
+    """Return a fused step's convolution output, and its mean and variance where asked for."""
     bias = None if s.group is None else conv_bias
     return conv2d_fused(a, weight, s.conv, Output(statistics=statistics, bias=bias))
 
 
 def leaves_out_bias(s: StepSettings) -> bool:
-    """Whether a step's raw output is without the convolution's bias."""
+    """Whether a step's convolution output is without the convolution's bias."""
     return s.plan.fwd and s.group is None
 
 
@@ -90,7 +90,7 @@ def _sums(
 
 
 def gradient_written(d: Gradient) -> Tensor:
-    """Return the gradient of the raw output: one pass."""
+    """Return the gradient of the convolution output: one pass."""
     assert d.raw is not None
     assert d.norm is not None
     mean, var, weight, bias = (as_acc(d.raw, t) for t in d.norm[:4])
@@ -173,7 +173,7 @@ def convolution_bwd(
 ) -> tuple[Tensor | None, Sums | None, Tensor | None, Tensor | None]:
     """Return dx and its sums, dweight and dbias, with None for what is not wanted or not there.
 
-    d: the gradient of the raw output, written or not. With sums, dx is the gradient in front of
+    d: the gradient of the convolution output, written or not. With sums, dx is the gradient before
     a.norm, else that of what the convolution read, plus `add`. dbias where batch_norm_gradient has
     not given it.
     """

@@ -23,13 +23,13 @@ from fastcnn.plan import Kernel, Problem
 from fastcnn.triton.support import DTYPES, allows_tf32, interpreted
 
 EPS = 1e-5
-# Of cuDNN's rate, predicted (docs/gpu-notes.md); no card has told yet. Kernels but those of a plain
+# Of cuDNN's rate, predicted (docs/gpu-notes.md); no GPU has told yet. Kernels but those of a plain
 # 1x1 load by pointers and not by the TMA unit; a stem of few channels gathers them one by one.
 TRITON_SHARE = 0.7
 STEM_SHARE, STEM_CHANNELS = 0.25, 16
 
-# Of shared memory: what sm_80 lends a program. The stem's weight gradient takes 160 KiB of it, and
-# cards of other generations (sm_86, sm_89, sm_120), which lend 99, refuse to launch it.
+# Of shared memory: what sm_80 has for a program that opts in. The stem's weight gradient takes
+# 160 KiB, and GPUs of other generations (sm_86, sm_89, sm_120), which have 99, refuse to launch it.
 SHARED = 163 << 10
 
 _ACT_NAMES = list(ACT_NUMBER)
@@ -146,10 +146,10 @@ def without_triton(problem: Problem) -> str | None:
         return None if interpreted() else "NVIDIA GPUs only"
     if torch.cuda.get_device_capability(problem.device) < (8, 0):
         return "sm_80 and later only"
-    card: Any = torch.cuda.get_device_properties(problem.device)
-    lent = card.shared_memory_per_block_optin
-    if lent < SHARED:
-        return f"cards that lend a program {SHARED} bytes of shared memory only, not {lent}"
+    properties: Any = torch.cuda.get_device_properties(problem.device)
+    there = properties.shared_memory_per_block_optin
+    if there < SHARED:
+        return f"GPUs with {SHARED} bytes of opt-in shared memory only, not {there}"
     return None
 
 

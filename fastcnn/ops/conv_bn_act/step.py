@@ -107,7 +107,7 @@ def check_step(
 ) -> tuple[StepSettings, list[int], list[int]]:
     """Check a step whose input has these sizes and x's dtype.
 
-    Returns the sizes of its raw output, and of its output, which are others where it pools.
+    Returns the sizes of its convolution output, and of its output, which are others where it pools.
     """
     c_in = _check_weights(op, step, x, sizes)
     c_out, kernel = step.weight.shape[0], step.weight.shape[2:]

@@ -40,7 +40,7 @@ class Seen:
 
 
 def _bits_of(t: Tensor) -> Any:
-    """Return a dense CPU tensor's memory as whole numbers in NumPy, None for any other."""
+    """Return a dense CPU tensor's memory as integers in NumPy, None for any other."""
     if t.device.type != "cpu" or t.numel() == 0:
         return None
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]

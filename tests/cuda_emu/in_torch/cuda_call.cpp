@@ -7,7 +7,7 @@ namespace {
 constexpr int64_t kBehind = 1024;         // floats behind a workspace
 constexpr unsigned char kPattern = 0xff;  // NaN, as memory that nobody has written yet
 
-// CUDA_EMU_SMS: of another card, for the paths that are chosen there.
+// CUDA_EMU_SMS: of another GPU, for the paths that are chosen there.
 int multiprocessors() {
   const char* given = std::getenv("CUDA_EMU_SMS");
   return given == nullptr ? cuda_emu::kMultiprocessors : std::atoi(given);
@@ -16,8 +16,8 @@ int multiprocessors() {
 }  // namespace
 
 CudaCall::CudaCall(const char* op, const Tensor& x) : op_(op), x_(x), device_{} {
-  static std::mutex card;
-  alone_ = std::unique_lock(card);
+  static std::mutex one_at_a_time;
+  alone_ = std::unique_lock(one_at_a_time);
   device_ = {multiprocessors(), nullptr, cuda_emu::kMaxSharedBytes};
 }
 

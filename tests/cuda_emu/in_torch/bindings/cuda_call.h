@@ -1,4 +1,4 @@
-// In place of csrc/bindings/cuda_call.h in the emulated build: a call "on a card" with CPU tensors.
+// In place of csrc/bindings/cuda_call.h in the emulated build: a call "on a GPU" with CPU tensors.
 #pragma once
 
 #include <mutex>
@@ -23,7 +23,7 @@ class CudaCall {
  private:
   const char* op_;
   const Tensor& x_;
-  std::unique_lock<std::mutex> alone_;  // the emulator is one card, and runs one kernel at a time
+  std::unique_lock<std::mutex> alone_;  // the emulator is one GPU, and runs one kernel at a time
   CudaDevice device_;
   mutable OptionalTensor workspace_;
 };

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from card import HAS_CARD
+from device import HAS_GPU
 from torch import Tensor
 
 Replay = Callable[[], None]
@@ -13,10 +13,10 @@ WARM_UPS = 2
 def captured(run: Callable[[], Sequence[Tensor]]) -> tuple[list[Tensor], Replay]:
     """Return run's results and what fills them anew: a graph's replay.
 
-    It has run WARM_UPS times by then, on the stream that is captured. Without a card `run` is
+    It has run WARM_UPS times by then, on the stream that is captured. Without a GPU `run` is
     called again and its results are copied: all but the capture is then as on one.
     """
-    if not HAS_CARD:
+    if not HAS_GPU:
         for _ in range(WARM_UPS):
             found = list(run())
 

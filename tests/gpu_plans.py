@@ -1,11 +1,11 @@
-"""Convolutions by the plan that a test names, on the card or in Triton's interpreter."""
+"""Convolutions by the plan that a test names, on the GPU or in Triton's interpreter."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-from card import HAS_CARD
+from device import HAS_GPU
 
 import fastcnn.plan
 from fastcnn.ops.conv_bn_act import folded as conv2d_folded
@@ -13,20 +13,20 @@ from fastcnn.ops.conv_bn_act import interface as conv_bn_act
 from fastcnn.plan import OPS, Problem
 from fastcnn.plan.planner import Plan
 
-if not HAS_CARD:
+if not HAS_GPU:
     import triton_proof  # noqa: F401 (mends the interpreter)
 
 
 @contextmanager
 def planned_by(choose: Callable[[Problem], str]) -> Iterator[None]:
-    """Let convolutions run by these plans; without a card, Triton's in the interpreter."""
+    """Let convolutions run by these plans; without a GPU, Triton's in the interpreter."""
 
     def plan(problem: Problem, busy: str | None = None) -> Plan:
         return Plan(choose(problem), "model", "", None)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fastcnn.plan, "_planner", lambda: SimpleNamespace(choose=plan))
-        if not HAS_CARD:
+        if not HAS_GPU:
             patch.setattr(conv_bn_act, "is_planned", lambda x: True)
             patch.setattr(conv2d_folded, "is_planned", lambda x: True)
         yield

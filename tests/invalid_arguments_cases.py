@@ -1,4 +1,4 @@
-"""Good arguments of every operator, from which test_nonsense.py makes bad ones."""
+"""Good arguments of every operator, from which test_invalid_arguments.py makes bad ones."""
 
 from typing import Any
 

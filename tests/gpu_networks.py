@@ -9,8 +9,8 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from card import DEVICE
 from chains import randomize
+from device import DEVICE
 from roundings import Expected
 from seeds import seed_all, seeded
 from torch import Tensor, nn

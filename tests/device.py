@@ -1,9 +1,9 @@
-"""What tests marked `gpu` run on: the card, or what stands for it where there is none.
+"""What tests marked `gpu` run on: the GPU, or what stands for it where there is none.
 
-`make gpu` runs those tests on a machine with a card. Elsewhere they run with all others, so that
-what a card is asked is known to be asked rightly: Triton's kernels in its interpreter; under
-on_card() the operators' CUDA implementations, the CUDA kernels in the emulator (cuda_emu/). What
-only a card can answer is skipped.
+`make gpu` runs those tests on a machine with a GPU. Elsewhere they run with all others, so that
+what a GPU is asked is known to be asked rightly: Triton's kernels in its interpreter; under
+on_gpu() the operators' CUDA implementations, the CUDA kernels in the emulator (cuda_emu/). What
+only a GPU can answer is skipped.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,15 +22,15 @@ from fastcnn.ops.conv_bn_act import folded as conv2d_folded
 from fastcnn.ops.conv_bn_act import interface as conv_bn_act
 
 T = TypeVar("T")
-HAS_CARD = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if HAS_CARD else "cpu")
+HAS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 
-needs_a_card = pytest.mark.skipif(not HAS_CARD, reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 
 
 def thinned(cases: Iterable[T], step: int) -> list[T]:
-    """All of them; on a card, where Triton compiles each kind of its kernels, every step-th."""
-    return list(cases)[:: step if HAS_CARD else 1]
+    """All of them; on a GPU, where Triton compiles each kind of its kernels, every step-th."""
+    return list(cases)[:: step if HAS_GPU else 1]
 
 
 def slow_unless(quick: Callable[..., bool], cases: Iterable[tuple[Any, ...]]) -> list[Any]:
@@ -43,18 +43,18 @@ CUDNN = "fastcnn::conv2d_relu"  # its CUDA implementation is an operator of PyTo
 
 def cuda_operators() -> set[str]:
     """The operators with a CUDA implementation: "conv2d_int8", ..."""
-    if not HAS_CARD:
+    if not HAS_GPU:
         library.load()
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastcnn::")]
     return {n.removeprefix("fastcnn::") for n in names if _has(n, library.KEY) or _has(n, "CUDA")}
 
 
 @contextmanager
-def on_card() -> Iterator["Called"]:
-    """Run CUDA implementations: on a card the tensors say so, elsewhere they are led there."""
+def on_gpu() -> Iterator["Called"]:
+    """Run CUDA implementations: on a GPU the tensors say so, elsewhere they are led there."""
     called = Called()
     with pytest.MonkeyPatch.context() as patch:
-        if not HAS_CARD:
+        if not HAS_GPU:
             library.load()
             for module in (conv_bn_act, conv2d_folded):
                 patch.setattr(module, "is_planned", lambda x: not torch.compiler.is_exporting())
@@ -63,7 +63,7 @@ def on_card() -> Iterator["Called"]:
             yield called
 
 
-CARD = Place(DEVICE, on_card)
+GPU = Place(DEVICE, on_gpu)
 
 
 class Called(TorchDispatchMode):
@@ -80,7 +80,7 @@ class Called(TorchDispatchMode):
             self.others.append(str(func))
             return func(*args, **kwargs)
         self.operators.append(name.removeprefix("fastcnn::"))
-        if HAS_CARD or not all(_is_plain(t) for t in args if isinstance(t, Tensor)):
+        if HAS_GPU or not all(_is_plain(t) for t in args if isinstance(t, Tensor)):
             return func(*args, **kwargs)  # by its tensors
         if _has(name, library.KEY):
             return func.redispatch(DispatchKeySet(DispatchKey.PrivateUse1), *args, **kwargs)

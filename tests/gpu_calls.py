@@ -1,6 +1,6 @@
 """One call of each op, as data: what streams, graphs and devices must do to all of them alike.
 
-Sizes are small, but on a card they reach both paths of the norms (over shared memory and in
+Sizes are small, but on a GPU they reach both paths of the norms (over shared memory and in
 stages), more shared memory than 48 KiB, and convolutions by cuDNN and by Triton.
 """
 
@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from card import DEVICE
-from card_plans import planned_by, wherever_it_can
-from card_tensors import Maker
+from device import DEVICE
+from gpu_plans import planned_by, wherever_it_can
+from gpu_tensors import Maker
 from seeds import seeded
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def run(name: str, late: Sequence[Tensor], constant: Sequence[Tensor]) -> list[T
 
 
 def assert_equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Bitwise, as fastcnn promises of one card; NaN is what memory was filled with."""
+    """Bitwise, as fastcnn promises of one GPU; NaN is what memory was filled with."""
     assert len(found) == len(expected)
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert not (b.is_floating_point() and b.isnan().any())
@@ -262,7 +262,7 @@ CALLS = {
     "inference by Triton": Call(partial(_chain_inputs, _FP32), partial(_inference, "triton")),
     "conv2d_int8": Call(partial(_int8_inputs, 1), partial(_int8, 1)),
     "conv2d_int8, depthwise": Call(partial(_int8_inputs, 32), partial(_int8, 32)),
-    # 64 KiB a group, for half the processors of a card and more: held in shared memory.
+    # 64 KiB a group, for half the processors of a GPU and more: held in shared memory.
     "group_norm_act, 64 KiB": Call(
         partial(_norm_inputs, (5, 256, 32, 32), _FP32, _NCHW), partial(_group_norm, 16)
     ),

@@ -1,4 +1,4 @@
-"""torch.ops.fastcnn called directly, with nonsense: it always raises, and never reads elsewhere.
+"""torch.ops.fastcnn called directly with invalid arguments raises, and never reads elsewhere.
 
 Every argument of every operator is replaced by everything that could lead a kernel astray, one at a
 time and several at once.
@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from card import DEVICE, cuda_operators, on_card
-from nonsense_cases import good_arguments
+from device import DEVICE, cuda_operators, on_gpu
+from invalid_arguments_cases import good_arguments
 from shapes import LAYOUTS
 from torch import Tensor
 
@@ -121,7 +121,7 @@ ALONE = {"other float", "another half", "meta", "empty", "shorter", "longer"}
 ALONE |= {"channel less", "column less", "the other layout"}
 SOUND_STRIDES = {"expanded", "huge strides", "strided"}
 # Where no second tensor says how many channels or images there are, or which dtype.
-NO_NONSENSE = {
+VALID_HERE = {
     ("group_norm_act_fwd", "x"): ALONE - {"other float", "meta", "channel less"},
     ("pixel_norm_act_fwd", "x"): ALONE - {"other float", "meta", "channel less"},
     ("batch_norm_act_stats", "x"): ALONE,
@@ -175,12 +175,12 @@ HOW = [
 FEW = [(torch.bfloat16, "channels_last")]
 
 
-def accepted_nonsense(
-    log: Path, on_the_card: bool, how: list[tuple[torch.dtype, str]]
+def accepted_invalid_arguments(
+    log: Path, gpu: bool, how: list[tuple[torch.dtype, str]]
 ) -> tuple[int, list[str]]:
     """Call the operators with invalid arguments; how often, and which calls did not raise."""
     accepted, calls = [], 0
-    around, device = (on_card, DEVICE) if on_the_card else (nullcontext, torch.device("cpu"))
+    around, device = (on_gpu, DEVICE) if gpu else (nullcontext, torch.device("cpu"))
     generator = random.Random(0)
 
     def attempt(op: str, dtype: torch.dtype, layout: str, bad: list[tuple[str, str]]) -> None:
@@ -209,7 +209,7 @@ def accepted_nonsense(
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    ops = [op for op in OPS if not on_the_card or op in cuda_operators()]
+    ops = [op for op in OPS if not gpu or op in cuda_operators()]
     for op, (dtype, layout) in itertools.product(ops, how):
         with around():
             getattr(torch.ops.fastcnn, op)(*good(op, dtype, layout).values())
@@ -222,7 +222,7 @@ def accepted_nonsense(
             for choice in choices:
                 attempt(op, dtype, layout, [choice])
             # Several at once: one check must not lead another astray. Different kinds, since x and
-            # residual in the other layout are no nonsense.
+            # residual in the other layout are valid.
             for _ in range(30):
                 bad = {kind: name for name, kind in generator.sample(choices, 3)}
                 attempt(op, dtype, layout, list({v: k for k, v in bad.items()}.items()))
@@ -239,7 +239,7 @@ def kinds(op: str, name: str, good: Any) -> list[str]:
     if name == "seed":
         return [*SEED, *(["on the CPU"] if good.is_cuda else [])]
     own = ANY | (IMAGE if name in IMAGES else CHANNELS)
-    legal = NO_NONSENSE.get((op, name), set()) | ({"None"} if name in OPTIONAL else set())
+    legal = VALID_HERE.get((op, name), set()) | ({"None"} if name in OPTIONAL else set())
     if good.device.type == "cpu" or "meta" in legal:
         legal = legal | {"on the CPU"}
     if good.numel() == 1:
@@ -250,33 +250,33 @@ def kinds(op: str, name: str, good: Any) -> list[str]:
 
 
 def test_every_operator_is_here() -> None:
-    # One that is registered later and not named above would go without nonsense unnoticed.
+    # One that is registered later and not named above would go without invalid arguments unnoticed.
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.split("::")[1] for name in names if name.startswith("fastcnn::")}
-    # afresh and conv2d_relu are PyTorch's own; conv2d_bwd_weight is not there on all machines.
-    assert registered - set(OPS) <= {"afresh", "conv2d_relu", "conv2d_bwd_weight"}
+    # clone_no_cse and conv2d_relu are PyTorch's own; conv2d_bwd_weight is not on all machines.
+    assert registered - set(OPS) <= {"clone_no_cse", "conv2d_relu", "conv2d_bwd_weight"}
     assert set(OPS) <= registered
 
 
 @pytest.mark.parametrize(
-    ("on_the_card", "how"),
+    ("gpu", "how"),
     [
         pytest.param(False, FEW, id="cpu"),
-        pytest.param(True, FEW, id="card", marks=pytest.mark.gpu),
+        pytest.param(True, FEW, id="gpu", marks=pytest.mark.gpu),
         pytest.param(False, HOW, id="cpu, every dtype in both layouts", marks=pytest.mark.slow),
-        pytest.param(True, HOW[:1], id="card, float32", marks=[pytest.mark.gpu, pytest.mark.slow]),
+        pytest.param(True, HOW[:1], id="GPU, float32", marks=[pytest.mark.gpu, pytest.mark.slow]),
     ],
 )
-def test_nonsense_raises(
-    on_the_card: bool, how: list[tuple[torch.dtype, str]], tmp_path: Path
+def test_invalid_arguments_raise(
+    gpu: bool, how: list[tuple[torch.dtype, str]], tmp_path: Path
 ) -> None:
-    # In a process of its own, so that a crash is a failure that names the call; and on a card, so
+    # In a process of its own, so that a crash is a failure that names the call; and on a GPU, so
     # that a kernel that went wrong spoils no other test.
     log = tmp_path / "call"
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             calls, accepted = pool.submit(
-                partial(accepted_nonsense, log, on_the_card, how)
+                partial(accepted_invalid_arguments, log, gpu, how)
             ).result()
         except Exception as error:
             pytest.fail(f"{type(error).__name__}: {error}: in {log.read_text()}")
