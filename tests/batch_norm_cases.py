@@ -111,6 +111,7 @@ def normalised(case: Case) -> Normalised:
         0.0 if case.residual is None else case.residual, case.dy,
         lambda t: t.mean(dims, keepdim=True), m := case.x.numel() // case.x.shape[1],
         lambda t: t.sum(dims), m, case.training,
+        (per_channel(case.running_mean, 0.0), per_channel(case.running_var, 0.0)),
     )  # fmt: skip
 
 

@@ -88,6 +88,7 @@ class Normalised(NamedTuple):
     per_parameter: Callable[[Tensor], Tensor]  # the sum that gives a parameter's gradient
     samples: int  # how many terms it has
     training: bool = True
+    moved: tuple[Tensor | float, Tensor | float] = (0.0, 0.0)  # running mean and var before
 
 
 def normalised_by_group(
@@ -156,6 +157,8 @@ def norm_errors(n: Normalised, dtype: torch.dtype) -> dict[str, Tensor]:
     else:
         d_x = gain * (d_dz + 2 * one * dz)
     unbiased = n.count / max(n.count - 1, 1)
+    # 1 - momentum, of what was there: few units of 1, and all of it where the momentum is near 1.
+    old_mean, old_var = (one * abs(old) for old in n.moved)
     return {
         "z": d_z,
         "y": STEEPEST * d_z,
@@ -163,14 +166,19 @@ def norm_errors(n: Normalised, dtype: torch.dtype) -> dict[str, Tensor]:
         "dresidual": d_dz,
         "dweight": d_weight,
         "dbias": d_bias,
-        "running_mean": d_mean * n.std if n.training else torch.zeros(()),
-        "running_var": 2 * d_std * n.std.square() * unbiased if n.training else torch.zeros(()),
+        "running_mean": d_mean * n.std + old_mean if n.training else torch.zeros(()),
+        "running_var": 2 * d_std * n.std.square() * unbiased + old_var
+        if n.training
+        else torch.zeros(()),
     }
 
 
 def halved(n: Normalised) -> dict[str, Tensor]:
-    """Return what is rounded to x's dtype on the way: dx is made of dresidual as it is returned."""
-    dz = STEEPEST * n.dy.abs()
+    """Return what is rounded to x's dtype on the way: dx is made of dresidual as it is returned.
+
+    Below the smallest normal number, of float16 6e-5, an ulp does not shrink any more.
+    """
+    dz = (STEEPEST * n.dy.abs()).clamp(min=torch.finfo(torch.float16).tiny)
     inner = abs(n.weight) * dz
     if n.training:
         inner = (

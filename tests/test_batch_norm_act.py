@@ -63,6 +63,17 @@ def test_float32_parameters_beside_half_images(dtype: torch.dtype, training: boo
 
 
 @TRAINING_AND_EVAL
+def test_gradients_below_float16_s_normal_numbers(training: bool) -> None:
+    # dresidual is rounded there by half of 2^-24, whatever its size, and dx is 300 times as large.
+    case = make_case((2, 6, 9, 7), torch.float16, "nchw", "silu", True, training)
+    assert case.running_var is not None
+    var = (case.running_var * 1e-6).float()
+    mean = (case.running_mean * 1e-3).float()
+    small = replace(case, x=case.x * 1e-3, dy=case.dy * 1e-5, running_mean=mean, running_var=var)
+    check(small)
+
+
+@TRAINING_AND_EVAL
 def test_the_reference_against_torch(training: bool) -> None:
     # It is the oracle of the CUDA kernels' tests.
     def reference_batch_norm_act(case: Case) -> Tensor:
