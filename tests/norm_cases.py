@@ -157,7 +157,7 @@ def norm_errors(n: Normalised, dtype: torch.dtype) -> dict[str, Tensor]:
     else:
         d_x = gain * (d_dz + 2 * one * dz)
     unbiased = n.count / max(n.count - 1, 1)
-    # 1 - momentum, of what was there: few units of 1, and all of it where the momentum is near 1.
+    # Multiplied by 1 - momentum, which is rounded in units of 1 however small it is.
     old_mean, old_var = (one * abs(old) for old in n.moved)
     return {
         "z": d_z,

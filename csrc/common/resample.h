@@ -17,7 +17,7 @@
 
 namespace fastcnn {
 
-// The operator schemas carry the number; fastcnn/ops/upsample/interface.py holds the same table.
+// The operator schemas carry the number; fastcnn/ops/upsample/arguments.py holds the same table.
 enum class Sampling : int32_t {
   kNearest = 0,
   kNearestExact = 1,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 Pair = tuple[int, int]
+Pool = tuple[Pair, Pair, Pair]  # a pooling: kernel, stride, padding
 
 
 class ConvGeometry(NamedTuple):

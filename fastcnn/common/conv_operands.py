@@ -1,8 +1,10 @@
 """What a fused convolution is given beside its weight: one record each, from the op to the launch.
 
-a = act(norm(x)), or x                                    Input
-y = act(norm(conv2d(a, weight)) + residual), or + bias    Output
-g = the gradient of conv2d(a, weight)                     Gradient
+    a = act(norm(x)), or x                                    Input
+    y = act(norm(conv2d(a, weight)) + residual), or + bias    Output
+    g = the gradient of conv2d(a, weight)                     Gradient
+
+Formulas, floors in bytes and kernels: fastcnn/ops/conv2d/fused.py.
 """
 
 from typing import NamedTuple

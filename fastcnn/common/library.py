@@ -1,5 +1,6 @@
 """The dispatcher library `fastcnn`: schemas are declared here, kernels come from _ops.so."""
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,8 +40,12 @@ def declare(schema: str, fake: Callable[..., Any]) -> None:
 
 def by_name(operator: Any, args: Sequence[Any]) -> dict[str, Any]:
     """Return an operator's arguments under the names of its schema."""
-    names = (argument.name for argument in operator._schema.arguments)
-    return dict(zip(names, args, strict=True))
+    return dict(zip(_names(operator), args, strict=True))
+
+
+@functools.cache
+def _names(operator: Any) -> tuple[str, ...]:
+    return tuple(argument.name for argument in operator._schema.arguments)
 
 
 class _Refused(torch.autograd.Function):

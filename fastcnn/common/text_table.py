@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
+WIDTH = 100
+
 
 def columns(cells: Sequence[tuple[str, ...]], most: tuple[int, ...]) -> Iterator[list[str]]:
     """Yield each row's lines, in columns as wide as they need but at most `most`."""
@@ -22,6 +24,3 @@ def _wrap(text: str, width: int) -> list[str]:
             lines.append("  ")
         lines[-1] += part
     return [line.rstrip() for line in lines]
-
-
-WIDTH = 100

@@ -87,7 +87,7 @@ class _Walk:
         for what, why in current.left:
             yield Row(place(path, _plain(what)), _convertible(module, what), False, "PyTorch", why)
         for called in dict.fromkeys(current.calls):
-            yield from self.rows(module.get_submodule(called), _join(path, called))
+            yield from self.rows(module.get_submodule(called), child_path(path, called))
 
     def _current(self, conversion: Any) -> Any:
         """Return the plan that runs; its warning is left to the next call of the module."""
@@ -115,7 +115,7 @@ class _Walk:
             inside = ", ".join(dict.fromkeys(_own_layers(module)))
             yield Row(path or type(module).__name__, inside, False, "PyTorch", why)
         for name, child in module.named_children():
-            yield from self.rows(child, _join(path, name))
+            yield from self.rows(child, child_path(path, name))
 
     def _layer(self, layer: nn.Module, path: str) -> Iterator[Row]:
         kind = kind_of(layer)
@@ -185,13 +185,14 @@ def _plain(what: str) -> str:
     return what.removeprefix("<").split(" at ")[0].split()[-1].removesuffix(">")
 
 
-def _join(path: str, name: str) -> str:
+def child_path(path: str, name: str) -> str:
+    """Return the path of a child in a model."""
     return f"{path}.{name}" if path else name
 
 
 def place(path: str, where: str) -> str:
     """Return "layer1.0: conv1 .. relu" of "layer1.0.conv1 .. layer1.0.relu"."""
-    ends = [_join(path, end) for end in where.split(" .. ")]
+    ends = [child_path(path, end) for end in where.split(" .. ")]
     if len(ends) == 1:
         return ends[0]
     parts = [end.split(".") for end in (ends[0], ends[-1])]

@@ -11,8 +11,6 @@ from fastcnn.common.conv_geometry import Pair, output_size
 from fastcnn.triton.support import DTYPES
 
 MOST_IN_GRID = 65535  # of CUDA's second and third dimension
-
-
 MOST_PIXELS = 2**31 - 2**16  # kernels count them in int32, with the rest of the last tile
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from fastcnn.convert.converted import Conversion, Converted, _bind
 from fastcnn.convert.graph.layers import class_of, kind_of
 from fastcnn.convert.graph.trace import arguments_of, is_leaf
-from fastcnn.convert.rows import place
+from fastcnn.convert.rows import child_path, place
 from fastcnn.convert.unit import Unit, unit
 
 
@@ -72,32 +72,33 @@ def _chart(module: nn.Module, path: str, found: Map, seen: set[nn.Module]) -> No
         children = [str(n.target) for n in made.fused.nodes if n.op == "call_module"]
     else:
         children = [name for name, _ in module.named_children()]
-        for full, child in ((_join(path, name), child) for name, child in module.named_children()):
+        for name, child in module.named_children():
+            full = child_path(path, name)
             if is_leaf(child):
                 found.places[full] = Place(full, kind_of(child) or class_of(child).__name__)
                 found.layers.append(full)
     for name in children:
         child = module.get_submodule(name)
         if not is_leaf(child):
-            _chart(child, _join(path, name), found, seen)
+            _chart(child, child_path(path, name), found, seen)
 
 
 def _places(module: nn.Module, path: str, made: Unit) -> Iterator[tuple[str, Place]]:
     def title(node: fx.Node) -> str:
         call = made.calls.get(node.name)
         if call is None:
-            return _join(path, str(node.target) if node.op == "call_module" else node.name)
+            return child_path(path, str(node.target) if node.op == "call_module" else node.name)
         return place(path, call.where)
 
     for node in made.fused.nodes:
         call = made.calls.get(node.name)
         readers = tuple(title(user) for user in node.users if user.op != "output")
         if call is not None:
-            yield _join(path, call.last), Place(title(node), call.words, readers)
+            yield child_path(path, call.last), Place(title(node), call.words, readers)
         elif node.op == "call_module":
             layer = module.get_submodule(str(node.target))
             words = kind_of(layer) or class_of(layer).__name__
-            yield _join(path, node.name), Place(title(node), words, readers)
+            yield child_path(path, node.name), Place(title(node), words, readers)
 
 
 @contextmanager
@@ -149,11 +150,7 @@ class _Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run a node, and keep its value if it is a place's."""
         value = super().run_node(n)
-        key = _join(self._path, self._names.get(n.name, n.name))
+        key = child_path(self._path, self._names.get(n.name, n.name))
         if key in self._places and n.op.startswith("call"):
             self._log.keep(key, value)
         return value
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

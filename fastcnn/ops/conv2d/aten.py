@@ -6,11 +6,10 @@ One is fastcnn's: the weight gradient in bfloat16 on CPUs with AVX512-BF16 (weig
 import torch
 from torch import Tensor
 
-from fastcnn.common.conv_geometry import ConvGeometry, Pair
+from fastcnn.common.conv_geometry import ConvGeometry, Pool
 from fastcnn.ops.conv2d.onednn_workarounds import onednn_overruns, with_columns
 from fastcnn.ops.conv2d.weight_grad import conv2d_bwd_weight, has_conv2d_bwd_weight
 
-Pool = tuple[Pair, Pair, Pair]  # kernel, stride, padding
 _convolution = torch.ops.aten.convolution.default
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _max_pool = torch.ops.aten.max_pool2d_with_indices.default

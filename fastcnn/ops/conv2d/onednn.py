@@ -12,8 +12,6 @@ from fastcnn.ops.conv2d.aten import convolve
 from fastcnn.ops.conv2d.onednn_workarounds import with_columns
 
 _convolution_pointwise = torch.ops.mkldnn._convolution_pointwise
-
-
 _convolution_pointwise_ = torch.ops.mkldnn._convolution_pointwise_
 
 
@@ -26,7 +24,6 @@ def _onednn_types() -> tuple[torch.dtype, ...]:
 
 # Asked once: torch.compile cannot trace the questions.
 _ONEDNN_TYPES = _onednn_types()
-
 
 # oneDNN's names of the activations, with their parameters: what the convolution's epilogue applies.
 _EPILOGUES: dict[str, tuple[str, list[float], str]] = {

@@ -2,8 +2,9 @@
 
     y = act(batch_norm(conv2d(x)) + residual)          batch norm and residual are optional
 
-A step of conv_bn_act, with the same checks and the same bits. That one folds the batch norm into
-the weights at every call, and oneDNN lays them out anew; here both are kept:
+A step of conv_bn_act, with the same checks and the same bits (but a sum written into a residual
+that dies is another kernel's on processors without AVX2). That one folds the batch norm into the
+weights at every call, and oneDNN lays them out anew; here both are kept:
 
     CPU, channels_last   the weight in oneDNN's layout, for each of the last sizes of x
     CPU, NCHW            the folded weight: oneDNN's operator answers a packed one in channels_last

@@ -1,6 +1,9 @@
-"""A step with fixed statistics where nobody asks for a gradient, on CUDA: the planner chooses.
+"""A step with fixed statistics where no gradient is required.
 
     y = act(batch_norm(conv2d(x)) + residual)
+
+On the CPU one convolution of oneDNN, the batch norm folded into its weights. On CUDA the planner
+chooses:
 
     cudnn         cuDNN's convolution, a pass for the rest
     cudnn_fused   cuDNN's convolution + bias + ReLU (+ residual), batch norm folded into the

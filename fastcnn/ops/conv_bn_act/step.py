@@ -8,9 +8,8 @@ from torch.distributed import ProcessGroup
 
 from fastcnn.common.activation import act_number
 from fastcnn.common.checks import check_parameters
-from fastcnn.common.conv_geometry import ConvGeometry, output_size, pair
+from fastcnn.common.conv_geometry import ConvGeometry, Pool, output_size, pair
 from fastcnn.common.process_group import Group, group_of
-from fastcnn.ops.conv2d.aten import Pool
 
 Memory = Literal["default", "low", "lowest"]
 
