@@ -234,8 +234,10 @@ def test_help_needs_no_extra(
 
 @pytest.mark.slow
 def test_the_recipe_reaches_its_goal(tmp_path: Path) -> None:
-    # What `make demo` promises: at least 97 % of the test images, with less memory than eager.
+    # Sixteen seeds (0 to 15) got 1 to 5 of the 360 test images wrong, 45 in all. A count whose mean
+    # is known from that, up to a gamma distribution, is above 16 once in 1.6e7 (the negative
+    # binomial's tail: scipy.stats.nbinom.sf(16, 45.5, 16 / 17)).
     assert cli.main(["demo", "--out", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["test_accuracy"] >= 0.97
+    assert summary["test_accuracy"] >= 1 - 16 / 360
     assert summary["activation_memory_ratio"] < 0.8
