@@ -40,7 +40,7 @@ fuzz: N ?= 20000
 fuzz: SEED := $(or $(SEED),$(shell date +%s))
 fuzz:
 	@$(PYTHON) tools/environment.py dev
-	FASTCNN_FUZZ=$(N) $(BIN)/python -m pytest tests/test_fuzz*.py --hypothesis-seed=$(SEED)
+	FASTCNN_FUZZ=$(N) $(BIN)/python -m pytest tests/fuzz --hypothesis-seed=$(SEED)
 
 lint:
 	@$(PYTHON) tools/environment.py dev

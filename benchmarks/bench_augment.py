@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import torchvision_transforms as v2
-from shapes import LAYOUTS
+from support.oracles import torchvision_transforms as v2
+from support.shapes import LAYOUTS
 from torch import Tensor
 from where import DEVICE, cases, on, tiny
 

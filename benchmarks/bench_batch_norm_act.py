@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from candidates import beside
-from shapes import LAYOUTS, RESNET50
+from support.shapes import LAYOUTS, RESNET50
 from torch import Tensor
 from where import DEVICE, cases, on, tiny
 

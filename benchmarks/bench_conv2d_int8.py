@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from shapes import RESNET50_CONVS, UNET_CONVS, Conv
+from support.shapes import RESNET50_CONVS, UNET_CONVS, Conv
 from torch import Tensor
 from where import DEVICE, cases, on, tiny, tiny_conv
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from candidates import compiled
-from shapes import RESNET50_CONVS, UNET_CONVS, Conv
+from support.shapes import RESNET50_CONVS, UNET_CONVS, Conv
 from torch import Tensor, nn
 from where import ALL, DEVICE, HAS_GPU, cases, on, tiny, tiny_conv
 

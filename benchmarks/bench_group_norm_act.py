@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from candidates import beside
-from shapes import GROUP_NORM, LAYOUTS, Image
+from support.shapes import GROUP_NORM, LAYOUTS, Image
 from torch import Tensor
 from where import DEVICE, cases, on, tiny
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from candidates import Graph, compiled
-from oracles import torchvision
+from support.oracles import torchvision
 from torch import Tensor, nn
 from where import ALL, DEVICE, ON_GPU, TINY, cases, on, tiny
 

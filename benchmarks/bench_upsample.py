@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from candidates import beside
-from shapes import LAYOUTS
+from support.shapes import LAYOUTS
 from torch import Tensor
 from where import DEVICE, ON_GPU, cases, on, tiny
 

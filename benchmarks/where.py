@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
-from device import DEVICE, HAS_GPU
-from shapes import Conv
+from support.device import DEVICE, HAS_GPU
+from support.shapes import Conv
 
 __all__ = ["ALL", "DEVICE", "HAS_GPU", "ON_GPU", "TINY", "cases", "on", "tiny", "tiny_conv"]
 

@@ -9,24 +9,20 @@ import pytest
 # two cores made single tests take minutes. It must be set before torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import seeds
 import torch
+from support import paths, seeds
 
 # Read where kernels are defined. It must be set before Triton is imported, which torch does late.
-# Asked as tests/device.py asks: beside a GPU, kernels in the interpreter would prove nothing.
+# Asked as support/device.py asks: beside a GPU, kernels in the interpreter would prove nothing.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # In order of worth: what a change breaks first, and breaks most, is asked first. Then the others.
-FIRST = (
-    "test_layout", "test_guard", "test_batch_norm_act", "test_group_norm_act", "test_dropout",
-    "test_upsample", "test_augment", "test_activation", "test_cancellation", "test_conv_bn_act",
-    "test_conv2d", "test_nn", "test_errors", "test_convert", "test_composition",
-)  # fmt: skip
+FIRST = ("project", "ops", "convert", "models")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seed", type=int, default=0, help="of all random numbers (tests/seeds.py)")
+    parser.addoption("--seed", type=int, default=0, help="of all random numbers (support/seeds.py)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,10 +36,11 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def rank(item: pytest.Item) -> int:
-        name = item.path.name
-        if "_cuda" in name or "_triton" in name:  # the emulator's compilation first
+        folder, *_, file = item.path.relative_to(paths.TESTS).parts
+        # The emulator's compilation before what is left.
+        if folder not in FIRST or "_cuda" in file or "_triton" in file:
             return len(FIRST)
-        return next((i for i, first in enumerate(FIRST) if name.startswith(first)), len(FIRST))
+        return FIRST.index(folder)
 
     items.sort(key=rank)  # stable: within a file the order stays
 

@@ -9,7 +9,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from conversion_models import HEADER, NAMES, line  # noqa: E402
+from support.conversion_models import HEADER, NAMES, line  # noqa: E402
 
 FILE = ROOT / "docs" / "conversion.md"
 BEGIN, END = "<!-- table: tools/conversion_table.py -->\n", "<!-- end of the table -->"

@@ -8,7 +8,7 @@
 // - a scale that only rounds to the same or the doubled size is divided by, as in other sizes;
 // - nearest-exact rounds scale * (o + 0.5) - 0.5 before it adds 0.5 again;
 // - coordinates of float64 tensors are float64;
-// so that its own backward does not match it. tests/test_upsample.py has a case of each.
+// so that its own backward does not match it. tests/ops/upsample/test_values.py has a case of each.
 #pragma once
 
 #include <cstdint>

@@ -76,7 +76,7 @@ def is_lean(prologue: bool, residual: bool, by_descriptors: bool, arch: int) -> 
     """Whether 128 x 128 results a program leave registers for what stands before and behind.
 
     By descriptors programs stay and keep more: on sm_90 an epilogue with a norm and a residual
-    spilled 8 bytes. tests/test_conv2d_triton_compiled.py looks for spills.
+    spilled 8 bytes. tests/ops/conv2d/test_triton_compiled.py looks for spills.
     """
     if by_descriptors:
         return arch < 100 and not prologue and not residual

@@ -1,4 +1,4 @@
-// Runs the launchers of csrc/cuda/augment.cu on cases from test_augment_cuda.py.
+// Runs the launchers of csrc/cuda/augment.cu on cases from tests/ops/augment/test_cuda.py.
 // Numbers and tensors have the names of the params structs; sm_count is the device's.
 #include "augment.h"
 

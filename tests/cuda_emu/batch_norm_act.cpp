@@ -1,5 +1,5 @@
 // Runs the launchers of csrc/cuda/batch_norm_act/launchers.cu on cases from
-// test_batch_norm_act_cuda.py.
+// tests/ops/batch_norm_act/test_cuda.py.
 #include "batch_norm_act.h"
 
 #include "cuda/batch_norm_act/plan.h"

@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from activations import near_a_kink
 from cuda_emu.run import DTYPE_NUMBER, Case, Result
-from seeds import seeded
+from support.activations import near_a_kink
+from support.seeds import seeded
 from torch import Tensor
 
 from fastcnn import reference

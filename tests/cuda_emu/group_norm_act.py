@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from activations import near_a_kink
 from cuda_emu.batch_norm_act import (
     ACT_ROUNDINGS,
     CURVATURE,
@@ -22,7 +21,8 @@ from cuda_emu.batch_norm_act import (
     total,
 )
 from cuda_emu.run import DTYPE_NUMBER, Case, Result
-from seeds import seeded
+from support.activations import near_a_kink
+from support.seeds import seeded
 from torch import Tensor
 
 from fastcnn import reference

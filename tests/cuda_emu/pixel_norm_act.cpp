@@ -1,5 +1,5 @@
 // Runs the launchers of csrc/cuda/group_norm_act/pixel.cu on cases from
-// test_group_norm_act_cuda.py.
+// tests/ops/group_norm_act/test_cuda.py.
 #include "group_norm_params.h"
 
 namespace fastcnn {

@@ -1,4 +1,4 @@
-// Runs the launchers of csrc/cuda/upsample.cu on cases from test_upsample_cuda.py. Numbers and
+// Runs the launchers of csrc/cuda/upsample.cu on cases from tests/ops/upsample/test_cuda.py. Numbers and
 // tensors have the names of the params structs; sm_count is the device's.
 #include "upsample.h"
 

@@ -8,9 +8,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gpu.run import ROOT, Failed, Found, Run, how
+from gpu.run import ROOT, SITE, Failed, Found, Run, how
 
-CASES = ROOT / "tests" / "kernel_cases.py"
+CASES = [sys.executable, "-m", "support.kernel_cases"]
+PATH = f"{SITE}{os.pathsep}{ROOT / 'tests'}"  # where support is
 # Triton's kernels are checked for their addresses alone: the other tools do not know how their
 # asynchronous copies and warp groups are ordered.
 JOBS = [(tool, "cuda") for tool in ("memcheck", "racecheck", "initcheck", "synccheck")]
@@ -22,7 +23,7 @@ def sanitize(run: Run) -> Found:
     program = find()
     plain = run.apart("launched")
     # Triton compiles here, and not under a tool.
-    status = plain.execute([sys.executable, CASES, "--launched", "cuda", "triton"])
+    status = plain.execute([*CASES, "--launched", "cuda", "triton"], PYTHONPATH=PATH)
     text = run.append(plain)
     everything = kernels() | triton_kernels()
     launched = everything & set(re.findall(r"^launched: .*?(\w+_kernel)\b", text, re.MULTILINE))
@@ -32,7 +33,7 @@ def sanitize(run: Run) -> Found:
         ended = pool.map(lambda job: check(run, program, option, *job), JOBS)
         errors = {" ".join(job): found for job, found in zip(JOBS, ended, strict=True)}
     found: Found = {"kernels": len(launched), "missing": missing, "errors": errors}
-    wrong = [how(status, CASES.name)] * (status != 0)
+    wrong = [how(status, CASES[-1])] * (status != 0)
     wrong += [f"{job}: {number}" for job, number in errors.items() if number != 0]
     wrong += [f"never launched: {', '.join(missing)}"] * bool(missing)
     if wrong:
@@ -51,7 +52,7 @@ def check(run: Run, program: str, option: str, tool: str, kind: str) -> int | st
     command += [option, "kns=fastcnn"] if filtered else ["--print-limit", "0"]
     # Without PyTorch's cache of memory each tensor is an allocation, whose end is known.
     status = own.execute(
-        [*command, sys.executable, CASES, kind], PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+        [*command, *CASES, kind], PYTHONPATH=PATH, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
     )
     text = run.append(own)
     return errors_of(text, status) if filtered else ours(text, status)

@@ -50,7 +50,7 @@ def build(run: Run) -> Found:
 
 def test(run: Run) -> Found:
     """Run the tests marked gpu."""
-    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if is_marked(path)]
+    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if is_marked(path)]
     with ThreadPoolExecutor(TEST_PROCESSES) as pool:
         ended = [*pool.map(lambda path: test_file(run, path), files)]
     failures = {name: why for one in ended for name, why in one["failures"].items()}
@@ -69,7 +69,8 @@ def is_marked(path: Path) -> bool:
 
 def test_file(run: Run, path: Path) -> Found:
     """Run the marked tests of one file."""
-    own = run.apart(path.stem)
+    name = f"{path.parent.name}/{path.name}"  # as many folders have a test_values.py
+    own = run.apart(f"{path.parent.name}-{path.stem}")
     report = own.log.with_suffix(".xml")
     report.unlink(missing_ok=True)
     # The log names the test that hangs, and where it does: not all are ended by an interrupt.
@@ -78,17 +79,17 @@ def test_file(run: Run, path: Path) -> Found:
     run.append(own)
     found: Found = {"passed": 0, "failures": {}, "skipped": {}}
     for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
-        name = f"{case.get('classname')}::{case.get('name')}"
+        test = f"{case.get('classname')}::{case.get('name')}"
         why = {child.tag: first_line(child.get("message", "")) for child in case}
         if "failure" in why or "error" in why:
-            found["failures"][name] = why.get("failure") or why["error"]
+            found["failures"][test] = why.get("failure") or why["error"]
         elif "skipped" in why:
-            found["skipped"][name] = why["skipped"]
+            found["skipped"][test] = why["skipped"]
         else:
             found["passed"] += 1
     # The mark may stand in words alone: then pytest has deselected all.
     if status is None or (status not in (0, NONE_SELECTED) and not found["failures"]):
-        found["failures"][path.name] = how(status, path.name)
+        found["failures"][name] = how(status, name)
     return found
 
 

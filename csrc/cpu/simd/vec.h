@@ -3,7 +3,7 @@
 // Each CPU kernel file is compiled once per instruction set, with FASTCNN_CPU_LEVEL naming the
 // namespace. Everything here lives in that namespace and nothing of the standard library's
 // templates is used: one shared inline function compiled for AVX-512 would be picked by the
-// linker for all levels and crash an AVX2 machine. tests/test_build.py looks at the symbols.
+// linker for all levels and crash an AVX2 machine. tests/tools/test_build.py looks at the symbols.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,158 @@
+"""convert and revert: what a user may get wrong, and where they are called."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.conversion_cases import bn, cbr, conv, net
+from support.conversions import images, patterns, prepared, results
+from support.tolerance import assert_same
+from torch import nn
+
+from fastcnn import convert, revert
+from fastcnn.convert.codegen import runtime
+from fastcnn.convert.converted import Converted
+
+
+@pytest.mark.parametrize("model", [None, cbr, "resnet50", torch.relu])
+@pytest.mark.parametrize("call", [convert, revert])
+def test_no_model(call: Callable[[Any], Any], model: Any) -> None:
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got "):
+        call(model)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_script_module_is_refused() -> None:
+    with pytest.raises(TypeError, match="got RecursiveScriptModule"):
+        convert(torch.jit.script(nn.Sequential(nn.ReLU())))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mode": "eval"}, "mode: expected one of train, infer, got 'eval'"),
+        ({"backend": "triton"}, "backend: expected one of auto, cpu, cuda, got 'triton'"),
+        ({"memory": "none"}, "memory: expected one of default, low, lowest, got 'none'"),
+    ],
+)
+def test_unknown_words(options: dict[str, Any], words: str) -> None:
+    model = cbr()
+    with pytest.raises(ValueError, match=words):
+        convert(model, **options)
+    assert not isinstance(model, Converted)
+
+
+def test_strict_raises_with_what_is_left_and_reverts() -> None:
+    model = nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU()))
+    assert convert(model, strict=True) is model
+    model[1][0].register_forward_hook(lambda *_: None)
+    with pytest.raises(
+        ValueError, match=r"strict=True(.*\n)*1\.0 +conv(.*\n)* +1\.0 has forward hooks"
+    ):
+        convert(model, strict=True)
+    assert not any(isinstance(m, Converted) for m in model.modules())
+    branches = nn.Sequential(net(lambda m, x: m.bn(m.conv(x)) if x.sum() > 0 else x))
+    with pytest.raises(ValueError, match=r"does not trace(.*\n)*0 of 1 fused"):
+        convert(branches, strict=True)
+
+
+def test_twice_is_once() -> None:
+    model = convert(cbr(nn.ReLU()))
+    classes = [type(m) for m in model.modules()]
+    convert(model)
+    assert [type(m) for m in model.modules()] == classes
+    convert(model, memory="lowest")  # other options are another conversion
+    assert [type(m) for m in model.modules()] != classes
+    assert patterns(model) == ["conv-bn-relu"]
+
+
+def test_again_after_something_came_in() -> None:
+    model = convert(nn.Sequential(cbr(nn.ReLU()), nn.Tanh()))
+    model[1] = cbr(nn.Sigmoid())
+    convert(model)
+    assert patterns(model) == ["conv-bn-relu > conv-bn-sigmoid"]
+
+
+def test_a_part_that_was_converted_before() -> None:
+    part = convert(cbr(nn.ReLU()), memory="lowest")
+    model = convert(nn.Sequential(part, cbr()))
+    assert patterns(model) == ["conv-bn-relu > conv-bn"]
+    assert model[0]._fastcnn_conversion.options.memory == "default"
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_within_no_grad(context: Any) -> None:
+    """Nothing of the mode that it was converted in stays."""
+    x = images(2, 4, 5, 5)
+    model, eager = prepared(cbr(nn.ReLU())), prepared(cbr(nn.ReLU()))
+    with context():
+        convert(model)
+        assert_same(model(x), eager(x))
+    assert patterns(model) == ["conv-bn-relu"]
+    assert_same(results(model, x), results(eager, x))
+
+
+def test_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = convert(net(lambda m, x: m.relu(m.bn(m.conv(x)) + x)))
+        y = model(torch.empty(2, 4, 8, 8))
+    assert patterns(model) == ["conv-bn + identity - relu"]
+    assert y.shape == (2, 4, 8, 8)
+    assert y.is_meta
+    model.to_empty(device="cpu")
+    assert prepared(model)(images(2, 4, 5, 5)).isfinite().all()
+
+
+def test_models_without_anything_to_convert() -> None:
+    for model in (nn.Linear(3, 3), nn.Sequential(), nn.ModuleList([nn.ReLU()]), nn.Identity()):
+        assert convert(model) is model
+        assert not isinstance(model, Converted)
+
+
+def test_a_layer_by_itself() -> None:
+    x = images(2, 4, 5, 5)
+    for layer in (bn(), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4)):
+        eager = prepared(type(layer)(*((2, 4) if isinstance(layer, nn.GroupNorm) else (4,))))
+        convert(prepared(layer))
+        assert isinstance(layer, Converted)
+        assert_same(results(layer, x), results(eager, x))
+
+
+def test_inputs_without_a_kernel_run_as_before() -> None:
+    """Strided views, three dimensions: what PyTorch takes keeps working."""
+    model = prepared(nn.Sequential(conv(), nn.GroupNorm(2, 4), nn.ReLU(), conv(), bn(), nn.ReLU()))
+    eager = prepared(nn.Sequential(conv(), nn.GroupNorm(2, 4), nn.ReLU(), conv(), bn(), nn.ReLU()))
+    convert(model)
+    wide = images(2, 8, 5, 5)[:, ::2]
+    assert_same(results(model, wide), results(eager, wide))
+    one = convert(prepared(nn.GroupNorm(2, 4)))
+    assert one(images(2, 4, 7)).shape == (2, 4, 7)
+    with pytest.raises(RuntimeError, match="channels"):  # PyTorch's own words
+        model(images(2, 3, 5, 5)[:, :, ::2])
+
+
+def test_functions_without_a_kernel_say_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_said", set())
+    model = convert(net(lambda m, x: nn.functional.interpolate(x, scale_factor=2.0)))
+    wide = images(2, 8, 5, 5)[:, ::2]
+    with pytest.warns(UserWarning, match=r"an interpolate or a dropout .* its input is not dense"):
+        y = model(wide)
+    assert torch.equal(y, nn.functional.interpolate(wide, scale_factor=2.0))
+    model(wide)
+
+
+def test_an_explicit_backend_does_not_fall_back() -> None:
+    model = convert(prepared(cbr(nn.ReLU())), backend="cpu")
+    with pytest.raises(
+        ValueError,
+        match=r"backend='cpu': expected an input for its kernels, but .*"
+        r"not dense",
+    ):
+        model(images(2, 8, 5, 5)[:, ::2])
+
+
+def test_wrong_channels_are_named() -> None:
+    model = convert(prepared(cbr(nn.ReLU())))
+    with pytest.raises(ValueError, match="weight: expected 3 input channels, got 4"):
+        model(images(2, 3, 5, 5))

@@ -1,0 +1,119 @@
+"""convert(mode="infer"): folded weights, kept between calls, of every idiom."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.conversion_cases import CASES, Decoder, bn, cbr, conv, net
+from support.conversions import assert_inferred, assert_infers, images, patterns, prepared
+from support.oracles import torchvision
+from torch import Tensor, nn
+
+from fastcnn import convert, revert
+
+# Without any weight there is nothing to fold, and nothing to halve in assert_infers.
+WITHOUT = ("frozen batch norm", "instance norm with statistics")
+WITH_WEIGHTS = [name for name in CASES if name not in WITHOUT]
+
+
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
+def test_idioms(name: str) -> None:
+    make, expected = CASES[name]
+    found = assert_infers(make(), images(3, 4, 6, 8))
+    # What is found for training is found here; and convolutions without a batch norm.
+    assert sum("conv-bn" in words for words in found) == sum("conv-bn" in w for w in expected)
+
+
+def test_convolutions_without_batch_norm_are_steps() -> None:
+    model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2), conv(), bn(), nn.ReLU(), conv())
+    assert assert_infers(model, images(2, 4, 8, 8)) == ["conv-relu-pool > conv-bn-relu > conv"]
+    model = net(lambda m, x: F.relu(m.conv(x) + m.conv2(x)))
+    assert assert_infers(model, images(2, 4, 8, 8)) == ["conv + projection - relu"]
+
+
+@pytest.mark.parametrize("last", [False, True, None])
+def test_a_chain_on_an_upsampled_image(last: Any) -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Decoder(None, last)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(
+                x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last),
+                x[:, :4].contiguous(memory_format=torch.channels_last),
+            )
+
+    first = "interpolate" if last is None else "interpolate-cat"
+    found = assert_infers(Beside(), images(2, 32, 8, 6))
+    assert found == [f"{first} > conv-bn-relu > conv-bn-relu"]
+
+
+def test_frozen_batch_norm_in_a_model_that_trains() -> None:
+    model = nn.Sequential(conv(), torchvision.ops.FrozenBatchNorm2d(4), nn.ReLU())
+    prepared(model).float()
+    exact, x = copy.deepcopy(model).double(), images(2, 4, 6, 6).float()
+    convert(model, mode="infer")
+    with torch.no_grad():
+        assert_inferred(model(x), exact, x)
+
+
+def test_a_residual_that_somebody_reads_is_left_as_it_is() -> None:
+    """The sum may be written into a dying residual's memory, and into no other."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.relu(m.bn(m.conv(x)))
+        z = m.relu(m.bn2(m.conv2(m.third(y))) + y)
+        return z, y
+
+    def dying(m: Any, x: Tensor) -> Any:
+        return run(m, x)[0]
+
+    for forward in (run, dying):
+        model = prepared(net(forward, third=nn.Sequential(conv(), bn(), nn.ReLU()))).float().eval()
+        exact = copy.deepcopy(model).double()
+        convert(model, mode="infer")
+        x = images(2, 4, 16, 16).float().to(memory_format=torch.channels_last)
+        before = x.clone()
+        with torch.no_grad():
+            for _ in range(2):
+                assert_inferred(model(x), exact, x)
+        assert torch.equal(x, before)
+
+
+def test_images_that_are_the_residual_are_not_written() -> None:
+    model = prepared(net(lambda m, x: m.relu(m.bn2(m.conv2(m.relu(m.bn(m.conv(x))))) + x)))
+    convert(model.float().eval(), mode="infer")
+    x = images(2, 4, 16, 16).float().to(memory_format=torch.channels_last)
+    before = x.clone()
+    with torch.inference_mode():
+        model(x)
+    assert torch.equal(x, before)
+
+
+def test_one_training_step_changes_what_is_inferred() -> None:
+    model = prepared(nn.Sequential(cbr(nn.ReLU()), cbr())).float()
+    convert(model, mode="infer")
+    x = images(4, 4, 6, 6).float()
+    with torch.no_grad():
+        before = model.eval()(x)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.train()(x).square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        after = model.eval()(x)
+    assert_inferred(after, revert(model).double(), x)
+    assert not torch.equal(before, after)
+
+
+def test_autocast_in_bfloat16() -> None:
+    model = prepared(nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU()))).float().eval()
+    eager, x = copy.deepcopy(model), images(2, 4, 8, 8).float()
+    convert(model, mode="infer")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y, want = model(x), eager(x)
+    assert y.dtype is want.dtype is torch.bfloat16
+    assert_inferred(y, eager.double(), x, torch.bfloat16)
+    assert patterns(model) == ["conv-bn-relu > conv-bn-relu"]

@@ -1,0 +1,150 @@
+"""The operators of Triton's convolutions: as PyTorch wants operators, and what they refuse.
+
+What a device cannot change is asked on the CPU alone.
+"""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from support import triton_interpreter  # noqa: F401 (mends the interpreter)
+from support.chains import Operators, Stage, results, stage
+from support.device import DEVICE
+from torch import Tensor
+from torch.library import opcheck
+
+from fastcnn.ops.conv2d import fused_cuda as operators
+from fastcnn.ops.conv_bn_act import interface as conv_bn_act
+from fastcnn.ops.conv_bn_act import planning
+from fastcnn.ops.conv_bn_act.step import StepPlan
+
+ops = torch.ops.fastcnn
+GEOMETRY = ([1, 1], [1, 1], [1, 1], 1)
+NONE = (None, None, None, None, 0.0)
+
+
+def image(*sizes: int) -> Tensor:
+    return torch.randn(sizes, device=DEVICE).contiguous(memory_format=torch.channels_last)
+
+
+def norm(c: int) -> tuple[Any, ...]:
+    mean, std, weight, bias = torch.randn(4, c, device=DEVICE)
+    return mean, std.square() + 0.5, weight, bias, 1e-5
+
+
+X, Y, WEIGHT = (2, 8, 4, 5), (2, 6, 4, 5), (6, 8, 3, 3)
+
+
+@pytest.mark.gpu
+def test_opcheck() -> None:
+    pytest.importorskip("expecttest")  # which torch's opcheck imports
+    # Schema, fake results against real ones (sizes, strides, dtypes), symbolic sizes.
+    x, y, weight = image(*X), image(*Y), image(*WEIGHT)
+    sums = tuple(torch.randn(2, 6, device=DEVICE))
+    for statistics in (True, False):
+        args = (x, weight, None, *norm(8), 1, *norm(6), y, 1, statistics, *GEOMETRY)
+        opcheck(ops.conv2d_fused, args)
+        opcheck(
+            ops.conv2d_fused,
+            (x, weight, y[0, :, 0, 0].clone(), *NONE, 0, *NONE, None, 0, statistics, *GEOMETRY),
+        )
+    behind, plain = (y, *norm(6), 1, *sums), (None, *NONE, 0, None, None)
+    for gradient in (behind, plain):
+        for before in ((x, *norm(8), 1), (None, *NONE, 0)):
+            args = (y, weight, 4, 5, *gradient, image(*X), *before, *GEOMETRY)
+            opcheck(ops.conv2d_fused_bwd_input, args)
+            args = (y, x, 3, 3, *gradient, *before[1:], *GEOMETRY)
+            opcheck(ops.conv2d_fused_bwd_weight, args)
+
+
+def test_opcheck_of_cudnn_s() -> None:
+    # Not on a GPU, whose cuDNN has no such convolution for all sizes.
+    x, y, weight, bias = image(*X).cpu(), image(*Y).cpu(), image(*WEIGHT).cpu(), torch.randn(6)
+    opcheck(ops.conv2d_relu, (x, weight, bias, y, *GEOMETRY))
+    opcheck(ops.conv2d_relu, (x, weight, bias, None, *GEOMETRY))
+
+
+@pytest.mark.gpu
+def test_a_weight_in_the_other_layout() -> None:
+    # As a model has it that nobody converted: copied, since it is small; images never are.
+    x, weight = image(*X), torch.randn(WEIGHT, device=DEVICE)
+    rest = (None, *NONE, 0, *NONE, None, 0, False, *GEOMETRY)
+    y, _, _ = ops.conv2d_fused(x, weight, *rest)
+    same, _, _ = ops.conv2d_fused(x, weight.contiguous(memory_format=torch.channels_last), *rest)
+    assert torch.equal(y, same)
+    with pytest.raises(ValueError, match="x: expected 4 dimensions in channels_last"):
+        ops.conv2d_fused(x.contiguous(), weight, *rest)
+
+
+def test_without_a_gpu_and_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "interpreted", lambda: False)
+    with pytest.raises(ValueError, match=r"x: expected a CUDA tensor, .* got one on cpu"):
+        ops.conv2d_fused(
+            image(*X).cpu(), image(*WEIGHT).cpu(), None, *NONE, 0, *NONE, None, 0, False, *GEOMETRY
+        )
+
+
+def all_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def planned(*_: object) -> StepPlan:
+        return StepPlan(True, True, True)
+
+    monkeypatch.setattr(conv_bn_act, "is_planned", lambda x: True)
+    monkeypatch.setattr(planning, "plan_step", planned)
+
+
+def blocks() -> Stage:
+    return stage("projection", "identity", act="silu").to(DEVICE)
+
+
+@pytest.mark.gpu
+def test_what_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two blocks: 4 + 3 convolutions. Written beside their outputs are the blocks' outputs and the
+    # projection's; statistics and sums come with the convolutions, but for each block's last sums,
+    # behind an addition, and the projection's.
+    all_fused(monkeypatch)
+    x = image(2, 4, 6, 7).requires_grad_()
+    model = blocks()
+    with Operators() as forward:
+        y = model(x).sum()
+    assert forward.calls[ops.conv2d_fused] == 7
+    assert forward.calls[ops.batch_norm_act_apply] == 3
+    assert not forward.calls[torch.ops.aten.convolution]
+    assert not forward.calls[ops.batch_norm_act_fwd] + forward.calls[ops.batch_norm_act_stats]
+    with Operators() as backward:
+        y.backward()
+    assert backward.calls[ops.conv2d_fused_bwd_input] == 7
+    assert backward.calls[ops.conv2d_fused_bwd_weight] == 7
+    assert backward.calls[ops.batch_norm_act_reduce] == 3
+    # The projection's output once more: silu's slope behind the addition asks for it.
+    assert backward.calls[ops.batch_norm_act_apply] == 1
+    written = (ops.batch_norm_act_dx, ops.batch_norm_act_bwd, torch.ops.aten.convolution_backward)
+    assert not any(backward.calls[op] for op in written)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_whole(backend: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # By the planner itself, with the default plans. The same bits: the same operators.
+    monkeypatch.setattr(conv_bn_act, "is_planned", lambda x: True)
+    torch._dynamo.reset()
+    model, x = blocks().train(training), image(2, 4, 6, 7)
+    other = copy.deepcopy(model)
+    expected = results(model, x, None)
+    found = results(torch.compile(other, fullgraph=True, backend=backend), x, None)
+    for name in ("y", "dx"):
+        assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
+def test_compiled_with_symbolic_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # dynamic=True makes numbers of modules symbolic too, an eps among them.
+    monkeypatch.setattr(conv_bn_act, "is_planned", lambda x: True)
+    torch._dynamo.reset()
+    model = blocks()
+    other = copy.deepcopy(model)
+    compiled = torch.compile(other, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (2, 3):
+        x = image(n, 4, 6, 7)
+        assert torch.equal(compiled(x), model(x))

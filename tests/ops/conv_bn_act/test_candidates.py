@@ -1,0 +1,155 @@
+"""The candidates of conv_bn_act's plans: each is right, and the model's choices make sense.
+
+Candidates run on the CPU here, PyTorch's convolutions in place of cuDNN's and Triton's in its
+interpreter, under the planner's own check: the one that decides on a GPU.
+"""
+
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import triton_interpreter  # noqa: F401 (mends the interpreter)
+from support.plan_cases import H200, Clock
+from support.shapes import RESNET50_CONVS, Conv
+from torch import nn
+
+import fastcnn.plan.tune
+from fastcnn.nn import BatchNormAct2d, conv_bn_act
+from fastcnn.ops.conv_bn_act import interface as op_module
+from fastcnn.ops.conv_bn_act import problem as conv_bn_act_problem
+from fastcnn.ops.conv_bn_act.candidates import BWD, FWD
+from fastcnn.ops.conv_bn_act.inference import EVAL
+from fastcnn.plan import OPS, Problem
+from fastcnn.plan.planner import Planner
+from fastcnn.plan.tune import tune
+
+CPU = torch.device("cpu")
+TRAINING = [
+    (FWD, ()), (FWD, ("training",)), (FWD, ("in=gelu", "training")),
+    (BWD, ()), (BWD, ("training",)), (BWD, ("training", "no_dx")), (BWD, ("in=silu",)),
+    # With jumps: synthetic inputs keep away from them, or a rounding would decide.
+    (BWD, ("in=relu", "training")), (BWD, ("in=leaky_relu", "training")),
+]  # fmt: skip
+INFERENCE = [(EVAL, ("out=relu",)), (EVAL, ("out=relu", "residual")), (EVAL, ("out=silu",))]
+GEOMETRIES = {
+    "1x1": {"weight": (24, 16, 1, 1)},
+    "3x3, stride 2": {"weight": (16, 16, 3, 3), "stride": (2, 2), "padding": (1, 1)},
+    "depthwise": {"weight": (16, 1, 3, 3), "padding": (1, 1), "groups": 16},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("op", "options"), [*TRAINING, *INFERENCE], ids=str)
+def test_every_candidate_is_right(
+    op: str, options: tuple[str, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    # They are checked here; each round of calls takes the interpreter seconds.
+    monkeypatch.setattr(fastcnn.plan.tune, "REPEATS", 1)
+    monkeypatch.setattr(fastcnn.plan.tune, "WARMUP", 0)
+    for geometry in GEOMETRIES.values():
+        problem = Problem(
+            op, (2, 16, 5, 6), dtype=dtype, device=CPU, options=(*options, "channels_last"),
+            **geometry,
+        )  # fmt: skip
+        able, _ = OPS[op].supporting(problem)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a refusal warns
+            entry = tune(OPS[op], problem, list(able.values()), Clock())
+        assert not entry.refused
+        expected = set(OPS[op].candidates)
+        if "no_dx" in options:
+            expected -= {"triton_dx", "triton_dw"}
+        if "out=silu" in options:
+            expected -= {"cudnn_fused"}
+        assert entry.names() == expected
+
+
+def on_gpu(op: str, conv: Conv, *options: str, **others: object) -> Problem:
+    fields: dict[str, object] = {
+        "dtype": torch.bfloat16, "stride": (conv.stride,) * 2, "padding": (conv.kernel // 2,) * 2,
+        "options": (*options, "channels_last"), "device": torch.device("cuda", 0), **others,
+    }  # fmt: skip
+    side, kernel = conv.side, conv.kernel
+    return Problem(
+        op, (256, conv.c_in, side, side), (conv.c_out, conv.c_in, kernel, kernel), **fields
+    )
+
+
+def opt_in(monkeypatch: pytest.MonkeyPatch, kib: int) -> None:
+    """A GPU with so much opt-in shared memory."""
+    gpu = SimpleNamespace(shared_memory_per_block_optin=kib << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+
+
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch) -> Planner:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    opt_in(monkeypatch, 227)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    return Planner("off", OPS, {}, describe=lambda _: H200, busy=lambda _: "here")
+
+
+def test_the_model_fuses_what_memory_bounds(h200: Planner) -> None:
+    # ResNet-50 at batch 256 on a H200: the wide 1x1 convolutions are bound by memory, so that the
+    # fewest bytes win; where arithmetic bounds, cuDNN's rate does.
+    chosen = {
+        op: {conv: h200.choose(on_gpu(op, conv, *options)).name for conv in RESNET50_CONVS}
+        for op, options in ((FWD, ("in=relu", "training")), (EVAL, ("out=relu",)))
+    }
+    narrow = [conv for conv in RESNET50_CONVS if conv.kernel == 1 and conv.side >= 28]
+    assert len(narrow) > 5
+    for op, plans in chosen.items():
+        for conv in narrow:
+            if conv.stride == 1:
+                assert plans[conv] == "triton", (op, conv)
+        assert plans[Conv(512, 512, 3, 1, 7, 2)] == "cudnn"
+        assert plans[Conv(3, 64, 7, 2, 224, 1)] == "cudnn"  # a stem, read two bytes a lane
+
+
+def test_who_cannot_says_why(h200: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = RESNET50_CONVS[1]
+    nchw = h200.choose(on_gpu(FWD, conv, "training", options=("training",)))
+    assert nchw.name == "cudnn"
+    assert nchw.reason.endswith("triton: channels_last only")
+    double = h200.choose(on_gpu(FWD, conv, dtype=torch.float64))
+    assert double.reason.endswith("float16, bfloat16 and float32 only, not torch.float64")
+    silu = h200.choose(on_gpu(EVAL, conv, "out=silu"))
+    assert silu.reason.endswith("cudnn_fused: relu only")
+    asked = on_gpu(EVAL, conv, "out=relu", "deterministic")
+    assert "cudnn_fused: PyTorch's operator does not ask" in h200.choose(asked).reason
+    opt_in(monkeypatch, 99)  # sm_86, sm_89 and sm_120: a launch of these tiles would raise
+    small = h200.choose(on_gpu(FWD, conv, "training"))
+    assert small.name == "cudnn"
+    assert small.reason.endswith("166912 bytes of opt-in shared memory only, not 101376")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert h200.choose(on_gpu(BWD, conv)).reason.endswith("triton_dw: sm_80 and later only")
+    monkeypatch.setattr(conv_bn_act_problem.importlib.util, "find_spec", lambda _: None)
+    assert h200.choose(on_gpu(EVAL, conv, "out=relu")).reason.endswith("triton is not installed")
+
+
+def test_cudnn_s_fused_convolution_runs_only_where_it_was_tuned(h200: Planner) -> None:
+    # PyTorch's operator raises for shapes that cuDNN has no engine for.
+    wide = on_gpu(EVAL, Conv(512, 512, 3, 1, 7, 2), "out=relu", "residual")
+    plan = h200.choose(wide)
+    assert plan.name != "cudnn_fused"
+    assert "(only where tuned)" in plan.reason
+
+
+def test_the_report_shows_the_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = Planner("off", OPS, {})
+    monkeypatch.setattr(fastcnn.plan, "_planner", lambda: plans)
+    monkeypatch.setattr(op_module, "is_planned", lambda x: True)
+    step = nn.Conv2d(8, 8, 1), BatchNormAct2d(8)
+    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    conv_bn_act(x, [step, step]).sum().backward()
+    with torch.no_grad():
+        conv_bn_act(x, [step])
+    rows = fastcnn.report()
+    found = {(row.problem.split()[0], "in=relu" in row.problem) for row in rows}
+    assert found == {(FWD, False), (FWD, True), (BWD, False), (BWD, True)}
+    assert "conv_bn_act_bwd x=2x8x4x4 weight=8x8x1x1" in capsys.readouterr().out

@@ -1,0 +1,113 @@
+"""The activations themselves: values and derivatives over all of float32, at jumps and beyond.
+
+A batch norm with mean 0, variance 1 and eps 0 is the identity, to the last bit: z is x.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from support.activations import ACTS
+from support.tolerance import accumulator, assert_rounded
+from torch import Tensor
+
+from fastcnn import reference
+from fastcnn.common.activation import ACT_NUMBER, act_number
+from fastcnn.functional import batch_norm_act
+
+
+def run(z: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    """The activation and its derivative, through the operator."""
+    x = z.reshape(1, 1, 1, -1).clone().requires_grad_()
+    mean, var = torch.zeros(1, dtype=z.dtype), torch.ones(1, dtype=z.dtype)
+    y = batch_norm_act(x, mean, var, eps=0.0, act=act)
+    (derivative,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    return y.detach().flatten(), derivative.flatten()
+
+
+def torchs(z: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    z = z.clone().requires_grad_()
+    y = ACTS[act](z)
+    (derivative,) = torch.autograd.grad(y, z, torch.ones_like(y))
+    return y.detach(), derivative
+
+
+def assert_accurate(act: str, z: Tensor, sides: int = 1) -> None:
+    """Compare an act and its derivative with PyTorch's in float64, on the same values.
+
+    An act is at most five roundings, exp or erf the last two or three, of values no larger than 1
+    and |z|. sides: 2 where PyTorch's own roundings count as well.
+    """
+    work = accumulator(z.dtype)
+    for name, got, exact in zip(
+        ("value", "derivative"), run(z, act), torchs(z.double(), act), strict=True
+    ):
+        size = exact.abs().maximum(z.double().abs().clamp(max=1))
+        error = sides * 5 * torch.finfo(work).eps * size + torch.finfo(work).tiny
+        assert_rounded(f"{act}: {name}", got, exact, error)
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("act", ACTS)
+def test_accuracy(act: str) -> None:
+    # Of every size, and beside them what float32 cannot hold, its subnormals.
+    exponents = torch.arange(-30, 12, dtype=torch.float64)
+    steps = torch.linspace(1, 2, 400, dtype=torch.float64)
+    z = (torch.exp2(exponents)[:, None] * steps).flatten().float()
+    assert_accurate(act, torch.cat([z, -z, torch.linspace(-12, 12, 20001)]))
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_float64_is_accurate_to_its_last_digits(act: str) -> None:
+    # gradcheck takes differences of values: a float32 exp would give it seven digits.
+    assert_accurate(act, torch.linspace(-20, 20, 4001, dtype=torch.float64), sides=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("act", ACTS)
+def test_derivatives_at_their_jumps_are_torchs(act: str, dtype: torch.dtype) -> None:
+    # Subgradients are a choice: the same one as PyTorch's. So is a NaN's, but for hardswish, where
+    # PyTorch's derivative has no trace of it.
+    assert_accurate(act, torch.tensor([-3, -0.0, 0, 3, 6], dtype=dtype))
+    nan = torch.tensor([torch.nan], dtype=dtype)
+    for got, expected in zip(run(nan, act), torchs(nan, act), strict=True):
+        assert got.isnan() == (expected.isnan() or act == "hardswish")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("act", ACTS)
+def test_limits(act: str, dtype: torch.dtype) -> None:
+    # PyTorch's silu, gelu and hardswish make inf * 0 = NaN of some of these, at -inf all three.
+    large = torch.finfo(dtype).max
+    z = torch.tensor([-torch.inf, -large, large, torch.inf], dtype=dtype)
+    value, derivative = run(z, act)
+    if act == "none":
+        low, high = z[:2], z[2:]
+    elif act == "leaky_relu":
+        low, high = z[:2] * 0.01, z[2:]
+    else:
+        top = {"relu6": 6.0, "sigmoid": 1.0}.get(act)
+        low, high = torch.zeros_like(z[:2]), z[2:] if top is None else torch.full_like(z[2:], top)
+    assert torch.equal(value, torch.cat([low, high]))
+    left = {"none": 1.0, "leaky_relu": 0.01}.get(act, 0.0)
+    right = 0.0 if act in ("relu6", "sigmoid") else 1.0
+    expected = torch.tensor([left, left, right, right], dtype=dtype)
+    assert torch.equal(derivative, expected)
+
+
+def test_the_reference_lets_nan_through() -> None:
+    # As F.relu and F.relu6 do: an oracle that hides a NaN would call a kernel wrong that does not.
+    x = torch.tensor([float("nan"), 1.0]).reshape(2, 1, 1, 1)
+    for act in ACTS:
+        y = reference.batch_norm_act(x, mean=torch.zeros(1), var=torch.ones(1), act=act)[0]
+        assert y.isnan().flatten().tolist() == [True, False], act
+
+
+def test_every_activation_is_tested() -> None:
+    assert list(ACTS) == list(ACT_NUMBER)
+
+
+@pytest.mark.parametrize("act", [[], {}, None, 1, "ReLU"], ids=str)
+def test_what_is_no_activation_is_named(act: Any) -> None:
+    with pytest.raises(ValueError, match=r"^op: act: expected one of none, relu, .*, got "):
+        act_number("op", act)

@@ -1,0 +1,115 @@
+"""Good arguments of every operator, from which ops/test_invalid_arguments.py makes bad ones."""
+
+from typing import Any
+
+import torch
+from support.shapes import LAYOUTS
+from torch import Tensor
+
+
+def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
+    def image() -> Tensor:  # square, so that a transposed one has the same sizes
+        return torch.randn(2, 6, 4, 4).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+
+    if op.startswith("augment"):
+        table, size = torch.ones(2, 17), {"h": 5, "w": 3}
+        if op == "augment_mask":
+            return {"masks": torch.ones(2, 4, 4).long(), "reals": table, **size, "fill": 255}
+        images = torch.ones(2, 3, 4, 4).byte().contiguous(memory_format=LAYOUTS[layout])
+        tables = {"integers": torch.ones(2, 5).long(), "channels": torch.ones(3, 4)}
+        rest = {"dtype": 1, "channels_last": True}
+        return {"images": images, "reals": table, **tables, **size, **rest}
+    acc = torch.promote_types(dtype, torch.float32)
+    c = [torch.ones(6, dtype=acc) for _ in range(4)]
+    norm: dict[str, Any] = {"weight": c[0], "bias": c[1]}
+    stats, rest = {"mean": c[2], "var": c[3]}, {"eps": 1e-5, "act": 1}
+    if op.startswith("dropout"):
+        seed = {"seed": torch.tensor([5]), "p": 0.3, "per_channel": True}
+        return {"x": image(), "residual": image(), **seed}
+    if op.startswith(("group_norm_act", "pixel_norm_act")):
+        per_pixel = op.startswith("pixel")
+        groups = {} if per_pixel or op.endswith("bwd") else {"groups": 3}
+        if op.endswith("fwd"):
+            return {"x": image(), **norm, **groups, **rest}
+        matrices = {name: torch.ones(2, 16 if per_pixel else 3, dtype=c[0].dtype) for name in stats}
+        return {"dy": image(), "x": image(), **norm, **matrices, **rest}
+    if op == "batch_norm_act_fwd":
+        return {"x": image(), "residual": image(), **norm, **rest}
+    if op == "batch_norm_act_apply":
+        return {"x": image(), "residual": image(), **norm, **stats, **rest}
+    if op == "batch_norm_act_stats":
+        return {"x": image()}
+    if op == "batch_norm_join_stats":
+        return {"gathered": torch.ones(3, 13, dtype=acc)}
+    images = {"dy": image(), "x": image(), "saved": image()}
+    if op == "batch_norm_act_bwd":
+        return {**images, **norm, **stats, **rest, "training": True, "want_dresidual": True}
+    if op == "batch_norm_act_reduce":
+        return {**images, **norm, **stats, **rest, "want_dresidual": True}
+    if op == "batch_norm_act_dx":
+        sums = {"dweight": c[0].clone(), "dbias": c[1].clone(), "total": c[0][:1].clone()}
+        return {**images, **norm, **stats, **sums, **rest, "training": True}
+    if op.startswith("upsample_taps"):  # channels_last alone
+        layout, sizes = "channels_last", {"h": 4, "w": 2 if op.endswith("bwd") else 4}
+        how = {"scale_h": 1.0, "scale_w": 2.0, "sampling": 2}
+        if op.endswith("bwd"):
+            return {"dy": image(), **sizes, **how}
+        z = torch.randn(2, 18, 4, 2).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+        return {"z": z, **sizes, **how}
+    if op.startswith("upsample"):
+        how = {"scale_h": 1.0, "scale_w": 2.0, "sampling": 2}
+        how["channels_last"] = layout == "channels_last"
+        if op == "upsample_bwd":
+            return {"dy": image(), "h": 4, "w": 2, **how}
+        tall = image()[..., :2].contiguous(memory_format=LAYOUTS[layout])
+        return {"x": tall, "skip": image(), "h": 4, "w": 4, **how, "skip_last": True}
+    if op == "conv2d_bwd_weight":
+        dtype, layout = torch.bfloat16, "channels_last"
+        how = {"kernel_h": 3, "kernel_w": 3, "stride_h": 1, "stride_w": 1}
+        how |= {"padding_h": 1, "padding_w": 1, "dilation_h": 1, "dilation_w": 1}
+        return {"dy": image(), "x": image(), **how}
+    if op.startswith("conv2d_fused"):
+        dtype = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
+        layout = "channels_last"
+        before, behind = (
+            {f"{side}_{key}": torch.ones(6) for key in ("mean", "var", "weight", "bias")}
+            | {f"{side}_eps": 1e-5, f"{side}_act": 1}
+            for side in ("in", "out")
+        )
+        how = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}
+        weight = {"weight": torch.ones(6, 6, 3, 3, dtype=dtype)}
+        if op == "conv2d_fused":
+            act = {"residual": image(), "out_act": behind.pop("out_act"), "statistics": True}
+            return {"x": image(), **weight, "bias": None, **before, **behind, **act, **how}
+        behind = {"out_raw": image(), **behind, "sum": torch.ones(6), "sum_xhat": torch.ones(6)}
+        if op == "conv2d_fused_bwd_weight":
+            return {
+                "dy": image(),
+                "x": image(),
+                "kernel_h": 3,
+                "kernel_w": 3,
+                **behind,
+                **before,
+                **how,
+            }
+        before = {"in_raw": image(), **before}
+        return {"dy": image(), **weight, "h": 4, "w": 4, **behind, "add": image(), **before, **how}
+    if op.startswith("conv2d_int8"):
+        layout = "channels_last"
+        q = image().mul(20).to(torch.uint8)
+        scales = {"residual_scale": 0.1, "residual_zero_point": 3}
+        if op == "conv2d_int8_epilogue":
+            sums = {
+                "acc": image().float(),
+                "multiplier": torch.ones(6),
+                "bias": torch.ones(6).int(),
+            }
+            return {"y": q.clone(), **sums, "residual": q, **scales, "act": 2, "cap": 6.0,
+                    "zero_point": 3}  # fmt: skip
+        weight = {"weight": torch.ones(6, 6, 3, 3).char(), "weight_scale": torch.ones(6)}
+        how = {"out_scale": 0.1, "out_zero_point": 3, "out_dtype": torch.uint8}
+        how |= {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1, "act": 1}
+        return {"x": q, **weight, "bias": torch.ones(6), "residual": q.clone(), "x_scale": 0.1,
+                "x_zero_point": 3, **scales, **how}  # fmt: skip
+    running = {"running_mean": c[0], "running_var": c[1], **stats}
+    return {**running, "total": None, "momentum": 0.1, "count": 9}

@@ -1,0 +1,293 @@
+"""`make gpu` loses nothing: its stages, limits and files, with made-up stages and no GPU."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gpu import __main__ as make_gpu
+from gpu import run as runs
+from gpu import stages, table, tune_networks
+from gpu.run import Failed, Found, Run
+from support.benchmark_rows import row
+from support.device import HAS_GPU
+from support.paths import ROOT
+
+MACHINE = {"commit": "c0ffee", "device": "gpu", "driver": "1.2", "versions": {"torch": "2.11"}}
+
+
+def good(run: Run) -> Found:
+    assert run.execute([sys.executable, "-c", "print('a word')"]) == 0
+    return {"passed": 3, "skipped": {}}
+
+
+def bad(run: Run) -> Found:
+    raise Failed("2 failed", {"failures": {"a::b": "assert 1 | 2"}})
+
+
+def broken(run: Run) -> Found:
+    return {"rows": [][0]}
+
+
+SAYS_AT_THE_END = """
+import time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("so far: 5")
+"""
+
+
+def slow(run: Run) -> Found:
+    status = run.execute([sys.executable, "-c", SAYS_AT_THE_END])
+    raise Failed(runs.how(status, "a sleeper"))
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Stages of each kind; returns the folder of results."""
+    of_kind = {"build": good, "test": bad, "sanitize": broken, "tune": slow, "bench": good}
+    limits = {name: 2.0 if name == "tune" else 60.0 for name in of_kind}
+    monkeypatch.setattr(
+        make_gpu, "STAGES", {name: (run, limits[name]) for name, run in of_kind.items()}
+    )
+    monkeypatch.setattr(runs, "PATIENCE", 1.0)
+    monkeypatch.setattr(make_gpu, "look", lambda: MACHINE)
+    monkeypatch.setattr(make_gpu, "START", time.monotonic())
+    monkeypatch.setattr(make_gpu, "SITE", tmp_path)
+    for module in (make_gpu, runs, stages):
+        monkeypatch.setattr(module, "WORK", tmp_path)
+    return tmp_path / "results"
+
+
+def results_in(folder: Path) -> Any:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_stage_that_fails_loses_nothing(made_up: Path, capsys: pytest.CaptureFixture) -> None:
+    assert make_gpu.main([f"{made_up}"]) == 1
+    found = results_in(made_up)
+    assert {name: stage["status"] for name, stage in found["stages"].items()} == {
+        "build": "passed", "test": "failed", "sanitize": "failed", "tune": "failed",
+        "bench": "passed",
+    }  # fmt: skip
+    assert found["stages"]["test"]["failures"] == {"a::b": "assert 1 | 2"}
+    assert found["stages"]["sanitize"]["why"] == "IndexError: list index out of range"
+    assert found["stages"]["tune"]["why"] == "a sleeper took too long"
+    assert "so far: 5" in (made_up / "tune.log").read_text()  # interrupted, not killed
+    assert "a word" in (made_up / "bench.log").read_text()
+    assert {name: found[name] for name in MACHINE} == MACHINE
+    table = (made_up / "table.md").read_text()
+    assert "| a::b | assert 1 / 2 |" in table
+    assert "c0ffee" in table
+    last = capsys.readouterr().out.splitlines()[-5:]  # a short table, last
+    assert [line.split()[:2] for line in last][1] == ["test", "failed"]
+    assert "3 passed, 0 skipped" in last[0]
+
+
+def test_named_stages_keep_what_others_found(made_up: Path) -> None:
+    assert make_gpu.main([f"{made_up}", "bench"]) == 0
+    assert make_gpu.main([f"{made_up}", "build,test"]) == 1
+    assert [*results_in(made_up)["stages"]] == ["bench", "build", "test"]
+
+
+def test_results_of_another_state_are_not_mixed(
+    made_up: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_gpu.main([f"{made_up}", "bench"])
+    monkeypatch.setattr(make_gpu, "look", lambda: {**MACHINE, "commit": "other"})
+    with pytest.raises(SystemExit, match=r"expected an empty folder, .* of commit c0ffee"):
+        make_gpu.main([f"{made_up}", "build"])
+    assert [*results_in(made_up)["stages"]] == ["bench"]
+
+
+def test_nothing_is_run_that_was_not_built(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_gpu, "SITE", made_up / "none")
+    assert make_gpu.main([f"{made_up}", "bench"]) == 1
+    assert "name the stage build first" in results_in(made_up)["stages"]["bench"]["why"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [([], "expected a folder"), (["x", "bulid"], "expected stages among build, .*, got bulid")],
+)
+def test_errors(arguments: list[str], expected: str, made_up: Path) -> None:
+    with pytest.raises(SystemExit, match=f"^gpu: {expected}"):
+        make_gpu.main(arguments)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
+def test_without_a_gpu(tmp_path: Path) -> None:
+    # As the Makefile calls it: one line that says what is missing, and no folder.
+    done = subprocess.run(
+        [sys.executable, "-m", "gpu", tmp_path / "results"],
+        env={"PYTHONPATH": f"{ROOT / 'tools'}"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    expected = f"expected a CUDA GPU that torch {torch.__version__} can use, got none"
+    assert done.stderr == f"gpu: {expected}\n"
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_process_that_ignores_interrupts_is_killed(made_up: Path) -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    made_up.mkdir()
+    run = Run(made_up, made_up / "log", time.monotonic() + 1)
+    start = time.monotonic()
+    assert run.execute([sys.executable, "-c", deaf]) is None
+    assert time.monotonic() - start < 30
+
+
+LEAVES_A_CHILD = """
+import signal, subprocess, sys, time
+child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+print(subprocess.Popen([sys.executable, "-c", child]).pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_nothing_of_an_interrupted_process_goes_on(made_up: Path) -> None:
+    # It would share the GPU with what is timed next.
+    made_up.mkdir()
+    run = Run(made_up, made_up / "log", time.monotonic() + 3)
+    assert run.execute([sys.executable, "-c", LEAVES_A_CHILD]) is None
+    child = next(line for line in run.log.read_text().splitlines() if line.isdigit())
+    state = Path(f"/proc/{child}/stat")
+    for _ in range(100):
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {child} goes on")
+
+
+def test_all_stages_end_in_time(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Were each as late as it may be, what is given ten minutes would be killed before its end.
+    monkeypatch.setattr(make_gpu, "ALL", 1.0)
+    monkeypatch.setattr(make_gpu, "STAGES", {"bench": (slow, 60.0)})
+    start = time.monotonic()
+    assert make_gpu.main([f"{made_up}"]) == 1
+    assert time.monotonic() - start < 30
+    assert results_in(made_up)["stages"]["bench"]["why"] == "a sleeper took too long"
+
+
+def test_a_commit_is_named_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/none")
+    monkeypatch.setenv("COMMIT", "abc")
+    assert make_gpu.commit() == "abc"
+
+
+TESTS = """
+import pytest
+pytestmark = pytest.mark.gpu
+def test_good(): pass
+def test_bad(): assert 1 == 2
+@pytest.mark.skip(reason="needs two GPUs")
+def test_skipped(): pass
+@pytest.fixture
+def fixture(): raise ValueError("no")
+def test_error(fixture): pass
+"""
+
+
+@pytest.mark.slow
+def test_a_test_that_hangs_is_named(made_up: Path) -> None:
+    made_up.mkdir()
+    path = made_up / "test_some.py"
+    path.write_text("import time, pytest\npytestmark = pytest.mark.gpu\n"
+                    "def test_x(): pass\ndef test_hangs(): time.sleep(60)")  # fmt: skip
+    run = Run(made_up, made_up / "log", time.monotonic() + 20)
+    found = stages.test_file(run, path)
+    name = f"{made_up.name}/test_some.py"
+    assert found["failures"][name] == f"{name} took too long"
+    assert "::test_x PASSED" in run.log.read_text()
+    assert "::test_hangs" in run.log.read_text()
+
+
+def test_a_file_of_tests(made_up: Path) -> None:
+    made_up.mkdir()
+    path = made_up / "test_some.py"
+    path.write_text(TESTS)
+    assert stages.is_marked(path)
+    found = stages.test_file(Run(made_up, made_up / "log", time.monotonic() + 60), path)
+    by_name = {name.rpartition("::")[2]: why for name, why in found["failures"].items()}
+    assert by_name == {
+        "test_bad": "assert 1 == 2",
+        "test_error": 'failed on setup with "ValueError: no"',
+    }
+    assert [*found["skipped"].values()] == ["needs two GPUs"]
+    assert found["passed"] == 1
+    assert "assert 1 == 2" in (made_up / "log").read_text()
+    path.write_text("import os, pytest\npytestmark = pytest.mark.gpu\ndef test_x(): os._exit(139)")
+    found = stages.test_file(Run(made_up, made_up / "log", time.monotonic() + 60), path)
+    name = f"{made_up.name}/test_some.py"
+    assert found["failures"] == {name: f"{name} ended with status 139"}
+    path.write_text("import pytest\ndef test_x(): 'as pytest.mark.gpu'")  # as this file itself
+    assert stages.is_marked(path)
+    found = stages.test_file(Run(made_up, made_up / "log", time.monotonic() + 60), path)
+    assert found == {"passed": 0, "failures": {}, "skipped": {}}
+
+
+@pytest.mark.slow
+def test_networks_are_met_for_tuning(capsys: pytest.CaptureFixture) -> None:
+    # All but the GPU: on a CPU nothing is planned, and the table of plans is empty.
+    tune_networks.main({"resnet50": (2, 32), "unet": (1, 32)}, "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    words = [" ".join(line.split()[:2]) for line in lines[:4]]
+    assert words == [
+        "resnet50 inference:",
+        "unet inference:",
+        "resnet50 training:",
+        "unet training:",
+    ]
+    assert len(lines) > 4
+
+
+MEASURES = """
+import json, os, pathlib, sys
+if "--warm" in sys.argv:
+    pathlib.Path(CHOSEN).parent.mkdir(parents=True)
+    pathlib.Path(CHOSEN).touch()
+    sys.exit(3)  # its errors are the timed run's as well, and are told there
+assert not pathlib.Path(CHOSEN).exists()  # chosen while others were using the GPU
+assert os.environ["FASTCNN_PLAN"] == "tune"
+rows = next(word.partition("=")[2] for word in sys.argv if word.startswith("--rows="))
+pathlib.Path(rows).write_text(json.dumps(ROW) + "\\n" + '{"file": "cut o')
+sys.exit(1)
+"""
+
+
+def test_benchmarks_that_fail_keep_their_rows(
+    made_up: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up.mkdir()
+    program = made_up / "measures.py"
+    one = row("dropout", "training", "a", of_copy=0.7)
+    chosen = made_up.parent / "inductor" / "ab" / "c.best_config"
+    text = MEASURES.replace("ROW", repr(one)).replace("CHOSEN", repr(f"{chosen}"))
+    program.write_text(text)
+    monkeypatch.setattr(stages, "BENCHMARKS", [sys.executable, program])
+    monkeypatch.setattr(make_gpu, "STAGES", {"bench": (stages.bench, 60.0)})
+    assert make_gpu.main([f"{made_up}"]) == 1
+    found = results_in(made_up)["stages"]["bench"]
+    assert found["why"] == "benchmarks ended with status 1"
+    assert found["rows"] == [one]
+    assert found["plans"] == 0
+    found["why"] = ""
+    assert table.said(found) == "1 cases, 1 floors reached, 1 missed, 0 plans"
+    assert "80% of copy: **missed**, 70%" in (made_up / "table.md").read_text()
+
+
+def test_long_logs_keep_both_ends(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up.mkdir()
+    monkeypatch.setattr(runs, "LOG_END", 10)
+    run = Run(made_up, made_up / "log", time.monotonic() + 60)
+    other = run.apart("other")
+    other.log.write_text("the beginning" + "x" * 1000 + "the end...")
+    assert len(run.append(other)) == 1023
+    kept = (made_up / "log").read_text()
+    assert kept.startswith("the beginn\n... 1003 characters are in ")
+    assert kept.endswith("...\nthe end...")
