@@ -14,7 +14,7 @@ from fastcnn.ops.augment.parameters import AugmentParameters
 
 
 def _check_count(n: int) -> None:
-    if not isinstance(n, int):
+    if not isinstance(n, (int, torch.SymInt)):  # torch.export's dynamic batch
         raise TypeError(f"Augment: n: expected an int, got {type(n).__name__}")
     if n < 0:
         raise ValueError(f"Augment: n: expected at least 0, got {n}")

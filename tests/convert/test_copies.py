@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +13,12 @@ import torch.nn.functional as F
 from onnx.reference import ReferenceEvaluator
 from support.conversion_cases import cbr, net
 from support.conversions import assert_inferred, images, patterns, prepared, results
-from support.leave_group import leave_group
 from support.oracles import torchvision
 from support.tolerance import assert_same
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from fastcnn import convert, revert
-from fastcnn.convert.codegen.runtime import notes
+from fastcnn import convert, models, revert
 from fastcnn.convert.converted import Converted
 
 
@@ -190,13 +186,6 @@ def _prefixed(found: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def test_exported_and_run_without_us(x: Tensor) -> None:
-    model = convert(small()).eval()
-    with torch.no_grad():
-        program = torch.export.export(model, (x,))
-        assert_same(program.module()(x), model(x))
-
-
 def test_reverted_models_export_plain_graphs(x: Tensor) -> None:
     model = convert(small()).eval()
     revert(model)
@@ -219,30 +208,20 @@ def test_reverted_models_go_to_onnx(x: Tensor) -> None:
     assert_inferred(torch.from_numpy(got), model.double(), x.float())
 
 
-def test_distributed_data_parallel(x: Tensor, tmp_path: Any) -> None:
-    model, eager = small(), small()
-    convert(model)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1
-    )
-    try:
-        got = results(DistributedDataParallel(model), x)
-        want = results(DistributedDataParallel(eager), x)
-    finally:
-        leave_group()
-    assert_same(got, want)
+LEVELS = ["default", "low", "lowest"]
 
 
-def test_under_checkpointing_and_func(x: Tensor) -> None:
-    model, eager = convert(small()).eval(), small().eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        again = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
-    assert_same(again, eager(x))
+def small_resnet(memory: str) -> models.ResNet:
+    """Bottlenecks, one and then two in a stage, with every projection."""
+    model = models.ResNet(models.Bottleneck, [1, 2, 1, 1], num_classes=3)
+    return convert(model, memory=memory)
 
-    def loss(m: Any) -> Callable[[Any], Tensor]:
-        return lambda p: torch.func.functional_call(m, p, (x,)).square().sum()
 
-    got, want = (torch.func.grad(loss(m))(dict(m.named_parameters())) for m in (model, eager))
-    assert_same(got, want)
-    assert not any(m in notes for m in model.modules())  # by the kernels
+@pytest.mark.parametrize("memory", LEVELS)
+def test_models_are_pickled_and_copied_with_their_level(memory: str) -> None:
+    model = small_resnet(memory)
+    x = torch.randn(2, 3, 33, 32)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for part in (other, other.layer2[0]):
+            assert part._fastcnn_conversion.options.memory == memory
+        assert torch.equal(other(x), copy.deepcopy(model)(x))

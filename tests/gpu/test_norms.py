@@ -172,30 +172,6 @@ def test_a_large_mean_keeps_its_variance(layout: str) -> None:
             assert ((var.cpu().view(exact.shape) - exact).abs() <= limit).all(), image
 
 
-def test_float64_is_the_cpu_s() -> None:
-    # By the launchers themselves; on a GPU the functions say so before.
-    ops, x, c = torch.ops.fastcnn, torch.ones(2, 3, 4, 5).double().to(DEVICE), torch.ones(3)
-    c = c.double().to(DEVICE)
-    stats, matrix, rest = (c, c, c, c), torch.ones(2, 3).to(c), (1e-5, 1)
-    with on_gpu():
-        for run in (
-            lambda: ops.batch_norm_act_fwd(x, None, None, None, *rest),
-            lambda: ops.batch_norm_act_apply(x, None, *stats, *rest),
-            lambda: ops.batch_norm_act_bwd(x, x, None, *stats, *rest, True, False),
-            lambda: ops.batch_norm_act_stats(x),
-            lambda: ops.batch_norm_act_reduce(x, x, None, *stats, *rest, False),
-            lambda: ops.batch_norm_act_dx(x, x, None, *stats, c, c, c[:1], *rest, True),
-            lambda: ops.batch_norm_join_stats(torch.ones(2, 7).to(c)),
-            lambda: ops.batch_norm_update_running(*stats, None, 0.1, 9),
-            lambda: ops.group_norm_act_fwd(x, None, None, 3, *rest),
-            lambda: ops.group_norm_act_bwd(x, x, None, None, matrix, matrix, *rest),
-            lambda: ops.pixel_norm_act_fwd(x, None, None, *rest),
-            lambda: ops.pixel_norm_act_bwd(x, x, None, None, *[torch.ones(2, 20).to(c)] * 2, *rest),
-        ):
-            with pytest.raises(RuntimeError, match=r"fastcnn::.*: invalid argument"):
-                run()
-
-
 @needs_gpu
 def test_float64_is_refused_in_the_user_s_words() -> None:
     x = torch.ones(2, 3, 4, 5, dtype=torch.float64, device=DEVICE)

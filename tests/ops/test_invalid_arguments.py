@@ -17,11 +17,9 @@ from typing import Any
 import pytest
 import torch
 from support.device import DEVICE, cuda_operators, on_gpu
-from support.invalid_arguments import good_arguments
+from support.operator_arguments import OPERATORS, good_arguments
 from support.shapes import LAYOUTS
 from torch import Tensor
-
-from fastcnn import _C
 
 
 def without_storage(t: Tensor, kept: float, offset: int = 0) -> Tensor:
@@ -155,18 +153,6 @@ VALID_HERE = {
 }
 
 
-OPS = ["batch_norm_act_fwd", "batch_norm_act_apply", "batch_norm_act_bwd", "batch_norm_act_stats"]
-OPS += ["batch_norm_act_reduce", "batch_norm_act_dx", "batch_norm_join_stats"]
-OPS += ["batch_norm_update_running"]
-OPS += ["conv2d_bwd_weight"] * _C.has_bf16_dot()  # elsewhere it raises in any case
-OPS += ["conv2d_int8", "conv2d_int8_epilogue"]
-OPS += ["conv2d_fused", "conv2d_fused_bwd_input", "conv2d_fused_bwd_weight"]
-OPS += ["upsample_fwd", "upsample_bwd", "upsample_taps_fwd", "upsample_taps_bwd"]
-OPS += ["augment", "augment_mask"]
-OPS += ["dropout_apply", "dropout_apply_"]
-OPS += ["group_norm_act_fwd", "group_norm_act_bwd", "pixel_norm_act_fwd", "pixel_norm_act_bwd"]
-
-
 HOW = [
     (dtype, layout)
     for layout in LAYOUTS
@@ -209,7 +195,7 @@ def accepted_invalid_arguments(
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    ops = [op for op in OPS if not gpu or op in cuda_operators()]
+    ops = [op for op in OPERATORS if not gpu or op in cuda_operators()]
     for op, (dtype, layout) in itertools.product(ops, how):
         with around():
             getattr(torch.ops.fastcnn, op)(*good(op, dtype, layout).values())
@@ -254,8 +240,8 @@ def test_every_operator_is_here() -> None:
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.split("::")[1] for name in names if name.startswith("fastcnn::")}
     # clone_no_cse and conv2d_relu are PyTorch's own; conv2d_bwd_weight is not on all machines.
-    assert registered - set(OPS) <= {"clone_no_cse", "conv2d_relu", "conv2d_bwd_weight"}
-    assert set(OPS) <= registered
+    assert registered - set(OPERATORS) <= {"clone_no_cse", "conv2d_relu", "conv2d_bwd_weight"}
+    assert set(OPERATORS) <= registered
 
 
 @pytest.mark.parametrize(
@@ -282,3 +268,17 @@ def test_invalid_arguments_raise(
             pytest.fail(f"{type(error).__name__}: {error}: in {log.read_text()}")
     assert calls > 1000
     assert not accepted, f"{len(accepted)} of {calls} calls did not raise:\n" + "\n".join(accepted)
+
+
+# upsample_taps_fwd and _bwd are the CPU's alone; augment takes a number for its dtype.
+BY_DTYPE = ("batch_norm", "group_norm", "pixel_norm", "dropout", "upsample_fwd", "upsample_bwd")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", [op for op in OPERATORS if op.startswith(BY_DTYPE)])
+def test_float64_is_refused_on_cuda(op: str) -> None:
+    # No kernel is made for it; the public functions say so in the user's words (gpu/test_norms.py).
+    good = good_arguments(op, torch.float64, "channels_last")
+    arguments = [t.to(DEVICE) if isinstance(t, Tensor) else t for t in good.values()]
+    with on_gpu(), pytest.raises(RuntimeError, match=r"fastcnn::.*: invalid argument"):
+        getattr(torch.ops.fastcnn, op)(*arguments)

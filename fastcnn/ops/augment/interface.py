@@ -162,8 +162,9 @@ def augment(
             f"{OP}: parameters: expected AugmentParameters, got {type(parameters).__name__}"
         )
     n, c, h, w = images.shape
-    if len(parameters) != n:
-        raise ValueError(f"{OP}: parameters: expected those of {n} samples, got {len(parameters)}")
+    given = parameters.angle.shape[0]  # len() would make a constant of torch.export's batch size
+    if given != n:
+        raise ValueError(f"{OP}: parameters: expected those of {n} samples, got {given}")
     check_mask_fill(OP, mask_fill)
     if masks is not None:
         check_masks(masks, images, mask_fill)

@@ -124,9 +124,3 @@ def test_masks(dtype: torch.dtype) -> None:
         wanted.append(reference_masks(labels, *coordinates(p, (h_in, w_in), (h, w)), 255))
     for result, want in zip(run_cases("augment", cases), wanted, strict=True):
         assert torch.equal(result.tensors["y"], want)
-
-
-def test_float64_is_refused() -> None:
-    images, p = smooth_images(1, 3, 4, 4), draw_everything(1, (4, 4), (4, 4))
-    case = image_case(images, p, (4, 4), torch.float64, False, False)
-    assert run_cases("augment", [case])[0].error == INVALID_VALUE

@@ -7,7 +7,6 @@ operation can make.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,12 +26,10 @@ from support.oracles import torchvision_transforms as v2
 from support.seeds import seeded
 from support.shapes import LAYOUTS
 from torch import Tensor
-from torch.library import opcheck
 
 from fastcnn import reference
 from fastcnn.augment import Augment
-from fastcnn.functional import AugmentParameters, augment
-from fastcnn.ops.augment.pack import pack
+from fastcnn.functional import augment
 
 F = v2.functional
 BILINEAR, EXACT = v2.InterpolationMode.BILINEAR, v2.InterpolationMode.NEAREST_EXACT
@@ -242,27 +239,9 @@ def test_a_mask_and_an_image_of_the_same_content_stay_together() -> None:
     assert torch.equal((image[:, 0] < 0.49) & (mask == 1) & (image[:, 0] > 0), mask > 1)
 
 
-def test_empty_batches_and_opcheck() -> None:
+def test_empty_batches() -> None:
     images = smooth_images(3, 3, 8, 9)
     p = draw_everything(3, (8, 9), (5, 6))
     y, m = augment(images[:0], p[:0], masks=torch.zeros(0, 8, 9).long(), size=(5, 6))
     assert y.shape == (0, 3, 5, 6)
     assert m.shape == (0, 5, 6)
-    reals, integers = pack(p, (8, 9), (5, 6))
-    for dtype, last in itertools.product(range(3), [False, True]):
-        args = (images, reals, integers, torch.ones(3, 4), 5, 6, dtype, last)
-        opcheck(torch.ops.fastcnn.augment, args)
-    opcheck(torch.ops.fastcnn.augment_mask, (torch.zeros(3, 8, 9).long(), reals, 5, 6, 255))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compile_without_graph_breaks() -> None:
-    images, p = smooth_images(3, 3, 8, 9), draw_everything(3, (8, 9), (5, 6))
-    masks = torch.zeros(3, 8, 9, dtype=torch.int64)
-
-    def run(images: Tensor, p: AugmentParameters) -> tuple[Tensor, Tensor]:
-        return augment(images, p, masks=masks, size=(5, 6), mean=0.5, std=(0.1, 0.2, 0.3))
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for actual, expected in zip(compiled(images, p), run(images, p), strict=True):
-        assert torch.equal(actual, expected)

@@ -254,18 +254,3 @@ def test_running(dtype: torch.dtype) -> None:
             limits = torch.finfo(dtype)
             error += limits.eps / 2 * (expected.abs() + error).clamp(min=limits.smallest_normal)
             near(result, f"running_{name}", expected, error)
-
-
-def test_float64_is_refused() -> None:
-    call = Call(torch.float64, (1, 2, 2, 2), FULL)
-    fixed = Call(torch.float64, (1, 2, 2, 2), PLAIN)
-    cases = [call.forward(False), fixed.forward(False), call.backward(False)]
-    double = {name: torch.ones(2).double() for name in ("running_mean", "running_var")}
-    for dtype, stats_dtype in [(3, 0), (0, 3)]:
-        numbers = {"c": 2, "dtype": dtype, "stats_dtype": stats_dtype, **SMALL_DEVICE}
-        numbers |= {"momentum": 0.1, "unbias": 1}
-        cases.append(Case("running", numbers, inputs={"mean": double["running_mean"]}))
-        cases[-1].inputs["var"] = double["running_var"]
-        cases[-1].updated = double
-    results = run_cases("batch_norm_act", cases)
-    assert [result.error for result in results] == [INVALID_VALUE] * 5

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from support.activations import ACTS
+from support.activations import ACTS, near_a_kink
 from support.batch_norm_cases import (
     Case,
     check,
@@ -24,6 +24,7 @@ from support.seeds import seeded
 from support.shapes import EDGES, LAYOUTS, RESNET50, Image
 from support.tolerance import assert_rounded, assert_same, walk
 from torch import Tensor
+from torch.autograd import gradcheck
 
 from fastcnn import functional, reference
 
@@ -226,3 +227,27 @@ def test_the_same_bits_on_any_number_of_threads_and_in_every_run() -> None:
                     assert torch.equal(t, first[k]), (k, layout, count)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradcheck(layout: str, training: bool) -> None:
+    # Against differences of the forward itself, by all inputs at once.
+    weight, bias = torch.tensor([[3.0, -2.5], [0.5, 1.0]], dtype=torch.float64)
+    mean, var = torch.tensor([[0.1, -0.2], [0.8, 1.5]], dtype=torch.float64)
+    stats = (None, None) if training else (mean, var)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor, act: str) -> Tensor:
+        added = residual[0] if residual else None
+        return functional.batch_norm_act(x, *stats, weight, bias, training, residual=added, act=act)
+
+    for act, residual in itertools.product(ACTS, [False, True]):
+        near = torch.tensor(True)
+        while near.any():  # gradcheck's steps of 1e-6 must not cross a kink
+            images = torch.randn(1 + residual, 3, 2, 3, 2, dtype=torch.float64).unbind()
+            images = [t.contiguous(memory_format=LAYOUTS[layout]) for t in images]
+            leaves = [images[0], weight, bias, *images[1:]]
+            z = run(*leaves, act="none")
+            near = near_a_kink(z, act, 1e-3)
+        leaves = [t.clone().requires_grad_() for t in leaves]
+        assert gradcheck(lambda *t, a=act: run(*t, act=a), leaves)

@@ -26,6 +26,7 @@ from support.chains import (
 from support.shapes import LAYOUTS
 from support.tolerance import assert_same
 from torch import nn
+from torch.autograd import gradcheck
 
 from fastcnn import reference
 from fastcnn.functional import ConvBnActBlock, ConvBnActStep, MaxPool, conv_bn_act_blocks
@@ -262,3 +263,35 @@ def test_running_statistics_of_each_step_go_to_its_own_module() -> None:
         assert isinstance(bn, BatchNormAct2d)
         bn.reset_running_stats()
     check_float64(model, (2, 4, 5, 6))
+
+
+def bottlenecks(memory: str) -> Stage:
+    return stage("projection", "identity", "two steps", memory=memory)
+
+
+@pytest.mark.parametrize("memory", LEVELS)
+def test_gradcheck(memory: str) -> None:
+    # By differences of the forward itself. A smooth activation: its derivative does not jump.
+    model = stage("projection", "identity", act="silu", memory=memory).double()
+    x = torch.randn(2, 4, 4, 3, dtype=torch.float64, requires_grad=True)
+    weights = [model.convs[i].weight for i in (0, 1, 6)]
+    assert gradcheck(lambda x, *_: model(x), (x, *weights), fast_mode=True)
+
+
+@pytest.mark.parametrize("memory", LEVELS)
+def test_autocast_is_a_cast_of_images_and_weights(memory: str) -> None:
+    # To the bit what explicit casts give, with gradients in float32.
+    model = bottlenecks(memory)
+    cast = copy.deepcopy(model)
+    for conv in cast.convs:
+        conv.bfloat16()
+    x = torch.randn(2, 4, 9, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    other = cast(x.bfloat16())
+    assert torch.equal(y, other)
+    for t in (y, other):
+        t.sum().backward()
+    for (name, p), q in zip(model.named_parameters(), cast.parameters(), strict=True):
+        assert p.grad.dtype is torch.float32
+        assert torch.equal(p.grad, q.grad.float()), name

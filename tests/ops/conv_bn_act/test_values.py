@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.activations import ACTS
+from support.activations import ACTS, near_a_kink
 from support.chains import Chain, baseline, check_float64, expected_roundings, results
 from support.shapes import LAYOUTS
 from torch import Tensor, nn
+from torch.autograd import gradcheck
 
+from fastcnn import functional
+from fastcnn.functional import ConvBnActStep
 from fastcnn.lab import kept_for_backward
 from fastcnn.nn import BatchNormAct2d, conv_bn_act
 
@@ -184,3 +187,40 @@ def test_activations_are_recomputed_bit_for_bit(layout: str, dtype: torch.dtype)
     a.square().sum().backward()
     for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad), name
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradcheck(layout: str, training: bool) -> None:
+    # Two steps: the first one's activation is recomputed in backward.
+    def image(*sizes: int) -> Tensor:
+        t = torch.randn(sizes, dtype=torch.float64)
+        return t.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+
+    def vector() -> Tensor:
+        return torch.rand(2, dtype=torch.float64).add(0.5).requires_grad_()
+
+    stats = (None, None) if training else (torch.zeros(2), torch.ones(2))
+    mean, var = (None if t is None else t.double() for t in stats)
+
+    def steps(w1: Tensor, w2: Tensor, b: Tensor, *norm: Tensor) -> list[ConvBnActStep]:
+        return [
+            ConvBnActStep(w1, b, 1, 1, 1, 1, mean, var, *norm[:2], training, act="relu6"),
+            ConvBnActStep(w2, None, 1, 0, 1, 2, mean, var, *norm[2:], training, act="relu"),
+        ]
+
+    def run(x: Tensor, r: Tensor, *parameters: Tensor) -> Tensor:
+        return functional.conv_bn_act(x, steps(*parameters), r)
+
+    near = torch.tensor(True)
+    while near.any():  # gradcheck's steps of 1e-6 must not cross a non-differentiable point
+        leaves = [image(2, 2, 4, 3), image(2, 2, 4, 3), image(2, 2, 3, 3), image(2, 1, 1, 1)]
+        leaves += [vector() for _ in range(5)]
+        x, r, *parameters = leaves
+        first, second = steps(*parameters)
+        z1 = functional.conv_bn_act(x, [first._replace(act="none")])
+        z2 = functional.conv_bn_act(x, [first, second._replace(act="none")], r)
+        near = torch.cat([near_a_kink(z1, "relu6", 1e-3), near_a_kink(z2, "relu", 1e-3)])
+
+    # In training the convolution's bias has gradient 0, which differences meet to 1e-7.
+    assert gradcheck(run, leaves)

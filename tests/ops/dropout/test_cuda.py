@@ -148,9 +148,3 @@ def test_draws_far_out() -> None:
         found = torch.cat([result.tensors["bits"] for result in run_cases("dropout", cases)])
         expected = ((u < threshold(p)).long() << torch.arange(8)).sum(-1)
         assert torch.equal(found.long(), expected)
-
-
-def test_float64_is_refused() -> None:
-    call = Call(torch.float64, (1, 2, 2, 2), False, False)
-    (result,) = run_cases("dropout", [call.case(False)])
-    assert result.error == INVALID_VALUE

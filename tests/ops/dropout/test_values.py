@@ -14,6 +14,7 @@ from support.seeds import DROPOUT_SEED, seed_all, seeded
 from support.shapes import EDGES, LAYOUTS, RESNET50, Image
 from support.tolerance import assert_rounded, walk
 from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
 
 from fastcnn import reference
 from fastcnn.common.philox import philox4x32_10
@@ -278,3 +279,56 @@ def test_layers(kind: tuple[Callable[..., Any], Callable[..., Any]]) -> None:
     assert set(dropped.flatten().tolist()) == {0.0, 1.0} or kind[0] is Dropout
     assert 0 < dropped.mean() < 0.5
     assert ours.eval()(x) is x
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_vmap_follows_torchs_randomness(per_channel: bool) -> None:
+    x = torch.ones(3, 2, 8, 4, 5)
+
+    def samples(randomness: str) -> Tensor:
+        def run(t: Tensor) -> Tensor:
+            return dropout(t, 0.5, per_channel=per_channel)
+
+        return torch.vmap(run, randomness=randomness)(x)
+
+    with pytest.raises(RuntimeError, match="randomness error mode"):
+        samples("error")
+    for randomness in ("same", "different"):
+        y = samples(randomness)
+        assert ((y == 0) | (y == 2)).all()
+        assert torch.equal(y[0], y[1]) == (randomness == "same")
+    grads = torch.vmap(torch.func.grad(lambda t: dropout(t, 0.5).sum()), randomness="same")(x)
+    assert torch.equal(grads[0], grads[2])
+    assert set(grads.unique().tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_both_orders(layout: str, per_channel: bool) -> None:
+    # It is linear in x: the double backward of a gradient penalty is the same map once more.
+    seed_all(0)
+    x, residual = (
+        torch.randn(2, 3, 3, 5, dtype=torch.float64)
+        .contiguous(memory_format=LAYOUTS[layout])
+        .requires_grad_()
+        for _ in range(2)
+    )
+
+    def run(x: Tensor, residual: Tensor) -> Tensor:
+        seed_all(1)
+        return dropout(x, 0.4, residual=residual, per_channel=per_channel)
+
+    assert gradcheck(run, (x, residual))
+    assert gradgradcheck(run, (x, residual))
+
+
+def test_meta_and_autocast() -> None:
+    # Sizes without numbers; and autocast, which leaves dropout alone as it does PyTorch's.
+    x = torch.empty(4, 3, 8, 8, device="meta", requires_grad=True)
+    y = dropout(x, 0.5)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            t = torch.ones(2, 3, dtype=dtype)
+            assert dropout(t, 0.5).dtype is F.dropout(t, 0.5).dtype is dtype

@@ -151,13 +151,6 @@ def test_the_bounds_are_narrow() -> None:
     assert ((call.dx - without).abs() > call.dx_error).double().mean() > 0.9
 
 
-def test_float64_is_refused() -> None:
-    for groups, op in ((1, "group_norm_act"), (None, "pixel_norm_act")):
-        call = Call(torch.float64, (1, 2, 2, 2), groups, FULL)
-        cases = [*call.cases(False), *call.cases(True)]
-        assert [result.error for result in run_cases(op, cases)] == [INVALID_VALUE] * 4
-
-
 # op, forward or backward, n, c, hw, groups, channels_last: more than 2^31 - 1 blocks, or parts of
 # which a block may take 32
 TOO_LARGE = [

@@ -1,19 +1,15 @@
-"""interpolate beside a skip, against torch.cat; both inside what PyTorch offers."""
+"""interpolate beside a skip, against torch.cat."""
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.seeds import seed_all
 from support.shapes import LAYOUTS
 from support.tolerance import assert_same
 from support.upsample_cases import DTYPES, MODES, image
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd import gradcheck
-from torch.library import opcheck
-from torch.utils.checkpoint import checkpoint
 
 from fastcnn import functional
 from fastcnn.lab import kept_for_backward
@@ -85,53 +81,6 @@ def test_gradcheck(layout: str) -> None:
         assert gradcheck(
             lambda x, s, h=how: functional.interpolate(x, (7, 9), **h, concat=s), leaves
         )
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck(layout: str) -> None:
-    x, skip = (
-        image((2, 3, 4, 5), torch.float32, layout),
-        image((2, 2, 8, 11), torch.float32, layout),
-    )
-    flag = layout == "channels_last"
-    for given in (None, skip):
-        opcheck(torch.ops.fastcnn.upsample_fwd, (x, given, 8, 11, 2.1, 2.2, 2, flag, not flag))
-    opcheck(torch.ops.fastcnn.upsample_bwd, (skip, 4, 5, None, None, 3, flag))
-
-
-class Decoder(nn.Module):
-    """A block of a U-Net: up and concatenated, a convolution, up."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.conv = Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(5, 3, 3)
-        self.last = Upsample(size=(9, 8))
-
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.last(self.conv(self.up(x, skip)))
-
-
-@pytorchs_own_warnings
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_compile_checkpoint_and_func(layout: str) -> None:
-    # The same bits through each of them; compiled without a graph break.
-    seed_all(0)
-    module = Decoder().to(memory_format=LAYOUTS[layout])
-    x, skip = image((2, 2, 4, 4), torch.float32, layout), image((2, 3, 8, 8), torch.float32, layout)
-
-    def gradients(run: Callable[..., Tensor]) -> list[Tensor]:
-        leaves = [t.clone().requires_grad_() for t in (x, skip)]
-        return list(torch.autograd.grad(run(*leaves).square().sum(), leaves))
-
-    expected = gradients(module)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    assert all(map(torch.equal, gradients(compiled), expected))
-    again = gradients(lambda *t: checkpoint(module, *t, use_reentrant=False))
-    assert all(map(torch.equal, again, expected))
-    loss = torch.func.grad(lambda x: module(x, skip).square().sum())
-    assert torch.equal(loss(x), expected[0])
-    exported = torch.export.export(module, (x, skip)).module()
-    assert torch.equal(exported(x, skip), module(x, skip))
 
 
 def test_the_module_is_torchs() -> None:

@@ -146,14 +146,6 @@ def test_taps_are_each_other_s_transpose() -> None:
             torch.set_num_threads(threads)
 
 
-@pytorchs_own_warnings
-def test_operators() -> None:
-    z = torch.randn(2, 18, 3, 4).contiguous(memory_format=CL)
-    how = (None, None, 2)
-    torch.library.opcheck(upsample_taps_fwd, (z, 6, 8, *how))
-    torch.library.opcheck(upsample_taps_bwd, (upsample_taps_fwd(z, 6, 8, *how), 3, 4, *how))
-
-
 def test_invalid_arguments_are_refused() -> None:
     z = torch.randn(2, 18, 3, 4).contiguous(memory_format=CL)
     with pytest.raises(RuntimeError, match="z: expected a multiple of 9 channels, got 17"):
@@ -202,23 +194,6 @@ def test_where_it_is_not_used() -> None:
     a, w, b, skip = (t.double() for t in nchw)
     assert_same(run(a, w, b, skip), expected(a, skip, w, b, how), name="y")
     assert not taken(lambda: upsample_conv2d(x, weight[:, :5], size=(5, 5), mode="bilinear"))
-
-
-@pytorchs_own_warnings
-def test_compiled_and_exported() -> None:
-    how = RESIZES["bilinear by 2"]
-    x, concat, weight, bias = (t.requires_grad_() for t in draw(how, 3))
-
-    def run(x: Tensor, concat: Tensor) -> Tensor:
-        return upsample_conv2d(x, weight, bias, concat=concat, **how)
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    y, want = compiled(x, concat), run(x, concat)
-    assert_same(y, want, name="y")
-    dy = torch.randn_like(y)
-    grads = [torch.autograd.grad(t, (x, concat, weight, bias), dy) for t in (y, want)]
-    for name, got, wanted in zip(NAMES, *grads, strict=True):
-        assert_same(got, wanted, name=f"d{name}")
 
 
 class Decoder(nn.Module):

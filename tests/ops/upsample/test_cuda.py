@@ -3,7 +3,6 @@
 How near: support/upsample_cases.py.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -208,9 +207,3 @@ def test_division() -> None:
         n, divisor = case.inputs["n"], int(case.numbers["divisor"])
         assert result.tensors["quotient"].tolist() == [int(i) // divisor for i in n]
         assert result.tensors["remainder"].tolist() == [int(i) % divisor for i in n]
-
-
-def test_float64_is_refused() -> None:
-    call = Call(torch.float64, (1, 2, 2, 2), (4, 4))
-    cases = [f(cl) for f, cl in itertools.product((call.forward, call.backward), (False, True))]
-    assert [r.error for r in run_cases("upsample", cases)] == [INVALID_VALUE] * 4

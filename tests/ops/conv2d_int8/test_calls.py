@@ -1,4 +1,4 @@
-"""conv2d_int8 as it is called: packed weights, layouts, threads, compiled, exported, raw."""
+"""conv2d_int8 as it is called: packed weights, layouts, batches, threads."""
 
 import collections
 import copy
@@ -10,8 +10,8 @@ import pytest
 import torch
 from support.conv2d_int8_cases import CASES, Case, problem
 from support.shapes import LAYOUTS, RESNET50_CONVS, Conv
-from torch import Tensor, nn
-from torch.library import opcheck
+from support.small_models import Int8
+from torch import Tensor
 
 from fastcnn import reference
 from fastcnn.functional import PackedConv2dInt8, conv2d_int8, pack_conv2d_int8
@@ -96,7 +96,7 @@ def test_a_packed_weight_whose_memory_is_another() -> None:
 def test_data_is_looked_at_once_a_tensor_also_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     looks, look = [], conv2d_int8_data._look
     monkeypatch.setattr(conv2d_int8_data, "_look", lambda *args: looks.append(0) or look(*args))
-    network, x = Network(), problem(PLAIN)["x"]
+    network, x = Int8(), problem(PLAIN)["x"]
     run = torch.compile(network, fullgraph=True, backend="aot_eager")
     for _ in range(3):
         network(x)
@@ -174,68 +174,6 @@ def test_nan_and_infinity_of_a_float_residual() -> None:
     assert y[0, 0, 0, 0].isnan()
     assert y[0, 1:3, 0, 0].tolist() == [6.0, 0.0]
     assert torch.equal(y.nan_to_num(7), reference.conv2d_int8(**given).nan_to_num(7))
-
-
-class Network(nn.Module):
-    """Two convolutions with a residual, one of them packed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        given = problem(PLAIN)
-        self.register_buffer("scale", given["weight_scale"])
-        self.packed = pack_conv2d_int8(given["weight"])
-        self.register_buffer("weight", given["weight"][:, :1].repeat(1, 24, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = conv2d_int8(
-            x, self.packed, x_scale=0.1, x_zero_point=3, weight_scale=self.scale, padding=1,
-            act="relu", out_scale=0.3, out_zero_point=4,
-        )  # fmt: skip
-        return conv2d_int8(
-            y, self.weight, x_scale=0.3, x_zero_point=4, weight_scale=0.01, padding=1, residual=y,
-            residual_scale=0.3, residual_zero_point=4, out_dtype=torch.bfloat16,
-        )  # fmt: skip
-
-
-@pytorchs_own_warnings
-@pytest.mark.parametrize(
-    ("backend", "layout"),
-    [("aot_eager", "nchw"), ("aot_eager", "channels_last"),
-     pytest.param("inductor", "nchw", marks=pytest.mark.slow),
-     pytest.param("inductor", "channels_last", marks=pytest.mark.slow)],
-)  # fmt: skip
-def test_compile(layout: str, backend: str) -> None:
-    network = Network()
-    run = torch.compile(network, fullgraph=True, backend=backend)
-    for n in (2, 3, 5):
-        given = problem(PLAIN._replace(sizes=(n, 16, 7, 6)), seed=n)
-        x = given["x"].contiguous(memory_format=LAYOUTS[layout])
-        expected, y = network(x), run(x)
-        assert torch.equal(y, expected)
-        assert y.stride() == expected.stride()
-
-
-@pytorchs_own_warnings
-def test_export() -> None:
-    network, x = Network(), problem(PLAIN)["x"]
-    exported = torch.export.export(network, (x,)).module()
-    assert torch.equal(exported(x), network(x))
-
-
-def test_opcheck() -> None:
-    for out_dtype, residual_dtype in ((torch.uint8, torch.int8), (torch.bfloat16, torch.bfloat16)):
-        g = problem(PLAIN, out_dtype=out_dtype, residual_dtype=residual_dtype)
-        names = ("x", "weight", "weight_scale", "bias", "residual", "x_scale", "x_zero_point")
-        names += ("residual_scale", "residual_zero_point", "out_scale", "out_zero_point")
-        args = [*map(g.get, (*names, "out_dtype")), [1, 1], [1, 1], [1, 1], 1, 1]
-        opcheck(torch.ops.fastcnn.conv2d_int8.default, args)
-
-
-def test_meta_tensors() -> None:
-    given = problem(PLAIN)
-    moved = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in given.items()}
-    y, expected = conv2d_int8(**moved), conv2d_int8(**given)
-    assert (y.shape, y.dtype, y.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 
 def test_the_benchmarks_convolutions_are_the_model_s(monkeypatch: pytest.MonkeyPatch) -> None:

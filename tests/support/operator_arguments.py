@@ -1,4 +1,4 @@
-"""Good arguments of every operator, from which ops/test_invalid_arguments.py makes bad ones."""
+"""Good arguments of every operator: ops/test_invalid_arguments.py makes bad ones of them."""
 
 from typing import Any
 
@@ -6,16 +6,34 @@ import torch
 from support.shapes import LAYOUTS
 from torch import Tensor
 
+from fastcnn import _C
 
-def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
-    def image() -> Tensor:  # square, so that a transposed one has the same sizes
-        return torch.randn(2, 6, 4, 4).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+OPERATORS = [
+    "batch_norm_act_fwd", "batch_norm_act_apply", "batch_norm_act_bwd", "batch_norm_act_stats",
+    "batch_norm_act_reduce", "batch_norm_act_dx", "batch_norm_join_stats",
+    "batch_norm_update_running", "conv2d_int8", "conv2d_int8_epilogue", "conv2d_fused",
+    "conv2d_fused_bwd_input", "conv2d_fused_bwd_weight", "upsample_fwd", "upsample_bwd",
+    "upsample_taps_fwd", "upsample_taps_bwd", "augment", "augment_mask", "dropout_apply",
+    "dropout_apply_", "group_norm_act_fwd", "group_norm_act_bwd", "pixel_norm_act_fwd",
+    "pixel_norm_act_bwd",
+]  # fmt: skip
+OPERATORS += ["conv2d_bwd_weight"] * _C.has_bf16_dot()  # elsewhere it raises in any case
+
+
+def good_arguments(op: str, dtype: torch.dtype, layout: str, w: int = 4) -> dict[str, Any]:
+    """Return an operator's arguments by name, images 4 high and an even number of pixels wide.
+
+    Square they are as large when they are transposed.
+    """
+
+    def image() -> Tensor:
+        return torch.randn(2, 6, 4, w).to(dtype).contiguous(memory_format=LAYOUTS[layout])
 
     if op.startswith("augment"):
         table, size = torch.ones(2, 17), {"h": 5, "w": 3}
         if op == "augment_mask":
-            return {"masks": torch.ones(2, 4, 4).long(), "reals": table, **size, "fill": 255}
-        images = torch.ones(2, 3, 4, 4).byte().contiguous(memory_format=LAYOUTS[layout])
+            return {"masks": torch.ones(2, 4, w).long(), "reals": table, **size, "fill": 255}
+        images = torch.ones(2, 3, 4, w).byte().contiguous(memory_format=LAYOUTS[layout])
         tables = {"integers": torch.ones(2, 5).long(), "channels": torch.ones(3, 4)}
         rest = {"dtype": 1, "channels_last": True}
         return {"images": images, "reals": table, **tables, **size, **rest}
@@ -31,7 +49,9 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
         groups = {} if per_pixel or op.endswith("bwd") else {"groups": 3}
         if op.endswith("fwd"):
             return {"x": image(), **norm, **groups, **rest}
-        matrices = {name: torch.ones(2, 16 if per_pixel else 3, dtype=c[0].dtype) for name in stats}
+        matrices = {
+            name: torch.ones(2, 4 * w if per_pixel else 3, dtype=c[0].dtype) for name in stats
+        }
         return {"dy": image(), "x": image(), **norm, **matrices, **rest}
     if op == "batch_norm_act_fwd":
         return {"x": image(), "residual": image(), **norm, **rest}
@@ -50,19 +70,19 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
         sums = {"dweight": c[0].clone(), "dbias": c[1].clone(), "total": c[0][:1].clone()}
         return {**images, **norm, **stats, **sums, **rest, "training": True}
     if op.startswith("upsample_taps"):  # channels_last alone
-        layout, sizes = "channels_last", {"h": 4, "w": 2 if op.endswith("bwd") else 4}
+        layout, sizes = "channels_last", {"h": 4, "w": w // 2 if op.endswith("bwd") else w}
         how = {"scale_h": 1.0, "scale_w": 2.0, "sampling": 2}
         if op.endswith("bwd"):
             return {"dy": image(), **sizes, **how}
-        z = torch.randn(2, 18, 4, 2).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+        z = torch.randn(2, 18, 4, w // 2).to(dtype).contiguous(memory_format=LAYOUTS[layout])
         return {"z": z, **sizes, **how}
     if op.startswith("upsample"):
         how = {"scale_h": 1.0, "scale_w": 2.0, "sampling": 2}
         how["channels_last"] = layout == "channels_last"
         if op == "upsample_bwd":
-            return {"dy": image(), "h": 4, "w": 2, **how}
-        tall = image()[..., :2].contiguous(memory_format=LAYOUTS[layout])
-        return {"x": tall, "skip": image(), "h": 4, "w": 4, **how, "skip_last": True}
+            return {"dy": image(), "h": 4, "w": w // 2, **how}
+        tall = image()[..., : w // 2].contiguous(memory_format=LAYOUTS[layout])
+        return {"x": tall, "skip": image(), "h": 4, "w": w, **how, "skip_last": True}
     if op == "conv2d_bwd_weight":
         dtype, layout = torch.bfloat16, "channels_last"
         how = {"kernel_h": 3, "kernel_w": 3, "stride_h": 1, "stride_w": 1}
@@ -93,7 +113,7 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
                 **how,
             }
         before = {"in_raw": image(), **before}
-        return {"dy": image(), **weight, "h": 4, "w": 4, **behind, "add": image(), **before, **how}
+        return {"dy": image(), **weight, "h": 4, "w": w, **behind, "add": image(), **before, **how}
     if op.startswith("conv2d_int8"):
         layout = "channels_last"
         q = image().mul(20).to(torch.uint8)
@@ -113,3 +133,16 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str) -> dict[str, Any]:
                 "x_zero_point": 3, **scales, **how}  # fmt: skip
     running = {"running_mean": c[0], "running_var": c[1], **stats}
     return {**running, "total": None, "momentum": 0.1, "count": 9}
+
+
+def variants(op: str, good: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return good arguments, and those without what may be left out, all at once."""
+    left_out = {"residual", "weight", "bias", "skip"}
+    if op == "batch_norm_update_running":
+        return [good, {**good, "total": torch.tensor([60.0], dtype=good["mean"].dtype)}]
+    if op.startswith("conv2d"):
+        left_out = {"residual", "bias"}
+    if op == "conv2d_int8":
+        left_out |= {"residual_scale", "residual_zero_point"}
+    without = {name: None if name in left_out else given for name, given in good.items()}
+    return [good, without]
