@@ -6,11 +6,9 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import nn
 
-from fastcnn.convert.codegen.runtime import HAS_CUDA, Options
-from fastcnn.convert.converted import Conversion, Converted, LayerConversion, untraceable
-from fastcnn.convert.graph.guards import has_hooks
-from fastcnn.convert.graph.layers import NORMS, changes, kind_of, own_act
-from fastcnn.convert.graph.trace import Untraceable, is_leaf
+from fastcnn.convert.codegen.fit import HAS_CUDA, Options
+from fastcnn.convert.converted import Converted
+from fastcnn.convert.parts import apply, decide, parts_of
 from fastcnn.convert.rows import left, rows_of, table
 from fastcnn.ops.conv_bn_act.step import Memory, check_memory
 
@@ -73,19 +71,19 @@ def convert(
     if backend == "cuda" and not HAS_CUDA:
         raise ValueError("convert: backend: expected 'auto' or 'cpu' from a build without CUDA")
     options = Options(mode, backend, memory)
-    if not _is_converted(model, options):
+    done = _is_converted(model, options)
+    parts = parts_of(model) if done else decide(model, options)
+    unfused = left(rows_of(model, parts)) if strict else []
+    if unfused:
+        raise ValueError(
+            f"convert: strict=True: expected all that is convertible to be converted, got\n"
+            f"{table(unfused)}"
+        )
+    if not done:
         revert(model)
-        _convert(model, options)
+        apply(parts)
         found = [m for m in model.modules() if isinstance(m, Converted)]
         _done[model] = WeakSet(model.modules()), WeakSet(found), options
-    if strict:
-        unfused = left(rows_of(model))
-        if unfused:
-            revert(model)
-            raise ValueError(
-                f"convert: strict=True: expected all that is convertible to be converted, got\n"
-                f"{table(unfused)}"
-            )
     return model
 
 
@@ -133,57 +131,3 @@ def _is_converted(model: nn.Module, options: Options) -> bool:
     made = [m._fastcnn_conversion for m in converted]
     same = set(converted) == set(found or ())
     return same and all(one.options == options and one.holds() for one in made)
-
-
-def _convert(model: nn.Module, options: Options) -> None:
-    found: list[tuple[nn.Module, Conversion | LayerConversion]] = []
-    opaque: set[nn.Module] = set()  # called, not opened, by what is above them
-    names = {module: name for name, module in model.named_modules()}
-    for module in reversed(names):  # children before parents
-        made: Conversion | LayerConversion | None
-        if is_leaf(module):
-            made = LayerConversion(options) if _has_kernel(module) else None
-        elif isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            continue
-        else:
-            made = _conversion(module, names[module], options, opaque)
-            if has_hooks(module):
-                opaque.add(module)
-        if made is not None:
-            found.append((module, made))
-    for module, conversion in found:
-        conversion.apply(module)
-
-
-def _conversion(
-    module: nn.Module, name: str, options: Options, opaque: set[nn.Module]
-) -> Conversion | None:
-    """Return a module's plans, None where it has no pattern; note it where it has no trace.
-
-    A child that does not trace by itself, since it is called with a list, may do so from here.
-    """
-    below = [(path, m) for path, m in module.named_modules() if m is not module and m in opaque]
-    hooked = [path for path, m in below if has_hooks(m)]
-    attempts = [hooked] if len(hooked) == len(below) else [hooked, [path for path, _ in below]]
-    for leaves in attempts:
-        conversion = Conversion(name, options, leaves)
-        try:
-            fuses = conversion.prepare(module)
-        except Untraceable as error:
-            untraceable[module] = str(error)
-        else:
-            untraceable.pop(module, None)
-            return conversion if fuses else None
-    opaque.add(module)
-    return None
-
-
-def _has_kernel(layer: nn.Module) -> bool:
-    """Whether there is a kernel for a layer by itself."""
-    kind = kind_of(layer)
-    # A parametrized layer has a class of its own already, which comes and goes.
-    if changes(layer) is not None or hasattr(layer, "parametrizations"):
-        return False
-    if kind == "upsample":
-        return layer.mode in ("nearest", "bilinear", "nearest-exact")
-    return kind == "dropout" or (kind in NORMS and own_act(layer) is not None)

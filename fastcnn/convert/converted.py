@@ -16,105 +16,60 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fastcnn.common.constant_result import constant_result
 from fastcnn.convert.codegen import runtime
-from fastcnn.convert.codegen.rewrite import comparison_of, drop_identities, function_of, fuse
-from fastcnn.convert.codegen.runtime import Options
-from fastcnn.convert.graph.describe import describe
-from fastcnn.convert.graph.guards import Guard
-from fastcnn.convert.graph.patterns import Matcher, Pattern
-from fastcnn.convert.graph.trace import Untraceable, arguments_of, is_leaf, trace
+from fastcnn.convert.codegen.fit import Options
+from fastcnn.convert.fused_forward import FusedForward, fused_forward
+from fastcnn.convert.graph.layers import Layer, Layers
+from fastcnn.convert.graph.trace import Untraceable, arguments_of
 
 # By module: why its forward is not replaced.
 untraceable: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
-class Plan(NamedTuple):
-    """What runs in place of a forward, as long as the training flags that it has read are these."""
-
-    run: Callable[..., Any]
-    flags: list[tuple[nn.Module, bool]]
-    guard: Guard
-    holds: Callable[[Any], bool]  # the guard, as far as torch.compile needs to see it
-    patterns: list[tuple[str, str]]  # where, and what became one call
-    left: list[tuple[str, str]]  # where, and why not
-    calls: list[str]  # paths of the modules that it calls
-
-
-def match(
-    graph: fx.Graph, module: nn.Module, options: Options
-) -> tuple[dict[str, nn.Module], list[nn.Module], Matcher, list[Pattern]]:
-    """Return a module's modules, the identities taken out of its graph, and the patterns."""
-    modules = dict(module.named_modules(remove_duplicate=False))
-    dropped = drop_identities(graph, modules)
-    matcher = Matcher(graph, modules, folds=options.mode == "infer")
-    return modules, dropped, matcher, matcher.match()
-
-
-def plan(module: nn.Module, leaves: set[nn.Module], options: Options, name: str) -> Plan:
-    """Trace a module with its training flags as they are, and fuse what is found.
-
-    Raises:
-        Untraceable: the forward cannot be replaced.
-    """
-    graph, opened, asked = trace(module, leaves)
-    modules, dropped, matcher, patterns = match(graph, module, options)
-    inside = [modules[str(n.target)] for p in patterns for n in p.nodes if n.op == "call_module"]
-    consumed = {m: None for layer in (*inside, *dropped) for m in layer.modules()}
-    described = [describe(p, modules) for p in patterns]
-    left = [(str(node.target), why) for node, why in matcher.left.items()]
-    fuse(graph, matcher, patterns, options)
-    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    run = function_of(graph, name or type(module).__name__)
-    flags = [(m, m.training) for m in asked]
-    guard = Guard(opened, consumed)
-    paths = {m: path for path, m in reversed(modules.items())}
-    holds = comparison_of(guard, paths, f"comparison of {name}")
-    return Plan(run, flags, guard, holds, described, left, calls)
-
-
 class Conversion:
-    """The plans of one module with children."""
+    """One module with children: a fused forward for each set of training flags met so far."""
 
     def __init__(self, name: str, options: Options, leaves: Sequence[str]) -> None:
         self.name, self.options, self.leaves = name, options, tuple(leaves)
-        self.plans: list[Plan] = []
+        self.forwards: list[FusedForward] = []
         self._without: set[tuple[bool, ...]] = set()  # flags with which it has no trace
         self._warned: set[str] = set()
         self._module: Any = None
         self._containers: list[nn.Module] = []
 
-    def prepare(self, module: nn.Module) -> bool:
-        """Make the plan for the training flags as they are, and those for training and evaluation.
+    def prepare(self, module: nn.Module, layers: Layers) -> bool:
+        """Fuse for the training flags as they are, and for those of training and evaluation.
 
-        Says whether any fuses anything.
+        Says whether any has a pattern.
 
         Raises:
             Untraceable: the first cannot be made.
         """
         self._module = weakref.ref(module)
-        self._containers = [m for m in module.modules() if not is_leaf(m)]
-        self._add()
+        with as_original(list(module.modules())):
+            self._containers = [m for m in module.modules() if not layers[m].leaf]
+        self._add(layers)
         now = self._flags()
         try:
             for flag in (True, False):
                 for m in self._containers:
                     m.training = flag
-                self._find()
+                self._find(layers)
         finally:
             for m, flag in zip(self._containers, now, strict=True):
                 m.training = flag
-        return any(made.patterns for made in self.plans)
+        return any(made.patterns for made in self.forwards)
 
     def apply(self, module: Any) -> None:
         """Give a prepared module its class."""
-        original, runs = type(module), self.plans
+        original, runs = type(module), self.forwards
         required, optional = arguments_of(original.forward)
         alone = self.options.mode == "infer"  # folded weights are of this module's own
 
@@ -142,21 +97,25 @@ class Conversion:
         """Return what makes an equal conversion."""
         return type(self), self.name, self.options, self.leaves
 
-    def current(self) -> Plan | None:
-        """Return the plan for the flags as they are, None where the forward runs as written."""
-        at = self._select()
-        return None if at < 0 else self.plans[at]
+    def current(self) -> FusedForward | None:
+        """Return what runs with the flags as they are, None where the forward runs as written."""
+        at = self._select(warn=False)
+        return None if at < 0 else self.forwards[at]
+
+    def changed(self) -> str | None:
+        """Say what has changed since the conversion, if anything."""
+        return next(filter(None, (made.guard.changed() for made in self.forwards)), None)
 
     def holds(self) -> bool:
         """Whether nothing has changed since the conversion."""
-        return all(made.guard.changed() is None for made in self.plans)
+        return self.changed() is None
 
-    def _select(self) -> int:
+    def _select(self, warn: bool = True) -> int:
         at = self._find()
-        why = None if at < 0 else self.plans[at].guard.changed()
+        why = None if at < 0 else self.forwards[at].guard.changed()
         if why is None:
             return at
-        if why not in self._warned:
+        if warn and why not in self._warned:
             self._warned.add(why)
             where = self.name or "the model"
             warnings.warn(
@@ -166,30 +125,30 @@ class Conversion:
             )
         return -1
 
-    def _find(self) -> int:
-        """Return the place of the plan for the flags as they are, made where it is not there."""
-        for at, made in enumerate(self.plans):
+    def _find(self, layers: Layers | None = None) -> int:
+        """Return the place of what runs with the flags as they are, made where it is not there."""
+        for at, made in enumerate(self.forwards):
             if all(m.training == flag for m, flag in made.flags):
                 return at
         flags = self._flags()
         if flags in self._without:
             return -1
         try:
-            self._add()
+            self._add(Layers() if layers is None else layers)
         except Untraceable:
             self._without.add(flags)
             return -1
-        return len(self.plans) - 1
+        return len(self.forwards) - 1
 
     def _flags(self) -> tuple[bool, ...]:
         return tuple([m.training for m in self._containers])
 
-    def _add(self) -> None:
+    def _add(self, layers: Layers) -> None:
         module = self._module()
         leaves = {module.get_submodule(path) for path in self.leaves}
         with as_original(list(module.modules())):
-            made = plan(module, leaves, self.options, self.name)
-        self.plans.append(made)
+            made = fused_forward(module, leaves, self.options, self.name, layers)
+        self.forwards.append(made)
 
 
 class LayerConversion:
@@ -197,10 +156,12 @@ class LayerConversion:
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        self._layer: Layer | None = None
 
-    def prepare(self, module: nn.Module) -> bool:
+    def prepare(self, module: nn.Module, layers: Layers) -> bool:
         """Say whether there is a kernel for the layer."""
-        return True
+        self._layer = layers[module]
+        return self._layer.stands_alone and layers.why_not_alone(module) is None
 
     def holds(self) -> bool:
         """Whether nothing has changed since the conversion."""
@@ -210,7 +171,8 @@ class LayerConversion:
         """Give a layer its class."""
         original, options = type(module), self.options
         required, optional = arguments_of(original.forward)
-        run = runtime.layer_call(module)
+        assert self._layer is not None
+        run = runtime.layer_call(module, self._layer)
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             inputs = _bind(required, optional, args, kwargs)
@@ -288,7 +250,7 @@ def _convert_copy(recipe: Any, module: Any) -> None:
     make, *arguments = recipe
     conversion = make(*arguments)
     try:
-        conversion.prepare(module)
+        conversion.prepare(module, Layers())
     except (Untraceable, AttributeError) as error:  # changed since, as a child that is gone
         untraceable[module] = str(error)
     else:

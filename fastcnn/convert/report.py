@@ -5,8 +5,9 @@ from typing import Any
 from torch import nn
 
 from fastcnn import plan
-from fastcnn.convert.api import convert, revert
+from fastcnn.convert.codegen.fit import Options
 from fastcnn.convert.converted import Converted
+from fastcnn.convert.parts import decide, parts_of
 from fastcnn.convert.rows import Row, rows_of, table
 
 
@@ -31,12 +32,8 @@ def report(model: nn.Module | None = None) -> list[Any]:
 def rows(model: nn.Module) -> list[Row]:
     """Return a row for all that a model runs fused, and all that could be and is not."""
     if any(isinstance(module, Converted) for module in model.modules()):
-        return rows_of(model)
-    convert(model)
-    try:
-        return [
-            row._replace(fused=False, backend="PyTorch", reason=row.reason or "not converted")
-            for row in rows_of(model)
-        ]
-    finally:
-        revert(model)
+        return rows_of(model, parts_of(model))
+    return [
+        row._replace(fused=False, backend="PyTorch", reason=row.reason or "not converted")
+        for row in rows_of(model, decide(model, Options()))
+    ]

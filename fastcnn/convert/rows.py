@@ -3,16 +3,14 @@
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from fastcnn.common.text_table import WIDTH, columns
-from fastcnn.convert.codegen import runtime
-from fastcnn.convert.converted import Conversion, Converted, untraceable
-from fastcnn.convert.graph.layers import NORMS, changes, kind_of, own_act
-from fastcnn.convert.graph.trace import Untraceable, is_leaf
-from fastcnn.convert.unit import unit
+from fastcnn.convert.codegen import fit
+from fastcnn.convert.converted import Conversion, LayerConversion
+from fastcnn.convert.parts import Part, Parts
 from fastcnn.ops.backends import BACKENDS
 
 # By a pattern's first word: the op that runs it.
@@ -56,15 +54,16 @@ def _cells(row: Row) -> tuple[str, ...]:
     return row.module, row.pattern, "yes" if row.fused else "no", row.backend
 
 
-def rows_of(model: nn.Module) -> list[Row]:
-    """Return the rows of a model as it is: nothing of it is fused that was not converted."""
-    return list(_Walk(model).rows(model, ""))
+def rows_of(model: nn.Module, parts: Parts) -> list[Row]:
+    """Return the rows of a model whose modules are, or will be, converted so."""
+    return list(_Walk(model, parts).rows(model, ""))
 
 
 class _Walk:
     """The rows of a model, each module once."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, parts: Parts) -> None:
+        self._parts = parts
         self._seen: set[nn.Module] = set()
         first = next((t for ts in (model.parameters(), model.buffers()) for t in ts), None)
         self._device = "cpu" if first is None else first.device.type
@@ -73,76 +72,67 @@ class _Walk:
         if module in self._seen:
             return
         self._seen.add(module)
-        if is_leaf(module):
-            yield from self._layer(module, path)
+        part = self._parts[module]
+        if part.layer.leaf:
+            yield from self._layer(module, part, path)
             return
-        conversion = module._fastcnn_conversion if isinstance(module, Converted) else None
-        current = self._current(conversion)
-        if conversion is None or current is None:
-            yield from self._as_written(module, path, conversion)
+        assert not isinstance(part.conversion, LayerConversion)
+        current = None if part.conversion is None else part.conversion.current()
+        if current is None:
+            yield from self._as_written(module, part, path)
             return
-        notes = self._notes(module, conversion)
-        for where, words in current.patterns:
-            yield self._fused(place(path, where), words, notes.get(where))
+        for call in current.patterns:
+            note = None if call.ends_in is None else fit.notes.get(call.ends_in)
+            yield self._fused(place(path, call.where), call.words, note)
         for what, why in current.left:
-            yield Row(place(path, _plain(what)), _convertible(module, what), False, "PyTorch", why)
-        for called in dict.fromkeys(current.calls):
+            words = self._convertible(module, what)
+            yield Row(place(path, _plain(what)), words, False, "PyTorch", why)
+        for called in dict.fromkeys(current.children()):
             yield from self.rows(module.get_submodule(called), child_path(path, called))
 
-    def _current(self, conversion: Any) -> Any:
-        """Return the plan that runs; its warning is left to the next call of the module."""
-        if conversion is None:
-            return None
-        warned = set(conversion._warned)
-        conversion._warned |= {
-            why for made in conversion.plans if (why := made.guard.changed()) is not None
-        }
-        try:
-            return conversion.current()
-        finally:
-            conversion._warned = warned
-
-    def _as_written(self, module: nn.Module, path: str, conversion: Any) -> Iterator[Row]:
-        why = untraceable.get(module)
-        if why is not None:
-            why = f"its forward does not trace: {why}"
-        if conversion is not None:
-            changed = next(filter(None, (made.guard.changed() for made in conversion.plans)), None)
+    def _as_written(self, module: nn.Module, part: Part, path: str) -> Iterator[Row]:
+        why = None if part.why is None else f"its forward does not trace: {part.why}"
+        if isinstance(part.conversion, Conversion):
+            changed = part.conversion.changed()
             why = f"changed since it was converted: {changed}"
             if changed is None:
                 why = "its forward does not trace with its training flags of now"
         if why is not None:
-            inside = ", ".join(dict.fromkeys(_own_layers(module)))
+            inside = ", ".join(dict.fromkeys(self._own_layers(module)))
             yield Row(path or type(module).__name__, inside, False, "PyTorch", why)
         for name, child in module.named_children():
             yield from self.rows(child, child_path(path, name))
 
-    def _layer(self, layer: nn.Module, path: str) -> Iterator[Row]:
-        kind = kind_of(layer)
-        if isinstance(layer, Converted):
-            yield self._fused(path, str(kind), runtime.notes.get(layer))
-        elif kind in (*NORMS, "dropout", "upsample"):
-            yield Row(path, str(kind), False, "PyTorch", _no_kernel(layer, str(kind)))
+    def _layer(self, module: nn.Module, part: Part, path: str) -> Iterator[Row]:
+        words = str(part.layer.kind)
+        if part.conversion is not None:
+            yield self._fused(path, words, fit.notes.get(module))
+        elif part.layer.stands_alone:
+            yield Row(path, words, False, "PyTorch", part.why or "not converted")
 
     def _fused(self, where: str, words: str, note: str | None) -> Row:
         on_cpu, on_cuda = BACKENDS[_op(words)]
         backend = {"cpu": on_cpu, "cuda": on_cuda}.get(self._device, "PyTorch")
-        if backend == "PyTorch" or (self._device == "cuda" and not runtime.HAS_CUDA):
+        if backend == "PyTorch" or (self._device == "cuda" and not fit.HAS_CUDA):
             why = f"this build has no kernels for {self._device}"
             return Row(where, words, False, "PyTorch", why)
         reason = "" if note is None else f"its last call that was not fused: {note}"
         return Row(where, words, True, backend, reason)
 
-    def _notes(self, module: nn.Module, conversion: Conversion) -> dict[str, str]:
-        """Return why calls were not fused when they ran, by where they are."""
-        if not any(m in runtime.notes for m in module.modules()):
-            return {}
+    def _own_layers(self, module: nn.Module) -> Iterator[str]:
+        """Yield the kinds of layers that a forward itself calls, as far as its children tell."""
+        for child in module.children():
+            layer = self._parts[child].layer
+            if layer.kind == "conv" or layer.stands_alone:
+                yield str(layer.kind)
+            elif isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                yield from self._own_layers(child)
+
+    def _convertible(self, module: nn.Module, what: str) -> str:
         try:
-            calls = unit(module, conversion).calls.values()
-        except Untraceable:
-            return {}
-        noted = ((call.where, runtime.notes.get(call.ends_in)) for call in calls if call.ends_in)
-        return {where: why for where, why in noted if why is not None}
+            return self._parts[module.get_submodule(what)].layer.kind or "call"
+        except AttributeError:
+            return _plain(what)
 
 
 def _op(words: str) -> str:
@@ -150,34 +140,6 @@ def _op(words: str) -> str:
     if "conv" in kinds:
         return "conv_bn_act"
     return _OPS.get(kinds[0], "group_norm_act")
-
-
-def _no_kernel(layer: Any, kind: str) -> str:
-    own = changes(layer)
-    if own is not None:
-        return f"it has {own}"
-    if kind == "upsample":
-        return f"there is no kernel for mode={layer.mode!r}"
-    if kind in NORMS and own_act(layer) is None:
-        return "the activation inside it has no kernel"
-    return "not converted"
-
-
-def _own_layers(module: nn.Module) -> Iterator[str]:
-    """Yield the kinds of layers that a forward itself calls, as far as its children tell."""
-    for child in module.children():
-        kind = kind_of(child)
-        if kind in ("conv", "dropout", "upsample", *NORMS):
-            yield kind
-        elif isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from _own_layers(child)
-
-
-def _convertible(module: nn.Module, what: str) -> str:
-    try:
-        return kind_of(module.get_submodule(what)) or "call"
-    except AttributeError:
-        return _plain(what)
 
 
 def _plain(what: str) -> str:

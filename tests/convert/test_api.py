@@ -1,7 +1,7 @@
 """convert: which idioms become one call, and that they compute what they did."""
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Any
 
 import pytest
@@ -13,9 +13,11 @@ from support.seeds import seed_all
 from support.tolerance import assert_same
 from torch import Tensor, nn
 
-from fastcnn import convert
-from fastcnn.convert.codegen import runtime
+from fastcnn import convert, verify
+from fastcnn.convert import fused_forward
+from fastcnn.convert.codegen import fit
 from fastcnn.convert.converted import Converted
+from fastcnn.convert.graph import layers
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -38,7 +40,7 @@ def test_a_chain_on_an_upsampled_image(up: Any, last: bool | None, layout: Any) 
 def test_a_skip_of_another_type_is_concatenated_as_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runtime, "_said", set())  # what is said once, other tests may have heard
+    monkeypatch.setattr(fit, "_said", set())  # what is said once, other tests may have heard
     # torch.cat promotes; the kernel for the small image takes one type.
     x = images(2, 32, 5, 4).to(memory_format=torch.channels_last)
     skip = images(2, 4, 10, 8).float().to(memory_format=torch.channels_last)
@@ -112,3 +114,29 @@ def test_dropout_of_every_kind_is_ours() -> None:
     assert_same(values, torch.full_like(values, 1 / (0.8 * 0.5 * 0.7)))
     model.eval()
     assert torch.equal(model(x), x)
+
+
+def test_each_module_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # For what it is; and its forward is traced once for each set of training flags that matters,
+    # also where strict=True reads what was decided.
+    asked, traced = Counter(), Counter()
+    classify, trace = layers._classify, fused_forward.trace
+
+    def counted(module: nn.Module) -> layers.Layer:
+        asked[module] += 1
+        return classify(module)
+
+    def noted(module: nn.Module, *more: Any) -> Any:
+        traced[module] += 1
+        return trace(module, *more)
+
+    monkeypatch.setattr(layers, "_classify", counted)
+    monkeypatch.setattr(fused_forward, "trace", noted)
+    model = nn.Sequential(cbr(nn.ReLU()), net(lambda m, x: m.relu(m.bn(m.conv(x)) + x)))
+    convert(model, strict=True)
+    assert set(asked) == set(model.modules())
+    assert set(asked.values()) == {1}
+    assert set(traced) == {model, model[0], model[1]}
+    assert set(traced.values()) == {1}
+    verify(model, images(2, 4, 8, 8).float())
+    assert all(traced[m] == 1 for m in model.modules() if m in traced)

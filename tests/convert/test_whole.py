@@ -25,7 +25,7 @@ from support.tolerance import assert_same
 from torch import Tensor, nn
 
 from fastcnn import convert, revert
-from fastcnn.convert import converted
+from fastcnn.convert import fused_forward
 from fastcnn.convert.converted import Converted, untraceable
 
 
@@ -134,7 +134,7 @@ def test_evaluation_is_traced_at_conversion(x: Tensor, monkeypatch: pytest.Monke
     """Not at its first call, which threads may share: tracing patches PyTorch for all of them."""
     model = prepared(net(lambda m, x: F.dropout(m.relu(m.bn(m.conv(x))), 0.5, m.training)))
     convert(model)
-    monkeypatch.setattr(converted, "trace", None)
+    monkeypatch.setattr(fused_forward, "trace", None)
     assert (model(x) == 0).any()
     eager = prepared(net(lambda m, x: m.relu(m.bn(m.conv(x)))))
     eager.load_state_dict(model.state_dict())

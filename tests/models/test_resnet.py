@@ -23,8 +23,6 @@ COMPUTED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-
-
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(("block", "options"), COMPUTED)
 def test_computes_what_torchvision_computes(

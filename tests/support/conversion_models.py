@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastcnn import convert
 from fastcnn.convert.converted import untraceable
-from fastcnn.convert.graph.layers import NORMS, kind_of
+from fastcnn.convert.graph.layers import NORMS, Layers
 from fastcnn.convert.report import rows
 
 _segmentation = torchvision.models.segmentation
@@ -163,7 +163,8 @@ def summary(model: nn.Module) -> Summary:
     """Count what of a converted model runs fused."""
     fused = [row.pattern for row in rows(model) if row.fused]
     first = [re.split("[- ]", pattern)[0] for pattern in fused]
-    kinds = [kind_of(module) for module in model.modules()]
+    layers = Layers()
+    kinds = [layers[module].kind for module in model.modules()]
     others = [kind for kind in NORMS if kind != "batch_norm"]
     untraced = {type(m).__name__: untraceable[m] for m in model.modules() if m in untraceable}
     return Summary(

@@ -132,12 +132,12 @@ def patterns(model: nn.Module) -> list[str]:
     """Return what a model's forward runs as one call, in order, its own code's alone."""
     if not isinstance(model, Converted) or not isinstance(model._fastcnn_conversion, Conversion):
         return []
-    plan = model._fastcnn_conversion.current()
-    return [] if plan is None else [words for _, words in plan.patterns]
+    made = model._fastcnn_conversion.current()
+    return [] if made is None else [call.words for call in made.patterns]
 
 
 def reasons(model: nn.Module) -> list[str]:
     """Return why parts of a model's forward were left alone."""
     assert isinstance(model, Converted)
-    plan = model._fastcnn_conversion.current()
-    return [] if plan is None else [why for _, why in plan.left]
+    made = model._fastcnn_conversion.current()
+    return [] if made is None else [why for _, why in made.left]

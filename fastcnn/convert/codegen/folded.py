@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastcnn.common.activation import ACTIVATIONS
 from fastcnn.convert.codegen import runtime
-from fastcnn.convert.codegen.runtime import Options, Resizing, Shortcut, Step
+from fastcnn.convert.codegen.fit import Options, Shortcut, Step
+from fastcnn.convert.codegen.runtime import Resizing
 from fastcnn.ops.conv_bn_act.folded import FoldedConv2d
 from fastcnn.ops.upsample_conv2d.folded import FoldedUpsampleConv2d
 

@@ -9,16 +9,15 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fastcnn.convert.codegen import runtime
+from fastcnn.convert.codegen import fit, runtime
+from fastcnn.convert.codegen.fit import Options
 from fastcnn.convert.codegen.folded import folded_chain, folded_upsampled_chain
-from fastcnn.convert.codegen.runtime import Options
 from fastcnn.convert.graph.guards import Guard, has_hooks
-from fastcnn.convert.graph.layers import kind_of
+from fastcnn.convert.graph.matcher import Matcher
 from fastcnn.convert.graph.patterns import (
     INTERPOLATE,
     Chain,
     Drop,
-    Matcher,
     Norm,
     Pattern,
     Resize,
@@ -41,11 +40,12 @@ def drop_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[nn.M
     return dropped
 
 
-def fuse(graph: fx.Graph, matcher: Matcher, patterns: Sequence[Pattern], options: Options) -> None:
-    """Put each pattern's call in the place of its last node, in the graph itself."""
+def fuse(
+    graph: fx.Graph, matcher: Matcher, patterns: Sequence[Pattern], options: Options
+) -> list[tuple[fx.Node, list[Pattern]]]:
+    """Put each call in the place of its patterns' last node, in the graph itself; return them."""
     emit = _Emitter(graph, matcher, options)
-    for run in _runs(patterns, matcher, options):
-        emit.run(run)
+    return [(emit.run(run), run) for run in _runs(patterns, matcher, options)]
 
 
 def _runs(patterns: Sequence[Pattern], matcher: Matcher, options: Options) -> list[list[Pattern]]:
@@ -76,7 +76,7 @@ class _Emitter:
         self._graph, self._matcher, self._options = graph, matcher, options
         self._calls: dict[fx.Node, fx.Node] = {}  # by the last nodes, which are gone
 
-    def run(self, run: list[Pattern]) -> None:
+    def run(self, run: list[Pattern]) -> fx.Node:
         """Replace the nodes of one pattern, or of joined blocks, by one call."""
         last = self._matcher.last_of(run[-1])
         with self._graph.inserting_before(last.next):
@@ -86,6 +86,7 @@ class _Emitter:
         for node in reversed(list(self._graph.nodes)):
             if any(node in pattern.nodes for pattern in run):
                 self._graph.erase_node(node)
+        return call
 
     def _call(self, p: Pattern) -> fx.Node:
         call, options = self._graph.call_function, self._options
@@ -94,7 +95,7 @@ class _Emitter:
         x, *more = [self._value(node) for node in p.inputs]
         second = more[0] if more else None
         if isinstance(p, Norm):
-            kind = kind_of(self._matcher.module(p.norm))
+            kind = self._matcher.layer(p.norm).kind
             arguments = (x, self._module(p.norm), kind, p.act, second, options)
             return call(runtime.norm_act, arguments)
         if isinstance(p, Drop):
@@ -157,7 +158,7 @@ class _Emitter:
             for step in steps
         )
 
-    def _modules(self, steps: Sequence[Step]) -> list[runtime.Step]:
+    def _modules(self, steps: Sequence[Step]) -> list[fit.Step]:
         """Return the steps with the modules themselves."""
 
         def of(node: fx.Node | None) -> Any:

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fastcnn.convert.graph.layers import called, kind_of
-from fastcnn.convert.graph.trace import is_leaf
+from fastcnn.convert.graph.layers import Layers, called
 
 # Functions whose result is always memory of its own.
 _FRESH: set[Any] = {
@@ -41,8 +40,8 @@ def arguments(node: fx.Node) -> list[fx.Node]:
 class Aliasing:
     """Answers for one graph."""
 
-    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-        self._modules = modules
+    def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module], layers: Layers) -> None:
+        self._modules, self._layers = modules, layers
         self._order = {node: i for i, node in enumerate(graph.nodes)}
         self._nodes = list(graph.nodes)
         self._roots: dict[fx.Node, frozenset[fx.Node]] = {}
@@ -58,7 +57,7 @@ class Aliasing:
         """Return the nodes into whose memory a node may write."""
         module = called(node, self._modules)
         if module is not None:
-            if not is_leaf(module) and kind_of(module) is None:
+            if not self._layers[module].leaf:
                 return arguments(node)  # somebody's own, not traced
             return arguments(node)[:1] if getattr(module, "inplace", False) else []
         if node.op not in ("call_function", "call_method"):
@@ -110,7 +109,7 @@ class Aliasing:
         """Whether a node calls code of somebody's own, which may keep its input for itself."""
         module = called(node, self._modules)
         if module is not None:
-            return not is_leaf(module) and kind_of(module) is None
+            return not self._layers[module].leaf
         where = getattr(node.target, "__module__", None) or "torch"
         return node.op == "call_function" and where.split(".")[0] not in _KEEPING_NOTHING
 
@@ -120,8 +119,8 @@ class Aliasing:
         module = called(node, self._modules)
         if module is None:
             return node.target in _FRESH
-        kind = kind_of(module)
-        if kind in (None, "identity", "dropout", "upsample"):
+        layer = self._layers[module]
+        if layer.kind in (None, "identity", "dropout", "upsample"):
             known = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
-            return known and is_leaf(module)
+            return known and layer.leaf
         return not getattr(module, "inplace", False)

@@ -1,16 +1,40 @@
-"""Patterns in words, for report()."""
+"""Patterns in words, for report() and verify()."""
+
+from typing import NamedTuple
 
 from torch import fx, nn
 
-from fastcnn.convert.graph.layers import kind_of
+from fastcnn.convert.graph.matcher import Matcher
 from fastcnn.convert.graph.patterns import Chain, Drop, Norm, Pattern, Resize, Step
 
 
-def describe(pattern: Pattern, modules: dict[str, nn.Module]) -> tuple[str, str]:
-    """Return where a pattern is, by its first module and the last's, and what it is made of."""
+class Call(NamedTuple):
+    """A fused call: where it is, what it is made of, and the node whose value it gives."""
+
+    where: str
+    words: str
+    last: str
+    ends_in: nn.Module | None  # by which fit.notes names it
+
+
+def describe(pattern: Pattern, matcher: Matcher) -> Call:
+    """Return a pattern's call: where it is by its first module and its last."""
     layers = [str(n.target) for n in pattern.nodes if n.op == "call_module"]
     where = " .. ".join(dict.fromkeys((layers[0], layers[-1]))) if layers else _owned(pattern)
-    return where, _words(pattern, modules)
+    ends_in = None
+    if isinstance(pattern, Chain):
+        step = pattern.steps[-1]
+        ends_in = matcher.module(step.conv if step.bn is None else step.bn)
+    elif isinstance(pattern, Norm):
+        ends_in = matcher.module(pattern.norm)
+    return Call(where, _words(pattern, matcher), matcher.last_of(pattern).name, ends_in)
+
+
+def call_of_blocks(calls: list[Call]) -> Call:
+    """Return the call of residual blocks that run as one."""
+    first, last = calls[0], calls[-1]
+    words = f"{len(calls)} blocks: " + ", ".join(call.words for call in calls)
+    return last._replace(where=f"{first.where} .. {last.where}", words=words)
 
 
 def _owned(pattern: Pattern) -> str:
@@ -20,11 +44,11 @@ def _owned(pattern: Pattern) -> str:
     return f"{owner}.{node.name}" if owner else node.name
 
 
-def _words(p: Pattern, modules: dict[str, nn.Module]) -> str:
+def _words(p: Pattern, matcher: Matcher) -> str:
     if isinstance(p, Chain):
         *before, last = [_step(step) for step in p.steps]
         if p.resize is not None:
-            before.insert(0, _words(p.resize, modules))
+            before.insert(0, _words(p.resize, matcher))
         if p.residual is None:
             return " > ".join([*before, last])
         beside = {fx.Node: "residual", tuple: "projection"}.get(type(p.residual), "residual")
@@ -33,7 +57,7 @@ def _words(p: Pattern, modules: dict[str, nn.Module]) -> str:
         conv = "conv" if p.steps[-1].bn is None else "conv-bn"
         return " > ".join([*before, f"{conv} + {beside}" + (f" - {act}" if act != "none" else "")])
     if isinstance(p, Norm):
-        kind = kind_of(modules[str(p.norm.target)])
+        kind = matcher.layer(p.norm).kind
         added = " + residual" if p.residual is not None else ""
         return f"{kind}{added}" + (f"-{p.act}" if p.act != "none" else "")
     if isinstance(p, Resize):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastcnn.convert.graph.layers import NORMS, class_of, kind_of
+from fastcnn.convert.graph.layers import NORMS, Layers, class_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [
@@ -42,12 +42,15 @@ class Guard:
     fused calls run without calling them, and the identities that are gone.
     """
 
-    def __init__(self, opened: Sequence[nn.Module], consumed: Iterable[nn.Module]) -> None:
+    def __init__(
+        self, opened: Sequence[nn.Module], consumed: Iterable[nn.Module], layers: Layers
+    ) -> None:
         consumed = list(consumed)
+        norms = {m for m in consumed if layers[m].kind in NORMS}
         fixed = {id(m) for m in (*opened, *consumed)}
         inner = [*opened[1:], *consumed]
         self._hooks = [(getattr(m, name), m) for m in inner for name in _HOOKS]
-        self._values = [value for m in (*opened, *consumed) for value in _values(m)]
+        self._values = [value for m in (*opened, *consumed) for value in _values(m, m in norms)]
         # A class's forward may be replaced for all its modules, a module's class for it alone.
         self._classes = [(m, class_of(m), class_of(m).forward) for m in (*opened, *consumed)]
         self._children = [
@@ -56,11 +59,11 @@ class Guard:
             for name, child in m._modules.items()
             if child is None or id(child) in fixed
         ]
-        self.kinds_compiled = [m for m in consumed if kind_of(m) in _COMPARED_COMPILED]
+        self.kinds_compiled = [m for m in consumed if layers[m].kind in _COMPARED_COMPILED]
         self.seen_compiled = [
             (m, name, value)
             for m in (*opened, *self.kinds_compiled)
-            for _, name, value, where in _values(m)
+            for _, name, value, where in _values(m, m in norms)
             if where == _name(m) and isinstance(value, _PLAIN)
         ]
         self._counts = [(m._modules, len(m._modules), m) for m in opened]
@@ -102,9 +105,9 @@ def _same_type(now: Any, then: Any) -> bool:
     return type(now) is type(then) or (isinstance(then, kinds) and isinstance(now, type(then)))
 
 
-def _values(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any, str]]:
+def _values(module: nn.Module, is_norm: bool) -> Iterator[tuple[dict[str, Any], str, Any, str]]:
     """Yield where a module's plain values are, each with its name and what it is now."""
-    read_later = _READ_AT_CALLS if kind_of(module) in NORMS else set()
+    read_later = _READ_AT_CALLS if is_norm else set()
     for name, value in module.__dict__.items():
         if name in _NOT_STATE or name in read_later:
             continue

@@ -5,7 +5,7 @@ classes of torchvision and timm that are one of torch's layers in another spelli
 since neither package needs to be there.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,23 +54,79 @@ _ACT_FUNCTIONS: dict[Any, str] = {
 }  # fmt: skip
 
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+RESIZES = ("nearest", "bilinear", "nearest-exact")
+
+
+class Layer(NamedTuple):
+    """What a module is: asked once, of each module of a model.
+
+    kind: its class's, None where convert does not know it. act: of an activation and inside a norm,
+    the name of its kernel, "none" where there is none inside, None for one without a kernel.
+    differs: what makes the module do something else than its class. leaf: called and not opened.
+    parametrized: its class is one that a parametrization has made.
+    """
+
+    kind: str | None
+    act: str | None
+    differs: str | None
+    leaf: bool
+    parametrized: bool
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether there is a kernel for layers of this kind by themselves."""
+        return self.kind in (*NORMS, "dropout", "upsample")
+
+
+class Layers(dict[nn.Module, Layer]):
+    """The layer that each module is, found out at the first question."""
+
+    def __missing__(self, module: nn.Module) -> Layer:
+        self[module] = layer = _classify(module)
+        return layer
+
+    def why_not_alone(self, module: Any) -> str | None:
+        """Say why there is no kernel for a layer by itself, None where there is one."""
+        layer = self[module]
+        if layer.differs is not None:
+            return f"it has {layer.differs}"
+        if layer.kind == "upsample" and module.mode not in RESIZES:
+            return f"there is no kernel for mode={module.mode!r}"
+        if layer.kind in NORMS and layer.act is None:
+            return "the activation inside it has no kernel"
+        # Its class comes and goes.
+        return "it has a parametrization" if layer.parametrized else None
+
+
+def _classify(module: nn.Module) -> Layer:
+    cls, parametrized = class_of(module), hasattr(module, "parametrizations")
+    if cls.__name__.startswith("Parametrized") and parametrized:
+        cls = cls.__bases__[0]
+    kind = _KINDS.get(cls) or _ELSEWHERE.get((cls.__module__.split(".")[0], cls.__name__))
+    act = None
+    if kind in ("act", "identity"):
+        act = _act_of_module(module)
+    elif kind in NORMS:
+        act = act_inside(module)
+    return Layer(kind, act, differs(module, cls), _is_leaf(module, kind), parametrized)
+
+
+def _is_leaf(module: nn.Module, kind: str | None) -> bool:
+    """Whether a module is one of the layers that are called and not opened."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    inside = type(module).__module__.split(".")[:2]
+    ours = inside in (["torch", "nn"], ["fastcnn", "nn"]) or kind is not None
+    return ours and not isinstance(module, _CONTAINERS)
+
+
 def class_of(module: nn.Module) -> type[nn.Module]:
     """Return a module's class, the original one of a converted module."""
     return getattr(type(module), "_fastcnn_class", type(module))
 
 
-def kind_of(module: nn.Module) -> str | None:
-    """Return what a module is, or None where convert does not know its class."""
-    cls = class_of(module)
-    kind = _KINDS.get(cls)
-    if kind is not None:
-        return kind
-    if cls.__name__.startswith("Parametrized") and hasattr(module, "parametrizations"):
-        return _KINDS.get(cls.__bases__[0])
-    return _ELSEWHERE.get((cls.__module__.split(".")[0], cls.__name__))
-
-
-def act_of_module(module: nn.Module) -> str | None:
+def _act_of_module(module: nn.Module) -> str | None:
     """Return the name of an activation module's kernel, "none" for nn.Identity."""
     if isinstance(module, nn.Identity):
         return "none"
@@ -81,21 +137,13 @@ def act_of_module(module: nn.Module) -> str | None:
     return _ACTS.get(type(module))
 
 
-def own_act(norm: nn.Module) -> str | None:
+def act_inside(norm: nn.Module) -> str | None:
     """Return the activation inside a norm layer, "none" for torch's own; None: no kernel for it."""
     inside = [getattr(norm, name, None) for name in ("drop", "act")]
     drop, act = (m if isinstance(m, nn.Module) else nn.Identity() for m in inside)
-    if type(drop) is not nn.Identity or changes(drop) or changes(act):
+    if type(drop) is not nn.Identity or differs(drop, type(drop)) or differs(act, class_of(act)):
         return None
-    return act_of_module(act)
-
-
-def changes(module: nn.Module) -> str | None:
-    """Say what makes a module do something else than its class, if anything."""
-    cls = class_of(module)
-    if cls.__name__.startswith("Parametrized") and hasattr(module, "parametrizations"):
-        cls = cls.__bases__[0]
-    return differs(module, cls)
+    return _act_of_module(act)
 
 
 def called(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
@@ -103,13 +151,8 @@ def called(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
     return modules[str(node.target)] if node.op == "call_module" else None
 
 
-def act_of_node(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
-    """Return the name of the activation that a node applies to its only input, if it does."""
-    module = called(node, modules)
-    if module is not None:
-        if kind_of(module) != "act" or changes(module):
-            return None
-        return act_of_module(module)
+def act_of_function(node: fx.Node) -> str | None:
+    """Return the name of the activation that a function or method applies to its only input."""
     name = _ACT_FUNCTIONS.get(node.target)
     options = {**dict(zip(("1", "2"), node.args[1:], strict=False)), **node.kwargs}
     options.pop("input", None)

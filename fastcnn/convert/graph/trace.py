@@ -11,12 +11,9 @@ which `guards.py` compares at every call.
 """
 
 import builtins
-import functools
 import gc
 import inspect
 import operator
-import pickle
-import random
 import sys
 import threading
 import weakref
@@ -29,7 +26,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fastcnn.convert.graph.layers import kind_of
+from fastcnn.convert.graph.layers import Layers
+from fastcnn.convert.graph.side_effects import Snapshot
 
 # Of a parameter or buffer: all that cannot change without the module changing.
 _FIXED = {"shape", "ndim", "layout"}  # not dtype and device, which .to() changes
@@ -39,20 +37,10 @@ _is_inference, _is_autocast = torch.is_inference_mode_enabled, torch.is_autocast
 _real_isinstance = isinstance
 # While one thread traces, torch.fx's patches and ours are seen by all of them.
 _tracing = threading.RLock()
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class Untraceable(Exception):
     """The forward cannot be replaced by a trace of it; the text says why."""
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is one of the layers that are called and not opened."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return True
-    inside = type(module).__module__.split(".")[:2]
-    ours = inside in (["torch", "nn"], ["fastcnn", "nn"]) or kind_of(module) is not None
-    return ours and not isinstance(module, _CONTAINERS)
 
 
 def arguments_of(forward: Callable[..., Any]) -> tuple[list[str], dict[str, Any]]:
@@ -81,7 +69,7 @@ class Traced(NamedTuple):
     asked: list[nn.Module]  # whose flag `training` it has read
 
 
-def trace(module: nn.Module, leaves: set[nn.Module]) -> Traced:
+def trace(module: nn.Module, leaves: set[nn.Module], layers: Layers) -> Traced:
     """Return the graph of a module's forward with all arguments that have a default at it.
 
     leaves: modules that are called, not opened, beside torch's and fastcnn's own layers.
@@ -92,13 +80,12 @@ def trace(module: nn.Module, leaves: set[nn.Module]) -> Traced:
     if "forward" in module.__dict__:
         raise Untraceable("has a forward of its own, which its class does not know")
     with _tracing:
-        return _trace(module, leaves)
+        return _trace(module, leaves, layers)
 
 
-def _trace(module: nn.Module, leaves: set[nn.Module]) -> Traced:
-    tracer = _Tracer(module, leaves)
-    before = _plain_state(module)
-    generators = [(get(), get, put) for get, put in _generators(module)]
+def _trace(module: nn.Module, leaves: set[nn.Module], layers: Layers) -> Traced:
+    tracer = _Tracer(module, leaves, layers)
+    before = Snapshot(module)
     try:
         with _NoTensorsOfItsOwn(), _no_questions(), _flags_read() as asked:
             graph = tracer.trace(module)
@@ -108,14 +95,9 @@ def _trace(module: nn.Module, leaves: set[nn.Module]) -> Traced:
         lines = str(error).strip().splitlines() or [""]
         raise Untraceable(f"{type(error).__name__}: {lines[0]}") from error
     finally:
-        drawn = [pickle.dumps(get()) != pickle.dumps(old) for old, get, _ in generators]
-        for old, _, put in generators:
-            put(old)
-        changed = _restore(before)
-    if any(drawn):
-        raise Untraceable("draws random numbers outside PyTorch")
-    if changed:
-        raise Untraceable(f"changes the attribute {changed}")
+        changed = before.restore()
+    if changed is not None:
+        raise Untraceable(changed)
     if tracer.keeps():
         raise Untraceable("keeps a tensor outside its modules")
     return Traced(graph, tracer.opened, [m for m in tracer.opened if m in asked])
@@ -182,10 +164,10 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, root: nn.Module, leaves: set[nn.Module]) -> None:
+    def __init__(self, root: nn.Module, leaves: set[nn.Module], layers: Layers) -> None:
         # Not math's functions: wrapping them takes a third of a trace.
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]
-        self._leaves = leaves
+        self._leaves, self._layers = leaves, layers
         self.opened = [root]
         self._thread = threading.get_ident()
         self._proxies: list[weakref.ref[fx.Proxy]] = []
@@ -193,7 +175,7 @@ class _Tracer(fx.Tracer):
         self._modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m in self._leaves or is_leaf(m)
+        return m in self._leaves or self._layers[m].leaf
 
     def keeps(self) -> bool:
         """Whether somebody still has a proxy, when all is traced."""
@@ -233,8 +215,10 @@ class _Tracer(fx.Tracer):
             owner, _, name = str(node.target).rpartition(".")
             is_parameter = name in self.root.get_submodule(owner)._parameters
             return (_ParameterProxy if is_parameter else _TensorProxy)(node, self)
-        layer = node.op == "call_module" and is_leaf(self.root.get_submodule(str(node.target)))
-        return (_TensorProxy if layer or node.op == "placeholder" else _AnyProxy)(node, self)
+        tensor = node.op == "placeholder"
+        if node.op == "call_module":
+            tensor = self._layers[self.root.get_submodule(str(node.target))].leaf
+        return (_TensorProxy if tensor else _AnyProxy)(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):
@@ -325,87 +309,3 @@ def _flags_read() -> Iterator[set[nn.Module]]:
 
     with patch.object(nn.Module, "training", property(get, put), create=True):
         yield asked
-
-
-def _generators(module: nn.Module) -> Iterator[tuple[Callable[[], Any], Callable[[Any], Any]]]:
-    """Yield how the states of random generators outside PyTorch are read and set."""
-    yield random.getstate, random.setstate
-    numpy: Any = sys.modules.get("numpy.random")
-    if numpy is not None:
-        yield numpy.get_state, numpy.set_state
-    for value in [value for m in module.modules() for value in m.__dict__.values()]:
-        if isinstance(value, random.Random):
-            yield value.getstate, value.setstate
-        elif numpy is not None and isinstance(value, numpy.RandomState):
-            yield value.get_state, value.set_state
-        elif numpy is not None and isinstance(value, numpy.Generator):
-            bits = value.bit_generator
-            yield (
-                functools.partial(getattr, bits, "state"),
-                functools.partial(setattr, bits, "state"),
-            )
-
-
-State = list[tuple[str, dict[str, Any], dict[str, Any]]]
-
-
-def _plain_state(module: nn.Module) -> State:
-    """What modules and the objects in them hold, lists and dictionaries copied one level deep."""
-    copied = (list, dict, set)
-    owners: dict[int, Any] = {}
-    for m in module.modules():
-        if not isinstance(m, torch.jit.ScriptModule):  # which caches its methods
-            objects = [v for v in m.__dict__.values() if _has_state(v)]
-            owners |= {id(owner): owner for owner in (m, *objects)}
-    return [
-        (
-            type(owner).__name__,
-            owner.__dict__,
-            {k: v.copy() if isinstance(v, copied) else v for k, v in owner.__dict__.items()},
-        )
-        for owner in owners.values()
-    ]
-
-
-def _has_state(value: Any) -> bool:
-    plain = not callable(value) and not isinstance(value, (Tensor, nn.Module, fx.Graph))
-    return plain and isinstance(getattr(value, "__dict__", None), dict)
-
-
-def _restore(before: State) -> str | None:
-    """Put the dictionaries back as they were; return the name of one entry that was not."""
-    changed = None
-    for owner, new, old in before:
-        for name in old.keys() | new.keys():
-            if name in old and name in new and _same(old[name], new[name]):
-                continue
-            changed = f"{owner}.{name}"
-            if name not in old:
-                del new[name]
-            elif _is_refillable(new.get(name), old[name]):
-                _refill(new[name], old[name])
-            else:
-                new[name] = old[name]
-    return changed
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two attributes are one object, or hold the same objects."""
-    if a is b:
-        return True
-    if type(a) is not type(b) or not isinstance(a, (list, dict, set)) or len(a) != len(b):
-        return False
-    if isinstance(a, set):
-        return a == b
-    if isinstance(a, dict):
-        return all(k in b and b[k] is v for k, v in a.items())
-    return all(x is y for x, y in zip(a, b, strict=True))
-
-
-def _is_refillable(new: Any, old: Any) -> bool:
-    return type(new) is type(old) and isinstance(old, (list, dict, set))
-
-
-def _refill(target: Any, source: Any) -> None:
-    target.clear()
-    target.extend(source) if isinstance(target, list) else target.update(source)

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx, nn
 
 from fastcnn.convert.converted import Conversion, Converted, _bind
-from fastcnn.convert.graph.layers import class_of, kind_of
-from fastcnn.convert.graph.trace import arguments_of, is_leaf
+from fastcnn.convert.fused_forward import FusedForward
+from fastcnn.convert.graph.layers import Layers, class_of
+from fastcnn.convert.graph.trace import arguments_of
 from fastcnn.convert.rows import child_path, place
-from fastcnn.convert.unit import Unit, unit
 
 
 class Place(NamedTuple):
@@ -27,11 +27,11 @@ class Place(NamedTuple):
 
 
 class Map(NamedTuple):
-    """What to watch: units by the paths of their modules, and the layers with hooks."""
+    """What to watch: fused forwards by the paths of their modules, and the layers with hooks."""
 
-    units: dict[str, Unit]
+    forwards: dict[str, FusedForward]
     layers: list[str]
-    places: dict[str, Place]  # by key: a node's name behind its unit's path, or a layer's path
+    places: dict[str, Place]  # by key: a node's name behind its module's path, or a layer's path
 
 
 class Log:
@@ -57,33 +57,40 @@ class Log:
 def map_of(model: nn.Module) -> Map:
     """Return what to watch of a converted model in its mode of now."""
     found = Map({}, [], {})
-    _chart(model, "", found, set())
+    _chart(model, "", found, set(), Layers())
     return found
 
 
-def _chart(module: nn.Module, path: str, found: Map, seen: set[nn.Module]) -> None:
+def _chart(module: nn.Module, path: str, found: Map, seen: set[nn.Module], layers: Layers) -> None:
     if module in seen:
         return
     seen.add(module)
     conversion = module._fastcnn_conversion if isinstance(module, Converted) else None
-    if isinstance(conversion, Conversion) and conversion.current() is not None:
-        made = found.units[path] = unit(module, conversion)
-        found.places.update(_places(module, path, made))
-        children = [str(n.target) for n in made.fused.nodes if n.op == "call_module"]
+    made = conversion.current() if isinstance(conversion, Conversion) else None
+    if made is not None:
+        found.forwards[path] = made
+        found.places.update(_places(module, path, made, layers))
+        children = made.children()
     else:
         children = [name for name, _ in module.named_children()]
         for name, child in module.named_children():
             full = child_path(path, name)
-            if is_leaf(child):
-                found.places[full] = Place(full, kind_of(child) or class_of(child).__name__)
+            if layers[child].leaf:
+                found.places[full] = Place(full, _words(child, layers))
                 found.layers.append(full)
     for name in children:
         child = module.get_submodule(name)
-        if not is_leaf(child):
-            _chart(child, child_path(path, name), found, seen)
+        if not layers[child].leaf:
+            _chart(child, child_path(path, name), found, seen, layers)
 
 
-def _places(module: nn.Module, path: str, made: Unit) -> Iterator[tuple[str, Place]]:
+def _words(layer: nn.Module, layers: Layers) -> str:
+    return layers[layer].kind or class_of(layer).__name__
+
+
+def _places(
+    module: nn.Module, path: str, made: FusedForward, layers: Layers
+) -> Iterator[tuple[str, Place]]:
     def title(node: fx.Node) -> str:
         call = made.calls.get(node.name)
         if call is None:
@@ -96,16 +103,15 @@ def _places(module: nn.Module, path: str, made: Unit) -> Iterator[tuple[str, Pla
         if call is not None:
             yield child_path(path, call.last), Place(title(node), call.words, readers)
         elif node.op == "call_module":
-            layer = module.get_submodule(str(node.target))
-            words = kind_of(layer) or class_of(layer).__name__
+            words = _words(module.get_submodule(str(node.target)), layers)
             yield child_path(path, node.name), Place(title(node), words, readers)
 
 
 @contextmanager
 def watch(model: nn.Module, found: Map, log: Log, fused: bool) -> Iterator[None]:
-    """Let a model fill a log when it runs; fused: run the units' fused graphs."""
+    """Let a model fill a log when it runs; fused: run the graphs as they are fused."""
     hooks = []
-    for path, made in found.units.items():
+    for path, made in found.forwards.items():
         module: Any = model.get_submodule(path)
         module.forward = _forward(module, path, made, found, log, fused)
     for path in found.layers:
@@ -116,7 +122,7 @@ def watch(model: nn.Module, found: Map, log: Log, fused: bool) -> Iterator[None]
     finally:
         for handle in hooks:
             handle.remove()
-        for path in found.units:
+        for path in found.forwards:
             del model.get_submodule(path).forward
 
 
@@ -124,7 +130,9 @@ def _kept(log: Log, path: str) -> Any:
     return lambda _module, _inputs, y: log.keep(path, y)
 
 
-def _forward(module: nn.Module, path: str, made: Unit, found: Map, log: Log, fused: bool) -> Any:
+def _forward(
+    module: nn.Module, path: str, made: FusedForward, found: Map, log: Log, fused: bool
+) -> Any:
     original = class_of(module).forward
     names = arguments_of(original)
 
@@ -138,10 +146,10 @@ def _forward(module: nn.Module, path: str, made: Unit, found: Map, log: Log, fus
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs a unit's graph and keeps the values of its places."""
+    """Runs a module's graph and keeps the values of its places."""
 
     def __init__(
-        self, module: nn.Module, path: str, made: Unit, found: Map, log: Log, fused: bool
+        self, module: nn.Module, path: str, made: FusedForward, found: Map, log: Log, fused: bool
     ) -> None:
         super().__init__(module, graph=made.fused if fused else made.original)
         self._path, self._places, self._log = path, found.places, log

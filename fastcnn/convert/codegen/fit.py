@@ -1,0 +1,134 @@
+"""Which inputs have a kernel, and what is said of those that have none.
+
+Of a call by a module `notes` holds the reason, of a function a warning; with an explicit backend it
+is an error.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastcnn import _C
+from fastcnn.common.autocast import autocast_dtype
+from fastcnn.common.checks import FLOATS, memory_format_of
+from fastcnn.common.conv_geometry import output_size, pair
+from fastcnn.ops.conv_bn_act.step import Memory
+
+# conv, batch norm or, in folded chains, None; activation; max pooling or None.
+Step = tuple[nn.Conv2d, Any, str, nn.MaxPool2d | None]
+Shortcut = Tensor | Sequence[Step] | None
+HAS_CUDA = bool(_C.cuda_version)
+
+# By the module that a call ends in: why its last unfused call was not fused.
+notes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+_said: set[str] = set()
+_is_wrapper: Callable[[Any], bool] = is_traceable_wrapper_subclass
+
+
+class Options(NamedTuple):
+    """What was asked of convert."""
+
+    mode: str = "train"
+    backend: str = "auto"
+    memory: Memory = "default"
+
+
+def unfit(x: Any, options: Options, dims: int | None = 4) -> str | None:
+    """Say why there is no kernel for an input, if so; dims: how many it must have, if it must."""
+    if not isinstance(x, Tensor):
+        return f"its input is a {type(x).__name__}"
+    kind = type(x)
+    if kind is not Tensor and _is_wrapper(x):  # as DTensor
+        return f"its input is a {kind.__name__}"
+    if not torch.compiler.is_compiling() and _is_transformed():
+        return "torch.func.vmap or forward-mode differentiation is on"
+    if dims is not None and x.dim() != dims:
+        return f"its input has {x.dim()} dimensions, the kernels take {dims}"
+    if x.dtype not in FLOATS:
+        return f"its input is {x.dtype}"
+    device = x.device.type
+    if device not in ("cpu", "cuda", "meta") or (device == "cuda" and not HAS_CUDA):
+        return f"this build has no kernels for {device}"
+    if device == "cuda" and x.dtype is torch.float64:
+        return "there are no CUDA kernels for float64"
+    if options.backend not in ("auto", device):
+        return f"its input is on {device}"
+    dense = memory_format_of(x) is not None if x.dim() == 4 else x.is_contiguous()
+    return None if dense else f"its input is not dense: strides {x.stride()} of {list(x.shape)}"
+
+
+def _is_transformed() -> bool:
+    """Whether there is a transform that the kernels lack: any but torch.func.grad."""
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    return any(i.key() != TransformType.Grad for i in retrieve_all_functorch_interpreters())
+
+
+def residual_unfit(x: Tensor, steps: Sequence[Step], residual: Shortcut) -> str | None:
+    """Say why what a chain adds cannot go with its output, if so."""
+    if residual is None or (not isinstance(residual, Tensor) and len(residual) > 0):
+        return None
+    sizes = list(x.shape)
+    for conv, _, _, pool in steps:
+        kernel, *how = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+        sizes = [sizes[0], conv.out_channels, *_reduced(sizes[2:], kernel, *how)]
+        if pool is not None:
+            stride = pool.stride or pool.kernel_size
+            sizes[2:] = _reduced(sizes[2:], pool.kernel_size, stride, pool.padding, 1)
+    added = residual if isinstance(residual, Tensor) else x
+    return unlike(added, sizes, x, cast=autocast_dtype(x) is not None)
+
+
+def _reduced(sizes: Sequence[int], *how: Any) -> list[int]:
+    """Return height and width behind a window of a kernel, stride, padding and dilation."""
+    return output_size(sizes, *(pair("window", "size", value) for value in how))
+
+
+def unlike(t: Any, sizes: Sequence[int] | None, x: Tensor, cast: bool = False) -> str | None:
+    """Say why a second input cannot go with x, if so.
+
+    sizes: that it must have, if it must. cast: autocast brings both to one dtype.
+    """
+    if not isinstance(t, Tensor):
+        return f"what is added is a {type(t).__name__}"
+    if sizes is not None and list(t.shape) != list(sizes):
+        return f"what is added has sizes {list(t.shape)} beside {list(sizes)}"
+    if t.dim() != 4 or t.device != x.device:
+        return f"its second input has {t.dim()} dimensions and is on {t.device}"
+    if t.dtype != x.dtype and not cast:
+        return f"its second input is {t.dtype} beside {x.dtype}"
+    here, there = memory_format_of(t), memory_format_of(x)
+    if here is None:
+        return f"its second input is not dense: strides {t.stride()} of {list(t.shape)}"
+    if here is not there and not t.is_contiguous(memory_format=there or torch.contiguous_format):
+        return f"its second input is {here} beside {there}"
+    return None
+
+
+def refuse(module: nn.Module | None, why: str, options: Options) -> None:
+    """Note that a call is not fused, or raise where a backend was asked for."""
+    if options.backend != "auto":
+        raise ValueError(
+            f"convert: backend={options.backend!r}: expected an input for its kernels, but {why}"
+        )
+    if torch.compiler.is_compiling():
+        return
+    if module is not None:
+        notes[module] = why
+    elif (kind := why.split(":")[0]) not in _said:  # of a function, which report cannot ask
+        _said.add(kind)
+        warnings.warn(
+            f"fastcnn.convert: an interpolate or a dropout runs as PyTorch's, since {why}",
+            stacklevel=4,
+        )

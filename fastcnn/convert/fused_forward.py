@@ -1,0 +1,74 @@
+"""A module's forward, traced and fused for its training flags as they are.
+
+What report() and verify() need of it is kept beside: the graph as it is written, the graph that
+runs, and what its fused calls are made of. Nothing is traced or asked a second time.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+
+from fastcnn.convert.codegen.fit import Options
+from fastcnn.convert.codegen.rewrite import comparison_of, drop_identities, function_of, fuse
+from fastcnn.convert.graph.describe import Call, call_of_blocks, describe
+from fastcnn.convert.graph.guards import Guard
+from fastcnn.convert.graph.layers import Layers
+from fastcnn.convert.graph.matcher import Matcher
+from fastcnn.convert.graph.trace import trace
+
+
+class FusedForward(NamedTuple):
+    """What runs in place of a forward, as long as the training flags that it has read are these."""
+
+    run: Callable[..., Any]
+    flags: list[tuple[nn.Module, bool]]
+    guard: Guard
+    holds: Callable[[Any], bool]  # the guard, as far as torch.compile needs to see it
+    original: fx.Graph  # as it is written
+    fused: fx.Graph  # as it runs
+    calls: dict[str, Call]  # by the fused graph's nodes; residual blocks may be one
+    patterns: list[Call]  # in the same order, residual blocks each
+    left: list[tuple[str, str]]  # where, and why not
+
+    def children(self) -> list[str]:
+        """Return the paths of the modules that it calls."""
+        return [str(node.target) for node in self.fused.nodes if node.op == "call_module"]
+
+
+def fused_forward(
+    module: nn.Module, leaves: set[nn.Module], options: Options, name: str, layers: Layers
+) -> FusedForward:
+    """Trace a module, of its original class as all below it, and fuse what is found.
+
+    Raises:
+        Untraceable: the forward cannot be replaced.
+    """
+    graph, opened, asked = trace(module, leaves, layers)
+    original = copy.deepcopy(graph)
+    modules = dict(module.named_modules(remove_duplicate=False))
+    dropped = drop_identities(graph, modules)
+    matcher = Matcher(graph, modules, layers, folds=options.mode == "infer")
+    found = matcher.match()
+    inside = [modules[str(n.target)] for p in found for n in p.nodes if n.op == "call_module"]
+    consumed = {m: None for layer in (*inside, *dropped) for m in layer.modules()}
+    described = {id(p): describe(p, matcher) for p in found}
+    left = [(str(node.target), why) for node, why in matcher.left.items()]
+    calls = {}
+    for node, together in fuse(graph, matcher, found, options):
+        parts = [described[id(p)] for p in together]
+        calls[node.name] = parts[0] if len(parts) == 1 else call_of_blocks(parts)
+    guard = Guard(opened, consumed, layers)
+    paths = {m: path for path, m in reversed(modules.items())}
+    return FusedForward(
+        function_of(graph, name or type(module).__name__),
+        [(m, m.training) for m in asked],
+        guard,
+        comparison_of(guard, paths, f"comparison of {name}"),
+        original,
+        graph,
+        calls,
+        list(described.values()),
+        left,
+    )

@@ -1,0 +1,293 @@
+"""Finds the patterns of a graph: chains first, then norms, resizings and dropouts."""
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fastcnn.convert.graph.aliasing import Aliasing
+from fastcnn.convert.graph.layers import NORMS, RESIZES, Layer, Layers, act_of_function, called
+from fastcnn.convert.graph.patterns import INTERPOLATE, Chain, Drop, Norm, Pattern, Resize, Step
+
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_IN_PLACE_ADDS = {operator.iadd, "add_"}
+_CATS = {torch.cat, torch.concat, torch.concatenate}
+
+
+class Matcher:
+    """Finds the patterns of one graph; `left` says of the other convertible nodes why not."""
+
+    def __init__(
+        self, graph: fx.Graph, modules: dict[str, nn.Module], layers: Layers, folds: bool = False
+    ) -> None:
+        self._graph, self._modules, self._layers, self._folds = graph, modules, layers, folds
+        self._aliasing = Aliasing(graph, modules, layers)
+        self._used: set[fx.Node] = set()
+        self.left: dict[fx.Node, str] = {}
+
+    def match(self) -> list[Pattern]:
+        """Return the patterns, in the order of their last nodes."""
+        found: list[Pattern] = []
+        for candidates in (self._chains, self._norms, self._resizes, self._drops):
+            for pattern in candidates():
+                if self.may_move([pattern]):
+                    self._used.update(pattern.nodes)
+                    found.append(pattern)
+        order = {node: i for i, node in enumerate(self._graph.nodes)}
+        return sorted(found, key=lambda p: order[self.last_of(p)])
+
+    def last_of(self, pattern: Pattern) -> fx.Node:
+        """Return where a pattern's call stands."""
+        return self._aliasing.last_of(pattern.nodes)
+
+    def may_move(self, patterns: Sequence[Pattern]) -> bool:
+        """Whether patterns, each the next one's input, may run where the last of them stands."""
+        inside = {node for pattern in patterns for node in pattern.nodes}
+        first, last = self._aliasing.first_of(inside), self._aliasing.last_of(inside)
+        inputs = [n for pattern in patterns for n in pattern.inputs if n not in inside]
+        writer = self._aliasing.writer_between(first, last, inputs, inside)
+        if writer is not None:
+            self.left[last] = f"{writer.name} may write into its input before it has run"
+        return writer is None
+
+    def _kind(self, node: Any) -> str | None:
+        module = called(node, self._modules) if isinstance(node, fx.Node) else None
+        return None if module is None else self._layers[module].kind
+
+    def module(self, node: fx.Node) -> Any:
+        """Return the module that a node calls."""
+        return self._modules[str(node.target)]
+
+    def layer(self, node: fx.Node) -> Layer:
+        """Return the layer that a node calls."""
+        return self._layers[self.module(node)]
+
+    def _act(self, node: fx.Node) -> str | None:
+        """Return the activation that a node applies to its only input, if it does."""
+        if node.op != "call_module":
+            return act_of_function(node)
+        layer = self.layer(node)
+        return layer.act if layer.kind == "act" and layer.differs is None else None
+
+    def _then(self, node: fx.Node) -> fx.Node | None:
+        """Return the one node that takes this one, once, as its first argument."""
+        if len(node.users) != 1:
+            return None
+        user = next(iter(node.users))
+        inputs = [a for a in (*user.args, *user.kwargs.values()) if isinstance(a, fx.Node)]
+        return user if inputs == [node] or user.target in _ADDS else None
+
+    def _act_behind(self, node: fx.Node) -> tuple[str, fx.Node] | None:
+        then = self._then(node)
+        act = None if then is None else self._act(then)
+        return None if then is None or act is None else (act, then)
+
+    # Chains
+
+    def _chains(self) -> Iterator[Chain]:
+        steps = [s for node in self._graph.nodes if (s := self._step(node)) is not None]
+        if self._folds:
+            taken = {step.conv for step in steps}
+            bare = [n for n in self._graph.nodes if self._kind(n) == "conv" and n not in taken]
+            steps += [s for node in bare if (s := self._bare_step(node)) is not None]
+            order = {node: i for i, node in enumerate(self._graph.nodes)}
+            steps.sort(key=lambda step: order[step.conv])
+        by_end: dict[fx.Node, Chain] = {}
+        for step in steps:  # in the order of the graph, so that what comes before is there
+            x: Any = step.conv.args[0]
+            before = by_end.get(x)
+            if before is not None and self._then(before.last) is step.conv:
+                del by_end[before.last]
+                before.steps.append(step)
+                by_end[step.nodes[-1]] = before
+            else:
+                by_end[step.nodes[-1]] = Chain([step], self._resize_before(step.conv))
+        for node in self._graph.nodes:
+            if node.target in _ADDS:
+                self._add_to_chain(node, by_end)
+        yield from by_end.values()
+
+    def _step(self, bn: fx.Node) -> Step | None:
+        if self._kind(bn) != "batch_norm" or not bn.args or self._kind(bn.args[0]) != "conv":
+            return None
+        conv: Any = bn.args[0]
+        why = self._no_step(conv, bn)
+        if why is not None:
+            self.left[conv] = why
+            return None
+        return self._with_act_and_pool(conv, bn, self.layer(bn).act or "none")
+
+    def _resize_before(self, conv: fx.Node) -> Resize | None:
+        """Return what makes a convolution's input, if that can be done on the small image."""
+        module, x = self.module(conv), conv.args[0]
+        ones = (module.stride, module.padding, module.dilation, module.groups)
+        if module.kernel_size != (3, 3) or ones != ((1, 1), (1, 1), (1, 1), 1):
+            return None
+        if not isinstance(x, fx.Node) or len(x.users) != 1:
+            return None
+        cat = _concatenated(x)
+        for node in cat or [x]:
+            made = self._resize(node)
+            if made is not None and made.nodes[-1] is x:
+                return made
+        return None
+
+    def _bare_step(self, conv: fx.Node) -> Step | None:
+        """Return the step of a convolution without a batch norm."""
+        return None if self._no_conv(conv) else self._with_act_and_pool(conv, None, "none")
+
+    def _with_act_and_pool(self, conv: fx.Node, bn: fx.Node | None, act: str) -> Step:
+        nodes = [conv] if bn is None else [conv, bn]
+        behind = self._act_behind(nodes[-1]) if act == "none" else None
+        if behind is not None:
+            act = behind[0]
+            nodes.append(behind[1])
+        pool = self._then(nodes[-1])
+        if pool is not None and self._kind(pool) == "max_pool" and self._pools(pool):
+            return Step(conv, bn, act, (*nodes, pool), pool)
+        return Step(conv, bn, act, tuple(nodes))
+
+    def _pools(self, node: fx.Node) -> bool:
+        pool = self.module(node)
+        plain = pool.dilation in (1, (1, 1)) and not (pool.ceil_mode or pool.return_indices)
+        return plain and self.layer(node).differs is None
+
+    def _no_step(self, conv: fx.Node, bn: fx.Node) -> str | None:
+        why = self._no_layer(bn) or self._no_conv(conv)
+        if why is not None:
+            return why
+        if self.layer(bn).act is None:
+            return f"the activation inside {bn.target} has no kernel"
+        return None if len(conv.users) == 1 else f"the output of {conv.target} has other uses"
+
+    def _no_layer(self, node: fx.Node) -> str | None:
+        own = self.layer(node).differs
+        if own is not None:
+            return f"{node.target} has {own}"
+        plain = len(node.args) == 1 and not node.kwargs
+        return None if plain else f"{node.target} is called with more than its input"
+
+    def _no_conv(self, conv: fx.Node) -> str | None:
+        why = self._no_layer(conv)
+        if why is not None:
+            return why
+        module = self.module(conv)
+        if module.padding_mode != "zeros":
+            return f"{conv.target} has padding_mode={module.padding_mode!r}"
+        if isinstance(module.padding, str):
+            return f"{conv.target} has padding={module.padding!r}; give it numbers"
+        return None
+
+    def _add_to_chain(self, add: fx.Node, by_end: dict[fx.Node, Chain]) -> None:
+        operands = _operands(add)
+        ends = [by_end[o] for o in operands if o in by_end and self._takes(by_end[o], add)]
+        if not ends:
+            return
+        main = max(ends, key=lambda chain: (len(chain.steps), operands.index(chain.last)))
+        other = operands[1 - operands.index(main.last)]
+        overwrites = add.target in _IN_PLACE_ADDS and operands[0] is other
+        if overwrites and not self._aliasing.dies_at(other, add):
+            self.left[add] = f"{add.name} writes into {other.name}, which is used again"
+            return
+        if other is main.input:
+            main.residual = ()
+        elif by_end.get(other) in ends and by_end[other].input is main.input:
+            main.residual = tuple(by_end.pop(other).steps)
+        else:
+            main.residual = other
+        del by_end[main.last]
+        main.residual_dies = self._aliasing.dies_at(other, add)
+        behind = self._act_behind(add)
+        main.added = (add,) if behind is None else (add, behind[1])
+        if behind is not None:
+            main.steps[-1] = main.steps[-1]._replace(act=behind[0])
+        by_end[main.added[-1]] = main
+
+    def _takes(self, chain: Chain, add: fx.Node) -> bool:
+        step = chain.steps[-1]
+        plain = step.act == "none" and step.pool is None and chain.residual is None
+        return plain and self._then(chain.last) is add
+
+    # The others
+
+    def _norms(self) -> Iterator[Norm]:
+        for node in self._graph.nodes:
+            if node in self._used or self._kind(node) not in NORMS or not node.args:
+                continue
+            layer = self.layer(node)
+            if layer.differs is not None:
+                self.left[node] = f"{node.target} has {layer.differs}"
+                continue
+            if layer.act != "none":
+                continue
+            nodes, residual, last = [node], None, node
+            then = self._then(node)
+            adds = then is not None and then.target in _ADDS and then not in self._used
+            if then is not None and adds and self._kind(node) == "batch_norm":
+                operands = _operands(then)
+                if len(operands) == 2 and (
+                    then.target not in _IN_PLACE_ADDS or operands[0] is node
+                ):
+                    residual = operands[1 - operands.index(node)]
+                    nodes.append(then)
+                    last = then
+            behind = self._act_behind(last)
+            if behind is not None:
+                yield Norm(node, behind[0], [*nodes, behind[1]], residual)
+            elif residual is not None:
+                yield Norm(node, "none", nodes, residual)
+
+    def _resizes(self) -> Iterator[Resize]:
+        for node in self._graph.nodes:
+            made = None if node in self._used else self._resize(node)
+            if made is not None and (made.skip is not None or node.target is F.interpolate):
+                yield made
+
+    def _resize(self, node: fx.Node) -> Resize | None:
+        """Return a resizing by a mode that has kernels, with a concatenation behind it."""
+        if node.target is F.interpolate:
+            mode = dict(zip(INTERPOLATE, node.args, strict=False), **node.kwargs).get(
+                "mode", "nearest"
+            )
+            if not node.args or node.kwargs.get("antialias") or len(node.args) > len(INTERPOLATE):
+                return None
+        elif self._kind(node) == "upsample":
+            mode, why = self.module(node).mode, self._no_layer(node)
+            if why is not None:
+                self.left[node] = why
+                return None
+        else:
+            return None
+        if mode not in RESIZES:
+            return None
+        cat = next(iter(node.users)) if len(node.users) == 1 else None
+        parts = [] if cat is None or cat in self._used else _concatenated(cat)
+        if cat is None or len(parts) != 2:
+            return Resize(node, [node])
+        at = parts.index(node)
+        return Resize(node, [node, cat], parts[1 - at], skip_last=at == 0)
+
+    def _drops(self) -> Iterator[Drop]:
+        for node in self._graph.nodes:
+            if node.target in (F.dropout, F.dropout2d) and node.args:
+                yield Drop(node, [node])
+
+
+def _operands(add: fx.Node) -> list[fx.Node]:
+    """Return the two different nodes that an addition adds, none for anything else."""
+    nodes = [a for a in add.args if isinstance(a, fx.Node)]
+    plain = len(add.args) == 2 and not add.kwargs
+    return nodes if plain and len(nodes) == 2 and nodes[0] is not nodes[1] else []
+
+
+def _concatenated(cat: fx.Node) -> list[fx.Node]:
+    """Return the two different nodes whose channels torch.cat joins, none for anything else."""
+    if cat.target not in _CATS or not cat.args or not isinstance(cat.args[0], (list, tuple)):
+        return []
+    dim = cat.kwargs.get("dim", cat.kwargs.get("axis", cat.args[1] if len(cat.args) > 1 else 0))
+    parts = [part for part in cat.args[0] if isinstance(part, fx.Node)]
+    plain = dim in (1, -3) and len(parts) == len(cat.args[0]) == 2
+    return parts if plain and parts[0] is not parts[1] else []
