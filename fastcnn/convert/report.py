@@ -8,7 +8,7 @@ from fastcnn import plan
 from fastcnn.convert.codegen.fit import Options
 from fastcnn.convert.converted import Converted
 from fastcnn.convert.parts import decide, parts_of
-from fastcnn.convert.rows import Row, rows_of, table
+from fastcnn.convert.rows import ConversionRow, rows_of, table
 
 
 def report(model: nn.Module | None = None) -> list[Any]:
@@ -29,7 +29,7 @@ def report(model: nn.Module | None = None) -> list[Any]:
     return found
 
 
-def rows(model: nn.Module) -> list[Row]:
+def rows(model: nn.Module) -> list[ConversionRow]:
     """Return a row for all that a model runs fused, and all that could be and is not."""
     if any(isinstance(module, Converted) for module in model.modules()):
         return rows_of(model, parts_of(model))

@@ -20,7 +20,7 @@ _OPS = {
 }  # fmt: skip
 
 
-class Row(NamedTuple):
+class ConversionRow(NamedTuple):
     """One call, layer or forward; pattern is empty where nothing convertible is known in it."""
 
     module: str
@@ -30,12 +30,12 @@ class Row(NamedTuple):
     reason: str
 
 
-def left(found: Sequence[Row]) -> list[Row]:
+def left(found: Sequence[ConversionRow]) -> list[ConversionRow]:
     """Return the rows of what is convertible and not converted."""
     return [row for row in found if row.pattern and not row.fused]
 
 
-def table(found: Sequence[Row]) -> str:
+def table(found: Sequence[ConversionRow]) -> str:
     """Return rows as text in WIDTH columns: each reason below its row."""
     if not found:
         return "nothing in this model is convertible"
@@ -50,11 +50,11 @@ def table(found: Sequence[Row]) -> str:
     return "\n".join([*lines, f"{sum(row.fused for row in found)} of {len(found)} fused"])
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: ConversionRow) -> tuple[str, ...]:
     return row.module, row.pattern, "yes" if row.fused else "no", row.backend
 
 
-def rows_of(model: nn.Module, parts: Parts) -> list[Row]:
+def rows_of(model: nn.Module, parts: Parts) -> list[ConversionRow]:
     """Return the rows of a model whose modules are, or will be, converted so."""
     return list(_Walk(model, parts).rows(model, ""))
 
@@ -68,7 +68,7 @@ class _Walk:
         first = next((t for ts in (model.parameters(), model.buffers()) for t in ts), None)
         self._device = "cpu" if first is None else first.device.type
 
-    def rows(self, module: nn.Module, path: str) -> Iterator[Row]:
+    def rows(self, module: nn.Module, path: str) -> Iterator[ConversionRow]:
         if module in self._seen:
             return
         self._seen.add(module)
@@ -86,11 +86,11 @@ class _Walk:
             yield self._fused(place(path, call.where), call.words, note)
         for what, why in current.left:
             words = self._convertible(module, what)
-            yield Row(place(path, _plain(what)), words, False, "PyTorch", why)
+            yield ConversionRow(place(path, _plain(what)), words, False, "PyTorch", why)
         for called in dict.fromkeys(current.children()):
             yield from self.rows(module.get_submodule(called), child_path(path, called))
 
-    def _as_written(self, module: nn.Module, part: Part, path: str) -> Iterator[Row]:
+    def _as_written(self, module: nn.Module, part: Part, path: str) -> Iterator[ConversionRow]:
         why = None if part.why is None else f"its forward does not trace: {part.why}"
         if isinstance(part.conversion, Conversion):
             changed = part.conversion.changed()
@@ -99,25 +99,25 @@ class _Walk:
                 why = "its forward does not trace with its training flags of now"
         if why is not None:
             inside = ", ".join(dict.fromkeys(self._own_layers(module)))
-            yield Row(path or type(module).__name__, inside, False, "PyTorch", why)
+            yield ConversionRow(path or type(module).__name__, inside, False, "PyTorch", why)
         for name, child in module.named_children():
             yield from self.rows(child, child_path(path, name))
 
-    def _layer(self, module: nn.Module, part: Part, path: str) -> Iterator[Row]:
+    def _layer(self, module: nn.Module, part: Part, path: str) -> Iterator[ConversionRow]:
         words = str(part.layer.kind)
         if part.conversion is not None:
             yield self._fused(path, words, fit.notes.get(module))
         elif part.layer.stands_alone:
-            yield Row(path, words, False, "PyTorch", part.why or "not converted")
+            yield ConversionRow(path, words, False, "PyTorch", part.why or "not converted")
 
-    def _fused(self, where: str, words: str, note: str | None) -> Row:
+    def _fused(self, where: str, words: str, note: str | None) -> ConversionRow:
         on_cpu, on_cuda = BACKENDS[_op(words)]
         backend = {"cpu": on_cpu, "cuda": on_cuda}.get(self._device, "PyTorch")
         if backend == "PyTorch" or (self._device == "cuda" and not fit.HAS_CUDA):
             why = f"this build has no kernels for {self._device}"
-            return Row(where, words, False, "PyTorch", why)
+            return ConversionRow(where, words, False, "PyTorch", why)
         reason = "" if note is None else f"its last call that was not fused: {note}"
-        return Row(where, words, True, backend, reason)
+        return ConversionRow(where, words, True, backend, reason)
 
     def _own_layers(self, module: nn.Module) -> Iterator[str]:
         """Yield the kinds of layers that a forward itself calls, as far as its children tell."""

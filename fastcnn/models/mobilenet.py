@@ -13,7 +13,7 @@ from fastcnn.models.registry import register
 
 __all__ = ["InvertedResidual", "MobileNetV2", "mobilenet_v2"]
 
-Norm = Callable[[int], nn.Module]
+NormLayer = Callable[[int], nn.Module]
 
 # Of each stage: expansion, channels, blocks, stride of the first block. The paper's table 2.
 _STAGES = (
@@ -28,7 +28,7 @@ _STAGES = (
 
 
 def _conv_norm_relu6(
-    c_in: int, c_out: int, kernel_size: int, stride: int, groups: int, norm: Norm
+    c_in: int, c_out: int, kernel_size: int, stride: int, groups: int, norm: NormLayer
 ) -> nn.Sequential:
     conv = nn.Conv2d(c_in, c_out, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
     return nn.Sequential(conv, norm(c_out), nn.ReLU6(inplace=True))
@@ -41,7 +41,7 @@ class InvertedResidual(nn.Module):
     """
 
     def __init__(
-        self, c_in: int, c_out: int, stride: int, expand_ratio: float, norm_layer: Norm
+        self, c_in: int, c_out: int, stride: int, expand_ratio: float, norm_layer: NormLayer
     ) -> None:
         super().__init__()
         if stride not in (1, 2):
@@ -81,7 +81,7 @@ class MobileNetV2(Network):
         inverted_residual_setting: Sequence[Sequence[int]] | None = None,
         round_nearest: int = 8,
         *,
-        norm_layer: Norm | None = None,
+        norm_layer: NormLayer | None = None,
         dropout: float = 0.2,
         in_chans: int = 3,
     ) -> None:

@@ -28,7 +28,7 @@ __all__ = [
     "wide_resnet101_2",
 ]
 
-Norm = Callable[[int], nn.Module]
+NormLayer = Callable[[int], nn.Module]
 
 
 def _conv3x3(
@@ -62,7 +62,7 @@ class BasicBlock(nn.Module):
         groups: int = 1,
         base_width: int = 64,
         dilation: int = 1,
-        norm_layer: Norm = nn.BatchNorm2d,
+        norm_layer: NormLayer = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
         if (groups, base_width, dilation) != (1, 64, 1):
@@ -102,7 +102,7 @@ class Bottleneck(nn.Module):
         groups: int = 1,
         base_width: int = 64,
         dilation: int = 1,
-        norm_layer: Norm = nn.BatchNorm2d,
+        norm_layer: NormLayer = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
         width = planes * base_width // 64 * groups
@@ -145,7 +145,7 @@ class ResNet(Network):
         groups: int = 1,
         width_per_group: int = 64,
         replace_stride_with_dilation: Sequence[bool] | None = None,
-        norm_layer: Norm | None = None,
+        norm_layer: NormLayer | None = None,
         *,
         in_chans: int = 3,
     ) -> None:
@@ -203,7 +203,7 @@ class ResNet(Network):
         blocks: int,
         stride: int,
         dilate: bool,
-        norm: Norm,
+        norm: NormLayer,
     ) -> nn.Sequential:
         # The stage's first block still sees the resolution of the stage before it, and so keeps
         # that stage's dilation.

@@ -11,7 +11,7 @@ from torch import nn
 import fastcnn
 from fastcnn import convert, report
 from fastcnn.convert.report import rows
-from fastcnn.convert.rows import Row, left, table
+from fastcnn.convert.rows import ConversionRow, left, table
 
 CONV, CPP = "oneDNN through PyTorch + C++", "C++"
 
@@ -30,7 +30,7 @@ layer4.0: downsample.0 .. relu  conv-bn-relu > conv-bn +    yes    oneDNN throug
 """
 
 
-def of(model: nn.Module) -> list[Row]:
+def of(model: nn.Module) -> list[ConversionRow]:
     return rows(convert(model))
 
 
@@ -38,7 +38,7 @@ def test_a_resnet(capsys: pytest.CaptureFixture[str]) -> None:
     model = torchvision_resnet.ResNet(torchvision_resnet.BasicBlock, [1, 1, 1, 1])
     found = report(convert(model))
     assert capsys.readouterr().out.strip() == RESNET.strip()
-    assert found[1] == Row(
+    assert found[1] == ConversionRow(
         "layer1.0: conv1 .. relu", "conv-bn-relu > conv-bn + identity - relu", True, CONV, ""
     )
     assert left(found) == []
@@ -48,8 +48,8 @@ def test_an_unconverted_model_stays_so() -> None:
     model = nn.Sequential(cbr(nn.ReLU()), nn.Dropout())
     classes = [type(m) for m in model.modules()]
     assert rows(model) == [
-        Row("0: 0 .. 2", "conv-bn-relu", False, "PyTorch", "not converted"),
-        Row("1", "dropout", False, "PyTorch", "not converted"),
+        ConversionRow("0: 0 .. 2", "conv-bn-relu", False, "PyTorch", "not converted"),
+        ConversionRow("1", "dropout", False, "PyTorch", "not converted"),
     ]
     assert [type(m) for m in model.modules()] == classes
     assert left(rows(model)) == rows(model)
@@ -63,8 +63,8 @@ def test_nothing_convertible_says_so(capsys: pytest.CaptureFixture[str]) -> None
 def test_layers_without_a_kernel() -> None:
     model = nn.Sequential(nn.Upsample(scale_factor=2, mode="bicubic"), nn.GroupNorm(2, 4))
     assert of(model) == [
-        Row("0", "upsample", False, "PyTorch", "there is no kernel for mode='bicubic'"),
-        Row("1", "group_norm", True, CPP, ""),
+        ConversionRow("0", "upsample", False, "PyTorch", "there is no kernel for mode='bicubic'"),
+        ConversionRow("1", "group_norm", True, CPP, ""),
     ]
 
 
@@ -72,8 +72,8 @@ def test_what_is_left_of_a_graph_has_its_reason() -> None:
     same = nn.Sequential(nn.Conv2d(4, 4, 3, padding="same"), nn.BatchNorm2d(4), nn.ReLU())
     why = "0.0 has padding='same'; give it numbers"
     assert of(nn.Sequential(same)) == [
-        Row("0: 1 .. 2", "batch_norm-relu", True, CPP, ""),
-        Row("0.0", "conv", False, "PyTorch", why),
+        ConversionRow("0: 1 .. 2", "batch_norm-relu", True, CPP, ""),
+        ConversionRow("0.0", "conv", False, "PyTorch", why),
     ]
 
 
@@ -82,9 +82,9 @@ def test_what_does_not_trace_has_a_row_and_its_children_theirs() -> None:
     first, norm, second, body = of(model)
     assert first[:4] == ("0", "conv, batch_norm", False, "PyTorch")
     assert first.reason.startswith("its forward does not trace: TraceError: symbolically traced")
-    assert norm == Row("0.norm", "batch_norm", True, CPP, "")
+    assert norm == ConversionRow("0.norm", "batch_norm", True, CPP, "")
     assert second[:4] == ("1", "", False, "PyTorch")  # nothing of its own is known
-    assert body == Row("1.body: 0 .. 1", "conv-bn", True, CONV, "")
+    assert body == ConversionRow("1.body: 0 .. 1", "conv-bn", True, CONV, "")
     assert left([first, norm, second, body]) == [first]
 
 
@@ -132,14 +132,14 @@ def test_a_device_without_kernels() -> None:
     with torch.device("meta"):
         model = Elsewhere(cbr(nn.ReLU()))
     (row,) = of(model)
-    assert row == Row(
+    assert row == ConversionRow(
         "0: 0 .. 2", "conv-bn-relu", False, "PyTorch", "this build has no kernels for meta"
     )
 
 
 def test_long_names_break_at_their_dots() -> None:
     name = "encoder.stages.3.blocks.12.attention.output.projection.norm"
-    text = table([Row(name, "batch_norm", False, "PyTorch", "because " * 30)])
+    text = table([ConversionRow(name, "batch_norm", False, "PyTorch", "because " * 30)])
     assert max(map(len, text.splitlines())) <= 100
     assert "encoder.stages.3.blocks.12." in text.splitlines()[1].split()
 

@@ -23,8 +23,8 @@ from fastcnn.common.conv_geometry import output_size, pair
 from fastcnn.ops.conv_bn_act.step import Memory
 
 # conv, batch norm or, in folded chains, None; activation; max pooling or None.
-Step = tuple[nn.Conv2d, Any, str, nn.MaxPool2d | None]
-Shortcut = Tensor | Sequence[Step] | None
+StepModules = tuple[nn.Conv2d, Any, str, nn.MaxPool2d | None]
+Shortcut = Tensor | Sequence[StepModules] | None
 HAS_CUDA = bool(_C.cuda_version)
 
 # By the module that a call ends in: why its last unfused call was not fused.
@@ -75,7 +75,7 @@ def _is_transformed() -> bool:
     return any(i.key() != TransformType.Grad for i in retrieve_all_functorch_interpreters())
 
 
-def residual_unfit(x: Tensor, steps: Sequence[Step], residual: Shortcut) -> str | None:
+def residual_unfit(x: Tensor, steps: Sequence[StepModules], residual: Shortcut) -> str | None:
     """Say why what a chain adds cannot go with its output, if so."""
     if residual is None or (not isinstance(residual, Tensor) and len(residual) > 0):
         return None

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastcnn.common.activation import ACTIVATIONS
 from fastcnn.convert.codegen import runtime
-from fastcnn.convert.codegen.fit import Options, Shortcut, Step
+from fastcnn.convert.codegen.fit import Options, Shortcut, StepModules
 from fastcnn.convert.codegen.runtime import Resizing
 from fastcnn.ops.conv_bn_act.folded import FoldedConv2d
 from fastcnn.ops.upsample_conv2d.folded import FoldedUpsampleConv2d
@@ -22,7 +22,10 @@ _numbers = itertools.count()
 
 
 def folded_chain(
-    steps: Sequence[Step], shortcut: Sequence[Step] | None, residual_dies: bool, options: Options
+    steps: Sequence[StepModules],
+    shortcut: Sequence[StepModules] | None,
+    residual_dies: bool,
+    options: Options,
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Return what runs a chain on an input and a residual.
 
@@ -52,7 +55,7 @@ def folded_chain(
 
 
 def folded_upsampled_chain(
-    steps: Sequence[Step], concat_last: bool, options: Options
+    steps: Sequence[StepModules], concat_last: bool, options: Options
 ) -> Callable[..., Tensor]:
     """Return what runs a chain on an image to be upsampled, a skip, how, and a residual."""
     (conv, bn, act, pool), *others = steps
@@ -69,9 +72,11 @@ def folded_upsampled_chain(
             first.refresh()
         small = runtime.upsamples_small(x, concat, conv, how, options)
         if bn is not None and (asks or of_batch) and all(b is not None for _, b, _, _ in others):
-            return runtime.upsampled_chain(x, concat, concat_last, how, steps, residual, options)
+            return runtime.run_upsampled_chain(
+                x, concat, concat_last, how, steps, residual, options
+            )
         if asks or of_batch or not small or (residual is not None and rest is None):
-            return whole(runtime.interpolate(x, **how, **beside, options=options), residual)
+            return whole(runtime.run_interpolate(x, **how, **beside, options=options), residual)
         y = first(x, **beside, **how)
         y = y if pool is None else pool(y)
         return y if rest is None else rest(y, residual)
@@ -105,11 +110,11 @@ def _through(
 
 
 def _differentiable(
-    x: Tensor, steps: Sequence[Step], residual: Shortcut, options: Options
+    x: Tensor, steps: Sequence[StepModules], residual: Shortcut, options: Options
 ) -> Tensor:
     """Run a chain, of which steps without a batch norm are PyTorch's."""
     if all(bn is not None for _, bn, _, _ in steps):
-        return runtime.conv_bn_act(x, steps, residual, options)
+        return runtime.run_chain(x, steps, residual, options)
     added = residual
     if added is not None and not isinstance(added, Tensor):
         added = _differentiable(x, added, None, options) if added else x
@@ -117,7 +122,7 @@ def _differentiable(
         conv, bn, act, pool = step
         last = added if i == len(steps) else None
         if bn is not None:
-            x = runtime.conv_bn_act(x, [step], last, options)
+            x = runtime.run_chain(x, [step], last, options)
             continue
         x = conv(x)
         x = ACTIVATIONS[act](x if last is None else x + last)

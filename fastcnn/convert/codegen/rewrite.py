@@ -16,12 +16,12 @@ from fastcnn.convert.graph.guards import Guard, has_hooks
 from fastcnn.convert.graph.matcher import Matcher
 from fastcnn.convert.graph.patterns import (
     INTERPOLATE,
-    Chain,
-    Drop,
-    Norm,
+    ChainPattern,
+    DropPattern,
+    NormPattern,
     Pattern,
-    Resize,
-    Step,
+    ResizePattern,
+    StepNodes,
 )
 
 _numbers = itertools.count()
@@ -59,8 +59,8 @@ def _runs(patterns: Sequence[Pattern], matcher: Matcher, options: Options) -> li
         before = runs[-1][-1] if runs else None
         joins = (
             options.memory == "low"
-            and isinstance(pattern, Chain)
-            and isinstance(before, Chain)
+            and isinstance(pattern, ChainPattern)
+            and isinstance(before, ChainPattern)
             and pattern.residual == ()
             and isinstance(before.residual, tuple)
             and pattern.input is before.last
@@ -90,25 +90,25 @@ class _Emitter:
 
     def _call(self, p: Pattern) -> fx.Node:
         call, options = self._graph.call_function, self._options
-        if isinstance(p, Chain):
+        if isinstance(p, ChainPattern):
             return self._chain(p)
         x, *more = [self._value(node) for node in p.inputs]
         second = more[0] if more else None
-        if isinstance(p, Norm):
+        if isinstance(p, NormPattern):
             kind = self._matcher.layer(p.norm).kind
             arguments = (x, self._module(p.norm), kind, p.act, second, options)
-            return call(runtime.norm_act, arguments)
-        if isinstance(p, Drop):
+            return call(runtime.run_norm_act, arguments)
+        if isinstance(p, DropPattern):
             plain = p.drop.target is F.dropout
-            function = runtime.dropout if plain else runtime.dropout2d
+            function = runtime.run_dropout if plain else runtime.run_dropout2d
             return call(function, p.drop.args, {**p.drop.kwargs, "options": options})
         skip = (second, p.skip_last, options)
         if p.resize.op == "call_module":
-            return call(runtime.upsample, (x, self._module(p.resize), *skip))
+            return call(runtime.run_upsample, (x, self._module(p.resize), *skip))
         beside = dict(zip(("concat", "concat_last", "options"), skip, strict=True))
-        return call(runtime.interpolate, (x,), self._resizing(p) | beside)
+        return call(runtime.run_interpolate, (x,), self._resizing(p) | beside)
 
-    def _chain(self, p: Chain) -> fx.Node:
+    def _chain(self, p: ChainPattern) -> fx.Node:
         call, options = self._graph.call_function, self._options
         folds = options.mode == "infer"
         residual = self._value(p.residual) if isinstance(p.residual, fx.Node) else None
@@ -121,7 +121,7 @@ class _Emitter:
                 run = folded_upsampled_chain(self._modules(p.steps), beside[1], options)
                 return call(run, (x, beside[0], how, residual))
             arguments = (x, *beside, how, self._steps(p.steps), residual, options)
-            return call(runtime.upsampled_chain, arguments)
+            return call(runtime.run_upsampled_chain, arguments)
         x = self._value(p.input)
         if folds:
             # What converted code has made itself nobody else has seen.
@@ -131,13 +131,13 @@ class _Emitter:
                 folded_chain(self._modules(p.steps), shortcut, dies, options), (x, residual)
             )
         added = self._steps(p.residual) if isinstance(p.residual, tuple) else residual
-        return call(runtime.conv_bn_act, (x, self._steps(p.steps), added, options))
+        return call(runtime.run_chain, (x, self._steps(p.steps), added, options))
 
     def _value(self, node: fx.Node) -> fx.Node:
         """Return what now gives the value of a node."""
         return self._calls.get(node, node)
 
-    def _resizing(self, p: Resize) -> dict[str, Any]:
+    def _resizing(self, p: ResizePattern) -> dict[str, Any]:
         """Return F.interpolate's arguments by name."""
         how = dict(zip(INTERPOLATE[1:], p.resize.args[1:], strict=False)) | p.resize.kwargs
         return {name: value for name, value in how.items() if name != "antialias"}
@@ -145,9 +145,9 @@ class _Emitter:
     def _blocks(self, run: list[Any]) -> fx.Node:
         x = self._value(run[0].input)
         blocks = tuple((self._steps(p.steps), self._steps(p.residual)) for p in run)
-        return self._graph.call_function(runtime.conv_bn_act_blocks, (x, blocks, self._options))
+        return self._graph.call_function(runtime.run_blocks, (x, blocks, self._options))
 
-    def _steps(self, steps: Sequence[Step]) -> tuple[Any, ...]:
+    def _steps(self, steps: Sequence[StepNodes]) -> tuple[Any, ...]:
         return tuple(
             (
                 self._module(step.conv),
@@ -158,7 +158,7 @@ class _Emitter:
             for step in steps
         )
 
-    def _modules(self, steps: Sequence[Step]) -> list[fit.Step]:
+    def _modules(self, steps: Sequence[StepNodes]) -> list[fit.StepModules]:
         """Return the steps with the modules themselves."""
 
         def of(node: fx.Node | None) -> Any:

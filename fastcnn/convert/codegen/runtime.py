@@ -17,7 +17,7 @@ from fastcnn.common.autocast import autocast_dtype
 from fastcnn.convert.codegen.fit import (
     Options,
     Shortcut,
-    Step,
+    StepModules,
     refuse,
     residual_unfit,
     unfit,
@@ -35,7 +35,9 @@ Resizing = nn.Upsample | dict[str, Any]
 _RESIZING = INTERPOLATE[1:]  # all but the input
 
 
-def conv_bn_act(x: Tensor, steps: Sequence[Step], residual: Shortcut, options: Options) -> Tensor:
+def run_chain(
+    x: Tensor, steps: Sequence[StepModules], residual: Shortcut, options: Options
+) -> Tensor:
     """Run a chain; residual: None, a tensor, or the steps of a projection, () for x itself."""
     if runs_one_by_one(x, steps, residual, options):
         return one_by_one(x, steps, residual)
@@ -43,7 +45,9 @@ def conv_bn_act(x: Tensor, steps: Sequence[Step], residual: Shortcut, options: O
     return functional.conv_bn_act(x, _steps(steps), added, memory=options.memory)
 
 
-def runs_one_by_one(x: Tensor, steps: Sequence[Step], residual: Shortcut, options: Options) -> bool:
+def runs_one_by_one(
+    x: Tensor, steps: Sequence[StepModules], residual: Shortcut, options: Options
+) -> bool:
     """Whether a chain has no kernel for its input or its residual, and note why."""
     why = unfit(x, options) or residual_unfit(x, steps, residual)
     if why is not None:
@@ -52,12 +56,12 @@ def runs_one_by_one(x: Tensor, steps: Sequence[Step], residual: Shortcut, option
     return why is not None
 
 
-def upsampled_chain(
+def run_upsampled_chain(
     x: Tensor,
     concat: Tensor | None,
     concat_last: bool,
     how: Resizing,
-    steps: Sequence[Step],
+    steps: Sequence[StepModules],
     residual: Shortcut,
     options: Options,
 ) -> Tensor:
@@ -65,15 +69,15 @@ def upsampled_chain(
     how = resizing(how)
     conv, bn, act, pool = steps[0]
     if not upsamples_small(x, concat, conv, how, options):
-        y = interpolate(x, **how, concat=concat, concat_last=concat_last, options=options)
-        return conv_bn_act(y, steps, residual, options)
+        y = run_interpolate(x, **how, concat=concat, concat_last=concat_last, options=options)
+        return run_chain(y, steps, residual, options)
     beside: Any = {"concat": concat, "concat_last": concat_last}
     raw = upsample_conv2d(x, conv.weight, conv.bias, **beside, **how)
     added = residual if len(steps) == 1 else None
     assert added is None or isinstance(added, Tensor)
-    y = norm_act(raw, bn, "batch_norm", act, added, options)
+    y = run_norm_act(raw, bn, "batch_norm", act, added, options)
     y = y if pool is None else pool(y)
-    return y if len(steps) == 1 else conv_bn_act(y, steps[1:], residual, options)
+    return y if len(steps) == 1 else run_chain(y, steps[1:], residual, options)
 
 
 def upsamples_small(
@@ -96,8 +100,10 @@ def resizing(how: Resizing) -> dict[str, Any]:
     return how
 
 
-def conv_bn_act_blocks(
-    x: Tensor, blocks: Sequence[tuple[Sequence[Step], Sequence[Step]]], options: Options
+def run_blocks(
+    x: Tensor,
+    blocks: Sequence[tuple[Sequence[StepModules], Sequence[StepModules]]],
+    options: Options,
 ) -> Tensor:
     """Run residual blocks whose inputs are rebuilt in backward."""
     why = unfit(x, options)
@@ -110,7 +116,7 @@ def conv_bn_act_blocks(
     return functional.conv_bn_act_blocks(x, parts, memory=options.memory)
 
 
-def norm_act(
+def run_norm_act(
     x: Tensor, norm: Any, kind: str, act: Any, residual: Tensor | None, options: Options
 ) -> Tensor:
     """Run a norm layer, an addition (of batch norm) and an activation."""
@@ -148,7 +154,7 @@ def run_norm(x: Tensor, norm: Any, kind: str, act: Any, residual: Tensor | None 
     )  # fmt: skip
 
 
-def interpolate(
+def run_interpolate(
     x: Tensor,
     size: Any = None,
     scale_factor: Any = None,
@@ -174,22 +180,22 @@ def interpolate(
     return torch.cat([y, concat] if concat_last else [concat, y], 1)
 
 
-def upsample(
+def run_upsample(
     x: Tensor, layer: nn.Upsample, concat: Tensor | None, concat_last: bool, options: Options
 ) -> Tensor:
     """Run an Upsample module, and write the result beside concat's channels."""
     how = resizing(layer)
-    return interpolate(x, **how, concat=concat, concat_last=concat_last, options=options)
+    return run_interpolate(x, **how, concat=concat, concat_last=concat_last, options=options)
 
 
-def dropout(
+def run_dropout(
     x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, options: Options
 ) -> Tensor:
     """Run F.dropout."""
     return _dropout(x, p, training, inplace, False, options)
 
 
-def dropout2d(
+def run_dropout2d(
     x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, options: Options
 ) -> Tensor:
     """Run F.dropout2d."""
@@ -208,7 +214,7 @@ def _dropout(
     return (F.dropout2d if per_channel else F.dropout)(x, p, training, inplace)
 
 
-def one_by_one(x: Tensor, steps: Sequence[Step], residual: Shortcut) -> Tensor:
+def one_by_one(x: Tensor, steps: Sequence[StepModules], residual: Shortcut) -> Tensor:
     """Run the modules as they are."""
     added = residual
     if added is not None and not isinstance(added, Tensor):
@@ -223,7 +229,7 @@ def one_by_one(x: Tensor, steps: Sequence[Step], residual: Shortcut) -> Tensor:
     return x
 
 
-def _steps(steps: Sequence[Step]) -> list[functional.ConvBnActStep]:
+def _steps(steps: Sequence[StepModules]) -> list[functional.ConvBnActStep]:
     return [_step(*step) for step in steps]
 
 
@@ -271,6 +277,6 @@ def layer_call(module: nn.Module, layer: Layer) -> Callable[[Tensor, Any], Tenso
         per_channel = isinstance(module, nn.Dropout2d)
         return lambda x, m: _dropout(x, m.p, m.training, m.inplace, per_channel, Options())
     if kind == "upsample":
-        return lambda x, m: upsample(x, m, None, False, Options())
+        return lambda x, m: run_upsample(x, m, None, False, Options())
     assert kind is not None
     return lambda x, norm: run_norm(x, norm, kind, act)

@@ -5,7 +5,14 @@ from typing import NamedTuple
 from torch import fx, nn
 
 from fastcnn.convert.graph.matcher import Matcher
-from fastcnn.convert.graph.patterns import Chain, Drop, Norm, Pattern, Resize, Step
+from fastcnn.convert.graph.patterns import (
+    ChainPattern,
+    DropPattern,
+    NormPattern,
+    Pattern,
+    ResizePattern,
+    StepNodes,
+)
 
 
 class Call(NamedTuple):
@@ -22,10 +29,10 @@ def describe(pattern: Pattern, matcher: Matcher) -> Call:
     layers = [str(n.target) for n in pattern.nodes if n.op == "call_module"]
     where = " .. ".join(dict.fromkeys((layers[0], layers[-1]))) if layers else _owned(pattern)
     ends_in = None
-    if isinstance(pattern, Chain):
+    if isinstance(pattern, ChainPattern):
         step = pattern.steps[-1]
         ends_in = matcher.module(step.conv if step.bn is None else step.bn)
-    elif isinstance(pattern, Norm):
+    elif isinstance(pattern, NormPattern):
         ends_in = matcher.module(pattern.norm)
     return Call(where, _words(pattern, matcher), matcher.last_of(pattern).name, ends_in)
 
@@ -45,7 +52,7 @@ def _owned(pattern: Pattern) -> str:
 
 
 def _words(p: Pattern, matcher: Matcher) -> str:
-    if isinstance(p, Chain):
+    if isinstance(p, ChainPattern):
         *before, last = [_step(step) for step in p.steps]
         if p.resize is not None:
             before.insert(0, _words(p.resize, matcher))
@@ -56,17 +63,17 @@ def _words(p: Pattern, matcher: Matcher) -> str:
         act = p.steps[-1].act
         conv = "conv" if p.steps[-1].bn is None else "conv-bn"
         return " > ".join([*before, f"{conv} + {beside}" + (f" - {act}" if act != "none" else "")])
-    if isinstance(p, Norm):
+    if isinstance(p, NormPattern):
         kind = matcher.layer(p.norm).kind
         added = " + residual" if p.residual is not None else ""
         return f"{kind}{added}" + (f"-{p.act}" if p.act != "none" else "")
-    if isinstance(p, Resize):
+    if isinstance(p, ResizePattern):
         return "interpolate" if p.skip is None else "interpolate-cat"
-    assert isinstance(p, Drop)
+    assert isinstance(p, DropPattern)
     return "dropout"
 
 
-def _step(step: Step) -> str:
+def _step(step: StepNodes) -> str:
     act = f"-{step.act}" if step.act != "none" else ""
     conv = "conv" if step.bn is None else "conv-bn"
     return conv + act + ("-pool" if step.pool is not None else "")

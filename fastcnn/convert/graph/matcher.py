@@ -10,7 +10,15 @@ from torch import fx, nn
 
 from fastcnn.convert.graph.aliasing import Aliasing
 from fastcnn.convert.graph.layers import NORMS, RESIZES, Layer, Layers, act_of_function, called
-from fastcnn.convert.graph.patterns import INTERPOLATE, Chain, Drop, Norm, Pattern, Resize, Step
+from fastcnn.convert.graph.patterns import (
+    INTERPOLATE,
+    ChainPattern,
+    DropPattern,
+    NormPattern,
+    Pattern,
+    ResizePattern,
+    StepNodes,
+)
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _IN_PLACE_ADDS = {operator.iadd, "add_"}
@@ -87,7 +95,7 @@ class Matcher:
 
     # Chains
 
-    def _chains(self) -> Iterator[Chain]:
+    def _chains(self) -> Iterator[ChainPattern]:
         steps = [s for node in self._graph.nodes if (s := self._step(node)) is not None]
         if self._folds:
             taken = {step.conv for step in steps}
@@ -95,7 +103,7 @@ class Matcher:
             steps += [s for node in bare if (s := self._bare_step(node)) is not None]
             order = {node: i for i, node in enumerate(self._graph.nodes)}
             steps.sort(key=lambda step: order[step.conv])
-        by_end: dict[fx.Node, Chain] = {}
+        by_end: dict[fx.Node, ChainPattern] = {}
         for step in steps:  # in the order of the graph, so that what comes before is there
             x: Any = step.conv.args[0]
             before = by_end.get(x)
@@ -104,13 +112,13 @@ class Matcher:
                 before.steps.append(step)
                 by_end[step.nodes[-1]] = before
             else:
-                by_end[step.nodes[-1]] = Chain([step], self._resize_before(step.conv))
+                by_end[step.nodes[-1]] = ChainPattern([step], self._resize_before(step.conv))
         for node in self._graph.nodes:
             if node.target in _ADDS:
                 self._add_to_chain(node, by_end)
         yield from by_end.values()
 
-    def _step(self, bn: fx.Node) -> Step | None:
+    def _step(self, bn: fx.Node) -> StepNodes | None:
         if self._kind(bn) != "batch_norm" or not bn.args or self._kind(bn.args[0]) != "conv":
             return None
         conv: Any = bn.args[0]
@@ -120,7 +128,7 @@ class Matcher:
             return None
         return self._with_act_and_pool(conv, bn, self.layer(bn).act or "none")
 
-    def _resize_before(self, conv: fx.Node) -> Resize | None:
+    def _resize_before(self, conv: fx.Node) -> ResizePattern | None:
         """Return what makes a convolution's input, if that can be done on the small image."""
         module, x = self.module(conv), conv.args[0]
         ones = (module.stride, module.padding, module.dilation, module.groups)
@@ -135,11 +143,11 @@ class Matcher:
                 return made
         return None
 
-    def _bare_step(self, conv: fx.Node) -> Step | None:
+    def _bare_step(self, conv: fx.Node) -> StepNodes | None:
         """Return the step of a convolution without a batch norm."""
         return None if self._no_conv(conv) else self._with_act_and_pool(conv, None, "none")
 
-    def _with_act_and_pool(self, conv: fx.Node, bn: fx.Node | None, act: str) -> Step:
+    def _with_act_and_pool(self, conv: fx.Node, bn: fx.Node | None, act: str) -> StepNodes:
         nodes = [conv] if bn is None else [conv, bn]
         behind = self._act_behind(nodes[-1]) if act == "none" else None
         if behind is not None:
@@ -147,8 +155,8 @@ class Matcher:
             nodes.append(behind[1])
         pool = self._then(nodes[-1])
         if pool is not None and self._kind(pool) == "max_pool" and self._pools(pool):
-            return Step(conv, bn, act, (*nodes, pool), pool)
-        return Step(conv, bn, act, tuple(nodes))
+            return StepNodes(conv, bn, act, (*nodes, pool), pool)
+        return StepNodes(conv, bn, act, tuple(nodes))
 
     def _pools(self, node: fx.Node) -> bool:
         pool = self.module(node)
@@ -181,7 +189,7 @@ class Matcher:
             return f"{conv.target} has padding={module.padding!r}; give it numbers"
         return None
 
-    def _add_to_chain(self, add: fx.Node, by_end: dict[fx.Node, Chain]) -> None:
+    def _add_to_chain(self, add: fx.Node, by_end: dict[fx.Node, ChainPattern]) -> None:
         operands = _operands(add)
         ends = [by_end[o] for o in operands if o in by_end and self._takes(by_end[o], add)]
         if not ends:
@@ -206,14 +214,14 @@ class Matcher:
             main.steps[-1] = main.steps[-1]._replace(act=behind[0])
         by_end[main.added[-1]] = main
 
-    def _takes(self, chain: Chain, add: fx.Node) -> bool:
+    def _takes(self, chain: ChainPattern, add: fx.Node) -> bool:
         step = chain.steps[-1]
         plain = step.act == "none" and step.pool is None and chain.residual is None
         return plain and self._then(chain.last) is add
 
     # The others
 
-    def _norms(self) -> Iterator[Norm]:
+    def _norms(self) -> Iterator[NormPattern]:
         for node in self._graph.nodes:
             if node in self._used or self._kind(node) not in NORMS or not node.args:
                 continue
@@ -236,17 +244,17 @@ class Matcher:
                     last = then
             behind = self._act_behind(last)
             if behind is not None:
-                yield Norm(node, behind[0], [*nodes, behind[1]], residual)
+                yield NormPattern(node, behind[0], [*nodes, behind[1]], residual)
             elif residual is not None:
-                yield Norm(node, "none", nodes, residual)
+                yield NormPattern(node, "none", nodes, residual)
 
-    def _resizes(self) -> Iterator[Resize]:
+    def _resizes(self) -> Iterator[ResizePattern]:
         for node in self._graph.nodes:
             made = None if node in self._used else self._resize(node)
             if made is not None and (made.skip is not None or node.target is F.interpolate):
                 yield made
 
-    def _resize(self, node: fx.Node) -> Resize | None:
+    def _resize(self, node: fx.Node) -> ResizePattern | None:
         """Return a resizing by a mode that has kernels, with a concatenation behind it."""
         if node.target is F.interpolate:
             mode = dict(zip(INTERPOLATE, node.args, strict=False), **node.kwargs).get(
@@ -266,14 +274,14 @@ class Matcher:
         cat = next(iter(node.users)) if len(node.users) == 1 else None
         parts = [] if cat is None or cat in self._used else _concatenated(cat)
         if cat is None or len(parts) != 2:
-            return Resize(node, [node])
+            return ResizePattern(node, [node])
         at = parts.index(node)
-        return Resize(node, [node, cat], parts[1 - at], skip_last=at == 0)
+        return ResizePattern(node, [node, cat], parts[1 - at], skip_last=at == 0)
 
-    def _drops(self) -> Iterator[Drop]:
+    def _drops(self) -> Iterator[DropPattern]:
         for node in self._graph.nodes:
             if node.target in (F.dropout, F.dropout2d) and node.args:
-                yield Drop(node, [node])
+                yield DropPattern(node, [node])
 
 
 def _operands(add: fx.Node) -> list[fx.Node]:

@@ -1,11 +1,11 @@
 """The patterns: nodes of a traced forward that become one call.
 
-    Chain     (conv, batch norm, activation, max pool) steps, with what is added before the last
-              activation: a tensor, the chain's own input, or steps on that input. Where they are
-              folded, for inference, convolutions without a batch norm are steps too
-    Norm      a norm layer with an activation behind it; a batch norm also with an addition
-    Resize    F.interpolate, or any resizing whose output is concatenated with one tensor
-    Drop      F.dropout, F.dropout2d
+    ChainPattern     (conv, batch norm, activation, max pool) steps, with what is added before the
+                     last activation: a tensor, the chain's own input, or steps on that input. Where
+                     they are folded, for inference, convolutions without a batch norm are steps too
+    NormPattern      a norm layer with an activation behind it; a batch norm also with an addition
+    ResizePattern    F.interpolate, or any resizing whose output is concatenated with one tensor
+    DropPattern      F.dropout, F.dropout2d
 
 A layer by itself (BatchNorm2d, GroupNorm, Dropout, Upsample, ...) is no pattern: it is converted
 where it is. Nodes of one pattern are consumed by nobody outside it but the last.
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 from torch import fx
 
 
-class Step(NamedTuple):
+class StepNodes(NamedTuple):
     """One step of a chain, by its nodes; bn, which folded chains may lack, and pool."""
 
     conv: fx.Node
@@ -28,7 +28,7 @@ class Step(NamedTuple):
 
 
 @dataclass
-class Resize:
+class ResizePattern:
     """interpolate(x), cat([skip, interpolate(x)], 1), or cat([interpolate(x), skip], 1)."""
 
     resize: fx.Node
@@ -44,15 +44,15 @@ class Resize:
 
 
 @dataclass
-class Chain:
+class ChainPattern:
     """Steps; residual: None, a node, or the steps of a projection, () for the input itself.
 
     resize: what makes the first convolution's input, where that is a 3x3 one and reads it alone.
     """
 
-    steps: list[Step]
-    resize: Resize | None = None
-    residual: fx.Node | tuple[Step, ...] | None = None
+    steps: list[StepNodes]
+    resize: ResizePattern | None = None
+    residual: fx.Node | tuple[StepNodes, ...] | None = None
     added: tuple[fx.Node, ...] = ()  # the addition and the activation behind it
     residual_dies: bool = False  # nobody reads the residual afterwards
 
@@ -83,7 +83,7 @@ class Chain:
 
 
 @dataclass
-class Norm:
+class NormPattern:
     """act(norm(x) + residual)."""
 
     norm: fx.Node
@@ -99,7 +99,7 @@ class Norm:
 
 
 @dataclass
-class Drop:
+class DropPattern:
     """dropout(x)."""
 
     drop: fx.Node
@@ -112,7 +112,7 @@ class Drop:
         return [x]
 
 
-Pattern = Chain | Norm | Resize | Drop
+Pattern = ChainPattern | NormPattern | ResizePattern | DropPattern
 
 # F.interpolate's arguments, in their order.
 INTERPOLATE = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
