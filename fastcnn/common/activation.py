@@ -53,8 +53,13 @@ def activation(z: Tensor, act: str) -> Tensor:
     raise NotImplementedError(f"activation: {act} has no reference")
 
 
-# PyTorch's own functions, for what is not fused.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x, "relu": F.relu, "relu6": F.relu6, "leaky_relu": F.leaky_relu,
-    "silu": F.silu, "gelu": F.gelu, "sigmoid": torch.sigmoid, "hardswish": F.hardswish,
-}  # fmt: skip
+def eager_activation(z: Tensor, act: str, inplace: bool = False) -> Tensor:
+    """Apply an activation by name as PyTorch does; gelu always makes a tensor of its own."""
+    if act == "none":
+        return z
+    if act == "gelu":
+        return F.gelu(z)
+    if act == "sigmoid":
+        return z.sigmoid_() if inplace else z.sigmoid()
+    run: Callable[..., Tensor] = getattr(F, act)  # named as they are here
+    return run(z, inplace=inplace)

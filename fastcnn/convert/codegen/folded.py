@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastcnn.common.activation import ACTIVATIONS
+from fastcnn.common.activation import eager_activation
 from fastcnn.convert.codegen import runtime
 from fastcnn.convert.codegen.fit import Options, Shortcut, StepModules
 from fastcnn.convert.codegen.runtime import Resizing
@@ -125,6 +125,6 @@ def _differentiable(
             x = runtime.run_chain(x, [step], last, options)
             continue
         x = conv(x)
-        x = ACTIVATIONS[act](x if last is None else x + last)
+        x = eager_activation(x if last is None else x + last, act)
         x = x if pool is None else pool(x)
     return x

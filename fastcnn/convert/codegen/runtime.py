@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcnn import functional
-from fastcnn.common.activation import ACTIVATIONS
+from fastcnn.common.activation import eager_activation
 from fastcnn.common.autocast import autocast_dtype
 from fastcnn.convert.codegen.fit import (
     Options,
@@ -126,7 +126,7 @@ def run_norm_act(
     if why is not None:
         refuse(norm, why, options)
         y = norm(x)
-        return ACTIVATIONS[act](y if residual is None else y + residual)
+        return eager_activation(y if residual is None else y + residual, act)
     return run_norm(x, norm, kind, act, residual)
 
 
@@ -224,7 +224,7 @@ def one_by_one(x: Tensor, steps: Sequence[StepModules], residual: Shortcut) -> T
         if added is not None and i == len(steps):
             x = x + added
         if bn is None or act_inside(bn) == "none":
-            x = ACTIVATIONS[act](x)
+            x = eager_activation(x, act)
         x = x if pool is None else pool(x)
     return x
 

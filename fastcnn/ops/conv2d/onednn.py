@@ -1,11 +1,10 @@
 """oneDNN's convolution with an epilogue: the sum, the activation, one kernel for inference."""
 
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastcnn.common.activation import eager_activation
 from fastcnn.common.checks import check_like, memory_format_of
 from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.ops.conv2d.aten import convolve
@@ -35,19 +34,6 @@ _EPILOGUES: dict[str, tuple[str, list[float], str]] = {
     "gelu": ("gelu", [], "none"),
     "sigmoid": ("sigmoid", [], ""),
     "hardswish": ("hardswish", [], ""),
-}
-
-
-# After a residual its epilogue has none or ReLU; the others are a pass of their own.
-AFTER_SUM: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda z: z,
-    "relu": F.relu_,
-    "relu6": lambda z: F.relu6(z, inplace=True),
-    "leaky_relu": F.leaky_relu_,
-    "silu": lambda z: F.silu(z, inplace=True),
-    "gelu": F.gelu,
-    "sigmoid": torch.sigmoid_,
-    "hardswish": lambda z: F.hardswish(z, inplace=True),
 }
 
 
@@ -81,7 +67,7 @@ def convolve_onednn(
             if not own:
                 check_like("conv_bn_act", "residual", residual, y)
             y += residual
-        y = AFTER_SUM[act](y)
+        y = eager_activation(y, act, inplace=True)
     elif residual is None:
         y = _convolution_pointwise.default(x, *arguments, *_EPILOGUES[act])
     else:
@@ -98,6 +84,6 @@ def convolve_onednn(
             y = _convolution_pointwise.binary(x, residual, *arguments, "add", 1.0, relu, [], "")
             if not own:  # oneDNN has copied another layout
                 check_like("conv_bn_act", "residual", residual, y)
-        if relu is None:
-            y = AFTER_SUM[act](y)
+        if relu is None:  # after a residual oneDNN's epilogue has none or ReLU
+            y = eager_activation(y, act, inplace=True)
     return y

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from fastcnn.common.activation import eager_activation
 from fastcnn.common.autocast import autocast_dtype, cast
-from fastcnn.ops.conv2d.onednn import AFTER_SUM, convolve_onednn, folds
+from fastcnn.ops.conv2d.onednn import convolve_onednn, folds
 from fastcnn.ops.conv_bn_act.folded import FoldedConv2d, reorder
 from fastcnn.ops.conv_bn_act.inference import folded, norm_of_step
 from fastcnn.ops.conv_bn_act.step import ConvBnActStep
@@ -100,7 +101,7 @@ def _run(
         z = convolve_onednn(x, wz, None, POINTWISE, "none", None, True)
         y: Tensor = upsample_taps_fwd(z, *resize)
         if ws is None or concat is None:
-            return AFTER_SUM[step.act](y.add_(bias[:, None, None]))
+            return eager_activation(y.add_(bias[:, None, None]), step.act, inplace=True)
         return convolve_onednn(concat, ws, bias, AROUND, step.act, y, True, into=True)
 
     return run
