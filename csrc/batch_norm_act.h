@@ -34,8 +34,8 @@ struct BatchNormActBwdParams {
   bool training;   // mean and var came from x itself, so dx has their gradients too
   const void* dy;  // [n, c, h, w] dtype, in x's layout
   const void* x;   // [n, c, h, w] dtype
-  // [n, c, h, w] dtype, where a residual was added before an activation: y if slope_is_in_y(act),
-  // else the residual. null: z is rebuilt from x alone.
+  // [n, c, h, w] dtype, where a residual was added before an activation: y if
+  // derivative_needs_only_y(act), else the residual. null: z is recomputed from x alone.
   const void* saved;
   const void* mean;    // [c] acc
   const void* var;     // [c] acc

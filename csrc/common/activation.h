@@ -23,7 +23,7 @@ enum class Act : int32_t {
 constexpr int32_t kActCount = 8;
 
 // Whether d act / dz can be read off y = act(z). The others need z.
-FASTCNN_HOST_DEVICE constexpr bool slope_is_in_y(Act act) {
+FASTCNN_HOST_DEVICE constexpr bool derivative_needs_only_y(Act act) {
   return act == Act::kNone || act == Act::kRelu || act == Act::kRelu6;
 }
 
@@ -45,8 +45,8 @@ FASTCNN_HOST_DEVICE V constant(double value) {
 
 // V is float or a vector of floats or doubles: a comparison then selects lane by lane.
 // A NaN comes through, as in PyTorch. Where an infinite z meets a factor of 0, silu, gelu and
-// hardswish have their limits, in value and slope; PyTorch's formulas give NaN there. To that end z
-// is held within +-kFar, beyond which those factors are 0 in double too.
+// hardswish have their limits, in value and derivative; PyTorch's formulas give NaN there. To that
+// end z is held within +-kFar, beyond which those factors are 0 in double too.
 constexpr double kFar = 1e4, kLeakySlope = 0.01;
 
 template <class V>
@@ -106,8 +106,8 @@ FASTCNN_HOST_DEVICE V act_fwd(V z) {
   }
 }
 
-// d act / dz times dy, from z; where slope_is_in_y(act), equally from y. At a kink it is what
-// PyTorch takes: the smaller slope, but of hardswish the outer one.
+// d act / dz times dy, from z; where derivative_needs_only_y(act), equally from y. Where the
+// derivative jumps it is PyTorch's: the smaller one, but of hardswish the outer one.
 template <Act act, class V>
 FASTCNN_HOST_DEVICE V act_bwd(V dy, V z) {
   const V zero = V{};
@@ -130,15 +130,15 @@ FASTCNN_HOST_DEVICE V act_bwd(V dy, V z) {
     return dy * (sigmoid.value * sigmoid.rest);
   } else if constexpr (act == Act::kHardswish) {
     const V three = zero + 3;
-    const V slope = z * constant<V>(1.0 / 3) + constant<V>(0.5);
-    return z <= -three ? zero : (z >= three ? dy : dy * slope);
+    const V derivative = z * constant<V>(1.0 / 3) + constant<V>(0.5);
+    return z <= -three ? zero : (z >= three ? dy : dy * derivative);
   } else {
     return dy;
   }
 }
 
-// Those whose slope is in y, as one: z within bounds. A bound that an activation lacks is NaN, with
-// which no comparison holds. Loops of CUDA kernels have it inline, without a branch.
+// Those whose derivative needs only y, as one: z within bounds. A bound that an activation lacks is
+// NaN, with which no comparison holds. Loops of CUDA kernels have it inline, without a branch.
 class BoundedAct {
  public:
   static constexpr bool kLong = false;
@@ -147,7 +147,7 @@ class BoundedAct {
       : low_(act == Act::kNone ? __builtin_nanf("") : 0.f),
         high_(act == Act::kRelu6 ? 6.f : __builtin_nanf("")) {}
 
-  FASTCNN_HOST_DEVICE bool slope_is_in_y() const { return true; }
+  FASTCNN_HOST_DEVICE bool derivative_needs_only_y() const { return true; }
 
   template <int kCount>
   FASTCNN_HOST_DEVICE void fwd_each(float (&z)[kCount]) const {
@@ -226,7 +226,7 @@ class SwitchedAct {
 
   FASTCNN_HOST_DEVICE explicit SwitchedAct(Act act) : act_(act) {}
 
-  FASTCNN_HOST_DEVICE bool slope_is_in_y() const { return false; }
+  FASTCNN_HOST_DEVICE bool derivative_needs_only_y() const { return false; }
 
   template <int kCount>
   FASTCNN_HOST_DEVICE void fwd_each(float (&z)[kCount]) const {
@@ -244,7 +244,7 @@ class SwitchedAct {
 // body(the activation), compiled for either kind.
 template <class Body>
 FASTCNN_HOST_DEVICE void with_act(Act act, Body body) {
-  if (slope_is_in_y(act)) {
+  if (derivative_needs_only_y(act)) {
     body(BoundedAct(act));
   } else {
     body(SwitchedAct(act));

@@ -17,7 +17,7 @@ template <Act act>
 struct InlineAct {
   explicit InlineAct(Act) {}
 
-  static constexpr bool slope_is_in_y() { return fastcnn::slope_is_in_y(act); }
+  static constexpr bool derivative_needs_only_y() { return fastcnn::derivative_needs_only_y(act); }
   template <class V>
   V fwd(V z) const {
     return act_fwd<act>(z);
@@ -47,7 +47,7 @@ class CalledAct {
  public:
   explicit CalledAct(Act act) : act_(act) {}
 
-  bool slope_is_in_y() const { return fastcnn::slope_is_in_y(act_); }
+  bool derivative_needs_only_y() const { return fastcnn::derivative_needs_only_y(act_); }
   template <class V>
   V fwd(V z) const {
     return called_act_fwd(act_, z);

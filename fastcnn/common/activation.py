@@ -14,12 +14,12 @@ Activation = Literal["none", "relu", "relu6", "leaky_relu", "silu", "gelu", "sig
 ACT_NUMBER: dict[str, int] = {name: number for number, name in enumerate(get_args(Activation))}
 
 # Those whose derivative can be read off y = act(z); the others need z.
-_SLOPE_IS_IN_Y = {ACT_NUMBER[name] for name in ("none", "relu", "relu6")}
+_DERIVATIVE_NEEDS_ONLY_Y = {ACT_NUMBER[name] for name in ("none", "relu", "relu6")}
 
 
-def slope_is_in_y(act: int) -> bool:
+def derivative_needs_only_y(act: int) -> bool:
     """Whether d act / dz can be read off y = act(z), by the schema's number."""
-    return act in _SLOPE_IS_IN_Y
+    return act in _DERIVATIVE_NEEDS_ONLY_Y
 
 
 def act_number(op: str, act: str) -> int:

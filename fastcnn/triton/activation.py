@@ -51,7 +51,7 @@ def act_fwd(z, ACT: tl.constexpr):
 
 @triton.jit
 def act_bwd(dy, z, ACT: tl.constexpr):
-    """Return dy times the slope at z; at a kink the one that PyTorch takes."""
+    """Return dy times the derivative at z; where it jumps, the one that PyTorch takes."""
     if ACT == RELU:
         dy = tl.where(z <= 0, 0.0, dy)
     elif ACT == RELU6:
@@ -68,6 +68,6 @@ def act_bwd(dy, z, ACT: tl.constexpr):
     elif ACT == SIGMOID:
         dy = dy * (_sigmoid(z) * _sigmoid(-z))
     elif ACT == HARDSWISH:
-        slope = z * (1.0 / 3) + 0.5
-        dy = tl.where(z <= -3, 0.0, tl.where(z >= 3, dy, dy * slope))
+        derivative = z * (1.0 / 3) + 0.5
+        dy = tl.where(z <= -3, 0.0, tl.where(z >= 3, dy, dy * derivative))
     return dy

@@ -17,8 +17,8 @@ pixels of one phase, (row + padding) modulo the stride, meet the same ones, so a
 are of one phase, and no tap is walked in vain: see _taps.
 
 dx's epilogue, in float32, each part optional, in this order: plus `add`, the gradient that comes by
-another way; times the slope of the activation that made the input, at norm(raw); and the two sums
-that batch norm's backward needs of the result d, for each tile and channel: d and d * xhat.
+another way; times the derivative of the activation that made the input, at norm(raw); and the two
+sums that batch norm's backward needs of the result d, for each tile and channel: d and d * xhat.
 sum_tiles adds the tiles up in a fixed order.
 
 dw: each program sums a part of the pixels; sum_tiles adds the parts.

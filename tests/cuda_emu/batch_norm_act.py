@@ -4,9 +4,10 @@ Tolerances. U = 2**-24 is float32's unit roundoff, u that of the output's dtype.
 by its own rounding, u * |result|, and by what float32 accumulates on the way: ROUNDINGS * U times
 the magnitudes that are added up. Subtracting the mean costs U * max|x|, whatever is left after it.
 
-Kinks. Where z lies nearer to 0 or 6 than its own error, either gradient is right; dy is 0 there, so
-that both give the same sums. With a residual the mask is the rounded y's, as in PyTorch, and z's
-error includes that rounding. A slope that bends carries z's error on, times its curvature.
+Non-differentiable points. Where z lies nearer to 0 or 6 than its own error, either gradient is
+right; dy is 0 there, so that both give the same sums. With a residual the mask is the rounded y's,
+as in PyTorch, and z's error includes that rounding. Where act' depends on z it carries z's error on,
+times act''.
 """
 
 from collections.abc import Sequence
@@ -15,12 +16,12 @@ from typing import Any
 
 import torch
 from cuda_emu.run import DTYPE_NUMBER, Case, Result
-from support.activations import near_a_kink
+from support.activations import near_nondifferentiable
 from support.seeds import seeded
 from torch import Tensor
 
 from fastcnn import reference
-from fastcnn.common.activation import ACT_NUMBER, slope_is_in_y
+from fastcnn.common.activation import ACT_NUMBER, derivative_needs_only_y
 
 U = 2.0**-24
 # The longest chain of float32 additions in the tests' shapes: 72 values in a thread, then 8 joins
@@ -29,7 +30,7 @@ ROUNDINGS = 2 * (72 + 8 + 6)
 EPS = 1e-5
 # Shared memory of a block: none leaves the kernels in stages, a H200's the slabs where they fit.
 STAGES, SLABS = 0, 227 << 10
-# The largest |act'| and |act''| (beside kinks) of the activations that calculate.
+# The largest |act'| and |act''| (where they are differentiable) of the activations that calculate.
 STEEPNESS = {"leaky_relu": 1.0, "silu": 1.1, "gelu": 1.13, "sigmoid": 0.25, "hardswish": 1.5}
 CURVATURE = {"leaky_relu": 0.0, "silu": 0.5, "gelu": 0.8, "sigmoid": 0.1, "hardswish": 1 / 3}
 ACT_ROUNDINGS = 16  # exp, erf and erff to 2 ulp, and what combines them
@@ -82,7 +83,9 @@ class Call:
         with torch.no_grad():
             self.forward_errors(x, residual, weight, bias, mean, var, y)
             margin = self.z_error + has_residual * self.rounding(z.abs() + self.z_error)
-            self.dy = normal(shape).masked_fill(near_a_kink(z, self.act, margin), 0).to(dtype)
+            self.dy = (
+                normal(shape).masked_fill(near_nondifferentiable(z, self.act, margin), 0).to(dtype)
+            )
             self.dz_error = torch.zeros_like(z)
             if self.act in CURVATURE:
                 error = CURVATURE[self.act] * self.z_error + ACT_ROUNDINGS * U
@@ -129,7 +132,7 @@ class Call:
         self.dweight_error = total(dz * self.xhat_error + dz_error * xhat_most)
         self.dweight_error += bound * total(dz * self.xhat)
         self.dresidual_error = dz_error
-        if not slope_is_in_y(ACT_NUMBER[self.act]):  # else dy or 0: nothing is rounded
+        if not derivative_needs_only_y(ACT_NUMBER[self.act]):  # else dy or 0: nothing is rounded
             self.dresidual_error = dz_error + self.rounding(dz + dz_error)
         shift, slope, shift_error, slope_error = (
             self.training * column(t) / n
@@ -182,7 +185,7 @@ class Call:
     def backward(
         self, channels_last: bool, want_dresidual: bool = True, skip: Sequence[str] = ()
     ) -> Case:
-        in_y = slope_is_in_y(ACT_NUMBER[self.act])
+        in_y = derivative_needs_only_y(ACT_NUMBER[self.act])
         saved = self.y.to(self.dtype) if in_y and self.residual is not None else self.residual
         image = in_memory(self.x, channels_last)
         return Case(

@@ -1,7 +1,7 @@
 """Calls of group_norm_act's and pixel_norm_act's CUDA kernels: data, results, and how near.
 
-What float64 and autograd make of the data is right; how near a result must come to it, and how the
-activations' kinks are kept away, is batch_norm_act.py's reckoning with other sets of values.
+What float64 and autograd make of the data is right; how near a result must come to it, and how
+z is kept off non-differentiable points, is batch_norm_act.py's reckoning with other values.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from cuda_emu.batch_norm_act import (
     total,
 )
 from cuda_emu.run import DTYPE_NUMBER, Case, Result
-from support.activations import near_a_kink
+from support.activations import near_nondifferentiable
 from support.seeds import seeded
 from torch import Tensor
 
@@ -54,7 +54,7 @@ class Call:
         self.weight = 3 * normal(c) if has_weight else None  # about half of them negative
         if self.weight is not None and c > 2:
             self.weight[1] = 0
-        self.bias = 2 + normal(c) if has_bias else None  # z lies on both sides of every kink
+        self.bias = 2 + normal(c) if has_bias else None  # z crosses every non-differentiable point
         # The reference has both, so that autograd has both gradients.
         weight = torch.ones(c).double() if self.weight is None else self.weight.double()
         bias = torch.zeros(c).double() if self.bias is None else self.bias.double()
@@ -65,7 +65,7 @@ class Call:
         z = reference.group_norm_act(leaves[0], groups, *leaves[1:], EPS, "none")[0]
         with torch.no_grad():
             self.forward_errors(*leaves, y)
-            unsure = near_a_kink(z, self.act, self.z_error)
+            unsure = near_nondifferentiable(z, self.act, self.z_error)
             self.dy = normal(shape).masked_fill(unsure, 0).to(dtype)
         self.dx, self.dweight, self.dbias = torch.autograd.grad(
             y, leaves, self.dy.double(), retain_graph=True

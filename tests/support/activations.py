@@ -17,15 +17,15 @@ ACTS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": F.hardswish,
 }
 
-# Where the slope jumps, so that a rounding of z decides about the gradient: tests stay away.
-KINKS: dict[str, tuple[float, ...]] = {
+# Where the derivative jumps, so that a rounding of z decides about the gradient: tests stay away.
+NONDIFFERENTIABLE: dict[str, tuple[float, ...]] = {
     "relu": (0.0,), "relu6": (0.0, 6.0), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)
 }  # fmt: skip
 
 
-def near_a_kink(z: Tensor, act: str, margin: Tensor | float) -> Tensor:
-    """Mark the values that are no further than the margin from a kink of the activation."""
+def near_nondifferentiable(z: Tensor, act: str, margin: Tensor | float) -> Tensor:
+    """Mark the values within the margin of a point where the activation is not differentiable."""
     near = torch.zeros_like(z, dtype=torch.bool)
-    for kink in KINKS.get(act, ()):
-        near |= (z - kink).abs() <= margin
+    for point in NONDIFFERENTIABLE.get(act, ()):
+        near |= (z - point).abs() <= margin
     return near

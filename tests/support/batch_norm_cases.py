@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from support.activations import ACTS, near_a_kink
+from support.activations import ACTS, near_nondifferentiable
 from support.norm_cases import (
     CPU,
     Draw,
@@ -55,7 +55,7 @@ def make_case(
     training: bool = True,
     param_dtype: torch.dtype | None = None,
 ) -> Case:
-    """Values away from the kinks."""
+    """Values away from non-differentiable points."""
     draw = Draw(sizes, dtype, layout, param_dtype)
     weight, bias = draw.affine(act)
     x, added = draw.image(), draw.image() if residual else None
@@ -65,11 +65,11 @@ def make_case(
     for _ in range(100):
         before = replace(case, act="none").to(torch.float64)
         z = run(torch_batch_norm_act, before, forward_only=True)["y"]
-        near = near_a_kink(z, act, margin(dtype))
+        near = near_nondifferentiable(z, act, margin(dtype))
         if not near.any():
             return case
         moved.copy_(torch.where(near, draw.image(), moved))
-    raise AssertionError("no data away from the kinks found")
+    raise AssertionError("no data away from non-differentiable points found")
 
 
 def torch_batch_norm_act(case: Case) -> Tensor:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from support.activations import near_a_kink
+from support.activations import near_nondifferentiable
 from support.fuzz_cases import placed, strange
 from support.norm_cases import Normalised, halved, norm_errors
 from support.shapes import LAYOUTS
@@ -140,7 +140,7 @@ def norm_bounds(
     if dy.numel() == 0:
         return dict.fromkeys(norm_errors(n, dy.dtype), torch.zeros(())), {}
     near = margin(dy.dtype) * (1 + z.abs() / 8) + norm_errors(n, dy.dtype)["z"]
-    dy.masked_fill_(near_a_kink(z, act, near), 0)
+    dy.masked_fill_(near_nondifferentiable(z, act, near), 0)
     n = n._replace(dy=dy.double())
     errors = norm_errors(n, dy.dtype)
     errors |= {k: errors[k].flatten() for k in ("running_mean", "running_var")}

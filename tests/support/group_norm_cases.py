@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from support.activations import ACTS, near_a_kink
+from support.activations import ACTS, near_nondifferentiable
 from support.norm_cases import CPU, Draw, Place, compare, norm_errors, normalised_by_group
 from support.tolerance import margin
 from torch import Tensor
@@ -47,13 +47,13 @@ def make_case(
     act: str = "relu",
     param_dtype: torch.dtype | None = None,
 ) -> Case:
-    """Values with dy = 0 near kinks."""
+    """Values with dy = 0 near non-differentiable points."""
     draw = Draw(sizes, dtype, layout, param_dtype)
     weight, bias = draw.affine(act)
     case = Case(draw.image(), weight, bias, draw.image(), groups, act)
     z = torch_norm_act(replace(case, act="none").to(torch.float64))
     # Either gradient is right there. Half parameters beside a large z: a margin of its size.
-    near = near_a_kink(z, act, margin(dtype) * (1 + z.abs().max().item() / 8))
+    near = near_nondifferentiable(z, act, margin(dtype) * (1 + z.abs().max().item() / 8))
     case.dy.masked_fill_(near, 0)
     return case
 

@@ -56,7 +56,7 @@ class Draw:
         far = act in ("relu6", "hardswish")  # beyond 6, and 3
         weight = self.uniform(0.5, 1.5) * (4 if far else 1)
         weight[::3] *= -1
-        # Two values a channel normalise to -1 and 1, so |beta| < |gamma| keeps them off the kink.
+        # Two values a channel normalise to -1 and 1, so |beta| < |gamma| keeps z off 0.
         bias = self.uniform(-0.25, 0.25)
         if self.sizes[1] > 1:
             weight[1], bias[1] = 0, 0.25

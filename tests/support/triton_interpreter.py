@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import triton.language as tl
-from support.activations import ACTS, near_a_kink
+from support.activations import ACTS, near_nondifferentiable
 from support.device import DEVICE
 from support.norm_cases import STEEPEST
 from support.tolerance import walk
@@ -134,5 +134,5 @@ def derivative(z: Bounded, act: str) -> Bounded:
     """act'(z): next to where it jumps, by 1 at most, either side is right."""
     leaf = z.exact.detach().requires_grad_()
     with torch.enable_grad():
-        (slope,) = torch.autograd.grad(ACTS[act](leaf).sum(), leaf)
-    return Bounded(slope, z.error + ONE * STEEPEST + near_a_kink(z.exact, act, z.error))
+        (found,) = torch.autograd.grad(ACTS[act](leaf).sum(), leaf)
+    return Bounded(found, z.error + ONE * STEEPEST + near_nondifferentiable(z.exact, act, z.error))

@@ -38,7 +38,7 @@ inline __attribute__((always_inline)) Vec<Acc<T>> grad_z(const BwdSpan<T>& s, A 
   Vec<Acc<T>> z = centered * scale + bias;
   if constexpr (kZ == Z::kWithSaved) {
     const Vec<Acc<T>> saved = load(s.saved + o, count);
-    z = act.slope_is_in_y() ? saved : z + saved;
+    z = act.derivative_needs_only_y() ? saved : z + saved;
   }
   return act.bwd(dy, z);
 }

@@ -144,7 +144,7 @@ struct BwdGroup {
         z[i] = centered[i] * k.scale[s] + k.bias[s];
         if (p.saved != nullptr) {
           const float saved_value = element<T, kVector>(saved[u], v);
-          z[i] = act.slope_is_in_y() ? saved_value : z[i] + saved_value;
+          z[i] = act.derivative_needs_only_y() ? saved_value : z[i] + saved_value;
         }
       }
       act.bwd_each(dz, z);

@@ -21,7 +21,7 @@ namespace fastcnn {
 namespace {
 
 // dx = scale * dz - (shift + (x - mean) * slope), by group.
-struct Slopes {
+struct DxCoefficients {
   float shift, slope;
 };
 
@@ -182,10 +182,10 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// slopes: [samples, groups]
+// coefficients: [samples, groups]
 __global__ void __launch_bounds__(kThreads)
     group_norm_act_finish_reduce_kernel(GroupNormActBwdParams p, SamplePlan plan, FinishPlan finish,
-                                        const Sums* partial, Slopes* slopes) {
+                                        const Sums* partial, DxCoefficients* coefficients) {
   const int64_t slab = finish.column();
   Sums total[1];
   for_each_partial(plan, finish, partial, [&](const Sums& sums, int64_t channel) {
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads)
   if (finish.lane() == 0 && slab < plan.slabs()) {
     const float rstd = rstd_of(static_cast<const float*>(p.var)[slab], p.eps);
     const float share = rstd / static_cast<float>(plan.per_group * plan.sample.hw);
-    slopes[slab] = {total[0].dz * share, total[0].dzx * share * rstd * rstd};
+    coefficients[slab] = {total[0].dz * share, total[0].dzx * share * rstd * rstd};
   }
 }
 
@@ -225,7 +225,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, int kVector, bool kChannelsLast>
 __global__ void __launch_bounds__(kThreads)
-    group_norm_act_dx_kernel(GroupNormActBwdParams p, SamplePlan plan, const Slopes* slopes) {
+    group_norm_act_dx_kernel(GroupNormActBwdParams p, SamplePlan plan,
+                             const DxCoefficients* coefficients) {
   constexpr int kCount = kSlots<kVector, kChannelsLast>;
   Walk<kVector, kChannelsLast> walk(plan.sample, plan.columns, plan.tile());
   if (!walk.active) return;
@@ -233,8 +234,8 @@ __global__ void __launch_bounds__(kThreads)
   float shift[kCount], slope[kCount];
 #pragma unroll
   for (int s = 0; s < kCount; ++s) {
-    const Slopes of_group =
-        slopes[plan.index() * plan.groups + (walk.channel + s) / plan.per_group];
+    const DxCoefficients of_group =
+        coefficients[plan.index() * plan.groups + (walk.channel + s) / plan.per_group];
     shift[s] = of_group.shift;
     slope[s] = of_group.slope;
   }
@@ -276,8 +277,9 @@ int64_t group_norm_act_workspace(const ImageShape& shape, DType dtype, const Cud
   const int64_t whole = plan_samples(shape, 1, bytes, true, device).columns.splits;
   const int64_t single = plan_samples(shape, 1, bytes, false, device).columns.splits;
   const int64_t splits = whole > single ? whole : single;
-  // A partial value a split, sample and channel, then Slopes for at most as many groups.
-  const int64_t floats = splits * sizeof(Moments) / sizeof(float) + sizeof(Slopes) / sizeof(float);
+  // A partial value a split, sample and channel, then coefficients for at most as many groups.
+  const int64_t floats =
+      splits * sizeof(Moments) / sizeof(float) + sizeof(DxCoefficients) / sizeof(float);
   return shape.n * shape.c * floats;
 }
 
@@ -317,8 +319,8 @@ int launch_group_norm_act_bwd(const GroupNormActBwdParams& p, float* workspace,
       plan_samples(p.shape, p.groups, element_bytes(p.dtype), aligned({p.dy, p.x, p.dx}), device);
   if (!can_launch(plan)) return cudaErrorInvalidValue;
   Sums* partial = reinterpret_cast<Sums*>(workspace);
-  Slopes* slopes =
-      reinterpret_cast<Slopes*>(partial + plan.samples * plan.columns.splits * p.shape.c);
+  DxCoefficients* coefficients =
+      reinterpret_cast<DxCoefficients*>(partial + plan.samples * plan.columns.splits * p.shape.c);
   const int columns = plan.columns.vector;
   return dispatch(p.dtype, columns, p.shape.channels_last, [&](auto t, auto vector, auto cl) {
     using T = decltype(t);
@@ -331,14 +333,14 @@ int launch_group_norm_act_bwd(const GroupNormActBwdParams& p, float* workspace,
     if (error != cudaSuccess) return error;
     const FinishPlan by_group(plan.columns.splits * plan.per_group);
     error = launch(device, by_group.grid(plan.slabs()), kThreads, kThreads * sizeof(Sums),
-                   group_norm_act_finish_reduce_kernel, p, plan, by_group, sums, slopes);
+                   group_norm_act_finish_reduce_kernel, p, plan, by_group, sums, coefficients);
     if (error != cudaSuccess) return error;
     const FinishPlan by_channel(plan.columns.splits * plan.samples);
     error = launch(device, by_channel.grid(p.shape.c), kThreads, kThreads * sizeof(Sums),
                    group_norm_act_finish_parameters_kernel, p, plan, by_channel, sums);
     if (error != cudaSuccess) return error;
     return launch(device, grid_of(plan), threads, 0, group_norm_act_dx_kernel<T, kVector, cl.value>,
-                  p, plan, static_cast<const Slopes*>(slopes));
+                  p, plan, static_cast<const DxCoefficients*>(coefficients));
   });
 }
 

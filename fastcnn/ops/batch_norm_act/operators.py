@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.common.activation import ACT_NUMBER, slope_is_in_y
+from fastcnn.common.activation import ACT_NUMBER, derivative_needs_only_y
 from fastcnn.common.checks import memory_format_of
 from fastcnn.common.dtypes import as_acc, new_channels
 from fastcnn.common.library import declare
@@ -67,7 +67,7 @@ def image_to_save(act: int, y: Tensor, residual: Tensor | None) -> Tensor | None
     """Return what backward needs beside x to know act'(z): y, the residual, or nothing."""
     if residual is None or act == ACT_NUMBER["none"]:
         return None
-    return y if slope_is_in_y(act) else residual
+    return y if derivative_needs_only_y(act) else residual
 
 
 def batch_norm_act_fwd(

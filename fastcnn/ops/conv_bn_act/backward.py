@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.common.activation import ACT_NUMBER, slope_is_in_y
+from fastcnn.common.activation import ACT_NUMBER, derivative_needs_only_y
 from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.checks import in_format_of
 from fastcnn.common.conv_operands import Gradient, Input, Sums
@@ -168,7 +168,7 @@ class SavedSteps:
 def saves_y(block: BlockSettings) -> bool:
     """Whether backward needs the block's output; else, behind an activation, its residual."""
     act = block.steps[-1].act
-    return act != ACT_NUMBER["none"] and slope_is_in_y(act)
+    return act != ACT_NUMBER["none"] and derivative_needs_only_y(act)
 
 
 @dataclass

@@ -57,7 +57,7 @@ def bwd_exact(
     problem: Problem, dz: Tensor, raw: Tensor, x: Tensor, weight: Tensor, *rest: Tensor
 ) -> tuple[Tensor, ...]:
     """Return dx, dweight, and dx's sums where there is a norm before; without dx where no_dx."""
-    mean, var, slope, _, gradient, times_xhat = (t.double()[:, None, None] for t in rest[:6])
+    mean, var, gamma, _, gradient, times_xhat = (t.double()[:, None, None] for t in rest[:6])
     rstd, d = 1 / (var + EPS).sqrt(), dz.double()
     if "training" in problem.options:
         xhat = (raw.double() - mean) * rstd
@@ -68,7 +68,7 @@ def bwd_exact(
         leaves.insert(0, z.requires_grad_())
     with torch.enable_grad():
         y = convolve(activation(z, act), leaves[-1], None, geometry_of(problem))
-    found = torch.autograd.grad(y, leaves, d * rstd * slope)
+    found = torch.autograd.grad(y, leaves, d * rstd * gamma)
     return *found, *_exact_sums(problem, found[0], x, rest[6:])
 
 

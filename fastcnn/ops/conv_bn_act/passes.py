@@ -143,9 +143,9 @@ def batch_norm_gradient(
     dconv_bias: Tensor | None = None
     if conv_bias is not None and s.group is None:
         # Statistics of the batch follow a bias: its gradient is 0; of a part of it, it is not.
-        slope = gradient if norm.weight is None else gradient * norm.weight
-        slope = torch.zeros_like(slope) if s.training else slope * (norm.var + norm.eps).rsqrt()
-        dconv_bias = slope.to(conv_bias.dtype)
+        dbias = gradient if norm.weight is None else gradient * norm.weight
+        dbias = torch.zeros_like(dbias) if s.training else dbias * (norm.var + norm.eps).rsqrt()
+        dconv_bias = dbias.to(conv_bias.dtype)
     return (
         d,
         added,

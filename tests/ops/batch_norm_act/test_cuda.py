@@ -1,7 +1,7 @@
 """The CUDA kernels of batch_norm_act, run by the emulator, against float64 and autograd.
 
-Tolerances, and how the activations' kinks are kept away: cuda_emu/batch_norm_act.py.
-test_gradient_at_kinks looks at the kinks themselves.
+Tolerances, and how z is kept off non-differentiable points: cuda_emu/batch_norm_act.py.
+test_gradient_where_not_differentiable looks at those points themselves.
 """
 
 import itertools
@@ -175,7 +175,7 @@ def test_offsets_beyond_32_bits(channels_last: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradient_at_kinks(dtype: torch.dtype) -> None:
+def test_gradient_where_not_differentiable(dtype: torch.dtype) -> None:
     # With mean 0, variance 1 and eps 0, z is x to the last bit.
     eps = torch.finfo(dtype).eps
     tiny = torch.finfo(dtype).smallest_normal

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from support.activations import ACTS, near_a_kink
+from support.activations import ACTS, near_nondifferentiable
 from support.batch_norm_cases import (
     Case,
     check,
@@ -243,11 +243,11 @@ def test_gradcheck(layout: str, training: bool) -> None:
 
     for act, residual in itertools.product(ACTS, [False, True]):
         near = torch.tensor(True)
-        while near.any():  # gradcheck's steps of 1e-6 must not cross a kink
+        while near.any():  # gradcheck's steps of 1e-6 must not cross a jump of act'
             images = torch.randn(1 + residual, 3, 2, 3, 2, dtype=torch.float64).unbind()
             images = [t.contiguous(memory_format=LAYOUTS[layout]) for t in images]
             leaves = [images[0], weight, bias, *images[1:]]
             z = run(*leaves, act="none")
-            near = near_a_kink(z, act, 1e-3)
+            near = near_nondifferentiable(z, act, 1e-3)
         leaves = [t.clone().requires_grad_() for t in leaves]
         assert gradcheck(lambda *t, a=act: run(*t, act=a), leaves)

@@ -116,7 +116,7 @@ def test_what_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backward.calls[ops.conv2d_fused_bwd_input] == 7
     assert backward.calls[ops.conv2d_fused_bwd_weight] == 7
     assert backward.calls[ops.batch_norm_act_reduce] == 3
-    # The projection's output once more: silu's slope behind the addition asks for it.
+    # The projection's output once more: silu's derivative behind the addition asks for it.
     assert backward.calls[ops.batch_norm_act_apply] == 1
     written = (ops.batch_norm_act_dx, ops.batch_norm_act_bwd, torch.ops.aten.convolution_backward)
     assert not any(backward.calls[op] for op in written)

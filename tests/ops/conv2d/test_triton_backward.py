@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.activations import ACTS, near_a_kink
+from support.activations import ACTS, near_nondifferentiable
 from support.conv2d_triton_cases import (
     BEFORE_AND_BEHIND,
     GEOMETRIES,
@@ -146,7 +146,8 @@ def batch_norm_gradient(
         var, mean = torch.var_mean(t, dims, correction=0)
         norm = norm._replace(mean=mean.float(), var=var.float())
     z = before_act(given(raw), norm)
-    dy = dy.clone().masked_fill_(near_a_kink(z.exact, act, z.error), 0)  # in place: its layout
+    unsure = near_nondifferentiable(z.exact, act, z.error)
+    dy = dy.clone().masked_fill_(unsure, 0)  # in place: its layout
     fixed = (None, None) if training else (norm.mean.double(), norm.var.double())
     affine = norm.weight.double(), norm.bias.double()
 
@@ -187,10 +188,10 @@ def check_batch_norms(
     assert_rounded("dweight", dweight, *dw)
     assert a.norm is not None
     before = before_act(given(x), a.norm)
-    slope, total = derivative(before, NAMES[a.act]), dx.exact + add.double()
+    factor, total = derivative(before, NAMES[a.act]), dx.exact + add.double()
     off = dx.error + ONE * (dx.exact.abs() + add.double().abs())
-    off = STEEPEST * off + total.abs() * slope.error
-    assert_rounded("d", d, total * slope.exact, off)
+    off = STEEPEST * off + total.abs() * factor.error
+    assert_rounded("d", d, total * factor.exact, off)
     # Sums of the rounded d, which is at hand, and of as many terms.
     mean, std = centre(a.norm)
     xhat, xhat_error = (x.double() - mean) / std, ONE * (x.double().abs() + mean.abs()) / std

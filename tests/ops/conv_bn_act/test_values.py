@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.activations import ACTS, near_a_kink
+from support.activations import ACTS, near_nondifferentiable
 from support.chains import Chain, baseline, check_float64, expected_roundings, results
 from support.shapes import LAYOUTS
 from torch import Tensor, nn
@@ -220,7 +220,9 @@ def test_gradcheck(layout: str, training: bool) -> None:
         first, second = steps(*parameters)
         z1 = functional.conv_bn_act(x, [first._replace(act="none")])
         z2 = functional.conv_bn_act(x, [first, second._replace(act="none")], r)
-        near = torch.cat([near_a_kink(z1, "relu6", 1e-3), near_a_kink(z2, "relu", 1e-3)])
+        near = torch.cat(
+            [near_nondifferentiable(z1, "relu6", 1e-3), near_nondifferentiable(z2, "relu", 1e-3)]
+        )
 
     # In training the convolution's bias has gradient 0, which differences meet to 1e-7.
     assert gradcheck(run, leaves)

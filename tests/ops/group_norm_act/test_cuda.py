@@ -1,6 +1,6 @@
 """The CUDA kernels of group_norm_act and pixel_norm_act, run by the emulator, against float64.
 
-Tolerances, and how the activations' kinks are kept away: cuda_emu/group_norm_act.py.
+Tolerances, and how z is kept off non-differentiable points: cuda_emu/group_norm_act.py.
 """
 
 import itertools

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.activations import ACTS, near_a_kink
+from support.activations import ACTS, near_nondifferentiable
 from support.group_norm_cases import (
     DTYPES,
     PIXELS,
@@ -162,15 +162,16 @@ def test_an_empty_batch_is_torchs() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradcheck(layout: str) -> None:
-    # Against differences of the forward itself, by all inputs at once, away from kinks.
+    # Against differences of the forward itself, by all inputs at once, away from jumps
+    # of act'.
     seed_all(0)
     weight, bias = torch.tensor([[3.0, -2.5, 1, 2], [0.5, 1, -1, 0]], dtype=torch.float64)
     for act, groups in itertools.product(ACTS, (1, 2, 4, PIXELS)):
         near = torch.tensor(True)
-        while near.any():  # gradcheck's steps of 1e-6 must not cross a kink
+        while near.any():  # gradcheck's steps of 1e-6 must not cross a jump of act'
             x = torch.randn(2, 4, 2, 3).double().contiguous(memory_format=LAYOUTS[layout])
             case = Case(x, weight, bias, x, groups, act)
-            near = near_a_kink(fastcnn_norm_act(replace(case, act="none")), act, 1e-3)
+            near = near_nondifferentiable(fastcnn_norm_act(replace(case, act="none")), act, 1e-3)
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
         assert gradcheck(
             lambda x, w, b, c=case: fastcnn_norm_act(replace(c, x=x, weight=w, bias=b)), leaves
