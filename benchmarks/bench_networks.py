@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from where import ALL, DEVICE, ON_GPU, TINY, cases, on, tiny
 
 import fastcnn
-from fastcnn.lab import eager_baseline, kept_for_backward
+from fastcnn.lab import eager_baseline, saved_for_backward
 
 # In torch.compile's own code, and in OpenVINO's.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -130,7 +130,7 @@ def test_training_step(compare: Any, case: Training) -> None:
 
     def kept(model: nn.Module) -> int:
         weights = [*model.parameters(), *model.buffers()]
-        return kept_for_backward(lambda: loss(model), exclude=weights)
+        return saved_for_backward(lambda: loss(model), exclude=weights)
 
     def step(model: Any) -> Run:
         def run(_: Any) -> None:

@@ -8,7 +8,7 @@ speedup            of ours over each of the others: {"ours": {"eager": 1.5, ...}
 copy_gb_s of_copy  what a copy reached in the same rounds, bytes read and written; ours' share
                    of it with `floor_passes` passes over `bytes`
 images_per_s       by candidate       peak_bytes  likewise, beside what was there before
-kept_ratio         bytes kept for backward, as a share of eager's
+kept_ratio         bytes saved for backward, as a share of eager's
 late               calls whose time may include waiting for the host (fastcnn/plan/timer.py)
 plans              problem: plan, of ours
 errors             by candidate, which then has no times; of the case alone: `error`, or why it

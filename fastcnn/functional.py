@@ -319,7 +319,7 @@ def conv_bn_act_blocks(
 ) -> Tensor:
     """Run blocks one after the other: y = conv_bn_act(x, steps, shortcut), whose x is the next y.
 
-    ``memory`` says what is kept for backward, beside the convolution outputs: with "default"
+    ``memory`` says what is saved for backward, beside the convolution outputs: with "default"
     every block's input; with "low" the first one's only, from which backward rebuilds the others by
     one elementwise pass each, for all blocks of this call at once; "lowest" as in
     :func:`conv_bn_act`. Gradients are the same bits in "default" and "low".
@@ -421,7 +421,7 @@ def interpolate(
 
     Returns:
         [n, c, h_out, w_out] or, with concat, [n, c_skip + c, h_out, w_out], in the input's dtype
-        and memory layout. Nothing but sizes is kept for backward, whose result is bitwise the same
+        and memory layout. Nothing but sizes is saved for backward, whose result is bitwise the same
         from run to run; concat's gradient is a view of the output's.
 
     Raises:

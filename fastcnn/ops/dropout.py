@@ -13,7 +13,7 @@ on any number of threads, eager and compiled. The probability to be kept is exac
 to 2^-33, and never 0 or 1 unless p is 1 or 0 (T = 0: nothing is kept; T = 2^32: all is); the scale
 is that of T.
 
-Data movement in passes over the tensor: 2 (3 with a residual), backward 2. Kept for backward: the
+Data movement in passes over the tensor: 2 (3 with a residual), backward 2. Saved for backward: the
 seed, 8 bytes. Backward is the same map without a residual, applied to dy: it draws the mask again.
 """
 

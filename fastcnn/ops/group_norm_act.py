@@ -10,8 +10,8 @@ group_norm_act  mean, var: [n, groups], over a sample's c / groups neighbouring 
 pixel_norm_act  mean, var: [n, h * w], over a pixel's channels: LayerNorm2d
 
 Data movement in passes over the tensor: group_norm_act forward 3 and backward 5, or 2 and 3 where
-what is normalised together stays in a cache from one pass to the next; pixel_norm_act 2 and 3. Kept
-for backward: x, mean, var and the parameters. y is not kept: z is rebuilt from x.
+what is normalised together stays in a cache from one pass to the next; pixel_norm_act 2 and 3.
+Saved for backward: x, mean, var and the parameters. y is not saved: z is recomputed from x.
 """
 
 from typing import Any

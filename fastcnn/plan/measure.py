@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["interleaved", "kept_for_backward", "ratio"]
+__all__ = ["interleaved", "ratio", "saved_for_backward"]
 
 
 class _Saved:
@@ -28,7 +28,7 @@ class _Saved:
         self.tensor = tensor
 
 
-def kept_for_backward(fn: Callable[[], object], exclude: Iterable[Tensor] = ()) -> int:
+def saved_for_backward(fn: Callable[[], object], exclude: Iterable[Tensor] = ()) -> int:
     """Bytes of the distinct storages that autograd keeps when `fn` has returned.
 
     `fn` runs a forward and returns what backward would start from: it is called once, and its

@@ -28,7 +28,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import fastcnn
-from fastcnn.lab import eager_baseline, interleaved, kept_for_backward, ratio
+from fastcnn.lab import eager_baseline, interleaved, ratio, saved_for_backward
 from fastcnn.models import resnet20
 
 __all__ = ["EPOCHS", "run"]
@@ -198,9 +198,9 @@ def training_step(model: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], N
     return step
 
 
-def kept_by_step(model: nn.Module, x: Tensor, labels: Tensor) -> int:
-    """Bytes kept from forward to backward, parameters and buffers not counted."""
-    return kept_for_backward(
+def saved_by_step(model: nn.Module, x: Tensor, labels: Tensor) -> int:
+    """Bytes saved for backward, parameters and buffers not counted."""
+    return saved_for_backward(
         lambda: F.cross_entropy(model(x), labels),
         exclude=[*model.parameters(), *model.buffers()],
     )
@@ -216,7 +216,7 @@ def compare(model: nn.Module, digits: Digits) -> dict[str, float]:
     # Copies: the steps change weights, and the trained ones are not ours to change.
     models = {"fastcnn": copy.deepcopy(model), "eager": eager_baseline(model)}
     steps = {name: training_step(net, x, labels) for name, net in models.items()}
-    kept = {name: kept_by_step(net, x, labels) for name, net in models.items()}
+    kept = {name: saved_by_step(net, x, labels) for name, net in models.items()}
     times = interleaved(steps, TIMING_ROUNDS, TIMING_WARMUP)
     return {
         "train_step_speedup": ratio(times["eager"], times["fastcnn"]),
@@ -243,7 +243,7 @@ def results_table(summary: dict[str, Any]) -> Table:
         f"{summary['train_step_speedup']:.2f}x as fast",
     )
     table.add_row(
-        "kept for backward, KiB",
+        "saved for backward, KiB",
         f"{summary['activation_bytes_fastcnn'] / 1024:.0f}",
         f"{summary['activation_bytes_eager'] / 1024:.0f}",
         f"{summary['activation_memory_ratio']:.2f}x the memory",

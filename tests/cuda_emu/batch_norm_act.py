@@ -6,8 +6,8 @@ the magnitudes that are added up. Subtracting the mean costs U * max|x|, whateve
 
 Non-differentiable points. Where z lies nearer to 0 or 6 than its own error, either gradient is
 right; dy is 0 there, so that both give the same sums. With a residual the mask is the rounded y's,
-as in PyTorch, and z's error includes that rounding. Where act' depends on z it carries z's error on,
-times act''.
+as in PyTorch, and z's error includes that rounding. Where act' depends on z, it carries on z's
+error, times act''.
 """
 
 from collections.abc import Sequence

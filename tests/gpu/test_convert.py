@@ -17,7 +17,7 @@ from torch import nn
 
 import fastcnn
 from fastcnn import convert, models, revert, verify
-from fastcnn.lab import kept_for_backward
+from fastcnn.lab import saved_for_backward
 
 pytestmark = pytest.mark.gpu
 
@@ -96,17 +96,17 @@ def test_a_network_is_what_it_was(name: str, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     "plan", ["cudnn", pytest.param("triton", marks=needs_gpu), "as PyTorch runs it"]
 )
-def test_bytes_kept_for_backward(plan: str, memory: str) -> None:
+def test_bytes_saved_for_backward(plan: str, memory: str) -> None:
     # By the formula that holds on the CPU: what plans and cuDNN need beside is freed by then.
     names = ("projection", "identity", "two steps")
     model = stage(*names, memory=memory).to(DEVICE, memory_format=LAST)
     x = torch.randn(2, 4, 9, 8).to(DEVICE, memory_format=LAST)
     if plan == "as PyTorch runs it":  # unplanned on the CPU, cuDNN's in another layout on a GPU
         model, x = model.to(memory_format=torch.contiguous_format), x.contiguous()
-        kept = kept_for_backward(lambda: model(x), exclude=state(model))
+        kept = saved_for_backward(lambda: model(x), exclude=state(model))
     else:
         with planned_by(partial(wherever_it_can, plan)):
-            kept = kept_for_backward(lambda: model(x), exclude=state(model))
+            kept = saved_for_backward(lambda: model(x), exclude=state(model))
     assert kept == expected_bytes(copy.deepcopy(model).cpu(), x.cpu())
 
 

@@ -11,7 +11,7 @@ from support.roundings import assert_expected_roundings
 from torch import Tensor, nn
 
 from fastcnn import convert, models, revert
-from fastcnn.lab import eager_baseline, kept_for_backward
+from fastcnn.lab import eager_baseline, saved_for_backward
 
 LEVELS = ["default", "low", "lowest"]
 
@@ -40,9 +40,9 @@ def test_computes_what_torchvision_computes(
 
 
 def kept(model: nn.Module, x: Tensor) -> int:
-    """Bytes kept for backward."""
+    """Bytes saved for backward."""
     state = [*model.parameters(), *model.buffers()]
-    return kept_for_backward(lambda: model(x), exclude=state)
+    return saved_for_backward(lambda: model(x), exclude=state)
 
 
 def test_memory_of_a_later_conversion_is_that_of_the_last() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastcnn.lab import interleaved, kept_for_backward, ratio
+from fastcnn.lab import interleaved, ratio, saved_for_backward
 
 FLOAT = 4  # bytes
 
@@ -22,9 +22,9 @@ def test_two_layers_counted_by_hand() -> None:
     x = torch.randn(8, 10)
     x_bytes, hidden, weight2 = 8 * 10 * FLOAT, 8 * 20 * FLOAT, 20 * 5 * FLOAT
     # x needs no gradient, so that the first weight is not kept.
-    assert kept_for_backward(lambda: net(x).mean()) == x_bytes + hidden + weight2
-    assert kept_for_backward(lambda: net(x).mean(), exclude=net.parameters()) == x_bytes + hidden
-    assert kept_for_backward(lambda: net(x).mean(), exclude=[*net.parameters(), x]) == hidden
+    assert saved_for_backward(lambda: net(x).mean()) == x_bytes + hidden + weight2
+    assert saved_for_backward(lambda: net(x).mean(), exclude=net.parameters()) == x_bytes + hidden
+    assert saved_for_backward(lambda: net(x).mean(), exclude=[*net.parameters(), x]) == hidden
 
 
 def test_a_storage_counts_once_and_whole() -> None:
@@ -35,7 +35,7 @@ def test_a_storage_counts_once_and_whole() -> None:
     def forward() -> Tensor:
         return (weight * base[:10] + weight * base[5:15]).sum()
 
-    assert kept_for_backward(forward, exclude=[weight]) == 100 * FLOAT
+    assert saved_for_backward(forward, exclude=[weight]) == 100 * FLOAT
 
 
 def test_excluding_a_view_excludes_its_storage() -> None:
@@ -43,7 +43,7 @@ def test_excluding_a_view_excludes_its_storage() -> None:
     flat = torch.randn(100)
     weight = flat[:10].requires_grad_()
     x = torch.randn(10)
-    assert kept_for_backward(lambda: (weight * x).sum(), exclude=[weight]) == 10 * FLOAT
+    assert saved_for_backward(lambda: (weight * x).sum(), exclude=[weight]) == 10 * FLOAT
 
 
 def test_freed_intermediates_do_not_count() -> None:
@@ -56,7 +56,7 @@ def test_freed_intermediates_do_not_count() -> None:
             y = weight * torch.randn(1000)
         return y.sum()
 
-    assert kept_for_backward(forward, exclude=[weight]) == 1000 * FLOAT
+    assert saved_for_backward(forward, exclude=[weight]) == 1000 * FLOAT
 
 
 def test_many_tensors_of_one_size_are_all_counted() -> None:
@@ -69,7 +69,7 @@ def test_many_tensors_of_one_size_are_all_counted() -> None:
             y = y.sigmoid()  # keeps its output
         return y
 
-    assert kept_for_backward(forward) == 20 * 50 * FLOAT
+    assert saved_for_backward(forward) == 20 * 50 * FLOAT
 
 
 def test_checkpointing_is_seen_to_save_memory() -> None:
@@ -79,8 +79,8 @@ def test_checkpointing_is_seen_to_save_memory() -> None:
     def two_tanh(x: Tensor) -> Tensor:
         return x.tanh().tanh().sum()
 
-    assert kept_for_backward(lambda: two_tanh(x)) == 2 * 100 * FLOAT
-    saved = kept_for_backward(lambda: checkpoint(two_tanh, x, use_reentrant=False), exclude=[x])
+    assert saved_for_backward(lambda: two_tanh(x)) == 2 * 100 * FLOAT
+    saved = saved_for_backward(lambda: checkpoint(two_tanh, x, use_reentrant=False), exclude=[x])
     assert saved < 100 * FLOAT  # its bookkeeping: one byte at most a saved tensor
 
 
@@ -95,7 +95,7 @@ def test_backward_still_works_and_nothing_leaks() -> None:
         loss.backward()  # through the hooks
         return x.sin()
 
-    kept_for_backward(forward)
+    saved_for_backward(forward)
     # Two roundings on either side, of values up to 1.
     expected = 1 - x.detach().tanh() ** 2
     assert (x.grad - expected).abs().max() <= 2 * torch.finfo(x.dtype).eps
@@ -106,7 +106,7 @@ def test_backward_still_works_and_nothing_leaks() -> None:
 def test_a_forward_that_drops_its_result_is_refused() -> None:
     # Its graph would be gone before the count, and 0 bytes look like a success.
     with pytest.raises(ValueError, match=r"fn: expected to return .* got None"):
-        kept_for_backward(lambda: None)
+        saved_for_backward(lambda: None)
 
 
 def test_interleaved_takes_turns_and_alternates() -> None:

@@ -11,7 +11,7 @@ noise), `integers` [n, 5] (the erased rectangle's edges and the noise's seed), a
 channel: `channels` [c, 4] (scale, shift, fill, erased).
 
 Data movement: what of the images is seen is read once, and once more where contrast changes; y is
-written once. Not differentiable: the images are uint8. Nothing is kept for backward.
+written once. Not differentiable: the images are uint8. Nothing is saved for backward.
 """
 
 import math

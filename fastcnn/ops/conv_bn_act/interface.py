@@ -8,11 +8,11 @@
 The residual is a tensor, the input, or the output of a chain of its own on the input (a block's
 projection). A chain with its residual is a block; a stage is a row of blocks.
 
-Kept for backward, beside parameters, statistics and, where a residual went through an activation,
+Saved for backward, beside parameters, statistics and, where a residual went through an activation,
 the output (it is the next block's input anyway) or, where that does not tell the derivative, a
 residual that came as a tensor:
 
-    memory     kept                                             runs again in backward
+    memory     saved                                            runs again in backward
     default    each block's input, every r_i                    every a_i, i < last: read r_i, write
                                                                 a_i
     low        the stage's input, every r_i                     the same, and the blocks' outputs:

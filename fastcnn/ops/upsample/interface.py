@@ -10,7 +10,7 @@ of skip [n, c_skip, h_out, w_out], or before them (skip_last): [n, c_skip + c, h
     dskip    = dy's c_skip channels that were skip's: a view of it
 
 Data movement in passes: forward reads x and skip and writes y; backward reads dy (those channels
-of it that are y's own, in place) and writes dx. Nothing is kept for backward but sizes. dx is
+of it that are y's own, in place) and writes dx. Nothing is saved for backward but sizes. dx is
 gathered, with neither atomics nor an order that depends on threads.
 """
 

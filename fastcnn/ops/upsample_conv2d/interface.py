@@ -11,7 +11,7 @@ wz [9 c_out, c, 1, 1], which is wx tap by tap:
 
 A U-Net's decoder (256 channels upsampled by 2 beside 128) needs half of the products so, and no
 concatenated image, up(x) or gradient of them is written. z is rounded to x's dtype, where the plain
-way rounds up(x). Kept for backward: x, concat and weight. Elsewhere: interpolate, then conv2d.
+way rounds up(x). Saved for backward: x, concat and weight. Elsewhere: interpolate, then conv2d.
 """
 
 from collections.abc import Sequence

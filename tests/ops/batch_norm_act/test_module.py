@@ -12,7 +12,7 @@ from support.seeds import seeded
 from support.tolerance import assert_rounded, assert_same
 from torch import Tensor, nn
 
-from fastcnn.lab import kept_for_backward
+from fastcnn.lab import saved_for_backward
 from fastcnn.nn import BatchNormAct2d, convert_sync_batchnorm
 
 KINDS: list[dict[str, Any]] = [
@@ -138,7 +138,7 @@ def test_the_residual_comes_before_the_activation() -> None:
     assert_same(actual(x, residual), want)
 
 
-def test_what_is_kept_for_backward() -> None:
+def test_what_is_saved_for_backward() -> None:
     # In bytes: x, in training mean and var, and y only where a residual went through an activation;
     # without one z is rebuilt from x, without the other no z is needed.
     x, residual = images(0), images(1)
@@ -147,6 +147,6 @@ def test_what_is_kept_for_backward() -> None:
     ):
         module = BatchNormAct2d(3, act=act).train(training)
         state = [*module.parameters(), *module.buffers()]
-        kept = kept_for_backward(lambda m=module, r=added: m(x, r), exclude=state)
+        kept = saved_for_backward(lambda m=module, r=added: m(x, r), exclude=state)
         y = x.nbytes if act == "relu" and added is not None else 0
         assert kept == x.nbytes + y + (2 * 3 * 4 if training else 0)

@@ -12,7 +12,7 @@ from support.chains import SHORTCUTS, Chain, Stage, conv_bn, expected_bytes, sta
 from support.shapes import LAYOUTS
 from torch import Tensor, nn
 
-from fastcnn.lab import kept_for_backward
+from fastcnn.lab import saved_for_backward
 from fastcnn.nn import Block
 
 # Dynamo makes an instance of the autograd.Function, against PyTorch's own advice; inductor imports
@@ -37,7 +37,7 @@ def test_stages(memory: str, layout: str) -> None:
     for names, act, training in itertools.product(shortcuts, ACTS, [True, False]):
         model = stage(*names, act=act, memory=memory).train(training)
         model = model.to(memory_format=LAYOUTS[layout])
-        kept = kept_for_backward(lambda m=model: m(x), exclude=state(model))
+        kept = saved_for_backward(lambda m=model: m(x), exclude=state(model))
         assert kept == expected_bytes(model, x), f"{names} {act} training={training}"
 
 
@@ -47,7 +47,7 @@ def test_a_tensor_as_residual(memory: str) -> None:
     for act, training in itertools.product(ACTS, [True, False]):
         model = stage("none", act=act, memory=memory).train(training)
         added = images(2, 8, 5, 4)
-        kept = kept_for_backward(lambda m=model, r=added: m(x, r), exclude=state(model))
+        kept = saved_for_backward(lambda m=model, r=added: m(x, r), exclude=state(model))
         assert kept == expected_bytes(model, x, added), f"{act} training={training}"
 
 
@@ -56,7 +56,7 @@ def test_half_images_take_half_the_bytes(memory: str) -> None:
     x = images(2, 4, 9, 8).bfloat16()
     model = stage("projection", "identity", memory=memory)
     with torch.autocast("cpu", torch.bfloat16):
-        kept = kept_for_backward(lambda: model(x), exclude=state(model))
+        kept = saved_for_backward(lambda: model(x), exclude=state(model))
     assert kept == expected_bytes_in_autocast(model, x)
 
 
@@ -74,7 +74,7 @@ def test_pooling_keeps_neither_indices_nor_its_result(memory: str) -> None:
     pooled = (*conv_bn(4, 6), nn.MaxPool2d(3, 2, 1))
     for blocks in ([Block([pooled])], [Block([pooled, conv_bn(6, 8, 3)])]):
         model = Stage(*blocks, memory=memory)
-        kept = kept_for_backward(lambda m=model: m(x), exclude=state(model))
+        kept = saved_for_backward(lambda m=model: m(x), exclude=state(model))
         assert kept == expected_bytes(model, x)
 
 
@@ -86,7 +86,7 @@ def test_what_eager_keeps_for_comparison() -> None:
     statistics = 2 * 2 * 8 * 4
     for fused, saved in ((True, 2 * 2 * 8 * 9 * 8 * 4), (False, 0)):
         chain.fused = fused
-        kept = kept_for_backward(lambda: chain(x), exclude=state(chain))
+        kept = saved_for_backward(lambda: chain(x), exclude=state(chain))
         assert kept == sizes + statistics - saved
 
 
@@ -114,7 +114,7 @@ def test_compiled(memory: str) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for a, b in zip(gradients(model, x, compiled), gradients(model, x, model), strict=True):
         assert torch.equal(a, b)
-    kept = kept_for_backward(lambda: compiled(x), exclude=state(model))
+    kept = saved_for_backward(lambda: compiled(x), exclude=state(model))
     assert kept == expected_bytes(model, x)
 
 
@@ -128,7 +128,7 @@ def test_compiled_in_bfloat16() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
         pairs = zip(gradients(model, x, compiled), gradients(model, x, model), strict=True)
-        kept = kept_for_backward(lambda: compiled(x), exclude=state(model))
+        kept = saved_for_backward(lambda: compiled(x), exclude=state(model))
     for a, b in pairs:
         assert torch.equal(a, b)
     assert kept == expected_bytes_in_autocast(model, x)
@@ -140,5 +140,5 @@ def test_compiled_by_inductor() -> None:
     # Which has passes of its own before the partitioner.
     model, x = mixed_stage("lowest")
     compiled = torch.compile(model, fullgraph=True)
-    kept = kept_for_backward(lambda: compiled(x), exclude=state(model))
+    kept = saved_for_backward(lambda: compiled(x), exclude=state(model))
     assert kept == expected_bytes(model, x)

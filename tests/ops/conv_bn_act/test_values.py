@@ -20,7 +20,7 @@ from torch.autograd import gradcheck
 
 from fastcnn import functional
 from fastcnn.functional import ConvBnActStep
-from fastcnn.lab import kept_for_backward
+from fastcnn.lab import saved_for_backward
 from fastcnn.nn import BatchNormAct2d, conv_bn_act
 
 
@@ -165,7 +165,7 @@ def test_what_is_saved_for_backward(act: str, layout: str) -> None:
     for training, residual in itertools.product([True, False], [None, added]):
         chain = bottleneck(act=act).train(training)
         state = [*chain.parameters(), *chain.buffers()]
-        kept = kept_for_backward(lambda c=chain, r=residual: c(x, r), exclude=state)
+        kept = saved_for_backward(lambda c=chain, r=residual: c(x, r), exclude=state)
         saved = 8 if residual is not None and act != "none" else 0
         stats = 2 * (6 + 6 + 8) * 4 if training else 0
         assert kept == image * (4 + 6 + 6 + 8 + saved) + stats

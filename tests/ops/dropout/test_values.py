@@ -19,7 +19,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from fastcnn import reference
 from fastcnn.common.philox import philox4x32_10
 from fastcnn.functional import dropout
-from fastcnn.lab import kept_for_backward
+from fastcnn.lab import saved_for_backward
 from fastcnn.nn import Dropout, Dropout2d
 from fastcnn.reference.dropout import draws, threshold
 
@@ -249,7 +249,7 @@ def test_in_place_is_torchs() -> None:
 
 def test_gradients_of_any_layout_keep_only_the_seed() -> None:
     x = torch.randn(2, 6, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
-    assert kept_for_backward(lambda: dropout(x, 0.5), exclude=[x]) == 8
+    assert saved_for_backward(lambda: dropout(x, 0.5), exclude=[x]) == 8
     for dy in (torch.ones(()).expand(x.shape), torch.randn(x.shape), torch.randn(2, 6, 5, 4).mT):
         y = dropout(x, 0.5)
         (dx,) = torch.autograd.grad(y, x, dy)

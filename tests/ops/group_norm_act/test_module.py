@@ -12,7 +12,7 @@ from support.tolerance import assert_rounded, assert_same, unit_roundoff, walk
 from torch import Tensor, nn
 
 from fastcnn import functional
-from fastcnn.lab import kept_for_backward
+from fastcnn.lab import saved_for_backward
 from fastcnn.nn import GroupNormAct, InstanceNormAct2d, LayerNorm2d
 
 X = torch.randn(2, 6, 4, 4)
@@ -144,7 +144,7 @@ def test_they_are_torchs_layers() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_kept_for_backward(layout: str) -> None:
+def test_what_is_saved_for_backward(layout: str) -> None:
     # In bytes: x and the statistics. y never, whatever the activation: z is rebuilt.
     x = images(0, torch.float32).contiguous(memory_format=LAYOUTS[layout])
     for module, statistics in (
@@ -152,7 +152,7 @@ def test_what_is_kept_for_backward(layout: str) -> None:
         (LayerNorm2d(6, act="silu"), 3 * 5 * 7),
         (InstanceNormAct2d(6, act="relu"), 3 * 6),
     ):
-        kept = kept_for_backward(lambda m=module: m(x.requires_grad_()), module.parameters())
+        kept = saved_for_backward(lambda m=module: m(x.requires_grad_()), module.parameters())
         assert kept == x.nbytes + 2 * statistics * 4
 
 

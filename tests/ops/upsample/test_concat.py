@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from fastcnn import functional
-from fastcnn.lab import kept_for_backward
+from fastcnn.lab import saved_for_backward
 from fastcnn.nn import Upsample
 
 pytorchs_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -57,9 +57,9 @@ def test_the_gradient_of_concat_is_a_view() -> None:
     assert dskip.data_ptr() == dy.data_ptr()
 
 
-def test_nothing_is_kept_for_backward() -> None:
+def test_nothing_is_saved_for_backward() -> None:
     x, skip = (torch.ones(2, 3, s, s, requires_grad=True) for s in (4, 8))
-    assert kept_for_backward(lambda: functional.interpolate(x, 8, concat=skip)) == 0
+    assert saved_for_backward(lambda: functional.interpolate(x, 8, concat=skip)) == 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
