@@ -112,9 +112,9 @@ void multiply(const uint32_t* panel, const uint32_t* strip, int64_t pairs, float
 
 // Memory that the next chunk will read, fetched into the L2 cache a few lines at a time while this
 // one is multiplied: packing reads faster than the hardware's own prefetchers see it coming.
-class Ahead {
+class Prefetcher {
  public:
-  Ahead(const uint16_t* const* rows, int64_t count, int64_t width, int64_t calls)
+  Prefetcher(const uint16_t* const* rows, int64_t count, int64_t width, int64_t calls)
       : rows_(rows), end_(rows + count), width_(width) {
     per_call_ = ceil_div(count * ceil_div(width, kLine), max(calls, 1));
   }
@@ -167,10 +167,10 @@ class Task {
       for (int64_t k = 0; k < coming; ++k) {
         next_dy_[k] = p_.dy + (next + k) * p_.c_out + channel;
       }
-      Ahead dy(next_dy_.get(), coming,
-               min(p_.c_out - channel, (last_panel_ - first_panel_) * kLane), calls);
+      Prefetcher dy(next_dy_.get(), coming,
+                    min(p_.c_out - channel, (last_panel_ - first_panel_) * kLane), calls);
       if (coming > 0) find_rows(first_strip_ / plan_.strips_per_tap, next, coming, next_x_.get());
-      Ahead x(next_x_.get(), coming, p_.c_in, calls);
+      Prefetcher x(next_x_.get(), coming, p_.c_in, calls);
       int64_t tap = -1;
       for (int64_t strip = first_strip_; strip < last_strip_; ++strip) {
         if (strip / plan_.strips_per_tap != tap) {

@@ -77,7 +77,7 @@ void column_moments(const T* x, int64_t begin, int64_t end, const WideRows& w, A
 #pragma GCC unroll 4
         for (int u = 0; u < block.value; ++u) {
           const T* at = first + (row + u) * w.wide + i;
-          ask_ahead<true>(at, w.wide);
+          prefetch_row<true>(at, w.wide);
           const Vec<S> a = load(at) - from;
           total += a;
           squares += a * a;

@@ -46,7 +46,7 @@ inline __attribute__((always_inline)) void reduce_rows(
 #pragma GCC unroll 4
         for (int u = 0; u < block.value; ++u) {
           const int64_t o = (row + u) * stride + i;
-          ask_ahead<kArray>(x + o, stride);
+          prefetch_row<kArray>(x + o, stride);
           const Vec<S> centered = load(x + o, count) - m;
           const Vec<S> dz = grad_z(o, count, centered, s, b);
           total_dz += dz;

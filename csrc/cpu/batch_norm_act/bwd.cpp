@@ -56,8 +56,8 @@ void reduce_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
       s.x, rows, stride, length, mean, scale, bias, sum_dz, sum_dzx,
       [&](int64_t o, int64_t count, Vec<S> centered, Vec<S> scale, Vec<S> bias)
           __attribute__((always_inline)) {
-            ask_ahead<kArray>(s.dy + o, stride);
-            ask_ahead<kArray && kZ == Z::kWithSaved>(s.saved + o, stride);
+            prefetch_row<kArray>(s.dy + o, stride);
+            prefetch_row<kArray && kZ == Z::kWithSaved>(s.saved + o, stride);
             const Vec<S> dz = grad_z<T, A, kZ>(s, act, o, count, centered, scale, bias);
             if (s.dresidual != nullptr) store(s.dresidual + o, dz, count);
             return dz;
@@ -82,8 +82,8 @@ void dx_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
 #pragma GCC unroll 4
         for (int u = 0; u < block.value; ++u) {
           const int64_t o = (row + u) * stride + i;
-          ask_ahead<kArray>(s.x + o, stride);
-          ask_ahead<kArray>(s.dy + o, stride);
+          prefetch_row<kArray>(s.x + o, stride);
+          prefetch_row<kArray>(s.dy + o, stride);
           const Vec<S> centered = load(s.x + o, count) - m;
           Vec<S> dz = grad_z<T, A, kZ>(s, act, o, count, centered, sc, b);
           if (training) dz -= sh + centered * sl;

@@ -28,10 +28,10 @@ void normalize(const T* x, const T* residual, T* y, int64_t rows, int64_t stride
 #pragma GCC unroll 4
         for (int u = 0; u < block.value; ++u) {
           const int64_t o = (row + u) * stride + i;
-          ask_ahead<kArray>(x + o, stride);
+          prefetch_row<kArray>(x + o, stride);
           Vec<S> z = (load(x + o, count) - m) * s + b;
           if constexpr (kAdd) {
-            ask_ahead<kArray>(residual + o, stride);
+            prefetch_row<kArray>(residual + o, stride);
             z += load(residual + o, count);
           }
           z = act.fwd(z);

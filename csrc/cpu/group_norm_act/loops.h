@@ -32,7 +32,7 @@ void normalize(const T* x, T* y, int64_t rows, int64_t length, Coefficients<Acc<
 #pragma GCC unroll 4
         for (int u = 0; u < block.value; ++u) {
           const int64_t o = (row + u) * length + i;
-          ask_ahead<kArray>(x + o, length);
+          prefetch_row<kArray>(x + o, length);
           store(y + o, act.fwd((load(x + o, count) - m) * s + b), count);
         }
       });
@@ -49,7 +49,7 @@ void reduce(const T* dy, const T* x, int64_t rows, int64_t length, Coefficients<
       PerChannel<S, kArray>{k.bias}, sum_dz, sum_dzx,
       [&](int64_t o, int64_t count, Vec<S> centered, Vec<S> scale, Vec<S> bias)
           __attribute__((always_inline)) {
-            ask_ahead<kArray>(dy + o, length);
+            prefetch_row<kArray>(dy + o, length);
             return act.bwd(load(dy + o, count), centered * scale + bias);
           });
 }
@@ -68,8 +68,8 @@ void grad_x(const T* dy, const T* x, T* dx, int64_t rows, int64_t length, Coeffi
 #pragma GCC unroll 4
         for (int u = 0; u < block.value; ++u) {
           const int64_t o = (row + u) * length + i;
-          ask_ahead<kArray>(x + o, length);
-          ask_ahead<kArray>(dy + o, length);
+          prefetch_row<kArray>(x + o, length);
+          prefetch_row<kArray>(dy + o, length);
           const Vec<S> centered = load(x + o, count) - m;
           const Vec<S> dz = act.bwd(load(dy + o, count), centered * s + b);
           store(dx + o, dz * s - (sh + centered * sl), count);

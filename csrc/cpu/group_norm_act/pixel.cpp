@@ -78,7 +78,7 @@ void fwd_rows(const GroupNormActFwdParams& p) {
       const Vec<S> center = splat(*mean), rstd = splat(rstd_of(*var, p.eps));
       for_each_vector<S>(
           c, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-            ask_ahead<true>(x + i, c);
+            prefetch_row<true>(x + i, c);
             const Vec<S> scale = rstd * load(weight.get() + i);
             const Vec<S> z = (load(x + i, count) - center) * scale + load(bias.get() + i);
             store(y + i, act.fwd(z), count);
@@ -108,8 +108,8 @@ void bwd_rows(const GroupNormActBwdParams& p) {
       const auto for_each_dz = [&](auto body) __attribute__((always_inline)) {
         for_each_vector<S>(
             c, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-              ask_ahead<true>(x + i, c);
-              ask_ahead<true>(dy + i, c);
+              prefetch_row<true>(x + i, c);
+              prefetch_row<true>(dy + i, c);
               const Vec<S> centered = load(x + i, count) - center, w = load(weight.get() + i);
               const Vec<S> z = centered * (rstd * w) + load(bias.get() + i);
               body(i, count, centered * rstd, act.bwd(load(dy + i, count), z), w);
@@ -179,7 +179,7 @@ void fwd_tiles(const GroupNormActFwdParams& p) {
       for (int64_t j = 0; j < c; ++j) {
         for_each_vector<S>(
             pixels, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-              ask_ahead<true>(x + j * hw + i, hw);
+              prefetch_row<true>(x + j * hw + i, hw);
               const Vec<S> value = load(x + j * hw + i, count);
               store(tile.get() + j * width + i, value);
               store(mean + i, load(mean + i) + value);
@@ -214,7 +214,7 @@ void fwd_tiles(const GroupNormActFwdParams& p) {
         const Vec<S> w = splat(weight[j]), b = splat(bias[j]);
         for_each_vector<S>(
             pixels, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-              ask_ahead<true>(y + j * hw + i, hw);
+              prefetch_row<true>(y + j * hw + i, hw);
               const Vec<S> centered = load(tile.get() + j * width + i) - load(mean + i);
               store(y + j * hw + i, act.fwd(centered * (load(rstd + i) * w) + b), count);
             });
@@ -254,8 +254,8 @@ void bwd_tiles(const GroupNormActBwdParams& p) {
         Vec<S> total{}, total_x{};
         for_each_vector<S>(
             pixels, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-              ask_ahead<true>(x + j * hw + i, hw);
-              ask_ahead<true>(dy + j * hw + i, hw);
+              prefetch_row<true>(x + j * hw + i, hw);
+              prefetch_row<true>(dy + j * hw + i, hw);
               const Vec<S> centered = load(x + j * hw + i, count) - load(mean + i);
               const Vec<S> r = load(rstd + i), xhat = centered * r;
               const Vec<S> dz = act.bwd(load(dy + j * hw + i, count), centered * (r * w) + b);
@@ -275,7 +275,7 @@ void bwd_tiles(const GroupNormActBwdParams& p) {
       for (int64_t j = 0; j < c; ++j) {
         for_each_vector<S>(
             pixels, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-              ask_ahead<true>(dx + j * hw + i, hw);
+              prefetch_row<true>(dx + j * hw + i, hw);
               const Vec<S> xhat = load(tile_x.get() + j * width + i);
               const Vec<S> grad = load(tile_dz.get() + j * width + i) - load(sum + i);
               store(dx + j * hw + i, load(rstd + i) * (grad - xhat * load(sum_x + i)), count);

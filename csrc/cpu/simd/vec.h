@@ -264,7 +264,7 @@ inline void store_past_caches(T* p, Vec<Acc<T>> v) {
   }
 }
 
-// Asks for a line that is read or written soon; any address will do. Always inline: GCC takes a
+// Prefetches a line that is read or written soon; any address will do. Always inline: GCC takes a
 // function of nothing else for one without effect, and drops its calls.
 inline __attribute__((always_inline)) void prefetch(const void* p) { __builtin_prefetch(p); }
 
