@@ -8,7 +8,7 @@
 
 namespace fastcnn {
 
-// What all stages of the backward read; dx, dresidual, dweight and dbias are not there yet.
+// What all kernels of the backward read; dx, dresidual, dweight and dbias are not there yet.
 inline BatchNormActBwdParams bwd_params(const Check& check, const Tensor& dy, const Tensor& x,
                                         const OptionalTensor& saved, const OptionalTensor& weight,
                                         const OptionalTensor& bias, const Tensor& mean,

@@ -87,15 +87,15 @@ void run_walk(Case& c, const CudaDevice& device) {
   });
 }
 
-// What cuda/batch_norm_act/plan.h chooses: slab, tiles, splits, vector, columns, repeat.
+// What cuda/batch_norm_act/plan.h chooses: one_pass, tiles, splits, vector, columns, repeat.
 void run_plan(Case& c, const CudaDevice& device) {
   const ImageShape shape{c.integer("n"), c.integer("c"), c.integer("hw"),
                          c.integer("channels_last") != 0};
-  const SlabNeeds needs{static_cast<int>(c.integer("tensors")), 8};
+  const OnePassNeeds needs{static_cast<int>(c.integer("tensors")), 8};
   const BatchNormPlan plan =
       plan_batch_norm(shape, static_cast<int>(c.integer("bytes")), true, needs, device);
   const ColumnPlan& columns = plan.columns;
-  const int64_t numbers[] = {plan.slab,      columns.tiles,   columns.splits,
+  const int64_t numbers[] = {plan.one_pass,  columns.tiles,   columns.splits,
                              columns.vector, columns.columns, columns.repeat};
   auto* chosen = static_cast<int64_t*>(c.tensor("chosen"));
   c.run([&] {

@@ -28,8 +28,8 @@ U = 2.0**-24
 # of lanes and 6 of splits; each rounds twice, its product and its sum.
 ROUNDINGS = 2 * (72 + 8 + 6)
 EPS = 1e-5
-# Shared memory of a block: none leaves the kernels in stages, a H200's the slabs where they fit.
-STAGES, SLABS = 0, 227 << 10
+# Shared memory of a block: none leaves the multi-pass kernels, a H200's one-pass where they fit.
+MULTI_PASS, ONE_PASS = 0, 227 << 10
 # The largest |act'| and |act''| (where they are differentiable) of the activations that calculate.
 STEEPNESS = {"leaky_relu": 1.0, "silu": 1.1, "gelu": 1.13, "sigmoid": 0.25, "hardswish": 1.5}
 CURVATURE = {"leaky_relu": 0.0, "silu": 0.5, "gelu": 0.8, "sigmoid": 0.1, "hardswish": 1 / 3}
@@ -56,7 +56,7 @@ class Call:
         options: Options,
         center: float = 0.5,
         sm_count: int = 12,
-        shared_bytes: int = STAGES,
+        shared_bytes: int = MULTI_PASS,
     ) -> None:
         self.dtype, self.shape = dtype, shape
         self.device = {"sm_count": sm_count, "shared_bytes": shared_bytes}

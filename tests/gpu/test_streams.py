@@ -107,7 +107,7 @@ def test_a_call_asks_pytorch_for_no_synchronisation(name: str) -> None:
 def test_a_backward_runs_on_the_stream_of_its_forward() -> None:
     # Called from another stream, on a thread of autograd's: dy has its values after the sleep, and
     # autograd lets the forward's stream wait for them. Kernels on any other would read zeros.
-    name = "batch_norm_act, slab"
+    name = "batch_norm_act, one-pass"
     late, _ = inputs(name, 1)
     expected = run(name, late, [])
     x, residual, dy, weight, bias, mean, var = late

@@ -1,7 +1,7 @@
 """One call of each op, as data: what streams, graphs and devices must do to all of them alike.
 
-Sizes are small, but on a GPU they reach both paths of the norms (over shared memory and in
-stages), more shared memory than 48 KiB, and convolutions by cuDNN and by Triton.
+Sizes are small, but on a GPU they reach both paths of the norms (one-pass and multi-pass), more
+shared memory than 48 KiB, and convolutions by cuDNN and by Triton.
 """
 
 import math
@@ -244,10 +244,10 @@ _NCHW = torch.contiguous_format
 _CAT = (2, 8, 5, 7), (2, 4, 10, 14), (2, 12, 10, 14)
 
 CALLS = {
-    "batch_norm_act, slab": Call(
+    "batch_norm_act, one-pass": Call(
         partial(_batch_norm_inputs, (4, 16, 7, 7), _FP32, LAST), partial(_batch_norm, True)
     ),
-    "batch_norm_act, stages": Call(
+    "batch_norm_act, multi-pass": Call(
         partial(_batch_norm_inputs, (16, 64, 28, 28), _BF16, LAST), partial(_batch_norm, True)
     ),
     "batch_norm_act, fixed": Call(
@@ -266,7 +266,7 @@ CALLS = {
     "group_norm_act, 64 KiB": Call(
         partial(_norm_inputs, (5, 256, 32, 32), _FP32, _NCHW), partial(_group_norm, 16)
     ),
-    "group_norm_act, stages": Call(
+    "group_norm_act, multi-pass": Call(
         partial(_norm_inputs, (2, 32, 64, 60), _BF16, LAST), partial(_group_norm, 2)
     ),
     "LayerNorm2d": Call(partial(_norm_inputs, (2, 48, 6, 5), _FP16, LAST), _pixel_norm),

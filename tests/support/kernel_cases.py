@@ -34,9 +34,9 @@ from fastcnn.ops.conv2d.fused import (
 ops = torch.ops.fastcnn
 SIZES = {
     # ResNet-50's last stage, where a block's channels fit into shared memory, at their smallest.
-    "slab": (2, 24, 5, 7),
+    "one-pass": (2, 24, 5, 7),
     # More than 32 words of 16 bytes a thread: three launches over the whole GPU.
-    "stages": (9, 16, 64, 65),
+    "multi-pass": (9, 16, 64, 65),
 }
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -62,7 +62,7 @@ def batch_norm(path: str, layout: str, dtype: torch.dtype) -> None:
 
 def batch_norm_of_several_processes() -> None:
     """What SyncBatchNorm runs between its gathers."""
-    x, dy = (image(*SIZES["slab"], layout="nchw").detach() for _ in range(2))
+    x, dy = (image(*SIZES["one-pass"], layout="nchw").detach() for _ in range(2))
     weight, bias = torch.randn(2, x.shape[1], device=DEVICE)
     local = ops.batch_norm_act_stats(x)
     mean, var, total = ops.batch_norm_join_stats(torch.stack([local, local]))
@@ -112,11 +112,11 @@ CUDA: dict[str, Callable[[], None]] = {
         for layout in LAYOUTS
         for dtype in DTYPES
         for name, run in {
-            "batch norm, slab": partial(batch_norm, "slab"),
-            "batch norm, stages": partial(batch_norm, "stages"),
-            "group norm, slab": partial(group_norm, 4, SIZES["slab"]),
-            # Two groups of 32 x 65 x 64 elements: too few slabs for half of the SMs, and too large.
-            "group norm, stages": partial(group_norm, 2, (1, 16, 65, 64)),
+            "batch norm, one-pass": partial(batch_norm, "one-pass"),
+            "batch norm, multi-pass": partial(batch_norm, "multi-pass"),
+            "group norm, one-pass": partial(group_norm, 4, SIZES["one-pass"]),
+            # Two groups of 32 x 65 x 64 elements: too few tiles for half of the SMs, and too large.
+            "group norm, multi-pass": partial(group_norm, 2, (1, 16, 65, 64)),
             "layer norm": layer_norm,
             "dropout": partial(dropped, False),
             "dropout by channel": partial(dropped, True),

@@ -271,16 +271,16 @@ def group_norm_backward(
     groups: int,
     mask: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    slabs, mean, rstd = x.reshape(1, n * groups, -1), mean.reshape(-1), rstd.reshape(-1)
+    rows, mean, rstd = x.reshape(1, n * groups, -1), mean.reshape(-1), rstd.reshape(-1)
     dnormalised = dy if weight is None else dy * _per_channel(weight, x)
     dx, _, _ = batch_norm_backward(
-        mode, op, dnormalised.reshape(slabs.shape), slabs,
+        mode, op, dnormalised.reshape(rows.shape), rows,
         None, None, None, mean, rstd, True, 0.0, [True] * 3,
     )  # fmt: skip
     assert dx is not None
-    mean_, rstd_ = _per_channel(mean, slabs), _per_channel(rstd, slabs)
-    normalised = ((slabs - mean_) * rstd_).reshape(x.shape)
-    size = ((slabs.abs() + mean_.abs()) * rstd_).reshape(x.shape)
+    mean_, rstd_ = _per_channel(mean, rows), _per_channel(rstd, rows)
+    normalised = ((rows - mean_) * rstd_).reshape(x.shape)
+    size = ((rows.abs() + mean_.abs()) * rstd_).reshape(x.shape)
     dims, m = [d for d in range(x.dim()) if d != 1], x.numel() / c
     dweight = mode.summed((dy * normalised).sum(dims), (dy.abs() * size).sum(dims), m)
     dbias = mode.summed(dy.sum(dims), dy.abs().sum(dims), m)

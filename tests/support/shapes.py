@@ -108,10 +108,10 @@ GROUPED = [
     (Image(1, 3, 7, 5, "layer norm of a sample"), 1),
     (Image(3, 257, 3, 3, "instance norm, c one more than a power of two"), 257),
     (Image(40, 8, 6, 6, "many samples: several a task"), 2),
-    (Image(130, 2, 3, 3, "more slabs than tasks"), 2),
-    (Image(1, 2, 130, 211, "few large slabs: parts, with the border of a channel inside one"), 1),
+    (Image(130, 2, 3, 3, "more groups than tasks"), 2),
+    (Image(1, 2, 130, 211, "few large groups: parts, with the border of a channel inside one"), 1),
     (Image(2, 8, 120, 128, "few samples, cut into parts of whole rows with a shorter last one"), 4),
-    (Image(1, 1, 512, 512, "the largest image: 32 parts of a slab"), 1),
+    (Image(1, 1, 512, 512, "the largest image: 32 parts of a group"), 1),
     (Image(1, 8, 4, 100, "NCHW by pixels: two tiles of columns"), 4),
 ]
 

@@ -4,7 +4,7 @@
 //   forward   statistics read x (1T); the normalisation reads x and writes y (2T).
 //   backward  the reductions read dy and x (2T); dx reads both again and is written (3T).
 // The unit of work is what one statistic or more can be computed from without its neighbours: NCHW
-// the slab of a group, side by side in memory; channels_last a sample, whose groups are walked
+// a group of a sample, side by side in memory; channels_last a sample, whose groups are walked
 // together, row by row. Where there are units enough a thread takes a unit through all its passes,
 // so that the second reading comes from the cache where it fits: 2T and 3T. Few large units are cut
 // into parts, which threads may share.
@@ -21,15 +21,15 @@
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 namespace {
 
-// ---- NCHW: a unit is the slab of a group --------------------------------------------------------
+// ---- NCHW: a unit is a group of a sample --------------------------------------------------------
 
-struct Slabs {
+struct Groups {
   int64_t per_group, hw, size, units, elements, parts, per_part;
 
   // A part is long enough to be worth a task; sums are joined in double after kPiece elements.
   static constexpr int64_t kPiece = 1 << 13;
 
-  Slabs(const ImageShape& shape, int64_t groups)
+  Groups(const ImageShape& shape, int64_t groups)
       : per_group(shape.c / groups),
         hw(shape.hw),
         size(per_group * hw),
@@ -39,7 +39,7 @@ struct Slabs {
     parts = ceil_div(size, per_part);
   }
 
-  // body(channel of the group, offset in the slab, length) for each piece of one channel's.
+  // body(channel of the group, offset in the group, length) for each piece of one channel's.
   template <class Body>
   void for_each_piece(int64_t part, Body body) const {
     const int64_t end = min(size, (part + 1) * per_part);
@@ -59,32 +59,32 @@ void fwd_nchw(const GroupNormActFwdParams& p) {
   using S = Acc<T>;
   const Loops<T, false> loops(p.act);
   const Norm<S> norm(p);
-  const Slabs slabs(p.shape, p.groups);
+  const Groups groups(p.shape, p.groups);
   const T* x = static_cast<const T*>(p.x);
   // space: of each part the count, mean and centred squares
-  const auto stats = [&](double* space, int64_t slab, int64_t part) {
-    const int64_t o = part * slabs.per_part;
+  const auto stats = [&](double* space, int64_t group, int64_t part) {
+    const int64_t o = part * groups.per_part;
     const Moments<S> m =
-        range_moments(x + slab * slabs.size + o, min(slabs.per_part, slabs.size - o));
+        range_moments(x + group * groups.size + o, min(groups.per_part, groups.size - o));
     space[3 * part] = m.count, space[3 * part + 1] = m.mean, space[3 * part + 2] = m.m2;
   };
-  const auto join = [&](double* space, int64_t slab) {
+  const auto join = [&](double* space, int64_t group) {
     Moments<S> total;
-    for (int64_t part = 0; part < slabs.parts; ++part) {
+    for (int64_t part = 0; part < groups.parts; ++part) {
       total.join(space[3 * part], space[3 * part + 1], space[3 * part + 2]);
     }
-    total.write(norm.mean + slab, norm.var + slab);
+    total.write(norm.mean + group, norm.var + group);
   };
-  const auto apply = [&](double*, int64_t slab, int64_t part) {
-    const S rstd = norm.rstd(slab);
-    const int64_t first = slab % norm.groups * norm.per_group, base = slab * slabs.size;
-    slabs.for_each_piece(part, [&](int64_t j, int64_t o, int64_t length) {
+  const auto apply = [&](double*, int64_t group, int64_t part) {
+    const S rstd = norm.rstd(group);
+    const int64_t first = group % norm.groups * norm.per_group, base = group * groups.size;
+    groups.for_each_piece(part, [&](int64_t j, int64_t o, int64_t length) {
       S scale = norm.weight_of(first + j) * rstd, bias = norm.bias_of(first + j);
-      const Coefficients<S> k{p.act, norm.mean + slab, &scale, &bias, nullptr, nullptr};
+      const Coefficients<S> k{p.act, norm.mean + group, &scale, &bias, nullptr, nullptr};
       loops.normalize(x + base + o, static_cast<T*>(p.y) + base + o, 1, length, k);
     });
   };
-  run_units<double>(slabs.units, slabs.parts, 3 * slabs.parts, slabs.elements, kNothing, stats,
+  run_units<double>(groups.units, groups.parts, 3 * groups.parts, groups.elements, kNothing, stats,
                     join, apply);
 }
 
@@ -93,23 +93,23 @@ void bwd_nchw(const GroupNormActBwdParams& p) {
   using S = Acc<T>;
   const Loops<T, false> loops(p.act);
   const Norm<S> norm(p);
-  const Slabs slabs(p.shape, p.groups);
+  const Groups groups(p.shape, p.groups);
   const T *dy = static_cast<const T*>(p.dy), *x = static_cast<const T*>(p.x);
   const ChannelSums sums(p.shape);
   // body(coefficients, channel of the group, offset, length) for each piece of a part.
-  const auto walk = [&](int64_t slab, int64_t part, S shift, S slope, auto body) {
-    const S rstd = norm.rstd(slab);
-    const int64_t first = slab % norm.groups * norm.per_group, base = slab * slabs.size;
-    slabs.for_each_piece(part, [&](int64_t j, int64_t o, int64_t length) {
+  const auto walk = [&](int64_t group, int64_t part, S shift, S slope, auto body) {
+    const S rstd = norm.rstd(group);
+    const int64_t first = group % norm.groups * norm.per_group, base = group * groups.size;
+    groups.for_each_piece(part, [&](int64_t j, int64_t o, int64_t length) {
       S scale = norm.weight_of(first + j) * rstd, bias = norm.bias_of(first + j);
-      body(Coefficients<S>{p.act, norm.mean + slab, &scale, &bias, &shift, &slope}, j, base + o,
+      body(Coefficients<S>{p.act, norm.mean + group, &scale, &bias, &shift, &slope}, j, base + o,
            length);
     });
   };
   // space: of each part and channel of the group sum(dz) and sum(dz * (x - mean))
-  const auto reduce = [&](double* space, int64_t slab, int64_t part) {
-    double* of_part = space + part * slabs.per_group * 2;
-    walk(slab, part, S(0), S(0), [&](Coefficients<S> k, int64_t j, int64_t o, int64_t length) {
+  const auto reduce = [&](double* space, int64_t group, int64_t part) {
+    double* of_part = space + part * groups.per_group * 2;
+    walk(group, part, S(0), S(0), [&](Coefficients<S> k, int64_t j, int64_t o, int64_t length) {
       Vec<S> total[2] = {};
       S lanes[2][kLanes<S>] = {};
       loops.reduce(dy + o, x + o, 1, length, k, lanes[0], lanes[1]);
@@ -119,24 +119,24 @@ void bwd_nchw(const GroupNormActBwdParams& p) {
       }
     });
   };
-  const auto join = [&](double* space, int64_t slab) {
-    for (int64_t part = 0; part < slabs.parts; ++part) {
-      for (int64_t j = 0; j < slabs.per_group; ++j) {
-        const double* from = space + (part * slabs.per_group + j) * 2;
-        sums.dz[slab * slabs.per_group + j] += from[0];
-        sums.dzx[slab * slabs.per_group + j] += from[1];
+  const auto join = [&](double* space, int64_t group) {
+    for (int64_t part = 0; part < groups.parts; ++part) {
+      for (int64_t j = 0; j < groups.per_group; ++j) {
+        const double* from = space + (part * groups.per_group + j) * 2;
+        sums.dz[group * groups.per_group + j] += from[0];
+        sums.dzx[group * groups.per_group + j] += from[1];
       }
     }
   };
-  const auto dx = [&](double*, int64_t slab, int64_t part) {
+  const auto dx = [&](double*, int64_t group, int64_t part) {
     S shift, slope;
-    sums.finish(norm, slab, &shift, &slope);
-    walk(slab, part, shift, slope, [&](Coefficients<S> k, int64_t, int64_t o, int64_t length) {
+    sums.finish(norm, group, &shift, &slope);
+    walk(group, part, shift, slope, [&](Coefficients<S> k, int64_t, int64_t o, int64_t length) {
       loops.grad_x(dy + o, x + o, static_cast<T*>(p.dx) + o, 1, length, k);
     });
   };
-  run_units<double>(slabs.units, slabs.parts, slabs.parts * slabs.per_group * 2, slabs.elements,
-                    kNothing, reduce, join, dx);
+  run_units<double>(groups.units, groups.parts, groups.parts * groups.per_group * 2,
+                    groups.elements, kNothing, reduce, join, dx);
   sums.write(norm, p);
 }
 
@@ -179,8 +179,8 @@ struct SampleRows : WideRows {
 template <class S>
 void set_channels(const Norm<S>& norm, int64_t sample, int64_t repeat, Coefficients<S> k) {
   for (int64_t g = 0; g < norm.groups; ++g) {
-    const int64_t slab = sample * norm.groups + g;
-    const S mean = norm.mean[slab], rstd = norm.rstd(slab);
+    const int64_t statistic = sample * norm.groups + g;
+    const S mean = norm.mean[statistic], rstd = norm.rstd(statistic);
     for (int64_t j = g * norm.per_group; j < (g + 1) * norm.per_group; ++j) {
       k.mean[j] = mean;
       k.scale[j] = norm.weight_of(j) * rstd;
@@ -216,9 +216,9 @@ void join_columns(const SampleRows<T>& rows, const Norm<S>& norm, int64_t sample
       }
       squares += within + between * static_cast<double>(count);
     });
-    const int64_t slab = sample * norm.groups + g;
-    norm.mean[slab] = static_cast<S>(center);
-    norm.var[slab] = static_cast<S>(squares / norm.count);
+    const int64_t statistic = sample * norm.groups + g;
+    norm.mean[statistic] = static_cast<S>(center);
+    norm.var[statistic] = static_cast<S>(squares / norm.count);
   }
 }
 

@@ -116,7 +116,7 @@ struct Norm {
 
   S weight_of(int64_t channel) const { return weight ? weight[channel] : S(1); }
   S bias_of(int64_t channel) const { return bias ? bias[channel] : S(0); }
-  S rstd(int64_t slab) const { return rstd_of(var[slab], eps); }
+  S rstd(int64_t statistic) const { return rstd_of(var[statistic], eps); }
 };
 
 // The sums of each sample's channels, and what becomes of them.
@@ -125,16 +125,17 @@ struct ChannelSums {
 
   explicit ChannelSums(const ImageShape& shape) : dz(shape.n * shape.c), dzx(shape.n * shape.c) {}
 
-  // The shift and slope of a group, slab = n * groups + g.
+  // The shift and slope of a group, whose statistic is n * groups + g.
   template <class S>
-  void finish(const Norm<S>& norm, int64_t slab, S* shift, S* slope) const {
-    const int64_t sample = slab / norm.groups, first = slab % norm.groups * norm.per_group;
+  void finish(const Norm<S>& norm, int64_t statistic, S* shift, S* slope) const {
+    const int64_t sample = statistic / norm.groups,
+                  first = statistic % norm.groups * norm.per_group;
     double total_dz = 0, total_dzx = 0;
     for (int64_t j = first; j < first + norm.per_group; ++j) {
       total_dz += dz[sample * norm.c + j] * norm.weight_of(j);
       total_dzx += dzx[sample * norm.c + j] * norm.weight_of(j);
     }
-    const double rstd = norm.rstd(slab);
+    const double rstd = norm.rstd(statistic);
     *shift = static_cast<S>(total_dz * rstd / norm.count);
     *slope = static_cast<S>(total_dzx * rstd * rstd * rstd / norm.count);
   }

@@ -10,7 +10,7 @@
 namespace fastcnn {
 namespace {
 
-constexpr SlabNeeds kFwdNeeds{1, sizeof(Sums)}, kBwdNeeds{2, sizeof(Sums)};
+constexpr OnePassNeeds kFwdNeeds{1, sizeof(Sums)}, kBwdNeeds{2, sizeof(Sums)};
 
 dim3 grid_of(const ColumnPlan& plan) {
   return dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.splits));
@@ -51,7 +51,7 @@ int64_t batch_norm_act_workspace(const ImageShape& shape, DType dtype, const Cud
   // Which of the two plans it will be, the addresses decide.
   int64_t partials = 0;
   for (const bool aligned : {false, true}) {
-    const BatchNormPlan plan = plan_stages(shape, element_bytes(dtype), aligned, device);
+    const BatchNormPlan plan = plan_multi_pass(shape, element_bytes(dtype), aligned, device);
     const int64_t of_plan = plan.columns.splits * plan.walked.c;
     if (of_plan > partials) partials = of_plan;
   }
@@ -60,7 +60,8 @@ int64_t batch_norm_act_workspace(const ImageShape& shape, DType dtype, const Cud
 
 int launch_batch_norm_act_apply(const BatchNormActFwdParams& given, const CudaDevice& device) {
   BatchNormActFwdParams p = given;
-  const BatchNormPlan plan = plan_stages(p.shape, element_bytes(p.dtype), aligned_fwd(p), device);
+  const BatchNormPlan plan =
+      plan_multi_pass(p.shape, element_bytes(p.dtype), aligned_fwd(p), device);
   p.shape = plan.walked;
   return launch_apply(p, plan, device);
 }
@@ -73,13 +74,13 @@ int launch_batch_norm_act_fwd(const BatchNormActFwdParams& given, float* workspa
   const ColumnPlan& columns = plan.columns;
   const int64_t c = p.shape.c;
   p.shape = plan.walked;
-  if (plan.slab) {
+  if (plan.one_pass) {
     return dispatch_plan(p, plan, [&](auto t, auto vector, auto cl) {
       using T = decltype(t);
       constexpr int kVector = decltype(vector)::value;
       return launch(device, grid_of(columns), kThreads,
-                    slab_bytes<T, kVector, cl.value, Sums>(columns, kFwdNeeds.tensors),
-                    batch_norm_act_slab_fwd_kernel<T, kVector, cl.value>, p, columns);
+                    one_pass_bytes<T, kVector, cl.value, Sums>(columns, kFwdNeeds.tensors),
+                    batch_norm_act_one_pass_fwd_kernel<T, kVector, cl.value>, p, columns);
     });
   }
   Moments* partial = reinterpret_cast<Moments*>(workspace);
@@ -103,19 +104,19 @@ int launch_batch_norm_act_bwd(const BatchNormActBwdParams& given, float* workspa
   const int bytes = element_bytes(p.dtype);
   const bool sums_given = p.total != nullptr;
   const BatchNormPlan plan = sums_given
-                                 ? plan_stages(p.shape, bytes, is_aligned, device)
+                                 ? plan_multi_pass(p.shape, bytes, is_aligned, device)
                                  : plan_batch_norm(p.shape, bytes, is_aligned, kBwdNeeds, device);
   const ColumnPlan& columns = plan.columns;
   const int64_t c = p.shape.c;
   p.shape = plan.walked;
   if (sums_given) return launch_dx(p, plan, device);
-  if (plan.slab) {
+  if (plan.one_pass) {
     return dispatch_plan(p, plan, [&](auto t, auto vector, auto cl) {
       using T = decltype(t);
       constexpr int kVector = decltype(vector)::value;
       return launch(device, grid_of(columns), kThreads,
-                    slab_bytes<T, kVector, cl.value, Sums>(columns, kBwdNeeds.tensors),
-                    batch_norm_act_slab_bwd_kernel<T, kVector, cl.value>, p, columns);
+                    one_pass_bytes<T, kVector, cl.value, Sums>(columns, kBwdNeeds.tensors),
+                    batch_norm_act_one_pass_bwd_kernel<T, kVector, cl.value>, p, columns);
     });
   }
   Sums* partial = reinterpret_cast<Sums*>(workspace);

@@ -1,13 +1,13 @@
 // The kernels of batch_norm_act for layers whose statistics stay on chip: one launch each way.
 //
-// A block owns whole channels. It reads their slab once, keeps it in shared memory as it lies in
+// A block owns whole channels. It reads their tile once, keeps it in shared memory as it lies in
 // memory, and goes over it again there: T = one pass over the tensor,
-//   forward   reads x (1T), then residual, and writes y: 2T or 3T; stages take 3T or 4T
+//   forward   reads x (1T), then residual, and writes y: 2T or 3T; multi-pass 3T or 4T
 //   backward  reads dy, x (and what was saved where a residual was added, then writing dresidual),
-//             writes dx: 3T, and 5T with a residual; stages take 5T or 7T
-// A thread reads back only what it has written itself, so the slab needs no barrier, and word i of
+//             writes dx: 3T, and 5T with a residual; multi-pass 5T or 7T
+// A thread reads back only what it has written itself, so the tile needs no barrier, and word i of
 // thread t lies at i * kThreads + t, so it has no bank conflicts. Sums go through shared memory
-// behind the slab, in a fixed order.
+// behind the tile, in a fixed order.
 // Variance: squares around the mean; the sum of the deviations corrects the mean's rounding.
 #pragma once
 
@@ -15,19 +15,19 @@
 
 namespace fastcnn {
 
-// Shared memory of a block: `tensors` slabs of `steps` words a thread, then the values to be
+// Shared memory of a block: `tensors` tiles of `steps` words a thread, then the values to be
 // joined.
 template <class T, int kVector, bool kChannelsLast, class Value>
-size_t slab_bytes(const ColumnPlan& plan, int tensors) {
+size_t one_pass_bytes(const ColumnPlan& plan, int tensors) {
   const int64_t steps = (plan.length + plan.lanes - 1) / plan.lanes;
   return static_cast<size_t>(tensors * steps * kThreads) * sizeof(Word<T, kVector>) +
          kThreads * kSlots<kVector, kChannelsLast> * sizeof(Value);
 }
 
 template <class T, int kVector>
-class Slab {
+class Tile {
  public:
-  __device__ Slab(const ColumnPlan& plan, int tensor) {
+  __device__ Tile(const ColumnPlan& plan, int tensor) {
     const int64_t steps = (plan.length + plan.lanes - 1) / plan.lanes;
     words_ = shared_memory<Word<T, kVector>>() + tensor * steps * kThreads + threadIdx.x;
     end_ = words_ - threadIdx.x + steps * kThreads;
@@ -39,9 +39,9 @@ class Slab {
   Word<T, kVector>*words_, *end_;
 };
 
-// Reads this thread's part of the tensors into their slabs, kUnroll vectors of each in flight.
+// Reads this thread's part of the tensors into their tiles, kUnroll vectors of each in flight.
 template <class T, int kVector, bool kChannelsLast, int kTensors>
-__device__ void fill(const Slab<T, kVector> (&slabs)[kTensors], const void* const (&from)[kTensors],
+__device__ void fill(const Tile<T, kVector> (&tiles)[kTensors], const void* const (&from)[kTensors],
                      const ImageShape& shape, const ColumnPlan& plan) {
   Walk<kVector, kChannelsLast> walk(shape, plan);
   int i = 0;
@@ -57,7 +57,7 @@ __device__ void fill(const Slab<T, kVector> (&slabs)[kTensors], const void* cons
 #pragma unroll
     for (int t = 0; t < kTensors; ++t) {
 #pragma unroll
-      for (int u = 0; u < kN; ++u) slabs[t][i + u] = words[t][u];
+      for (int u = 0; u < kN; ++u) tiles[t][i + u] = words[t][u];
     }
     i += kN;
   });
@@ -109,26 +109,26 @@ __device__ inline bool writes_channel(const ColumnPlan& plan, int64_t column, in
 
 template <class T, int kVector, bool kChannelsLast>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    batch_norm_act_slab_fwd_kernel(BatchNormActFwdParams p, ColumnPlan plan) {
+    batch_norm_act_one_pass_fwd_kernel(BatchNormActFwdParams p, ColumnPlan plan) {
   constexpr int kCount = kSlots<kVector, kChannelsLast>;
-  const Slab<T, kVector> slabs[] = {{plan, 0}};
-  fill<T, kVector, kChannelsLast>(slabs, {p.x}, p.shape, plan);
+  const Tile<T, kVector> tiles[] = {{plan, 0}};
+  fill<T, kVector, kChannelsLast>(tiles, {p.x}, p.shape, plan);
   Walk<kVector, kChannelsLast> walk(p.shape, plan);
   const int steps = static_cast<int>(walk.left());
   float sum[kCount] = {};
   for (int i = 0; i < steps; ++i) {
-    const Word<T, kVector> word = slabs[0][i];
+    const Word<T, kVector> word = tiles[0][i];
 #pragma unroll
     for (int v = 0; v < kVector; ++v) sum[kChannelsLast ? v : 0] += element<T, kVector>(word, v);
   }
-  join_block(sum, slabs[0].end(), plan, JoinFloats{});
+  join_block(sum, tiles[0].end(), plan, JoinFloats{});
   const float inverse = 1.f / static_cast<float>(p.shape.per_channel() * plan.repeat);
   Coefficients<kCount> k;
 #pragma unroll
   for (int s = 0; s < kCount; ++s) k.mean[s] = sum[s] * inverse;
   Sums around[kCount];  // of the deviations and of their squares
   for (int i = 0; i < steps; ++i) {
-    const Word<T, kVector> word = slabs[0][i];
+    const Word<T, kVector> word = tiles[0][i];
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       const int s = kChannelsLast ? v : 0;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       around[s].dzx += centered * centered;
     }
   }
-  join_block(around, slabs[0].end(), plan, JoinSums{});
+  join_block(around, tiles[0].end(), plan, JoinSums{});
   if (!walk.active) return;
   const SlotChannels channels(walk.channel, plan.repeat);
 #pragma unroll
@@ -163,18 +163,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
         },
         [&](const auto& group, int u, int64_t offset) {
           store_word<kVector>(y + offset,
-                              normalized<T, kVector>(p, act, k, slabs[0][i++], group.residual[u]));
+                              normalized<T, kVector>(p, act, k, tiles[0][i++], group.residual[u]));
         });
   });
 }
 
-// Where z was made with a residual, dz takes dy's place in the slab, rounded as dresidual is.
+// Where z was made with a residual, dz takes dy's place in the tile, rounded as dresidual is.
 template <class T, int kVector, bool kChannelsLast>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    batch_norm_act_slab_bwd_kernel(BatchNormActBwdParams p, ColumnPlan plan) {
+    batch_norm_act_one_pass_bwd_kernel(BatchNormActBwdParams p, ColumnPlan plan) {
   constexpr int kCount = kSlots<kVector, kChannelsLast>;
-  const Slab<T, kVector> slabs[] = {{plan, 0}, {plan, 1}};  // dy, x
-  fill<T, kVector, kChannelsLast>(slabs, {p.dy, p.x}, p.shape, plan);
+  const Tile<T, kVector> tiles[] = {{plan, 0}, {plan, 1}};  // dy, x
+  fill<T, kVector, kChannelsLast>(tiles, {p.dy, p.x}, p.shape, plan);
   T* dresidual = static_cast<T*>(p.dresidual);
   Sums sums[kCount];
   Walk<kVector, kChannelsLast> walk(p.shape, plan);
@@ -190,14 +190,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
           return group;
         },
         [&](const auto& group, int u, int64_t offset) {
-          const BwdGroup<T, kVector, 1> one{{slabs[0][i]}, {slabs[1][i]}, {group.saved[u]}};
+          const BwdGroup<T, kVector, 1> one{{tiles[0][i]}, {tiles[1][i]}, {group.saved[u]}};
           const Word<T, kVector> dz = add_up(p, act, k, one, 0, sums);
           if (dresidual != nullptr) store_word<kVector>(dresidual + offset, dz);
-          if (p.saved != nullptr) slabs[0][i] = dz;
+          if (p.saved != nullptr) tiles[0][i] = dz;
           ++i;
         });
   });
-  join_block(sums, slabs[1].end(), plan, JoinSums{});
+  join_block(sums, tiles[1].end(), plan, JoinSums{});
   if (!active) return;
   const float inverse = 1.f / static_cast<float>(p.shape.per_channel() * plan.repeat);
   GradX<kCount> grad_x;
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   Walk<kVector, kChannelsLast> again(p.shape, plan);
   with_act(p.act, [&](auto act) {
     for (int i = 0; again.left() > 0; ++i) {
-      const BwdGroup<T, kVector, 1> one{{slabs[0][i]}, {slabs[1][i]}, {}};
+      const BwdGroup<T, kVector, 1> one{{tiles[0][i]}, {tiles[1][i]}, {}};
       store_word<kVector>(dx + again.next(), grad_x.of(p, act, k, one, 0));
     }
   });

@@ -9,24 +9,24 @@ namespace fastcnn {
 struct BatchNormPlan {
   ColumnPlan columns;
   ImageShape walked;  // the shape, or of a flat walk [n, c * hw, 1]
-  bool slab;          // one launch over shared memory, else stages over the whole GPU
+  bool one_pass;      // one launch over shared memory, else several over the whole GPU
 };
 
-// What a slab kernel keeps on chip.
-struct SlabNeeds {
+// What a one-pass kernel keeps on chip.
+struct OnePassNeeds {
   int tensors;      // as they lie in memory
   int value_bytes;  // of what it joins for each slot of a thread
 };
 
-// A thread's words of a slab. It waits for memory once for kUnroll of them, 8 times in all: above
-// that the latencies outweigh the launches that stages cost, unless more SMs take part.
-constexpr int64_t kSlabSteps = 8 * kUnroll;
+// A thread's words of a tile. It waits for memory once for kUnroll of them, 8 times in all: above
+// that the latencies outweigh the launches that several passes cost, unless more SMs take part.
+constexpr int64_t kOnePassSteps = 8 * kUnroll;
 
 // Rows of a flat walk. Each column has a partial value of 12 bytes beside 2 to 4 bytes a row.
 constexpr int64_t kFlatRows = 16;
 
-inline BatchNormPlan plan_stages(const ImageShape& shape, int element_bytes, bool aligned,
-                                 const CudaDevice& device) {
+inline BatchNormPlan plan_multi_pass(const ImageShape& shape, int element_bytes, bool aligned,
+                                     const CudaDevice& device) {
   const int wide = 16 / element_bytes;
   BatchNormPlan plan{{}, shape, false};
   const bool flat = aligned && !shape.channels_last && shape.hw % wide != 0 &&
@@ -40,8 +40,8 @@ inline BatchNormPlan plan_stages(const ImageShape& shape, int element_bytes, boo
 // Blocks of whole channels, whose rows of neighbouring elements are `row_bytes` long or a little
 // more: channels_last as many vectors of channels, NCHW one plane, or flat as many planes as make
 // up whole vectors.
-inline BatchNormPlan plan_slab(const ImageShape& shape, int element_bytes, bool aligned,
-                               int row_bytes) {
+inline BatchNormPlan plan_one_pass(const ImageShape& shape, int element_bytes, bool aligned,
+                                   int row_bytes) {
   const int wide = 16 / element_bytes;
   BatchNormPlan plan{{}, shape, true};
   ColumnPlan& columns = plan.columns;
@@ -73,14 +73,14 @@ inline BatchNormPlan plan_slab(const ImageShape& shape, int element_bytes, bool 
   return plan;
 }
 
-// The choice. A slab saves a pass over memory (two in backward) and two launches; it has only as
+// The choice. One pass saves a pass over memory (two in backward) and two launches; it has only as
 // many blocks as there are channels to share out.
 inline BatchNormPlan plan_batch_norm(const ImageShape& shape, int element_bytes, bool aligned,
-                                     const SlabNeeds& needs, const CudaDevice& device) {
-  enum class Then { kNext, kSlab };
+                                     const OnePassNeeds& needs, const CudaDevice& device) {
+  enum class Then { kNext, kOnePass };
   // Rows of 64 bytes are what memory gives at a time, 32 the least that it moves.
   for (const int row_bytes : {64, 32}) {
-    const BatchNormPlan plan = plan_slab(shape, element_bytes, aligned, row_bytes);
+    const BatchNormPlan plan = plan_one_pass(shape, element_bytes, aligned, row_bytes);
     const ColumnPlan& columns = plan.columns;
     const int64_t steps = (columns.length + columns.lanes - 1) / columns.lanes;
     const int64_t slots = plan.walked.channels_last ? columns.vector : 1;
@@ -95,20 +95,20 @@ inline BatchNormPlan plan_batch_norm(const ImageShape& shape, int element_bytes,
         // Narrower rows are shared out to more SMs.
         {row_bytes == 64 && shape.channels_last && idle, Then::kNext},
         // A long walk of one block: the whole GPU is faster.
-        {steps > kSlabSteps || bytes > shared, Then::kNext},
+        {steps > kOnePassSteps || bytes > shared, Then::kNext},
         // Two blocks are resident, and one loads while the other calculates. (1 KiB of an SM's
         // shared memory belongs to the driver, for each block.)
-        {bytes <= (shared + 1024) / kBlocksPerSm - 1024, Then::kSlab},
+        {bytes <= (shared + 1024) / kBlocksPerSm - 1024, Then::kOnePass},
         // No SM gets a second block anyway.
-        {columns.tiles <= device.sm_count, Then::kSlab},
+        {columns.tiles <= device.sm_count, Then::kOnePass},
     };
     for (const auto& row : table) {
       if (!row.holds) continue;
-      if (row.then == Then::kSlab) return plan;
+      if (row.then == Then::kOnePass) return plan;
       break;
     }
   }
-  return plan_stages(shape, element_bytes, aligned, device);
+  return plan_multi_pass(shape, element_bytes, aligned, device);
 }
 
 }  // namespace fastcnn

@@ -1,11 +1,11 @@
 // group_norm_act on CUDA.
 //
 // Data movement, T = one pass over the tensor:
-//   forward   a slab (the values of a group) that a block can hold is read once: 2T,
-//   cuda/group_norm_act/one_pass.cuh.
+//   forward   a tile (the values of a group) that a block can hold is read once: 2T,
+//             cuda/group_norm_act/one_pass.cuh.
 //             Else stats reads x (1T), and apply reads x and writes y (2T).
 //   backward  reduce reads dy and x (2T); dx reads both and is written (3T).
-// The two-stage kernels walk the channels of a sample: in channels_last all of a pixel's side by
+// The multi-pass kernels walk the channels of a sample: in channels_last all of a pixel's side by
 // side, so that accesses are 16 bytes wide however few channels a group has. Each block reduces its
 // split to one partial a channel; `finish` joins splits and channels to groups, in a fixed order.
 // No atomics: the same bits from run to run. Variance: kUnroll values are summed, then squared
@@ -33,9 +33,9 @@ struct Coefficients {
   __device__ Coefficients(const Params& p, const SamplePlan& plan, int64_t channel) {
 #pragma unroll
     for (int s = 0; s < kCount; ++s) {
-      const int64_t slab = plan.index() * plan.groups + (channel + s) / plan.per_group;
-      const float var = static_cast<const float*>(p.var)[slab];
-      mean[s] = static_cast<const float*>(p.mean)[slab];
+      const int64_t statistic = plan.index() * plan.groups + (channel + s) / plan.per_group;
+      const float var = static_cast<const float*>(p.var)[statistic];
+      mean[s] = static_cast<const float*>(p.mean)[statistic];
       scale[s] = rstd_of(var, p.eps);
       if (p.weight != nullptr) scale[s] *= static_cast<const float*>(p.weight)[channel + s];
       bias[s] = p.bias == nullptr ? 0.f : static_cast<const float*>(p.bias)[channel + s];
@@ -91,14 +91,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 __global__ void __launch_bounds__(kThreads)
     group_norm_act_finish_stats_kernel(GroupNormActFwdParams p, SamplePlan plan, FinishPlan finish,
                                        const Moments* partial) {
-  const int64_t slab = finish.column();
+  const int64_t statistic = finish.column();
   Moments total[1];
   for_each_partial(plan, finish, partial,
                    [&](const Moments& m, int64_t) { total[0].join(m.count, m.mean, m.m2); });
   join_lanes(total, finish.columns(), finish.lanes, JoinMoments{});
-  if (finish.lane() == 0 && slab < plan.slabs()) {
-    static_cast<float*>(p.mean)[slab] = total[0].mean;
-    static_cast<float*>(p.var)[slab] = total[0].m2 / total[0].count;
+  if (finish.lane() == 0 && statistic < plan.statistics()) {
+    static_cast<float*>(p.mean)[statistic] = total[0].mean;
+    static_cast<float*>(p.var)[statistic] = total[0].m2 / total[0].count;
   }
 }
 
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     group_norm_act_finish_reduce_kernel(GroupNormActBwdParams p, SamplePlan plan, FinishPlan finish,
                                         const Sums* partial, DxCoefficients* coefficients) {
-  const int64_t slab = finish.column();
+  const int64_t statistic = finish.column();
   Sums total[1];
   for_each_partial(plan, finish, partial, [&](const Sums& sums, int64_t channel) {
     const float weight = p.weight == nullptr ? 1.f : static_cast<const float*>(p.weight)[channel];
@@ -194,10 +194,10 @@ __global__ void __launch_bounds__(kThreads)
     total[0].dzx += weight * sums.dzx;
   });
   join_lanes(total, finish.columns(), finish.lanes, JoinSums{});
-  if (finish.lane() == 0 && slab < plan.slabs()) {
-    const float rstd = rstd_of(static_cast<const float*>(p.var)[slab], p.eps);
+  if (finish.lane() == 0 && statistic < plan.statistics()) {
+    const float rstd = rstd_of(static_cast<const float*>(p.var)[statistic], p.eps);
     const float share = rstd / static_cast<float>(plan.per_group * plan.sample.hw);
-    coefficients[slab] = {total[0].dz * share, total[0].dzx * share * rstd * rstd};
+    coefficients[statistic] = {total[0].dz * share, total[0].dzx * share * rstd * rstd};
   }
 }
 
@@ -210,9 +210,9 @@ __global__ void __launch_bounds__(kThreads)
   if (channel < plan.sample.c) {
     const int64_t group = channel / plan.per_group, rows = plan.samples * plan.columns.splits;
     for (int64_t row = finish.lane(); row < rows; row += finish.lanes) {
-      const int64_t slab = row / plan.columns.splits * plan.groups + group;
+      const int64_t statistic = row / plan.columns.splits * plan.groups + group;
       Sums sums = partial[row * plan.sample.c + channel];
-      sums.dzx *= rstd_of(static_cast<const float*>(p.var)[slab], p.eps);
+      sums.dzx *= rstd_of(static_cast<const float*>(p.var)[statistic], p.eps);
       JoinSums{}(total[0], sums);
     }
   }
@@ -254,19 +254,19 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- launching ----------------------------------------------------------------------------------
 
-// Whether the forward holds its slabs on the chip, by one kernel and 2T instead of three and 3T.
+// Whether the forward holds its tiles on the chip, by one kernel and 2T instead of three and 3T.
 // Not
-// - where a block has no room for a slab;
+// - where a block has no room for a tile;
 // - in channels_last where a group's channels are no whole vectors: it would take single elements,
 //   while the other kernels take a pixel's channels, which may be whole vectors, together;
-// - where slabs are too few for half of the SMs, unless they are so small that three launches would
-//   take longer than one slab does.
-bool is_on_chip(const ImageShape& shape, const SlabPlan& plan, int element_bytes, int sm_count) {
+// - where tiles are too few for half of the SMs, unless they are so small that three launches would
+//   take longer than one tile does.
+bool is_on_chip(const ImageShape& shape, const OnePassPlan& plan, int element_bytes, int sm_count) {
   constexpr int64_t kSmall = 16 << 10;
   const int64_t bytes = int64_t{plan.vectors} * plan.vector * element_bytes;
   if (!plan.held) return false;
   if (shape.channels_last && plan.vector == 1 && shape.hw > 1) return false;
-  return plan.slabs * 2 >= sm_count || bytes <= kSmall;
+  return plan.tiles * 2 >= sm_count || bytes <= kSmall;
 }
 
 }  // namespace
@@ -287,9 +287,9 @@ int launch_group_norm_act_fwd(const GroupNormActFwdParams& p, float* workspace,
                               const CudaDevice& device) {
   const int bytes = element_bytes(p.dtype);
   const bool whole = aligned({p.x, p.y});
-  const SlabPlan slabs = plan_slabs(p.shape, p.groups, bytes, whole);
-  if (is_on_chip(p.shape, slabs, bytes, device.sm_count)) {
-    return launch_slab_norm_act_fwd(p, slabs, device);
+  const OnePassPlan one_pass = plan_one_pass(p.shape, p.groups, bytes, whole);
+  if (is_on_chip(p.shape, one_pass, bytes, device.sm_count)) {
+    return launch_one_pass_norm_act_fwd(p, one_pass, device);
   }
   const SamplePlan plan = plan_samples(p.shape, p.groups, bytes, whole, device);
   if (!can_launch(plan)) return cudaErrorInvalidValue;
@@ -304,7 +304,7 @@ int launch_group_norm_act_fwd(const GroupNormActFwdParams& p, float* workspace,
                                group_norm_act_stats_kernel<T, kVector, cl.value>, p, plan, partial);
     if (error != cudaSuccess) return error;
     const FinishPlan finish(plan.columns.splits * plan.per_group);
-    error = launch(device, finish.grid(plan.slabs()), kThreads, kThreads * sizeof(Moments),
+    error = launch(device, finish.grid(plan.statistics()), kThreads, kThreads * sizeof(Moments),
                    group_norm_act_finish_stats_kernel, p, plan, finish,
                    static_cast<const Moments*>(partial));
     if (error != cudaSuccess) return error;
@@ -332,7 +332,7 @@ int launch_group_norm_act_bwd(const GroupNormActBwdParams& p, float* workspace,
                group_norm_act_reduce_kernel<T, kVector, cl.value>, p, plan, partial);
     if (error != cudaSuccess) return error;
     const FinishPlan by_group(plan.columns.splits * plan.per_group);
-    error = launch(device, by_group.grid(plan.slabs()), kThreads, kThreads * sizeof(Sums),
+    error = launch(device, by_group.grid(plan.statistics()), kThreads, kThreads * sizeof(Sums),
                    group_norm_act_finish_reduce_kernel, p, plan, by_group, sums, coefficients);
     if (error != cudaSuccess) return error;
     const FinishPlan by_channel(plan.columns.splits * plan.samples);

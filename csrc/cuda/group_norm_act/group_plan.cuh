@@ -1,4 +1,4 @@
-// How the two-stage kernels of group_norm_act cut a call over the GPU.
+// How the multi-pass kernels of group_norm_act cut a call over the GPU.
 #pragma once
 
 #include "cuda/columns.cuh"
@@ -8,7 +8,7 @@
 namespace fastcnn {
 namespace {
 
-// How the two-stage kernels cut a call: the tiles of all samples side by side in the grid.
+// How the multi-pass kernels cut a call: the tiles of all samples side by side in the grid.
 struct SamplePlan {
   ColumnPlan columns;
   ImageShape sample;  // n = 1
@@ -16,7 +16,7 @@ struct SamplePlan {
 
   __device__ int64_t index() const { return blockIdx.x / columns.tiles; }
   __device__ unsigned tile() const { return static_cast<unsigned>(blockIdx.x % columns.tiles); }
-  FASTCNN_HOST_DEVICE int64_t slabs() const { return samples * groups; }
+  FASTCNN_HOST_DEVICE int64_t statistics() const { return samples * groups; }
   __device__ int64_t offset() const { return index() * sample.numel(); }
   // Of the partial values [samples, splits, c].
   __device__ int64_t partial(int64_t channel) const {
@@ -52,7 +52,7 @@ dim3 grid_of(const SamplePlan& plan) {
 // The kernels' grids, and those that finish groups and channels, of which a block has one at least.
 bool can_launch(const SamplePlan& plan) {
   return fits_a_grid(plan.samples * plan.columns.tiles, plan.columns.splits) &&
-         fits_a_grid(plan.slabs()) && fits_a_grid(plan.sample.c);
+         fits_a_grid(plan.statistics()) && fits_a_grid(plan.sample.c);
 }
 
 int threads_of(const SamplePlan& plan) { return plan.columns.columns * plan.columns.lanes; }
@@ -79,9 +79,9 @@ struct FinishPlan {
 template <class Value, class Body>
 __device__ void for_each_partial(const SamplePlan& plan, const FinishPlan& finish,
                                  const Value* partial, Body body) {
-  const int64_t slab = finish.column();
-  if (slab >= plan.slabs()) return;
-  const int64_t sample = slab / plan.groups, first = slab % plan.groups * plan.per_group;
+  const int64_t statistic = finish.column();
+  if (statistic >= plan.statistics()) return;
+  const int64_t sample = statistic / plan.groups, first = statistic % plan.groups * plan.per_group;
   const int64_t count = plan.columns.splits * plan.per_group;
   const Value* from = partial + sample * plan.columns.splits * plan.sample.c + first;
   for (int64_t i = finish.lane(); i < count; i += finish.lanes) {

@@ -1,28 +1,28 @@
-// The forward whose slabs a block holds: cuda/group_norm_act/one_pass.cuh.
+// The forward whose tiles a block holds: cuda/group_norm_act/one_pass.cuh.
 #include "cuda/group_norm_act/one_pass.cuh"
 
 namespace fastcnn {
 namespace {
 
 template <class T, int kVector, bool kChannelsLast>
-__global__ void __launch_bounds__(kSlabThreads, 1)
-    slab_norm_act_fwd_kernel(GroupNormActFwdParams p, SlabPlan plan) {
+__global__ void __launch_bounds__(kOnePassThreads, 1)
+    one_pass_norm_act_fwd_kernel(GroupNormActFwdParams p, OnePassPlan plan) {
   using Vector = Pack<T, kVector>;
   const int lanes = plan.lanes, lane = threadIdx.x % lanes, own = threadIdx.x / lanes;
-  const int64_t slab = blockIdx.x * static_cast<int64_t>(plan.per_block) + own;
-  const bool active = slab < plan.slabs;
+  const int64_t tile = blockIdx.x * static_cast<int64_t>(plan.per_block) + own;
+  const bool active = tile < plan.tiles;
   const int vectors = active ? plan.vectors : 0;
-  const int64_t per_group = p.shape.c / p.groups, group = slab % p.groups;
+  const int64_t per_group = p.shape.c / p.groups, group = tile % p.groups;
   const bool channels_last = is_channels_last<kVector, kChannelsLast>(p.shape);
-  const int64_t begin = channels_last ? slab / p.groups * p.shape.hw * p.shape.c + group * per_group
-                                      : slab * per_group * p.shape.hw;
+  const int64_t begin = channels_last ? tile / p.groups * p.shape.hw * p.shape.c + group * per_group
+                                      : tile * per_group * p.shape.hw;
   float* sums = shared_memory<float>();
   Vector* held =
       reinterpret_cast<Vector*>(sums + blockDim.x) + static_cast<int64_t>(own) * plan.vectors;
   const T* x = static_cast<const T*>(p.x) + begin;
   T* y = static_cast<T*>(p.y) + begin;
 
-  const auto offset = [&](int i) {  // of the slab's vector i
+  const auto offset = [&](int i) {  // of the tile's vector i
     if (channels_last) {
       const int pixel = i / plan.per_pixel;
       return pixel * p.shape.c + (i - pixel * plan.per_pixel) * kVector;
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kSlabThreads, 1)
   }
   for (; i < vectors; i += lanes) take(i, fetch(i));
   const float inverse = 1.f / static_cast<float>(per_group * p.shape.hw);
-  float center = sum_of_slab(sum, lanes, sums) * inverse;
+  float center = sum_of_tile(sum, lanes, sums) * inverse;
   if (center - center != 0)
     center = 0;  // the mean is to be the sum over the count: cuda/reduce.cuh
 
@@ -62,14 +62,14 @@ __global__ void __launch_bounds__(kSlabThreads, 1)
       squares += a * a;
     }
   }
-  deviations = sum_of_slab(deviations, lanes, sums);
+  deviations = sum_of_tile(deviations, lanes, sums);
   const float drift = deviations * inverse;
-  const float var = (sum_of_slab(squares, lanes, sums) - deviations * drift) * inverse;
+  const float var = (sum_of_tile(squares, lanes, sums) - deviations * drift) * inverse;
   const float mean = center + drift;
   const float rstd = rstd_of(var, p.eps);
   if (active && lane == 0) {
-    static_cast<float*>(p.mean)[slab] = mean;
-    static_cast<float*>(p.var)[slab] = var;
+    static_cast<float*>(p.mean)[tile] = mean;
+    static_cast<float*>(p.var)[tile] = var;
   }
 
   const float *weight = static_cast<const float*>(p.weight),
@@ -94,14 +94,14 @@ __global__ void __launch_bounds__(kSlabThreads, 1)
 
 }  // namespace
 
-cudaError_t launch_slab_norm_act_fwd(const GroupNormActFwdParams& p, const SlabPlan& plan,
-                                     const CudaDevice& device) {
+cudaError_t launch_one_pass_norm_act_fwd(const GroupNormActFwdParams& p, const OnePassPlan& plan,
+                                         const CudaDevice& device) {
   if (!plan.fits) return cudaErrorInvalidValue;
-  const int64_t blocks = (plan.slabs + plan.per_block - 1) / plan.per_block;
+  const int64_t blocks = (plan.tiles + plan.per_block - 1) / plan.per_block;
   if (!fits_a_grid(blocks)) return cudaErrorInvalidValue;
   return dispatch(p.dtype, plan.vector, p.shape.channels_last, [&](auto t, auto vector, auto cl) {
     constexpr int kVector = decltype(vector)::value;
-    const auto kernel = slab_norm_act_fwd_kernel<decltype(t), kVector, cl.value>;
+    const auto kernel = one_pass_norm_act_fwd_kernel<decltype(t), kVector, cl.value>;
     const int threads = plan.lanes * plan.per_block;
     const int64_t held =
         plan.held ? int64_t{plan.per_block} * plan.vectors * kVector * sizeof(t) : 0;

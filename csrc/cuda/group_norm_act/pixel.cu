@@ -1,7 +1,7 @@
 // pixel_norm_act on CUDA: each pixel normalised over its channels.
 //
 // Data movement, T = one pass over the tensor:
-//   forward   reads x and writes y (2T). channels_last: a pixel is a slab of c elements side by
+//   forward   reads x and writes y (2T). channels_last: a pixel is a tile of c elements side by
 //             side, cuda/group_norm_act/one_pass.cuh. NCHW: cuda/group_norm_act/pixel_tiles.cuh.
 //   backward  dx reads dy and x, twice in a row as above, and is written (3T); the sums of dweight
 //             and dbias read both again, channel by channel (2T).
@@ -19,11 +19,11 @@ namespace {
 // ---- channels_last: pixels are rows -------------------------------------------------------------
 
 template <class T, int kVector>
-__global__ void __launch_bounds__(kSlabThreads, 1)
-    pixel_norm_act_dx_rows_kernel(GroupNormActBwdParams p, SlabPlan plan) {
+__global__ void __launch_bounds__(kOnePassThreads, 1)
+    pixel_norm_act_dx_rows_kernel(GroupNormActBwdParams p, OnePassPlan plan) {
   const int lanes = plan.lanes, lane = threadIdx.x % lanes;
   const int64_t row = blockIdx.x * static_cast<int64_t>(plan.per_block) + threadIdx.x / plan.lanes;
-  const bool active = row < plan.slabs;
+  const bool active = row < plan.tiles;
   const int64_t c = p.shape.c, vectors = active ? plan.vectors : 0;
   const T* x = static_cast<const T*>(p.x) + row * c;
   const T* dy = static_cast<const T*>(p.dy) + row * c;
@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kSlabThreads, 1)
     }
   });
   const float inverse = 1.f / static_cast<float>(c);
-  shift = sum_of_slab(shift, lanes, shared_memory<float>()) * inverse;
-  slope = sum_of_slab(slope, lanes, shared_memory<float>()) * inverse;
+  shift = sum_of_tile(shift, lanes, shared_memory<float>()) * inverse;
+  slope = sum_of_tile(slope, lanes, shared_memory<float>()) * inverse;
   for_each([&](int64_t o, const float(&xhat)[kVector], const float(&grad)[kVector]) {
     float out[kVector];
 #pragma unroll
@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- launching ----------------------------------------------------------------------------------
 
-SlabPlan plan_rows(const ImageShape& shape, int element_bytes, bool aligned) {
-  return plan_slabs({shape.per_channel(), shape.c, 1, true}, 1, element_bytes, aligned);
+OnePassPlan plan_rows(const ImageShape& shape, int element_bytes, bool aligned) {
+  return plan_one_pass({shape.per_channel(), shape.c, 1, true}, 1, element_bytes, aligned);
 }
 
 // One kernel over NCHW tiles.
@@ -182,9 +182,9 @@ int launch_dx(const GroupNormActBwdParams& p, const CudaDevice& device, bool who
       return pixel_norm_act_dx_kernel<decltype(t), decltype(vector)::value>;
     });
   }
-  const SlabPlan plan = plan_rows(p.shape, element_bytes(p.dtype), whole);
+  const OnePassPlan plan = plan_rows(p.shape, element_bytes(p.dtype), whole);
   if (!plan.fits) return cudaErrorInvalidValue;
-  const int64_t blocks = (plan.slabs + plan.per_block - 1) / plan.per_block;
+  const int64_t blocks = (plan.tiles + plan.per_block - 1) / plan.per_block;
   if (!fits_a_grid(blocks)) return cudaErrorInvalidValue;
   return dispatch(p.dtype, plan.vector, true, [&](auto t, auto vector, auto) {
     const int threads = plan.lanes * plan.per_block;
@@ -213,7 +213,8 @@ int launch_pixel_norm_act_fwd(const GroupNormActFwdParams& p, float*, const Cuda
   GroupNormActFwdParams rows = p;
   rows.shape = {p.shape.per_channel(), p.shape.c, 1, true};
   rows.groups = 1;
-  return launch_slab_norm_act_fwd(rows, plan_rows(p.shape, element_bytes(p.dtype), whole), device);
+  return launch_one_pass_norm_act_fwd(rows, plan_rows(p.shape, element_bytes(p.dtype), whole),
+                                      device);
 }
 
 int launch_pixel_norm_act_bwd(const GroupNormActBwdParams& p, float* workspace,

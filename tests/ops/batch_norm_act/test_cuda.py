@@ -10,7 +10,16 @@ from functools import partial
 
 import pytest
 import torch
-from cuda_emu.batch_norm_act import ACT_ROUNDINGS, SLABS, STAGES, Call, Options, Shape, U, near
+from cuda_emu.batch_norm_act import (
+    ACT_ROUNDINGS,
+    MULTI_PASS,
+    ONE_PASS,
+    Call,
+    Options,
+    Shape,
+    U,
+    near,
+)
 from cuda_emu.run import DTYPE_NUMBER, Case, run_cases
 from support.activations import ACTS
 from support.seeds import seeded
@@ -19,11 +28,11 @@ from torch import Tensor
 from fastcnn.common.activation import ACT_NUMBER
 
 INVALID_VALUE = 1  # cudaErrorInvalidValue
-SMALL_DEVICE = {"sm_count": 3, "shared_bytes": STAGES}
+SMALL_DEVICE = {"sm_count": 3, "shared_bytes": MULTI_PASS}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [pytest.param(False, id="nchw"), pytest.param(True, id="channels_last")]
 # A device of 12 SMs has 24 blocks resident. With shared memory, small layers take one launch.
-PATHS = [pytest.param(STAGES, id="stages"), pytest.param(SLABS, id="slabs")]
+PATHS = [pytest.param(MULTI_PASS, id="multi_pass"), pytest.param(ONE_PASS, id="one_pass")]
 
 
 def shapes(dtype: torch.dtype, channels_last: bool) -> list[Shape]:
@@ -44,7 +53,7 @@ def shapes(dtype: torch.dtype, channels_last: bool) -> list[Shape]:
             *[(1, 32 * wide, 1, pixels) for pixels in (31, 32, 33)],  # 8 lanes of 4 pixels
             (2, 40 * wide, 7, 5),  # the second block has 24 columns without a channel
             (3, wide, 10, 70),  # 256 lanes, 3 splits
-            (1, 2 * wide, 64, 65),  # 33 vectors for each of 128 lanes: too long for a slab
+            (1, 2 * wide, 64, 65),  # 33 vectors for each of 128 lanes: too long for one pass
             (2, 32 * wide, 12, 12),
             (1, 32, 12, 25),
         ]
@@ -53,10 +62,10 @@ def shapes(dtype: torch.dtype, channels_last: bool) -> list[Shape]:
         *[(1, 1, 1, vectors * wide) for vectors in (1023, 1024, 1025)],  # 256 lanes of 4 vectors
         (40, 2, 1, 37 * wide),  # 2 splits, whose steps end within other images
         (5, 3, 1, 256 * wide),  # steps of whole images
-        (1, 1, 2, 4100 * wide),  # 9 splits; too long for a slab
-        (7, 2, 15, 41),  # 5 splits of single elements; as a slab 17 of them for each lane
+        (1, 1, 2, 4100 * wide),  # 9 splits; too long for one pass
+        (7, 2, 15, 41),  # 5 splits of single elements; in one pass 17 of them for each lane
         # Flat walks: planes that are no whole vectors, of half types or of all.
-        (3, 16, 7, 7),  # as slabs alone, 8 (or 4) planes a block: too few rows for stages
+        (3, 16, 7, 7),  # one-pass alone, 8 (or 4) planes a block: too few rows for multi-pass
         (16, 4, 14, 14),
         (70, 8, 7, 7),  # 3 splits; the second block has columns beyond the last
         (40, 8, 1, 3),  # the 8 elements of a vector belong to 3 or 4 channels

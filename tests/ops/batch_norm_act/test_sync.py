@@ -336,7 +336,7 @@ def test_a_failing_rank_does_not_hang(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_stages_make_the_whole(layout: str) -> None:
+def test_operators_make_the_whole(layout: str) -> None:
     # The operators by themselves, with three parts, as CUDA runs them too.
     ops, case = torch.ops.fastcnn, make_case((6, 5, 4, 7), torch.float64, layout, residual=True)
     y, mean, var = ops.batch_norm_act_fwd(case.x, case.residual, case.weight, case.bias, 1e-5, 1)

@@ -1,4 +1,4 @@
-"""The stages of batch_norm_act on CUDA as synchronised statistics run them, and the choice of path.
+"""batch_norm_act's CUDA kernels as synchronised statistics run them, and the choice of path.
 
 Data, oracle and tolerances are those of cuda_emu/batch_norm_act.py.
 """
@@ -7,22 +7,22 @@ import itertools
 
 import pytest
 import torch
-from cuda_emu.batch_norm_act import SLABS, STAGES, Call, U, in_memory, near
+from cuda_emu.batch_norm_act import MULTI_PASS, ONE_PASS, Call, U, in_memory, near
 from cuda_emu.run import DTYPE_NUMBER, Case, run_cases
 from support.seeds import seeded
 
 DTYPES = [torch.float32, torch.bfloat16]
 FULL = ("relu6", True, True, True, True)
-H200 = {"sm_count": 132, "shared_bytes": SLABS}
+H200 = {"sm_count": 132, "shared_bytes": ONE_PASS}
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_stages_by_themselves(dtype: torch.dtype, channels_last: bool) -> None:
+def test_kernels_by_themselves(dtype: torch.dtype, channels_last: bool) -> None:
     # Statistics without y, the sums without dx, and dx from sums and a count that are not x's own.
     calls = [
         Call(dtype, shape, FULL, shared_bytes=path)
-        for shape, path in itertools.product([(3, 8, 5, 7), (17, 16, 7, 7)], [STAGES, SLABS])
+        for shape, path in itertools.product([(3, 8, 5, 7), (17, 16, 7, 7)], [MULTI_PASS, ONE_PASS])
     ]
     cases = []
     for call in calls:
@@ -101,7 +101,7 @@ def test_an_infinity_makes_the_mean_infinite(dtype: torch.dtype) -> None:
     # As PyTorch's on the CPU: the sum over the count, and NaN as variance; in every path, wherever
     # the value lies: alone in a lane, in a group of four, or in a split of its own.
     cases, wanted = [], []
-    for shape, path in itertools.product([(2, 8, 9, 8), (16, 8, 7, 7)], [STAGES, SLABS]):
+    for shape, path in itertools.product([(2, 8, 9, 8), (16, 8, 7, 7)], [MULTI_PASS, ONE_PASS]):
         for channels_last, values in itertools.product(
             [False, True], [("inf",), ("-inf",), ("inf", "inf"), ("inf", "-inf"), ("nan",)]
         ):
@@ -124,14 +124,14 @@ def test_an_infinity_makes_the_mean_infinite(dtype: torch.dtype) -> None:
     ("shape", "channels_last", "bytes_", "tensors", "expected"),
     [
         # n, c, hw; elements of 2 bytes; 1 tensor is the forward, 2 the backward.
-        # slab, tiles, splits, vector, columns, repeat
+        # one_pass, tiles, splits, vector, columns, repeat
         ((32, 512, 49), True, 2, 1, (1, 32, 1, 8, 2, 1)),  # 32 bytes of a pixel a block
-        ((32, 512, 196), True, 2, 1, (0, 2, 132, 8, 32, 1)),  # 49 steps: stages
+        ((32, 512, 196), True, 2, 1, (0, 2, 132, 8, 32, 1)),  # 49 steps: multi-pass
         ((2, 8192, 49), True, 2, 1, (1, 256, 1, 8, 4, 1)),  # 64 bytes: no SM is without a block
         ((32, 512, 49), False, 2, 1, (1, 64, 1, 8, 49, 49)),  # flat, 8 planes a block
         ((32, 512, 196), False, 2, 1, (1, 256, 1, 8, 49, 196)),  # flat, 2 planes
         ((32, 512, 784), False, 2, 1, (1, 512, 1, 8, 1, 1)),  # a plane of whole vectors
-        ((256, 512, 784), False, 2, 1, (0, 512, 1, 8, 1, 1)),  # 98 steps: stages
+        ((256, 512, 784), False, 2, 1, (0, 512, 1, 8, 1, 1)),  # 98 steps: multi-pass
         ((256, 64, 12544), True, 2, 1, (0, 1, 264, 8, 8, 1)),  # 2 blocks an SM
         ((256, 2048, 49), False, 2, 1, (0, 392, 1, 8, 32, 49)),  # flat: 52 steps of 5 lanes
         ((8, 512, 784), False, 4, 2, (1, 512, 1, 4, 1, 1)),  # two tensors of 25 KB

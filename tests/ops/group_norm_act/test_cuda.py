@@ -37,7 +37,7 @@ def group_shapes(wide: int, channels_last: bool) -> list[tuple[Shape, int]]:
         ((3, 15, 5, 7), 3),  # c / g = 5; no whole vectors in either layout
         ((2, 3, 4, 2 * wide), 3),  # c / g = 1
         ((2, 6, 4, wide), 2),  # c / g = 3
-        ((9, 2, 1, wide), 1),  # a slab of two vectors: 256 of them share a block, which is not full
+        ((9, 2, 1, wide), 1),  # a tile of two vectors: 256 of them share a block, which is not full
     ]
     if channels_last:
         return [
@@ -63,8 +63,8 @@ def test_shapes(dtype: torch.dtype, channels_last: bool) -> None:
     calls = [
         Call(dtype, shape, groups, FULL) for shape, groups in group_shapes(wide, channels_last)
     ]
-    # Beyond what a block holds, and with so many SMs that a slab of 32 KiB is left to several
-    # blocks: the two-stage kernels, with one split and with several.
+    # Beyond what a block holds, and with so many SMs that a tile of 32 KiB is left to several
+    # blocks: the multi-pass kernels, with one split and with several.
     if channels_last:
         calls += [
             Call(dtype, (1, 2 * wide, 16, 32), 1, FULL, sm_count=132),
@@ -154,7 +154,7 @@ def test_the_bounds_are_narrow() -> None:
 # op, forward or backward, n, c, hw, groups, channels_last: more than 2^31 - 1 blocks, or parts of
 # which a block may take 32
 TOO_LARGE = [
-    ("group_norm_act", "fwd", 2**40, 2, 1, 2, 1),  # slabs on the chip, 256 a block
+    ("group_norm_act", "fwd", 2**40, 2, 1, 2, 1),  # tiles on the chip, 256 a block
     ("group_norm_act", "fwd", 2**31, 1, 2**16, 1, 0),  # a block a sample
     ("group_norm_act", "bwd", 2**31, 1, 2**16, 1, 0),
     ("group_norm_act", "bwd", 2**30, 4, 4, 4, 1),  # few blocks a sample, but many groups
@@ -182,7 +182,7 @@ def test_more_blocks_than_a_grid_has_are_refused() -> None:
 @pytest.mark.parametrize("channels_last", LAYOUTS)
 def test_an_infinite_mean(channels_last: bool) -> None:
     # As in PyTorch's running statistics: the sum over the count, and a variance that is NaN. On the
-    # chip, and in two stages with one split and with several.
+    # chip, and in several passes with one split and with several.
     for sm_count, shape in ((3, (2, 8, 16, 16)), (132, (1, 8, 16, 64)), (1, (1, 8, 16, 400))):
         call = Call(torch.float32, shape, 2, ("none", True, True), sm_count=sm_count)
         call.x[0, 1, 3, 2:4] = torch.inf
