@@ -248,7 +248,8 @@ class Task {
 };
 
 // One tile: the sum of its splits, in their order, rounded.
-void finish(const Conv2dBwdWeightParams& p, const Plan& plan, const float* partial, int64_t tile) {
+void finalize(const Conv2dBwdWeightParams& p, const Plan& plan, const float* partial,
+              int64_t tile) {
   const int64_t strip = tile % plan.strips, panel = tile / plan.strips;
   const int64_t tap = strip / plan.strips_per_tap, taps = p.kernel_h * p.kernel_w;
   const int64_t channel = strip % plan.strips_per_tap * kStrip;
@@ -280,7 +281,7 @@ void conv2d_bwd_weight_cpu(const Conv2dBwdWeightParams& p) {
   const Scratch<float> partial(plan.splits * plan.tile_count() * kTile, Fill::kNothing);
   const auto task = [&](int64_t i) { Task(p, plan, partial.get(), i).run(); };
   parallel_for(plan.tasks(), 1, task);
-  const auto tile = [&](int64_t i) { finish(p, plan, partial.get(), i); };
+  const auto tile = [&](int64_t i) { finalize(p, plan, partial.get(), i); };
   parallel_for(plan.tile_count(), 16, tile);
 }
 

@@ -82,7 +82,7 @@ __device__ void write_partial(Value (&values)[kCount], const ColumnPlan& plan, i
 
 // A block joins the splits of 8 channels with 32 lanes: a lane has few of them, one after another,
 // and 8 neighbouring partial values fill 3 sectors of 32 bytes.
-constexpr int kFinishColumns = 8, kFinishLanes = 32;
+constexpr int kFinalizeColumns = 8, kFinalizeLanes = 32;
 
 // `repeat`: neighbouring columns of partial [splits, c * repeat] that are one channel.
 template <class Value, class Join>
@@ -94,21 +94,21 @@ __device__ Value join_splits(const Value* partial, int splits, int64_t c, int64_
     const int64_t split = repeat == 1 ? i : i / repeat;
     return partial[(split * c + channel) * repeat + (i - split * repeat)];
   };
-  int64_t i = threadIdx.x / kFinishColumns;
-  for (; i + (kUnroll - 1) * kFinishLanes < count; i += kUnroll * kFinishLanes) {
+  int64_t i = threadIdx.x / kFinalizeColumns;
+  for (; i + (kUnroll - 1) * kFinalizeLanes < count; i += kUnroll * kFinalizeLanes) {
     Value values[kUnroll];  // asked for together, then joined
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) values[u] = at(i + u * kFinishLanes);
+    for (int u = 0; u < kUnroll; ++u) values[u] = at(i + u * kFinalizeLanes);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) join(total[0], values[u]);
   }
-  for (; i < count; i += kFinishLanes) join(total[0], at(i));
-  join_lanes(total, kFinishColumns, kFinishLanes, join);
+  for (; i < count; i += kFinalizeLanes) join(total[0], at(i));
+  join_lanes(total, kFinalizeColumns, kFinalizeLanes, join);
   return total[0];
 }
 
-__device__ inline int64_t finish_channel() {
-  return blockIdx.x * static_cast<int64_t>(kFinishColumns) + threadIdx.x % kFinishColumns;
+__device__ inline int64_t finalize_channel() {
+  return blockIdx.x * static_cast<int64_t>(kFinalizeColumns) + threadIdx.x % kFinalizeColumns;
 }
 
 }  // namespace fastcnn

@@ -11,7 +11,7 @@ from fastcnn.plan.roofline import Kernel
 
 __all__ = ["OPS", "Candidate", "Op", "register"]
 
-Finish = Callable[[Problem, tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
+Finalize = Callable[[Problem, tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Candidate:
     supports: Callable[[Problem], str | None]
     # The kernels that it runs one after another, for the model of roofline.py.
     kernels: Callable[[Problem], Sequence[Kernel]]
-    # finish(problem, inputs, outputs) -> the outputs as the op has them, for the check. It takes no
-    # time: what a candidate may leave to its consumer, who does it on the way.
-    finish: Finish | None = None
+    # finalize(problem, inputs, outputs) -> the outputs as the op has them, for the check. It takes
+    # no time: what a candidate may leave to its consumer, who does it on the way.
+    finalize: Finalize | None = None
     # It may refuse when it runs: only tuning, which finds that out, chooses it.
     only_tuned: bool = False
 

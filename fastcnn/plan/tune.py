@@ -107,8 +107,8 @@ def _errors(
     inputs = tuple(tensor.clone() for tensor in tensors)
     try:
         outputs = _tuple(candidate.run(problem, *inputs))
-        if candidate.finish is not None:
-            outputs = candidate.finish(problem, inputs, outputs)
+        if candidate.finalize is not None:
+            outputs = candidate.finalize(problem, inputs, outputs)
         timer.synchronize()
     except torch.OutOfMemoryError:
         raise  # that says nothing about the candidate: another time there is room

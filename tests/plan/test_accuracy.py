@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastcnn.plan.accuracy import Wrong, difference, errors, limit
 from fastcnn.plan.problem import Problem
-from fastcnn.plan.registry import Candidate, Finish
+from fastcnn.plan.registry import Candidate, Finalize
 
 
 def wide(dtype: torch.dtype, *options: str) -> Problem:
@@ -142,33 +142,33 @@ def test_what_is_left_to_the_consumer(tmp_path: Path) -> None:
     clock = Clock()
     ways = [
         candidate("whole", clock, 2.0),
-        candidate("half", clock, 1.0, run=lambda _, x: x.clone(), finish=doubles),
+        candidate("half", clock, 1.0, run=lambda _, x: x.clone(), finalize=doubles),
     ]
     plan = planner("tune", clock, tmp_path, *ways).choose(problem())
     assert plan[:3] == ("half", "tuned", "whole 2 ms, half 1 ms")
 
 
-def test_a_baseline_that_is_finished_in_float64(tmp_path: Path) -> None:
-    # Beside a candidate that needs no finish, and rounds to the problem's dtype.
+def test_a_baseline_that_is_finalized_in_float64(tmp_path: Path) -> None:
+    # Beside a candidate that needs no finalizing, and rounds to the problem's dtype.
     clock = Clock()
     ways = [
-        candidate("own", clock, 2.0, finish=lambda _, inputs, outputs: (outputs[0].double(),)),
+        candidate("own", clock, 2.0, finalize=lambda _, inputs, outputs: (outputs[0].double(),)),
         candidate("rounds", clock, 1.0),
     ]
     assert planner("tune", clock, tmp_path, *ways).choose(problem()).name == "rounds"
 
 
 @pytest.mark.parametrize(
-    ("finish", "reason"),
+    ("finalize", "reason"),
     [
         (lambda _, inputs, outputs: (outputs[0] * 3,), r"output 0: error \S+, limit"),
         (lambda _, inputs, outputs: (outputs[0], inputs[0]), "outputs: expected"),
         (lambda _, inputs, outputs: (outputs[1],), "IndexError: tuple index out of range"),
     ],
 )
-def test_what_a_finish_makes_wrong(finish: Finish, reason: str, tmp_path: Path) -> None:
+def test_what_finalize_makes_wrong(finalize: Finalize, reason: str, tmp_path: Path) -> None:
     clock = Clock()
-    ways = [candidate("whole", clock, 2.0), candidate("half", clock, finish=finish)]
+    ways = [candidate("whole", clock, 2.0), candidate("half", clock, finalize=finalize)]
     with pytest.warns(UserWarning, match=f"half refused: {reason}"):
         assert planner("tune", clock, tmp_path, *ways).choose(problem()).name == "whole"
 

@@ -276,7 +276,7 @@ void run(const AugmentParams& p) {
       sums[i * p.h + y] = sum_of_gray<kChannels>(row, p.w, p.samples[i].brightness);
     });
   };
-  const auto finish = [&](int64_t task, Memory& memory) {
+  const auto finalize = [&](int64_t task, Memory& memory) {
     const int64_t i = task / bands;
     if (write_copied_row != nullptr && keeps_colour<kChannels>(p.samples[i])) {
       const Copying copying(p, i);
@@ -302,11 +302,11 @@ void run(const AugmentParams& p) {
   if (bands == 1) {
     for_each_task([&](int64_t task, Memory& memory) {
       reduce(task, memory);
-      finish(task, memory);
+      finalize(task, memory);
     });
   } else {
     for_each_task(reduce);
-    for_each_task(finish);
+    for_each_task(finalize);
   }
 }
 

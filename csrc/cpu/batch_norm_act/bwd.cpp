@@ -141,8 +141,8 @@ struct BwdLoops {
 // From the sums of channel j to its parameters' gradients and to dx's coefficients; or from the
 // gradients of all ranks to the latter.
 template <class S>
-void finish_channel(const BatchNormActBwdParams& p, Coefficients<S>& k, int64_t j, double sum_dz,
-                    double sum_dzx) {
+void finalize_channel(const BatchNormActBwdParams& p, Coefficients<S>& k, int64_t j, double sum_dz,
+                      double sum_dzx) {
   const double rstd = rstd_of(static_cast<const S*>(p.var)[j], p.eps);
   S *dweight = static_cast<S*>(p.dweight) + j, *dbias = static_cast<S*>(p.dbias) + j;
   double count = static_cast<double>(p.shape.per_channel()), sum_dzxhat = sum_dzx * rstd;
@@ -195,7 +195,7 @@ void bwd_channels_last(const BatchNormActBwdParams& p) {
         dzx[l] += sum_dzx[i + l];
       }
     }
-    for (int64_t l = 0; l < count; ++l) finish_channel<S>(p, k, j + l, dz[l], dzx[l]);
+    for (int64_t l = 0; l < count; ++l) finalize_channel<S>(p, k, j + l, dz[l], dzx[l]);
   });
   const auto dx = [&](int64_t row, int64_t rows, int64_t length) {
     if (p.dx == nullptr) return;
@@ -232,13 +232,13 @@ void bwd_planes(const BatchNormActBwdParams& p) {
       }
     }
   };
-  const auto finish = [&](int64_t j) {
+  const auto finalize = [&](int64_t j) {
     double total_dz = 0, total_dzx = 0;
     for (int64_t task = j * planes.parts; task < (j + 1) * planes.parts; ++task) {
       total_dz += sum_dz[task];
       total_dzx += sum_dzx[task];
     }
-    finish_channel<S>(p, k, j, total_dz, total_dzx);
+    finalize_channel<S>(p, k, j, total_dz, total_dzx);
   };
   const auto dx = [&](int64_t task) {
     if (p.dx == nullptr) return;
@@ -250,14 +250,14 @@ void bwd_planes(const BatchNormActBwdParams& p) {
     const auto all = [&](int64_t task) {
       set(task);
       reduce(task);
-      finish(task);
+      finalize(task);
       dx(task);
     };
     return parallel_for(planes.tasks, planes.grain, all);
   }
   parallel_for(planes.c, 1, set);
   parallel_for(planes.tasks, planes.grain, reduce);
-  parallel_for(planes.c, 1, finish);
+  parallel_for(planes.c, 1, finalize);
   parallel_for_backwards(planes.tasks, planes.grain, dx);
 }
 

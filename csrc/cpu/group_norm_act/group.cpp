@@ -130,7 +130,7 @@ void bwd_nchw(const GroupNormActBwdParams& p) {
   };
   const auto dx = [&](double*, int64_t group, int64_t part) {
     S shift, slope;
-    sums.finish(norm, group, &shift, &slope);
+    sums.finalize(norm, group, &shift, &slope);
     walk(group, part, shift, slope, [&](Coefficients<S> k, int64_t, int64_t o, int64_t length) {
       loops.grad_x(dy + o, x + o, static_cast<T*>(p.dx) + o, 1, length, k);
     });
@@ -307,7 +307,7 @@ void bwd_channels_last(const GroupNormActBwdParams& p) {
     const Coefficients<S> k = coefficients(space);
     for (int64_t g = 0; g < norm.groups; ++g) {
       S shift, slope;
-      sums.finish(norm, sample * norm.groups + g, &shift, &slope);
+      sums.finalize(norm, sample * norm.groups + g, &shift, &slope);
       for (int64_t i = g * norm.per_group; i < rows.wide; i += rows.c) {
         for (int64_t j = i; j < i + norm.per_group; ++j) k.shift[j] = shift, k.slope[j] = slope;
       }

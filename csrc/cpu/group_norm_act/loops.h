@@ -127,7 +127,7 @@ struct ChannelSums {
 
   // The shift and slope of a group, whose statistic is n * groups + g.
   template <class S>
-  void finish(const Norm<S>& norm, int64_t statistic, S* shift, S* slope) const {
+  void finalize(const Norm<S>& norm, int64_t statistic, S* shift, S* slope) const {
     const int64_t sample = statistic / norm.groups,
                   first = statistic % norm.groups * norm.per_group;
     double total_dz = 0, total_dzx = 0;

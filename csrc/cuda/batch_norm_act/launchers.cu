@@ -16,8 +16,8 @@ dim3 grid_of(const ColumnPlan& plan) {
   return dim3(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.splits));
 }
 
-dim3 finish_grid(int64_t c) {
-  return dim3(static_cast<unsigned>((c + kFinishColumns - 1) / kFinishColumns));
+dim3 finalize_grid(int64_t c) {
+  return dim3(static_cast<unsigned>((c + kFinalizeColumns - 1) / kFinalizeColumns));
 }
 
 // body(T{}, constant vector width, constant layout) for a plan.
@@ -91,8 +91,8 @@ int launch_batch_norm_act_fwd(const BatchNormActFwdParams& given, float* workspa
                   batch_norm_act_stats_kernel<decltype(t), kVector, cl.value>, p, columns, partial);
   });
   if (error != cudaSuccess) return error;
-  error = launch(device, finish_grid(c), kThreads, kThreads * sizeof(Moments),
-                 batch_norm_act_finish_stats_kernel, p, columns, partial);
+  error = launch(device, finalize_grid(c), kThreads, kThreads * sizeof(Moments),
+                 batch_norm_act_finalize_stats_kernel, p, columns, partial);
   return error != cudaSuccess || p.y == nullptr ? error : launch_apply(p, plan, device);
 }
 
@@ -127,8 +127,8 @@ int launch_batch_norm_act_bwd(const BatchNormActBwdParams& given, float* workspa
         batch_norm_act_reduce_kernel<decltype(t), kVector, cl.value>, p, columns, partial);
   });
   if (error != cudaSuccess) return error;
-  error = launch(device, finish_grid(c), kThreads, kThreads * sizeof(Sums),
-                 batch_norm_act_finish_reduce_kernel, p, columns, partial);
+  error = launch(device, finalize_grid(c), kThreads, kThreads * sizeof(Sums),
+                 batch_norm_act_finalize_reduce_kernel, p, columns, partial);
   if (error != cudaSuccess || p.dx == nullptr) return error;
   if (p.dresidual != nullptr) {  // dz lies there now
     p.dy = p.dresidual;

@@ -8,7 +8,7 @@
 // The second pass walks backwards, so that it finds the end of the first in the L2 cache, and what
 // it reads and writes is marked as the first to leave that cache.
 // Sums over the batch have two stages: each block reduces its split to one partial a column, which
-// `finish` joins in a fixed order. No atomics: the same bits from run to run.
+// `finalize` joins in a fixed order. No atomics: the same bits from run to run.
 // Variance: kUnroll values are summed, then squared around their own mean, in registers; groups,
 // threads and splits are joined by Chan's formula. There is never a difference of large squares.
 // p.shape is the walked shape: of a flat walk [n, c * hw, 1], where plan.repeat = hw.
@@ -60,11 +60,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    batch_norm_act_finish_stats_kernel(BatchNormActFwdParams p, ColumnPlan plan,
-                                       const Moments* partial) {
-  const int64_t channel = finish_channel(), c = p.shape.c / plan.repeat;
+    batch_norm_act_finalize_stats_kernel(BatchNormActFwdParams p, ColumnPlan plan,
+                                         const Moments* partial) {
+  const int64_t channel = finalize_channel(), c = p.shape.c / plan.repeat;
   const Moments total = join_splits(partial, plan.splits, c, channel, JoinMoments{}, plan.repeat);
-  if (threadIdx.x < kFinishColumns && channel < c) {
+  if (threadIdx.x < kFinalizeColumns && channel < c) {
     static_cast<float*>(p.mean)[channel] = total.mean;
     static_cast<float*>(p.var)[channel] = total.m2 / total.count;
   }
@@ -122,11 +122,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    batch_norm_act_finish_reduce_kernel(BatchNormActBwdParams p, ColumnPlan plan,
-                                        const Sums* partial) {
-  const int64_t channel = finish_channel(), c = p.shape.c / plan.repeat;
+    batch_norm_act_finalize_reduce_kernel(BatchNormActBwdParams p, ColumnPlan plan,
+                                          const Sums* partial) {
+  const int64_t channel = finalize_channel(), c = p.shape.c / plan.repeat;
   const Sums total = join_splits(partial, plan.splits, c, channel, JoinSums{}, plan.repeat);
-  if (threadIdx.x < kFinishColumns && channel < c) {
+  if (threadIdx.x < kFinalizeColumns && channel < c) {
     static_cast<float*>(p.dbias)[channel] = total.dz;
     static_cast<float*>(p.dweight)[channel] =
         total.dzx * rstd_of(static_cast<const float*>(p.var)[channel], p.eps);

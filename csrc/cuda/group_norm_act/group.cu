@@ -7,7 +7,7 @@
 //   backward  reduce reads dy and x (2T); dx reads both and is written (3T).
 // The multi-pass kernels walk the channels of a sample: in channels_last all of a pixel's side by
 // side, so that accesses are 16 bytes wide however few channels a group has. Each block reduces its
-// split to one partial a channel; `finish` joins splits and channels to groups, in a fixed order.
+// split to one partial a channel; `finalize` joins splits and channels to groups, in a fixed order.
 // No atomics: the same bits from run to run. Variance: kUnroll values are summed, then squared
 // around their own mean, in registers; what follows is joined by Chan's formula. There is never a
 // difference of large squares.
@@ -89,14 +89,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    group_norm_act_finish_stats_kernel(GroupNormActFwdParams p, SamplePlan plan, FinishPlan finish,
-                                       const Moments* partial) {
-  const int64_t statistic = finish.column();
+    group_norm_act_finalize_stats_kernel(GroupNormActFwdParams p, SamplePlan plan,
+                                         FinalizePlan finalize, const Moments* partial) {
+  const int64_t statistic = finalize.column();
   Moments total[1];
-  for_each_partial(plan, finish, partial,
+  for_each_partial(plan, finalize, partial,
                    [&](const Moments& m, int64_t) { total[0].join(m.count, m.mean, m.m2); });
-  join_lanes(total, finish.columns(), finish.lanes, JoinMoments{});
-  if (finish.lane() == 0 && statistic < plan.statistics()) {
+  join_lanes(total, finalize.columns(), finalize.lanes, JoinMoments{});
+  if (finalize.lane() == 0 && statistic < plan.statistics()) {
     static_cast<float*>(p.mean)[statistic] = total[0].mean;
     static_cast<float*>(p.var)[statistic] = total[0].m2 / total[0].count;
   }
@@ -184,17 +184,18 @@ __global__ void __launch_bounds__(kThreads)
 
 // coefficients: [samples, groups]
 __global__ void __launch_bounds__(kThreads)
-    group_norm_act_finish_reduce_kernel(GroupNormActBwdParams p, SamplePlan plan, FinishPlan finish,
-                                        const Sums* partial, DxCoefficients* coefficients) {
-  const int64_t statistic = finish.column();
+    group_norm_act_finalize_reduce_kernel(GroupNormActBwdParams p, SamplePlan plan,
+                                          FinalizePlan finalize, const Sums* partial,
+                                          DxCoefficients* coefficients) {
+  const int64_t statistic = finalize.column();
   Sums total[1];
-  for_each_partial(plan, finish, partial, [&](const Sums& sums, int64_t channel) {
+  for_each_partial(plan, finalize, partial, [&](const Sums& sums, int64_t channel) {
     const float weight = p.weight == nullptr ? 1.f : static_cast<const float*>(p.weight)[channel];
     total[0].dz += weight * sums.dz;
     total[0].dzx += weight * sums.dzx;
   });
-  join_lanes(total, finish.columns(), finish.lanes, JoinSums{});
-  if (finish.lane() == 0 && statistic < plan.statistics()) {
+  join_lanes(total, finalize.columns(), finalize.lanes, JoinSums{});
+  if (finalize.lane() == 0 && statistic < plan.statistics()) {
     const float rstd = rstd_of(static_cast<const float*>(p.var)[statistic], p.eps);
     const float share = rstd / static_cast<float>(plan.per_group * plan.sample.hw);
     coefficients[statistic] = {total[0].dz * share, total[0].dzx * share * rstd * rstd};
@@ -203,21 +204,21 @@ __global__ void __launch_bounds__(kThreads)
 
 // dweight and dbias: a column is a channel, over all samples and splits.
 __global__ void __launch_bounds__(kThreads)
-    group_norm_act_finish_parameters_kernel(GroupNormActBwdParams p, SamplePlan plan,
-                                            FinishPlan finish, const Sums* partial) {
-  const int64_t channel = finish.column();
+    group_norm_act_finalize_parameters_kernel(GroupNormActBwdParams p, SamplePlan plan,
+                                              FinalizePlan finalize, const Sums* partial) {
+  const int64_t channel = finalize.column();
   Sums total[1];
   if (channel < plan.sample.c) {
     const int64_t group = channel / plan.per_group, rows = plan.samples * plan.columns.splits;
-    for (int64_t row = finish.lane(); row < rows; row += finish.lanes) {
+    for (int64_t row = finalize.lane(); row < rows; row += finalize.lanes) {
       const int64_t statistic = row / plan.columns.splits * plan.groups + group;
       Sums sums = partial[row * plan.sample.c + channel];
       sums.dzx *= rstd_of(static_cast<const float*>(p.var)[statistic], p.eps);
       JoinSums{}(total[0], sums);
     }
   }
-  join_lanes(total, finish.columns(), finish.lanes, JoinSums{});
-  if (finish.lane() == 0 && channel < plan.sample.c) {
+  join_lanes(total, finalize.columns(), finalize.lanes, JoinSums{});
+  if (finalize.lane() == 0 && channel < plan.sample.c) {
     static_cast<float*>(p.dbias)[channel] = total[0].dz;
     static_cast<float*>(p.dweight)[channel] = total[0].dzx;
   }
@@ -303,9 +304,9 @@ int launch_group_norm_act_fwd(const GroupNormActFwdParams& p, float* workspace,
                                threads * kSlots<kVector, cl.value> * sizeof(Moments),
                                group_norm_act_stats_kernel<T, kVector, cl.value>, p, plan, partial);
     if (error != cudaSuccess) return error;
-    const FinishPlan finish(plan.columns.splits * plan.per_group);
-    error = launch(device, finish.grid(plan.statistics()), kThreads, kThreads * sizeof(Moments),
-                   group_norm_act_finish_stats_kernel, p, plan, finish,
+    const FinalizePlan finalize(plan.columns.splits * plan.per_group);
+    error = launch(device, finalize.grid(plan.statistics()), kThreads, kThreads * sizeof(Moments),
+                   group_norm_act_finalize_stats_kernel, p, plan, finalize,
                    static_cast<const Moments*>(partial));
     if (error != cudaSuccess) return error;
     return launch(device, grid_of(plan), threads, 0,
@@ -331,13 +332,13 @@ int launch_group_norm_act_bwd(const GroupNormActBwdParams& p, float* workspace,
         launch(device, grid_of(plan), threads, threads * kSlots<kVector, cl.value> * sizeof(Sums),
                group_norm_act_reduce_kernel<T, kVector, cl.value>, p, plan, partial);
     if (error != cudaSuccess) return error;
-    const FinishPlan by_group(plan.columns.splits * plan.per_group);
+    const FinalizePlan by_group(plan.columns.splits * plan.per_group);
     error = launch(device, by_group.grid(plan.statistics()), kThreads, kThreads * sizeof(Sums),
-                   group_norm_act_finish_reduce_kernel, p, plan, by_group, sums, coefficients);
+                   group_norm_act_finalize_reduce_kernel, p, plan, by_group, sums, coefficients);
     if (error != cudaSuccess) return error;
-    const FinishPlan by_channel(plan.columns.splits * plan.samples);
+    const FinalizePlan by_channel(plan.columns.splits * plan.samples);
     error = launch(device, by_channel.grid(p.shape.c), kThreads, kThreads * sizeof(Sums),
-                   group_norm_act_finish_parameters_kernel, p, plan, by_channel, sums);
+                   group_norm_act_finalize_parameters_kernel, p, plan, by_channel, sums);
     if (error != cudaSuccess) return error;
     return launch(device, grid_of(plan), threads, 0, group_norm_act_dx_kernel<T, kVector, cl.value>,
                   p, plan, static_cast<const DxCoefficients*>(coefficients));

@@ -49,7 +49,8 @@ dim3 grid_of(const SamplePlan& plan) {
               static_cast<unsigned>(plan.columns.splits));
 }
 
-// The kernels' grids, and those that finish groups and channels, of which a block has one at least.
+// The kernels' grids, and those that finalize groups and channels, of which a block has one at
+// least.
 bool can_launch(const SamplePlan& plan) {
   return fits_a_grid(plan.samples * plan.columns.tiles, plan.columns.splits) &&
          fits_a_grid(plan.statistics()) && fits_a_grid(plan.sample.c);
@@ -57,12 +58,12 @@ bool can_launch(const SamplePlan& plan) {
 
 int threads_of(const SamplePlan& plan) { return plan.columns.columns * plan.columns.lanes; }
 
-// A finishing block has `lanes` threads for each of its columns, a group or a channel each: so many
-// that none joins more than a few partial values in a row.
-struct FinishPlan {
+// A finalizing block has `lanes` threads for each of its columns, a group or a channel each: so
+// many that none joins more than a few partial values in a row.
+struct FinalizePlan {
   int lanes;
 
-  explicit FinishPlan(int64_t partials) : lanes(8) {
+  explicit FinalizePlan(int64_t partials) : lanes(8) {
     while (lanes < kThreads && lanes * kUnroll < partials) lanes *= 2;
   }
   FASTCNN_HOST_DEVICE int columns() const { return kThreads / lanes; }
@@ -77,14 +78,14 @@ struct FinishPlan {
 
 // body(partial value, channel) for this thread's share of a group's channels and splits.
 template <class Value, class Body>
-__device__ void for_each_partial(const SamplePlan& plan, const FinishPlan& finish,
+__device__ void for_each_partial(const SamplePlan& plan, const FinalizePlan& finalize,
                                  const Value* partial, Body body) {
-  const int64_t statistic = finish.column();
+  const int64_t statistic = finalize.column();
   if (statistic >= plan.statistics()) return;
   const int64_t sample = statistic / plan.groups, first = statistic % plan.groups * plan.per_group;
   const int64_t count = plan.columns.splits * plan.per_group;
   const Value* from = partial + sample * plan.columns.splits * plan.sample.c + first;
-  for (int64_t i = finish.lane(); i < count; i += finish.lanes) {
+  for (int64_t i = finalize.lane(); i < count; i += finalize.lanes) {
     const int64_t split = i / plan.per_group, channel = i - split * plan.per_group;
     body(from[split * plan.sample.c + channel], first + channel);
   }

@@ -149,11 +149,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    pixel_norm_act_finish_reduce_kernel(GroupNormActBwdParams p, const Gradients* partial,
-                                        int splits) {
-  const int64_t channel = finish_channel();
+    pixel_norm_act_finalize_reduce_kernel(GroupNormActBwdParams p, const Gradients* partial,
+                                          int splits) {
+  const int64_t channel = finalize_channel();
   const Gradients total = join_splits(partial, splits, p.shape.c, channel, JoinGradients{});
-  if (threadIdx.x < kFinishColumns && channel < p.shape.c) {
+  if (threadIdx.x < kFinalizeColumns && channel < p.shape.c) {
     static_cast<float*>(p.dweight)[channel] = total.dweight;
     static_cast<float*>(p.dbias)[channel] = total.dbias;
   }
@@ -233,9 +233,9 @@ int launch_pixel_norm_act_bwd(const GroupNormActBwdParams& p, float* workspace,
                pixel_norm_act_reduce_kernel<decltype(t), kVector, cl.value>, p, plan, partial);
     if (error != cudaSuccess) return error;
     const unsigned blocks =
-        static_cast<unsigned>((p.shape.c + kFinishColumns - 1) / kFinishColumns);
+        static_cast<unsigned>((p.shape.c + kFinalizeColumns - 1) / kFinalizeColumns);
     return launch(device, dim3(blocks), kThreads, kThreads * sizeof(Gradients),
-                  pixel_norm_act_finish_reduce_kernel, p, static_cast<const Gradients*>(partial),
+                  pixel_norm_act_finalize_reduce_kernel, p, static_cast<const Gradients*>(partial),
                   plan.splits);
   });
 }

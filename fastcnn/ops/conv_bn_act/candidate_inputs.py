@@ -82,7 +82,7 @@ def _exact_sums(
     return dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3))
 
 
-def bwd_finish(
+def bwd_finalize(
     problem: Problem, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     """Return dx in front of the activation: the next pass over it takes the derivative itself."""

@@ -23,7 +23,7 @@ from fastcnn.ops.conv2d.aten import convolve
 from fastcnn.ops.conv2d.fused import conv2d_fused
 from fastcnn.ops.conv_bn_act.candidate_inputs import (
     bwd_exact,
-    bwd_finish,
+    bwd_finalize,
     bwd_tensors,
     fwd_exact,
     fwd_tensors,
@@ -162,7 +162,7 @@ register(
         Candidate(
             plan, partial(_bwd, plan),
             _always if plan == "cudnn" else partial(_bwd_supports, plan=plan),
-            partial(_bwd_kernels, plan=plan), None if dx_fused else bwd_finish,
+            partial(_bwd_kernels, plan=plan), None if dx_fused else bwd_finalize,
         )
         for plan, (dx_fused, _) in _BWD_PLANS.items()
     ),

@@ -45,7 +45,7 @@ def shapes(dtype: torch.dtype, channels_last: bool) -> list[Shape]:
         (2, 3, 5, 7),  # no whole vectors in either layout
         (1, 7, 4, 4),  # whole vectors in NCHW only
         (2, 8, 3, 3),  # and in channels_last only
-        (2, 257, 1, 3),  # a column more than 8 blocks of 32, and than 8 finishing blocks
+        (2, 257, 1, 3),  # a column more than 8 blocks of 32, and than 8 finalizing blocks
     ]
     if channels_last:
         return [
