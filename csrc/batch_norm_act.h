@@ -49,8 +49,8 @@ struct BatchNormActBwdParams {
   void* dbias;         // [c] acc: sum(dz)
 };
 
-// The statistics of several ranks' parts of a batch, joined in the order of the ranks.
-struct BatchNormJoinParams {
+// The statistics of several ranks' parts of a batch, merged in the order of the ranks.
+struct BatchNormMergeParams {
   int64_t c, ranks;
   DType dtype;           // acc of them all
   const void* gathered;  // [ranks, 2 * c + 1]: mean, biased variance, count
@@ -76,7 +76,7 @@ struct BatchNormRunningParams {
 FASTCNN_CPU_KERNEL(batch_norm_act_fwd_cpu, BatchNormActFwdParams)
 FASTCNN_CPU_KERNEL(batch_norm_act_apply_cpu, BatchNormActFwdParams)
 FASTCNN_CPU_KERNEL(batch_norm_act_bwd_cpu, BatchNormActBwdParams)
-FASTCNN_CPU_KERNEL(batch_norm_join_cpu, BatchNormJoinParams)
+FASTCNN_CPU_KERNEL(batch_norm_merge_cpu, BatchNormMergeParams)
 FASTCNN_CPU_KERNEL(batch_norm_running_cpu, BatchNormRunningParams)
 
 // The CUDA launchers return a cudaError_t. float64 is the CPU's: they refuse it.
@@ -87,7 +87,7 @@ int launch_batch_norm_act_fwd(const BatchNormActFwdParams& p, float* workspace,
 int launch_batch_norm_act_apply(const BatchNormActFwdParams& p, const CudaDevice& device);
 int launch_batch_norm_act_bwd(const BatchNormActBwdParams& p, float* workspace,
                               const CudaDevice& device);
-int launch_batch_norm_join(const BatchNormJoinParams& p, const CudaDevice& device);
+int launch_batch_norm_merge(const BatchNormMergeParams& p, const CudaDevice& device);
 int launch_batch_norm_running(const BatchNormRunningParams& p, const CudaDevice& device);
 
 }  // namespace fastcnn

@@ -34,10 +34,10 @@ Tensor stats(const Tensor& x) {
 
 // -> mean, var, total
 template <auto launch>
-std::tuple<Tensor, Tensor, Tensor> join_stats(const Tensor& gathered) {
-  constexpr const char* kOp = "batch_norm_join_stats";
+std::tuple<Tensor, Tensor, Tensor> merge_stats(const Tensor& gathered) {
+  constexpr const char* kOp = "batch_norm_merge_stats";
   check_storage(kOp, "gathered", gathered);
-  BatchNormJoinParams p{};
+  BatchNormMergeParams p{};
   p.dtype = dtype_of(kOp, "gathered", gathered);
   const bool acc = p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64;
   if (!acc || gathered.dim() != 2 || gathered.size(1) % 2 != 1 || !gathered.is_contiguous()) {
@@ -95,14 +95,14 @@ Tensor dx(const Tensor& dy, const Tensor& x, const OptionalTensor& saved,
 
 using FwdParams = BatchNormActFwdParams;
 using BwdParams = BatchNormActBwdParams;
-using JoinParams = BatchNormJoinParams;
+using MergeParams = BatchNormMergeParams;
 
 STABLE_TORCH_LIBRARY_IMPL(fastcnn, CPU, m) {
   m.impl("batch_norm_act_stats", TORCH_BOX((&stats<on_cpu<batch_norm_act_fwd_cpu, FwdParams>>)));
   m.impl("batch_norm_act_reduce", TORCH_BOX((&reduce<on_cpu<batch_norm_act_bwd_cpu, BwdParams>>)));
   m.impl("batch_norm_act_dx", TORCH_BOX((&dx<on_cpu<batch_norm_act_bwd_cpu, BwdParams>>)));
-  m.impl("batch_norm_join_stats",
-         TORCH_BOX((&join_stats<on_cpu<batch_norm_join_cpu, JoinParams>>)));
+  m.impl("batch_norm_merge_stats",
+         TORCH_BOX((&merge_stats<on_cpu<batch_norm_merge_cpu, MergeParams>>)));
 }
 
 #ifdef FASTCNN_WITH_CUDA
@@ -113,8 +113,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastcnn, CUDA, m) {
          TORCH_BOX((&reduce<on_cuda_summing<launch_batch_norm_act_bwd, BwdParams>>)));
   m.impl("batch_norm_act_dx",
          TORCH_BOX((&dx<on_cuda_summing<launch_batch_norm_act_bwd, BwdParams>>)));
-  m.impl("batch_norm_join_stats",
-         TORCH_BOX((&join_stats<on_cuda<launch_batch_norm_join, JoinParams>>)));
+  m.impl("batch_norm_merge_stats",
+         TORCH_BOX((&merge_stats<on_cuda<launch_batch_norm_merge, MergeParams>>)));
 }
 #endif
 

@@ -2,13 +2,13 @@
 //
 // Memory is read once. Values are taken relative to a center, a mean of values before them (at the
 // start of a task, of its first few), and sums and squares are added up over a chunk; then the
-// center moves to the mean so far, and chunks are joined by Chan's formula. What cancels in a chunk
+// center moves to the mean so far, and chunks are merged by Chan's formula. What cancels in a chunk
 // is d^2 for each of its n values, d its mean's distance from the center. Where that is more than
 // three quarters of the squares (an outlier made the center, or the data has moved), the chunk,
 // which is in the L1 cache still, is taken again around its own mean. So at most two bits cancel.
 //
 // A channel with an infinity or a NaN has PyTorch's statistics: as mean its sum over its count, and
-// as variance NaN. inf - inf would make the mean NaN as well: so centers are finite, and a joined
+// as variance NaN. inf - inf would make the mean NaN as well: so centers are finite, and a merged
 // mean that comes out as NaN is made anew without a difference.
 #pragma once
 
@@ -18,16 +18,16 @@
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 
-// Sum and squares around the mean of `count` values; joined by Chan's formula.
+// Sum and squares around the mean of `count` values; merged by Chan's formula.
 template <class S>
 struct Moments {
   double count = 0, mean = 0, m2 = 0;
 
-  void join(double other_count, double other_mean, double other_m2) {
+  void merge(double other_count, double other_mean, double other_m2) {
     if (other_count == 0) return;
     const double total = count + other_count, delta = other_mean - mean;
-    const double joined = mean + delta * other_count / total;
-    mean = joined == joined ? joined : mean + other_mean;
+    const double merged = mean + delta * other_count / total;
+    mean = merged == merged ? merged : mean + other_mean;
     m2 += other_m2 + delta * delta * count * other_count / total;
     count = total;
   }
@@ -103,8 +103,8 @@ void column_moments(const T* x, int64_t begin, int64_t end, const WideRows& w, A
     for_each_vector<S>(w.wide, [&](int64_t i, int64_t) {
       const Vec<S> total = load(sum.get() + i), drift = total * inverse;
       const Vec<S> delta = ((load(center.get() + i) - load(origin + i)) - load(mean + i)) + drift;
-      const Vec<S> before = load(mean + i), joined = before + delta * share;
-      store(mean + i, joined == joined ? joined : before + drift);
+      const Vec<S> before = load(mean + i), merged = before + delta * share;
+      store(mean + i, merged == merged ? merged : before + drift);
       store(m2 + i, load(m2 + i) + (load(sq.get() + i) - total * drift) + delta * delta * spread);
     });
   }
@@ -152,7 +152,7 @@ Moments<Acc<T>> plane_moments(const T* x, const Planes& planes, int64_t task) {
         if (round == 1 || !(squares > kCancelled * m2)) break;
         center += static_cast<S>(drift);
       }
-      moments.join(count, static_cast<double>(center) + drift, m2);
+      moments.merge(count, static_cast<double>(center) + drift, m2);
       center = static_cast<S>(moments.mean);
       if (center - center != 0) center = 0;
     }
@@ -217,8 +217,8 @@ Moments<Acc<T>> range_moments(const T* x, int64_t length) {
   for (int64_t begin = 0; begin < length; begin += kChunkElements<T>) {
     const int64_t count = min(kChunkElements<T>, length - begin);
     const ChunkMoments<Acc<T>> chunk = chunk_moments(x + begin, count);
-    moments.join(static_cast<double>(count), static_cast<double>(chunk.center) + chunk.drift,
-                 static_cast<double>(chunk.m2));
+    moments.merge(static_cast<double>(count), static_cast<double>(chunk.center) + chunk.drift,
+                  static_cast<double>(chunk.m2));
   }
   return moments;
 }
@@ -236,7 +236,7 @@ void batch_moments(const T* x, const WideRows& w, Acc<T>* mean_out, Acc<T>* var_
                    m2.get() + at);
   };
   parallel_for(w.tasks, w.grain, stats);
-  // Tasks and repeats are joined in double: the mean, then all squares around it.
+  // Tasks and repeats are merged in double: the mean, then all squares around it.
   const T* rest = x + w.rows * w.wide;
   const double inverse = 1.0 / static_cast<double>(w.pixels);
   for_each_channels<S>(w.c, w.tasks * w.wide, [&](int64_t j, int64_t count) {

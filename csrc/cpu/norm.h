@@ -11,7 +11,7 @@ inline S rstd_of(S var, double eps) {
 }
 
 // Rows of channels_last whose terms are added up one behind the other in the accumulate type. The
-// sums of longer columns are joined in double: each of n terms could cost n / 2 roundings.
+// sums of longer columns are merged in double: each of n terms could cost n / 2 roundings.
 constexpr int64_t kSumRows = 256;
 
 // to[i] += from[i] for whole vectors.

@@ -116,17 +116,17 @@ inline int64_t task_grain(int64_t tasks, int64_t elements) {
 }
 
 // Channels side by side whose partial results one task adds up.
-constexpr int64_t kJoinChannels = 64;
+constexpr int64_t kMergeChannels = 64;
 
 // body(j, count) for vectors of count channels from j on, in parallel; `elements` is the work.
 template <class S, class Body>
 void for_each_channels(int64_t c, int64_t elements, const Body& body) {
-  const int64_t blocks = ceil_div(c, kJoinChannels);
-  const auto join = [&](int64_t block) {
-    const int64_t first = block * kJoinChannels, last = min(c, first + kJoinChannels);
+  const int64_t blocks = ceil_div(c, kMergeChannels);
+  const auto merge = [&](int64_t block) {
+    const int64_t first = block * kMergeChannels, last = min(c, first + kMergeChannels);
     for (int64_t j = first; j < last; j += kLanes<S>) body(j, min(kLanes<S>, last - j));
   };
-  parallel_for(blocks, task_grain(blocks, elements), join);
+  parallel_for(blocks, task_grain(blocks, elements), merge);
 }
 
 // channels_last: rows of `wide` elements, cut into tasks of whole chunks; `rest` elements (fewer

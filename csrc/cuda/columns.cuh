@@ -233,7 +233,7 @@ inline ColumnPlan plan_columns(const ImageShape& shape, int element_bytes, bool 
   plan.tiles = shape.channels_last ? (vectors + plan.columns - 1) / plan.columns : shape.c;
   plan.length = shape.channels_last ? shape.per_channel() : shape.per_channel() / plan.vector;
   plan.repeat = 1;
-  // As many blocks as are resident: more would be joined for nothing, and a last, partly filled
+  // As many blocks as are resident: more would be merged for nothing, and a last, partly filled
   // round of them leaves SMs idle. No more than there is unrolled work for.
   const int64_t fill = int64_t{kBlocksPerSm} * sm_count / plan.tiles;
   const int64_t useful = (plan.length + plan.lanes * kUnroll - 1) / (plan.lanes * kUnroll);

@@ -1,5 +1,5 @@
 // Sums over the batch in two stages, in a fixed order and without atomics: the lanes of a block
-// join what they hold, each block writes one partial value a channel, and a last kernel joins
+// merge what they hold, each block writes one partial value a channel, and a last kernel merges
 // those.
 #pragma once
 
@@ -19,11 +19,11 @@ __device__ inline float moved_mean(float mean, float target, float step) {
   return moved == moved ? moved : mean + target;
 }
 
-// Count, mean and squares around the mean of some values; joined by Chan's formula.
+// Count, mean and squares around the mean of some values; merged by Chan's formula.
 struct Moments {
   float count = 0, mean = 0, m2 = 0;
 
-  __device__ void join(float other_count, float other_mean, float other_m2) {
+  __device__ void merge(float other_count, float other_mean, float other_m2) {
     if (other_count == 0) return;
     const float total = count + other_count;
     const float delta = other_mean - mean, share = other_count / total;
@@ -38,18 +38,18 @@ struct Sums {
   float dz = 0, dzx = 0;  // sum(dz), sum(dz * (x - mean))
 };
 
-struct JoinSums {
+struct MergeSums {
   __device__ void operator()(Sums& a, const Sums& b) const {
     a.dz += b.dz;
     a.dzx += b.dzx;
   }
 };
 
-// Joins what the lanes of a block hold, value by value: a tree in shared memory, in a fixed order.
+// Merges what the lanes of a block hold, value by value: a tree in shared memory, in a fixed order.
 // lanes is a power of two; lane l of a column is thread l * columns + column. Every thread calls
 // it; lane 0 gets the result.
-template <int kCount, class Value, class Join>
-__device__ void join_lanes(Value (&values)[kCount], int columns, int lanes, Join join) {
+template <int kCount, class Value, class Merge>
+__device__ void merge_lanes(Value (&values)[kCount], int columns, int lanes, Merge merge) {
   Value* shared = shared_memory<Value>();
   const int lane = threadIdx.x / columns;
   for (int s = 0; s < kCount; ++s) shared[threadIdx.x * kCount + s] = values[s];
@@ -57,7 +57,8 @@ __device__ void join_lanes(Value (&values)[kCount], int columns, int lanes, Join
     __syncthreads();
     if (lane < half) {
       for (int s = 0; s < kCount; ++s) {
-        join(shared[threadIdx.x * kCount + s], shared[(threadIdx.x + half * columns) * kCount + s]);
+        merge(shared[threadIdx.x * kCount + s],
+              shared[(threadIdx.x + half * columns) * kCount + s]);
       }
     }
   }
@@ -66,28 +67,28 @@ __device__ void join_lanes(Value (&values)[kCount], int columns, int lanes, Join
   }
 }
 
-struct JoinMoments {
-  __device__ void operator()(Moments& a, const Moments& b) const { a.join(b.count, b.mean, b.m2); }
+struct MergeMoments {
+  __device__ void operator()(Moments& a, const Moments& b) const { a.merge(b.count, b.mean, b.m2); }
 };
 
-// Joins what the lanes of a block hold and writes it to partial [splits, c], c counted in columns.
-template <int kCount, class Value, class Join>
+// Merges what the lanes of a block hold and writes it to partial [splits, c], c counted in columns.
+template <int kCount, class Value, class Merge>
 __device__ void write_partial(Value (&values)[kCount], const ColumnPlan& plan, int64_t c,
-                              int64_t column, bool active, Value* partial, Join join) {
-  join_lanes(values, plan.columns, plan.lanes, join);
+                              int64_t column, bool active, Value* partial, Merge merge) {
+  merge_lanes(values, plan.columns, plan.lanes, merge);
   if (threadIdx.x / plan.columns == 0 && active) {
     for (int s = 0; s < kCount; ++s) partial[blockIdx.y * c + column + s] = values[s];
   }
 }
 
-// A block joins the splits of 8 channels with 32 lanes: a lane has few of them, one after another,
+// A block merges the splits of 8 channels with 32 lanes: a lane has few of them, one after another,
 // and 8 neighbouring partial values fill 3 sectors of 32 bytes.
 constexpr int kFinalizeColumns = 8, kFinalizeLanes = 32;
 
 // `repeat`: neighbouring columns of partial [splits, c * repeat] that are one channel.
-template <class Value, class Join>
-__device__ Value join_splits(const Value* partial, int splits, int64_t c, int64_t channel,
-                             Join join, int64_t repeat = 1) {
+template <class Value, class Merge>
+__device__ Value merge_splits(const Value* partial, int splits, int64_t c, int64_t channel,
+                              Merge merge, int64_t repeat = 1) {
   Value total[1] = {};
   const int64_t count = channel < c ? splits * repeat : 0;
   const auto at = [&](int64_t i) {
@@ -96,14 +97,14 @@ __device__ Value join_splits(const Value* partial, int splits, int64_t c, int64_
   };
   int64_t i = threadIdx.x / kFinalizeColumns;
   for (; i + (kUnroll - 1) * kFinalizeLanes < count; i += kUnroll * kFinalizeLanes) {
-    Value values[kUnroll];  // asked for together, then joined
+    Value values[kUnroll];  // asked for together, then merged
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) values[u] = at(i + u * kFinalizeLanes);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) join(total[0], values[u]);
+    for (int u = 0; u < kUnroll; ++u) merge(total[0], values[u]);
   }
-  for (; i < count; i += kFinalizeLanes) join(total[0], at(i));
-  join_lanes(total, kFinalizeColumns, kFinalizeLanes, join);
+  for (; i < count; i += kFinalizeLanes) merge(total[0], at(i));
+  merge_lanes(total, kFinalizeColumns, kFinalizeLanes, merge);
   return total[0];
 }
 

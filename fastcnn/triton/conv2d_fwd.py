@@ -9,7 +9,7 @@ from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.common.conv_operands import Input, Output
 from fastcnn.triton.conv2d_kernels import (
     conv2d_kernel,
-    join_statistics_kernel,
+    merge_statistics_kernel,
     pointwise_kernel,
 )
 from fastcnn.triton.depthwise_kernels import depthwise_kernel
@@ -104,17 +104,17 @@ def conv2d(
                 *window, *stride, *padding, *dilation,
                 FLAT=c_in_group < tile.k and window != [1, 1], **options,
             )  # fmt: skip
-        return y, _joined(parts, pixels, tile.m) if asked else None
+        return y, _merged(parts, pixels, tile.m) if asked else None
 
 
-def _joined(parts: list[Tensor], pixels: int, rows: int) -> Statistics:
+def _merged(parts: list[Tensor], pixels: int, rows: int) -> Statistics:
     means, squares = parts
     tiles, c_out = means.shape
     mean, var = (means.new_empty(c_out) for _ in range(2))
     # 8 channels, a sector of 32 bytes, and as many tiles at once as there are, up to 32 numbers a
     # thread: few channels are few programs, whose steps wait for memory one after the other.
     at_once = min(1024, max(16, power_of_2(tiles)))
-    join_statistics_kernel[(cdiv(c_out, 8),)](
+    merge_statistics_kernel[(cdiv(c_out, 8),)](
         mean, var, means, squares, pixels, tiles, c_out, ROWS=rows, BLOCK_T=at_once, BLOCK_C=8,
         num_warps=8 if at_once > 256 else 4,
     )  # fmt: skip

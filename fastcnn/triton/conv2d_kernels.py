@@ -21,7 +21,7 @@ Floor: x, w and the residual read once, y written once. A tap beyond the first f
 Epilogue, in float32, each part optional, in this order: the product is rounded to y's type, as the
 next kernel will read it, and its statistics taken; norm, or plus bias; plus residual; act. The
 statistics are a mean and centred squares for each tile and channel, two passes over registers, so
-nothing cancels; join_statistics joins the tiles in a fixed order.
+nothing cancels; merge_statistics merges the tiles in a fixed order.
 """
 
 # Constexpr parameters have capitals: a kernel is compiled anew for each of their values.
@@ -186,14 +186,14 @@ def pointwise_kernel(
 
 
 @triton.jit(do_not_specialize=["pixels", "tiles"])
-def join_statistics_kernel(
+def merge_statistics_kernel(
     mean_ptr, square_ptr, means_ptr, squares_ptr, pixels, tiles, c_out,
     ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Join the tiles' statistics: mean and biased variance. Grid: blocks of channels.
+    """Merge the tiles' statistics: mean and biased variance. Grid: blocks of channels.
 
     ROWS pixels a tile, fewer in the last. Two passes over the tiles, of which the second centres
-    by the joined mean: squares[t] + count[t] * (means[t] - mean)^2, all of them positive.
+    by the merged mean: squares[t] + count[t] * (means[t] - mean)^2, all of them positive.
     """
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = channels < c_out

@@ -45,8 +45,8 @@ BatchNormRunningParams running_params(Case& c) {
   return p;
 }
 
-BatchNormJoinParams join_params(Case& c) {
-  BatchNormJoinParams p{};
+BatchNormMergeParams merge_params(Case& c) {
+  BatchNormMergeParams p{};
   p.c = c.integer("c");
   p.ranks = c.integer("ranks");
   p.dtype = static_cast<DType>(c.integer("dtype"));
@@ -120,9 +120,9 @@ void run_op(Case& c) {
     run_plan(c, device);
   } else if (c.op() == "walk") {
     run_walk(c, device);
-  } else if (c.op() == "join") {
-    const BatchNormJoinParams p = join_params(c);
-    c.run([&] { return launch_batch_norm_join(p, device); });
+  } else if (c.op() == "merge") {
+    const BatchNormMergeParams p = merge_params(c);
+    c.run([&] { return launch_batch_norm_merge(p, device); });
   } else if (c.op() == "running") {
     const BatchNormRunningParams p = running_params(c);
     c.run([&] { return launch_batch_norm_running(p, device); });

@@ -24,7 +24,7 @@ from fastcnn import reference
 from fastcnn.common.activation import ACT_NUMBER, derivative_needs_only_y
 
 U = 2.0**-24
-# The longest chain of float32 additions in the tests' shapes: 72 values in a thread, then 8 joins
+# The longest chain of float32 additions in the tests' shapes: 72 values in a thread, then 8 merges
 # of lanes and 6 of splits; each rounds twice, its product and its sum.
 ROUNDINGS = 2 * (72 + 8 + 6)
 EPS = 1e-5

@@ -29,7 +29,7 @@ from fastcnn import reference
 from fastcnn.common.activation import ACT_NUMBER, activation
 
 # The longest chain of float32 additions in the tests' shapes: 24 vectors of 8 values in a thread,
-# then 9 joins of lanes and 8 of partial values; each rounds twice, its product and its sum.
+# then 9 merges of lanes and 8 of partial values; each rounds twice, its product and its sum.
 ROUNDINGS = 2 * (192 + 9 + 8)
 Options = tuple[str, bool, bool]  # act, weight, bias
 

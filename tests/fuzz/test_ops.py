@@ -221,18 +221,18 @@ def test_interpolate(
     if c_skip is not None:
         tensors["skip"] = numbers.normal((n, c_skip, *out))
 
-    def joined(y: Tensor, t: Tensors) -> Tensor:
+    def concatenated(y: Tensor, t: Tensors) -> Tensor:
         return torch.cat([t["skip"], y], 1) if "skip" in t else y
 
     def ours(t: Tensors) -> Tensor:
         return functional.interpolate(t["x"], **asked, concat=t.get("skip"))
 
     def eager(t: Tensors) -> Tensor:
-        return joined(F.interpolate(t["x"], **asked), t)
+        return concatenated(F.interpolate(t["x"], **asked), t)
 
     def exact(t: Tensors) -> Tensor:
         # PyTorch's float64 has float64 coordinates: of the nearest pixels it picks others.
-        return eager(t) if mode == "bilinear" else joined(resized(t["x"], asked), t)
+        return eager(t) if mode == "bilinear" else concatenated(resized(t["x"], asked), t)
 
     dy = numbers.normal((n, c + (c_skip or 0), *out))
     if c == 1 or h * w == 1:  # dense in both layouts: a skip, or the strides, decide

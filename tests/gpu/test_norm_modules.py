@@ -97,7 +97,7 @@ def test_synchronised_statistics_make_the_whole(layout: str, dtype: torch.dtype)
     xs, residuals, dys = parts(here.x), parts(here.residual), parts(here.dy)
     with on_gpu():
         gathered = torch.stack([ops.batch_norm_act_stats(x) for x in xs])
-        mean, var, total = ops.batch_norm_join_stats(gathered)
+        mean, var, total = ops.batch_norm_merge_stats(gathered)
         fixed = *affine, mean, var
         ys = [ops.batch_norm_act_apply(x, r, *fixed, eps, act)
               for x, r in zip(xs, residuals, strict=True)]  # fmt: skip
@@ -109,11 +109,11 @@ def test_synchronised_statistics_make_the_whole(layout: str, dtype: torch.dtype)
         dxs = [ops.batch_norm_act_dx(*three, *fixed, dweight, dbias, total, eps, act, True)
                for three in images]  # fmt: skip
 
-    def joined(images: list[Tensor]) -> Tensor:
+    def concatenated(images: list[Tensor]) -> Tensor:
         return torch.cat(images).contiguous(memory_format=LAYOUTS[layout])
 
-    found = {"y": joined(ys), "running_mean": running[0], "running_var": running[1],
-             "dx": joined(dxs), "dresidual": joined([r[0] for r in reduced]),
+    found = {"y": concatenated(ys), "running_mean": running[0], "running_var": running[1],
+             "dx": concatenated(dxs), "dresidual": concatenated([r[0] for r in reduced]),
              "dweight": dweight, "dbias": dbias}  # fmt: skip
     exact = batch_norm.run(batch_norm.torch_batch_norm_act, case.to(torch.float64))
     actual, terms = {k: t.cpu() for k, t in found.items()}, batch_norm.normalised(case)

@@ -155,7 +155,7 @@ def test_the_same_bits_twice_and_all_of_them_written(layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_large_mean_keeps_its_variance(layout: str) -> None:
     # Mean 1e4, deviation 1: of E[x^2] - E[x]^2 no digit is left in float32. The bound: the means of
-    # a sum's parts, off by an ulp of 1e4 at each of up to 8 joins, times the largest deviation.
+    # a sum's parts, off by an ulp of 1e4 at each of up to 8 merges, times the largest deviation.
     eps, ops = torch.finfo(torch.float32).eps, torch.ops.fastcnn
     for image, groups in [*((image, 1) for image in EDGES), *GROUPED]:
         x = group_norm.make_case(image.sizes, groups, torch.float32, layout, "none").x + 1e4

@@ -20,7 +20,7 @@ from fastcnn import functional
 from fastcnn.augment import Augment
 from fastcnn.functional import ConvBnActStep
 from fastcnn.ops.augment.pack import pack
-from fastcnn.ops.batch_norm_act.sync import joined_statistics
+from fastcnn.ops.batch_norm_act.sync import merged_statistics
 from fastcnn.ops.group_norm_act import pixel_norm_act
 from fastcnn.ops.instance_norm_act import instance_norm_act
 
@@ -94,7 +94,7 @@ def _shared_batch_norm(*args: Tensor) -> list[Tensor]:
     # The operators of synchronised statistics, whose collectives are PyTorch's.
     x, residual, dy, weight, bias, *_ = args
     ops = torch.ops.fastcnn
-    mean, var, total = joined_statistics(x, None)
+    mean, var, total = merged_statistics(x, None)
     y = ops.batch_norm_act_apply(x, residual, weight, bias, mean, var, 1e-5, 1)
     sums = ops.batch_norm_act_reduce(dy, x, y, weight, bias, mean, var, 1e-5, 1, True)
     dz, dweight, dbias = sums

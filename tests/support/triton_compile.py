@@ -94,8 +94,8 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], set[str]]]:
         yield name, kernel, {}, set()
         yield f"{name}, one norm", kernel, {}, absent
         yield f"{name}, no norm", kernel, {}, {"dy_raw_matrix", *before, *absent}
-    joined = {"ROWS": 128, "BLOCK_T": 1024, "BLOCK_C": 8}
-    yield "join of statistics", forward.join_statistics_kernel, joined, set()
+    merged = {"ROWS": 128, "BLOCK_T": 1024, "BLOCK_C": 8}
+    yield "merge of statistics", forward.merge_statistics_kernel, merged, set()
     yield "sums of tiles", bwd.sum_tiles_kernel, {"BLOCK_T": 1024, "BLOCK_C": 8}, set()
     yield "stem in float32", forward.conv2d_kernel, stem, {"pre_norm", *bias}
     yield "3x3 in training, float32", forward.conv2d_kernel, three, {"norm", "residual_ptr", *bias}

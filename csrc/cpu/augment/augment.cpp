@@ -5,7 +5,7 @@
 // bytes to y in one loop. Else a row of the output passes through three short loops, whose floats
 // between them stay in the L1 cache: `Source::read` samples the image, `colour` works on grey
 // levels, `write` normalises and stores in y's dtype and layout. Contrast needs the mean of the
-// sampled image first, summed row by row and joined in the rows' order: where a task is a whole
+// sampled image first, summed row by row and merged in the rows' order: where a task is a whole
 // sample that the L2 cache holds, its rows wait there, else they are sampled a second time.
 #include "augment.h"
 

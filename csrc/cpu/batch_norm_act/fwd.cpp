@@ -87,11 +87,11 @@ void fwd_planes(const BatchNormActFwdParams& p, const Planes& planes, bool train
   Coefficients<S> k(planes.c, 1, p.act, p.shape.numel() * sizeof(T));
   Scratch<Moments<S>> moments(planes.tasks);
   const auto stats = [&](int64_t task) { moments[task] = plane_moments(x, planes, task); };
-  const auto join = [&](int64_t j) {
+  const auto merge = [&](int64_t j) {
     if (training) {
       Moments<S> total;
       for (int64_t task = j * planes.parts; task < (j + 1) * planes.parts; ++task) {
-        total.join(moments[task].count, moments[task].mean, moments[task].m2);
+        total.merge(moments[task].count, moments[task].mean, moments[task].m2);
       }
       total.write(static_cast<S*>(p.mean) + j, static_cast<S*>(p.var) + j);
     }
@@ -106,13 +106,13 @@ void fwd_planes(const BatchNormActFwdParams& p, const Planes& planes, bool train
   if (planes.parts == 1) {  // the whole channel in one go: the second read finds it in the cache
     const auto all = [&](int64_t task) {
       if (training) stats(task);
-      join(task);
+      merge(task);
       apply(task);
     };
     return parallel_for(planes.tasks, planes.grain, all);
   }
   if (training) parallel_for(planes.tasks, planes.grain, stats);
-  parallel_for(planes.c, 1, join);
+  parallel_for(planes.c, 1, merge);
   parallel_for_backwards(planes.tasks, planes.grain, apply);
 }
 

@@ -1,4 +1,4 @@
-// Statistics of batch_norm_act beyond one batch: those of several ranks joined, and the running
+// Statistics of batch_norm_act beyond one batch: those of several ranks merged, and the running
 // ones. A few numbers a channel, on one thread.
 #include "batch_norm_act.h"
 #include "cpu/dispatch.h"
@@ -6,7 +6,7 @@
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 
-void batch_norm_join_cpu(const BatchNormJoinParams& p) {
+void batch_norm_merge_cpu(const BatchNormMergeParams& p) {
   dispatch_dtype(p.dtype, [&](auto element) {
     using S = Acc<decltype(element)>;
     const int64_t length = 2 * p.c + 1;  // of a rank's numbers
@@ -20,7 +20,7 @@ void batch_norm_join_cpu(const BatchNormJoinParams& p) {
       Moments<S> moments;
       for (int64_t rank = 0; rank < p.ranks; ++rank) {
         const double count = of_rank(rank, 2 * p.c);
-        moments.join(count, of_rank(rank, j), of_rank(rank, p.c + j) * count);
+        moments.merge(count, of_rank(rank, j), of_rank(rank, p.c + j) * count);
       }
       if (moments.count == 0) {  // as of an empty batch
         moments.count = moments.m2 = 1;

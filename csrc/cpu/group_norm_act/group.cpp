@@ -26,7 +26,7 @@ namespace {
 struct Groups {
   int64_t per_group, hw, size, units, elements, parts, per_part;
 
-  // A part is long enough to be worth a task; sums are joined in double after kPiece elements.
+  // A part is long enough to be worth a task; sums are merged in double after kPiece elements.
   static constexpr int64_t kPiece = 1 << 13;
 
   Groups(const ImageShape& shape, int64_t groups)
@@ -68,10 +68,10 @@ void fwd_nchw(const GroupNormActFwdParams& p) {
         range_moments(x + group * groups.size + o, min(groups.per_part, groups.size - o));
     space[3 * part] = m.count, space[3 * part + 1] = m.mean, space[3 * part + 2] = m.m2;
   };
-  const auto join = [&](double* space, int64_t group) {
+  const auto merge = [&](double* space, int64_t group) {
     Moments<S> total;
     for (int64_t part = 0; part < groups.parts; ++part) {
-      total.join(space[3 * part], space[3 * part + 1], space[3 * part + 2]);
+      total.merge(space[3 * part], space[3 * part + 1], space[3 * part + 2]);
     }
     total.write(norm.mean + group, norm.var + group);
   };
@@ -85,7 +85,7 @@ void fwd_nchw(const GroupNormActFwdParams& p) {
     });
   };
   run_units<double>(groups.units, groups.parts, 3 * groups.parts, groups.elements, kNothing, stats,
-                    join, apply);
+                    merge, apply);
 }
 
 template <class T>
@@ -119,7 +119,7 @@ void bwd_nchw(const GroupNormActBwdParams& p) {
       }
     });
   };
-  const auto join = [&](double* space, int64_t group) {
+  const auto merge = [&](double* space, int64_t group) {
     for (int64_t part = 0; part < groups.parts; ++part) {
       for (int64_t j = 0; j < groups.per_group; ++j) {
         const double* from = space + (part * groups.per_group + j) * 2;
@@ -136,7 +136,7 @@ void bwd_nchw(const GroupNormActBwdParams& p) {
     });
   };
   run_units<double>(groups.units, groups.parts, groups.parts * groups.per_group * 2,
-                    groups.elements, kNothing, reduce, join, dx);
+                    groups.elements, kNothing, reduce, merge, dx);
   sums.write(norm, p);
 }
 
@@ -194,8 +194,8 @@ void set_channels(const Norm<S>& norm, int64_t sample, int64_t repeat, Coefficie
 
 // From the columns' origin + mean and m2 to the groups': the mean, then all squares around it.
 template <class T, class S>
-void join_columns(const SampleRows<T>& rows, const Norm<S>& norm, int64_t sample, const S* origin,
-                  const S* mean, const S* m2) {
+void merge_columns(const SampleRows<T>& rows, const Norm<S>& norm, int64_t sample, const S* origin,
+                   const S* mean, const S* m2) {
   for (int64_t g = 0; g < norm.groups; ++g) {
     const int64_t first = g * norm.per_group, last = first + norm.per_group;
     double total = 0, squares = 0;
@@ -249,8 +249,8 @@ void fwd_channels_last(const GroupNormActFwdParams& p) {
     S* k = space + arrays;
     return Coefficients<S>{p.act, k, k + rows.wide, k + 2 * rows.wide, nullptr, nullptr};
   };
-  const auto join = [&](S* space, int64_t sample) {
-    join_columns(rows, norm, sample, space, space + array, space + 2 * array);
+  const auto merge = [&](S* space, int64_t sample) {
+    merge_columns(rows, norm, sample, space, space + array, space + 2 * array);
     set_channels(norm, sample, rows.repeat, coefficients(space));
   };
   const auto apply = [&](S* space, int64_t sample, int64_t part) {
@@ -259,7 +259,7 @@ void fwd_channels_last(const GroupNormActFwdParams& p) {
       loops.normalize(x + at, static_cast<T*>(p.y) + at, count, length, coefficients(space));
     });
   };
-  run_units<S>(rows.n, rows.parts, arrays + 3 * rows.wide, p.shape.numel(), kNothing, stats, join,
+  run_units<S>(rows.n, rows.parts, arrays + 3 * rows.wide, p.shape.numel(), kNothing, stats, merge,
                apply);
 }
 
@@ -296,7 +296,7 @@ void bwd_channels_last(const GroupNormActBwdParams& p) {
       }
     });
   };
-  const auto join = [&](double* space, int64_t sample) {
+  const auto merge = [&](double* space, int64_t sample) {
     double *dz = sums.dz.get() + sample * rows.c, *dzx = sums.dzx.get() + sample * rows.c;
     for (int64_t column = 0; column < array; column += rows.c) {
       for (int64_t j = 0; j < rows.c; ++j) {
@@ -320,8 +320,8 @@ void bwd_channels_last(const GroupNormActBwdParams& p) {
     });
   };
   const int64_t numbers = ceil_div(5 * rows.wide * sizeof(S), sizeof(double));
-  run_units<double>(rows.n, rows.parts, 2 * array + numbers, p.shape.numel(), prepare, reduce, join,
-                    dx);
+  run_units<double>(rows.n, rows.parts, 2 * array + numbers, p.shape.numel(), prepare, reduce,
+                    merge, dx);
   sums.write(norm, p);
 }
 

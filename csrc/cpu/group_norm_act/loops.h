@@ -154,15 +154,15 @@ struct ChannelSums {
   }
 };
 
-// Runs prepare(space, unit), first(space, unit, part) for each part, join(space, unit) and
+// Runs prepare(space, unit), first(space, unit, part) for each part, merge(space, unit) and
 // second(space, unit, part) for each part. `space` numbers, zeroed, belong to a unit meanwhile.
 //
 // Where units come out even over the threads, one takes a unit through all of it, the second pass
 // from its end: what the first one has read is then in the cache, as far as it has room. Otherwise
 // threads share units part by part, and each pass goes over all of memory. Sums are the same.
-template <class S, class Prepare, class First, class Join, class Second>
+template <class S, class Prepare, class First, class Merge, class Second>
 void run_units(int64_t units, int64_t parts, int64_t space, int64_t elements, Prepare prepare,
-               First first, Join join, Second second) {
+               First first, Merge merge, Second second) {
   const int64_t threads = thread_count();
   if (parts == 1 || units % threads == 0 || units >= 4 * threads) {
     const int64_t per_task = ceil_div(units, 2 * kTasks), tasks = ceil_div(units, per_task);
@@ -173,7 +173,7 @@ void run_units(int64_t units, int64_t parts, int64_t space, int64_t elements, Pr
         std::memset(static_cast<void*>(own.get()), 0, static_cast<size_t>(space) * sizeof(S));
         prepare(own.get(), unit);
         for (int64_t part = 0; part < parts; ++part) first(own.get(), unit, part);
-        join(own.get(), unit);
+        merge(own.get(), unit);
         for (int64_t part = parts - 1; part >= 0; --part) second(own.get(), unit, part);
       }
     };
@@ -192,7 +192,7 @@ void run_units(int64_t units, int64_t parts, int64_t space, int64_t elements, Pr
   };
   of_unit(prepare);
   of_part(first);
-  of_unit(join);
+  of_unit(merge);
   of_part(second);
 }
 

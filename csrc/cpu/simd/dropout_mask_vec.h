@@ -40,16 +40,16 @@ inline WideWordPair block_lanes(uint64_t first, uint64_t step) {
 
 #if defined(__AVX512F__)
 // One bit for each 16-bit lane of a, then of b.
-inline uint64_t join_bits(uint32_t a, uint32_t b) { return a | static_cast<uint64_t>(b) << 32; }
+inline uint64_t concat_bits(uint32_t a, uint32_t b) { return a | static_cast<uint64_t>(b) << 32; }
 inline uint64_t bits_below(Halves a, Halves b, Halves limit) {
   const __m512i l = reinterpret_cast<__m512i>(limit);
-  return join_bits(_mm512_cmplt_epu16_mask(reinterpret_cast<__m512i>(a), l),
-                   _mm512_cmplt_epu16_mask(reinterpret_cast<__m512i>(b), l));
+  return concat_bits(_mm512_cmplt_epu16_mask(reinterpret_cast<__m512i>(a), l),
+                     _mm512_cmplt_epu16_mask(reinterpret_cast<__m512i>(b), l));
 }
 inline uint64_t bits_equal(Halves a, Halves b, Halves limit) {
   const __m512i l = reinterpret_cast<__m512i>(limit);
-  return join_bits(_mm512_cmpeq_epu16_mask(reinterpret_cast<__m512i>(a), l),
-                   _mm512_cmpeq_epu16_mask(reinterpret_cast<__m512i>(b), l));
+  return concat_bits(_mm512_cmpeq_epu16_mask(reinterpret_cast<__m512i>(a), l),
+                     _mm512_cmpeq_epu16_mask(reinterpret_cast<__m512i>(b), l));
 }
 #else
 // One bit for each 16-bit lane that is all ones: the first half of a's, the first half of b's, then
@@ -173,7 +173,7 @@ inline uint64_t window_bits(const uint16_t* windows, const uint16_t* place, int 
   at_a <<= shift;
   at_b <<= shift;
 #if defined(__AVX512F__)
-  return join_bits(
+  return concat_bits(
       _mm512_test_epi16_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(at_a)),
       _mm512_test_epi16_mask(reinterpret_cast<__m512i>(b), reinterpret_cast<__m512i>(at_b)));
 #else

@@ -8,9 +8,9 @@
 // The second pass walks backwards, so that it finds the end of the first in the L2 cache, and what
 // it reads and writes is marked as the first to leave that cache.
 // Sums over the batch have two stages: each block reduces its split to one partial a column, which
-// `finalize` joins in a fixed order. No atomics: the same bits from run to run.
+// `finalize` merges in a fixed order. No atomics: the same bits from run to run.
 // Variance: kUnroll values are summed, then squared around their own mean, in registers; groups,
-// threads and splits are joined by Chan's formula. There is never a difference of large squares.
+// threads and splits are merged by Chan's formula. There is never a difference of large squares.
 // p.shape is the walked shape: of a flat walk [n, c * hw, 1], where plan.repeat = hw.
 #pragma once
 
@@ -53,17 +53,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     if constexpr (kChannelsLast) {
       moments[v] = {count, mean[v], m2[v]};
     } else {
-      moments[0].join(count, mean[v], m2[v]);
+      moments[0].merge(count, mean[v], m2[v]);
     }
   }
-  write_partial(moments, plan, p.shape.c, walk.channel, walk.active, partial, JoinMoments{});
+  write_partial(moments, plan, p.shape.c, walk.channel, walk.active, partial, MergeMoments{});
 }
 
 __global__ void __launch_bounds__(kThreads)
     batch_norm_act_finalize_stats_kernel(BatchNormActFwdParams p, ColumnPlan plan,
                                          const Moments* partial) {
   const int64_t channel = finalize_channel(), c = p.shape.c / plan.repeat;
-  const Moments total = join_splits(partial, plan.splits, c, channel, JoinMoments{}, plan.repeat);
+  const Moments total = merge_splits(partial, plan.splits, c, channel, MergeMoments{}, plan.repeat);
   if (threadIdx.x < kFinalizeColumns && channel < c) {
     static_cast<float*>(p.mean)[channel] = total.mean;
     static_cast<float*>(p.var)[channel] = total.m2 / total.count;
@@ -118,14 +118,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
           });
     });
   }
-  write_partial(sums, plan, p.shape.c, walk.channel, walk.active, partial, JoinSums{});
+  write_partial(sums, plan, p.shape.c, walk.channel, walk.active, partial, MergeSums{});
 }
 
 __global__ void __launch_bounds__(kThreads)
     batch_norm_act_finalize_reduce_kernel(BatchNormActBwdParams p, ColumnPlan plan,
                                           const Sums* partial) {
   const int64_t channel = finalize_channel(), c = p.shape.c / plan.repeat;
-  const Sums total = join_splits(partial, plan.splits, c, channel, JoinSums{}, plan.repeat);
+  const Sums total = merge_splits(partial, plan.splits, c, channel, MergeSums{}, plan.repeat);
   if (threadIdx.x < kFinalizeColumns && channel < c) {
     static_cast<float*>(p.dbias)[channel] = total.dz;
     static_cast<float*>(p.dweight)[channel] =

@@ -16,7 +16,7 @@
 namespace fastcnn {
 
 // Shared memory of a block: `tensors` tiles of `steps` words a thread, then the values to be
-// joined.
+// merged.
 template <class T, int kVector, bool kChannelsLast, class Value>
 size_t one_pass_bytes(const ColumnPlan& plan, int tensors) {
   const int64_t steps = (plan.length + plan.lanes - 1) / plan.lanes;
@@ -63,11 +63,11 @@ __device__ void fill(const Tile<T, kVector> (&tiles)[kTensors], const void* cons
   });
 }
 
-// Joins what all threads of a block hold for a channel, in a fixed order: first the lanes of each
+// Merges what all threads of a block hold for a channel, in a fixed order: first the lanes of each
 // column, then the columns of each channel. Every thread gets the totals of its slots.
-template <int kCount, class Value, class Join>
-__device__ void join_block(Value (&values)[kCount], void* memory, const ColumnPlan& plan,
-                           Join join) {
+template <int kCount, class Value, class Merge>
+__device__ void merge_block(Value (&values)[kCount], void* memory, const ColumnPlan& plan,
+                            Merge merge) {
   Value* shared = static_cast<Value*>(memory);
   const int lane = threadIdx.x / plan.columns, column = threadIdx.x % plan.columns;
   const int row = plan.columns * kCount, repeat = static_cast<int>(plan.repeat);
@@ -81,7 +81,7 @@ __device__ void join_block(Value (&values)[kCount], void* memory, const ColumnPl
     if (lane < left - half) {
       for (int s = 0; s < kCount; ++s) {
         const int at = lane * row + column * kCount + s;
-        join(shared[at], shared[at + half * row]);
+        merge(shared[at], shared[at + half * row]);
       }
     }
   }
@@ -90,14 +90,14 @@ __device__ void join_block(Value (&values)[kCount], void* memory, const ColumnPl
     __syncthreads();
     for (int i = threadIdx.x; i < row / repeat * pairs; i += kThreads) {
       const int at = i / pairs * repeat + i % pairs;
-      join(shared[at], shared[at + half]);
+      merge(shared[at], shared[at + half]);
     }
   }
   __syncthreads();
   for (int s = 0; s < kCount; ++s) values[s] = shared[(column * kCount + s) / repeat * repeat];
 }
 
-struct JoinFloats {
+struct MergeFloats {
   __device__ void operator()(float& a, float b) const { a += b; }
 };
 
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 #pragma unroll
     for (int v = 0; v < kVector; ++v) sum[kChannelsLast ? v : 0] += element<T, kVector>(word, v);
   }
-  join_block(sum, tiles[0].end(), plan, JoinFloats{});
+  merge_block(sum, tiles[0].end(), plan, MergeFloats{});
   const float inverse = 1.f / static_cast<float>(p.shape.per_channel() * plan.repeat);
   Coefficients<kCount> k;
 #pragma unroll
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       around[s].dzx += centered * centered;
     }
   }
-  join_block(around, tiles[0].end(), plan, JoinSums{});
+  merge_block(around, tiles[0].end(), plan, MergeSums{});
   if (!walk.active) return;
   const SlotChannels channels(walk.channel, plan.repeat);
 #pragma unroll
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
           ++i;
         });
   });
-  join_block(sums, tiles[1].end(), plan, JoinSums{});
+  merge_block(sums, tiles[1].end(), plan, MergeSums{});
   if (!active) return;
   const float inverse = 1.f / static_cast<float>(p.shape.per_channel() * plan.repeat);
   GradX<kCount> grad_x;

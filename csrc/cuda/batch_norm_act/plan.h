@@ -15,7 +15,7 @@ struct BatchNormPlan {
 // What a one-pass kernel keeps on chip.
 struct OnePassNeeds {
   int tensors;      // as they lie in memory
-  int value_bytes;  // of what it joins for each slot of a thread
+  int value_bytes;  // of what it merges for each slot of a thread
 };
 
 // A thread's words of a tile. It waits for memory once for kUnroll of them, 8 times in all: above

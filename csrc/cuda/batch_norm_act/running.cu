@@ -1,4 +1,4 @@
-// Statistics of batch_norm_act beyond one batch, on CUDA: those of several ranks joined, and the
+// Statistics of batch_norm_act beyond one batch, on CUDA: those of several ranks merged, and the
 // running ones. A few numbers a channel, one thread each.
 #include "batch_norm_act.h"
 #include "cuda/columns.cuh"
@@ -12,15 +12,15 @@ __device__ int64_t thread_index() {
   return blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
 }
 
-// Thread j joins channel j over the ranks, in their order; thread c adds up the count.
-__global__ void __launch_bounds__(kThreads) batch_norm_join_kernel(BatchNormJoinParams p) {
+// Thread j merges channel j over the ranks, in their order; thread c adds up the count.
+__global__ void __launch_bounds__(kThreads) batch_norm_merge_kernel(BatchNormMergeParams p) {
   const int64_t j = thread_index(), length = 2 * p.c + 1;
   const float* gathered = static_cast<const float*>(p.gathered);
   if (j < p.c) {
     Moments moments;
     for (int64_t rank = 0; rank < p.ranks; ++rank) {
       const float* of_rank = gathered + rank * length;
-      moments.join(of_rank[2 * p.c], of_rank[j], of_rank[p.c + j] * of_rank[2 * p.c]);
+      moments.merge(of_rank[2 * p.c], of_rank[j], of_rank[p.c + j] * of_rank[2 * p.c]);
     }
     // Of no values: as of an empty batch.
     static_cast<float*>(p.mean)[j] = moments.mean;
@@ -63,9 +63,9 @@ dim3 grid_for(int64_t threads) {
 
 }  // namespace
 
-int launch_batch_norm_join(const BatchNormJoinParams& p, const CudaDevice& device) {
+int launch_batch_norm_merge(const BatchNormMergeParams& p, const CudaDevice& device) {
   if (p.dtype != DType::kFloat32) return cudaErrorInvalidValue;
-  return launch(device, grid_for(p.c + 1), kThreads, 0, batch_norm_join_kernel, p);
+  return launch(device, grid_for(p.c + 1), kThreads, 0, batch_norm_merge_kernel, p);
 }
 
 int launch_batch_norm_running(const BatchNormRunningParams& p, const CudaDevice& device) {

@@ -7,10 +7,10 @@
 //   backward  reduce reads dy and x (2T); dx reads both and is written (3T).
 // The multi-pass kernels walk the channels of a sample: in channels_last all of a pixel's side by
 // side, so that accesses are 16 bytes wide however few channels a group has. Each block reduces its
-// split to one partial a channel; `finalize` joins splits and channels to groups, in a fixed order.
-// No atomics: the same bits from run to run. Variance: kUnroll values are summed, then squared
-// around their own mean, in registers; what follows is joined by Chan's formula. There is never a
-// difference of large squares.
+// split to one partial a channel; `finalize` merges splits and channels to groups, in a fixed
+// order. No atomics: the same bits from run to run. Variance: kUnroll values are summed, then
+// squared around their own mean, in registers; what follows is merged by Chan's formula. There is
+// never a difference of large squares.
 #include "cuda/group_norm_act/group_plan.cuh"
 #include "cuda/group_norm_act/one_pass.cuh"
 #include "cuda/launch.cuh"
@@ -79,10 +79,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     if constexpr (kChannelsLast) {
       moments[v] = {count, mean[v], m2[v]};
     } else {
-      moments[0].join(count, mean[v], m2[v]);
+      moments[0].merge(count, mean[v], m2[v]);
     }
   }
-  join_lanes(moments, plan.columns.columns, plan.columns.lanes, JoinMoments{});
+  merge_lanes(moments, plan.columns.columns, plan.columns.lanes, MergeMoments{});
   if (plan.first_lane() && walk.active) {
     for (int s = 0; s < kCount; ++s) partial[plan.partial(walk.channel + s)] = moments[s];
   }
@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t statistic = finalize.column();
   Moments total[1];
   for_each_partial(plan, finalize, partial,
-                   [&](const Moments& m, int64_t) { total[0].join(m.count, m.mean, m.m2); });
-  join_lanes(total, finalize.columns(), finalize.lanes, JoinMoments{});
+                   [&](const Moments& m, int64_t) { total[0].merge(m.count, m.mean, m.m2); });
+  merge_lanes(total, finalize.columns(), finalize.lanes, MergeMoments{});
   if (finalize.lane() == 0 && statistic < plan.statistics()) {
     static_cast<float*>(p.mean)[statistic] = total[0].mean;
     static_cast<float*>(p.var)[statistic] = total[0].m2 / total[0].count;
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads)
                      }
                    });
   }
-  join_lanes(sums, plan.columns.columns, plan.columns.lanes, JoinSums{});
+  merge_lanes(sums, plan.columns.columns, plan.columns.lanes, MergeSums{});
   if (plan.first_lane() && walk.active) {
     for (int s = 0; s < kCount; ++s) partial[plan.partial(walk.channel + s)] = sums[s];
   }
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads)
     total[0].dz += weight * sums.dz;
     total[0].dzx += weight * sums.dzx;
   });
-  join_lanes(total, finalize.columns(), finalize.lanes, JoinSums{});
+  merge_lanes(total, finalize.columns(), finalize.lanes, MergeSums{});
   if (finalize.lane() == 0 && statistic < plan.statistics()) {
     const float rstd = rstd_of(static_cast<const float*>(p.var)[statistic], p.eps);
     const float share = rstd / static_cast<float>(plan.per_group * plan.sample.hw);
@@ -214,10 +214,10 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t statistic = row / plan.columns.splits * plan.groups + group;
       Sums sums = partial[row * plan.sample.c + channel];
       sums.dzx *= rstd_of(static_cast<const float*>(p.var)[statistic], p.eps);
-      JoinSums{}(total[0], sums);
+      MergeSums{}(total[0], sums);
     }
   }
-  join_lanes(total, finalize.columns(), finalize.lanes, JoinSums{});
+  merge_lanes(total, finalize.columns(), finalize.lanes, MergeSums{});
   if (finalize.lane() == 0 && channel < plan.sample.c) {
     static_cast<float*>(p.dbias)[channel] = total[0].dz;
     static_cast<float*>(p.dweight)[channel] = total[0].dzx;

@@ -59,7 +59,7 @@ bool can_launch(const SamplePlan& plan) {
 int threads_of(const SamplePlan& plan) { return plan.columns.columns * plan.columns.lanes; }
 
 // A finalizing block has `lanes` threads for each of its columns, a group or a channel each: so
-// many that none joins more than a few partial values in a row.
+// many that none merges more than a few partial values in a row.
 struct FinalizePlan {
   int lanes;
 

@@ -85,7 +85,7 @@ struct Gradients {
   float dweight = 0, dbias = 0;
 };
 
-struct JoinGradients {
+struct MergeGradients {
   __device__ void operator()(Gradients& a, const Gradients& b) const {
     a.dweight += b.dweight;
     a.dbias += b.dbias;
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads)
           }
         });
   });
-  join_lanes(sums, plan.columns, plan.lanes, JoinGradients{});
+  merge_lanes(sums, plan.columns, plan.lanes, MergeGradients{});
   if (threadIdx.x / plan.columns == 0 && walk.active) {
     for (int s = 0; s < kCount; ++s) {
       partial[blockIdx.y * p.shape.c + walk.channel + s] = sums[s];
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads)
     pixel_norm_act_finalize_reduce_kernel(GroupNormActBwdParams p, const Gradients* partial,
                                           int splits) {
   const int64_t channel = finalize_channel();
-  const Gradients total = join_splits(partial, splits, p.shape.c, channel, JoinGradients{});
+  const Gradients total = merge_splits(partial, splits, p.shape.c, channel, MergeGradients{});
   if (threadIdx.x < kFinalizeColumns && channel < p.shape.c) {
     static_cast<float*>(p.dweight)[channel] = total.dweight;
     static_cast<float*>(p.dbias)[channel] = total.dbias;

@@ -20,7 +20,7 @@ struct Sum {
   float value = 0;
 };
 
-struct JoinSum {
+struct MergeSum {
   __device__ void operator()(Sum& a, const Sum& b) const { a.value += b.value; }
 };
 
@@ -59,7 +59,7 @@ __device__ void sum_of_lanes(float (&values)[kVector], const TilePlan& plan) {
   Sum sums[kVector];
 #pragma unroll
   for (int v = 0; v < kVector; ++v) sums[v].value = values[v];
-  join_lanes(sums, plan.columns, plan.lanes, JoinSum{});
+  merge_lanes(sums, plan.columns, plan.lanes, MergeSum{});
   const Sum* shared = shared_memory<Sum>() + threadIdx.x % plan.columns * kVector;
   __syncthreads();
 #pragma unroll

@@ -14,7 +14,7 @@ from fastcnn.common.checks import memory_format_of
 from fastcnn.common.dtypes import as_acc, new_channels
 from fastcnn.common.library import declare
 from fastcnn.common.process_group import Group
-from fastcnn.ops.batch_norm_act.sync import frozen_bwd, joined_statistics, synced_bwd
+from fastcnn.ops.batch_norm_act.sync import frozen_bwd, merged_statistics, synced_bwd
 
 
 def _fwd_fake(
@@ -85,7 +85,7 @@ def batch_norm_act_fwd(
     """
     weight, bias = as_acc(x, weight), as_acc(x, bias)
     if group is not None:
-        mean, var, total = joined_statistics(x, group)
+        mean, var, total = merged_statistics(x, group)
         return _apply(x, residual, weight, bias, mean, var, eps, act), mean, var, total
     y, mean, var = _fwd(x, residual, weight, bias, eps, act)
     return y, mean, var

@@ -2,7 +2,7 @@
 
     forward   stats_r = count, mean, var of x        by each rank r of its own part of the batch
               gathered: one vector of 2 * c + 1 numbers from each rank
-              mean, var, total                       joined in the order of the ranks by Chan's
+              mean, var, total                       merged in the order of the ranks by Chan's
                                                      formula: the same bits on each rank
               y = act((x - mean) * rstd * weight + bias + residual)
     backward  dbias_r = sum(dz)                      over rank r's own part
@@ -36,7 +36,7 @@ def _stats_fake(x: Tensor) -> Tensor:
     return x.new_empty(2 * x.shape[1] + 1, dtype=acc_type(x))
 
 
-def _join_fake(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _merge_fake(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     c = gathered.shape[1] // 2
     return gathered.new_empty(c), gathered.new_empty(c), gathered.new_empty(1)
 
@@ -53,7 +53,8 @@ def _dx_fake(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
 
 declare("batch_norm_act_stats(Tensor x) -> Tensor", _stats_fake)
 declare(
-    "batch_norm_join_stats(Tensor gathered) -> (Tensor mean, Tensor var, Tensor total)", _join_fake
+    "batch_norm_merge_stats(Tensor gathered) -> (Tensor mean, Tensor var, Tensor total)",
+    _merge_fake,
 )
 declare(
     "batch_norm_act_reduce(Tensor dy, Tensor x, Tensor? saved, Tensor? weight, Tensor? bias, "
@@ -69,15 +70,15 @@ declare(
 )
 
 _stats = torch.ops.fastcnn.batch_norm_act_stats.default
-_join = torch.ops.fastcnn.batch_norm_join_stats.default
+_merge = torch.ops.fastcnn.batch_norm_merge_stats.default
 _reduce = torch.ops.fastcnn.batch_norm_act_reduce.default
 _dx = torch.ops.fastcnn.batch_norm_act_dx.default
 
 
-def joined_statistics(x: Tensor, group: Group | None) -> tuple[Tensor, Tensor, Tensor]:
+def merged_statistics(x: Tensor, group: Group | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean, biased variance and the number of values a channel, over all ranks."""
     own = _stats(x)
-    mean, var, total = _join(own[None] if group is None else gather(own, group))
+    mean, var, total = _merge(own[None] if group is None else gather(own, group))
     return mean, var, total
 
 

@@ -95,11 +95,11 @@ def _fwd_triton(problem: Problem, x: Tensor, weight: Tensor, *norm: Tensor) -> t
 
 
 def _fwd_kernels(problem: Problem, fused: bool) -> list[Kernel]:
-    size, join = Sizes(problem), [Kernel(0)] * ("training" in problem.options)
+    size, merge = Sizes(problem), [Kernel(0)] * ("training" in problem.options)
     if fused:
-        return [size.triton(), *join]
+        return [size.triton(), *merge]
     before = [] if act_of(problem, "in") is None else [Kernel(2 * size.x)]
-    return [*before, size.cudnn(), *([Kernel(size.y), *join] if join else [])]
+    return [*before, size.cudnn(), *([Kernel(size.y), *merge] if merge else [])]
 
 
 def _bwd(

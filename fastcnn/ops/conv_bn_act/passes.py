@@ -30,7 +30,7 @@ from fastcnn.common.conv_operands import Gradient, Input, Output, Sums
 from fastcnn.common.dtypes import as_acc
 from fastcnn.common.process_group import Group
 from fastcnn.ops.batch_norm_act.operators import batch_norm_act_apply
-from fastcnn.ops.batch_norm_act.sync import frozen_bwd, joined_statistics, shared_sums
+from fastcnn.ops.batch_norm_act.sync import frozen_bwd, merged_statistics, shared_sums
 from fastcnn.ops.conv2d.aten import convolve_bwd
 from fastcnn.ops.conv2d.fused import (
     conv2d_fused,
@@ -70,7 +70,7 @@ def batch_statistics(raw: Tensor, group: Group | None) -> tuple[Tensor, ...]:
 
     One pass over raw.
     """
-    found = joined_statistics(raw, group)
+    found = merged_statistics(raw, group)
     return found[:2] if group is None else found
 
 

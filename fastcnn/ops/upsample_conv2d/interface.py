@@ -61,7 +61,7 @@ def split(weight: Tensor, c: int, concat_last: bool) -> tuple[Tensor | None, Ten
     return ws.contiguous(memory_format=torch.channels_last), wz
 
 
-def joined(dws: Tensor | None, dwz: Tensor, concat_last: bool) -> Tensor:
+def concatenated(dws: Tensor | None, dwz: Tensor, concat_last: bool) -> Tensor:
     """Return the gradient of a weight from those of its parts."""
     dwx = dwz.reshape(3, 3, -1, dwz.shape[1]).permute(2, 3, 0, 1)
     if dws is None:
@@ -115,7 +115,7 @@ class UpsampleConv2dFunction(torch.autograd.Function):
             dz = upsample_taps_bwd(dy, *x.shape[2:], *ctx.resize[2:])
             dx, dwz, _ = convolve_bwd(dz, x, wz, None, POINTWISE, (wants_dx, wants_dweight, False))
             if dwz is not None:
-                dweight = joined(dws, dwz, ctx.concat_last)
+                dweight = concatenated(dws, dwz, ctx.concat_last)
         return dx, dskip, dweight, dbias, None, None
 
 

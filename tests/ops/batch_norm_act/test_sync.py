@@ -50,7 +50,7 @@ BATCHES: dict[str, tuple[tuple[int, ...], tuple[int, int]]] = {  # sizes, images
     "even": ((6, 5, 7, 9), (3, 3)),
     "uneven": ((7, 5, 6, 4), (2, 5)),
     "empty": ((4, 3, 5, 7), (4, 0)),  # the end of a loader that was not cut evenly
-    "empty first": ((4, 3, 5, 7), (0, 4)),  # joining starts with no values at all
+    "empty first": ((4, 3, 5, 7), (0, 4)),  # merging starts with no values at all
     "one value": ((5, 8, 1, 1), (1, 4)),  # alone it would have no variance
 }
 KINDS = {  # dtype, layout, act, residual
@@ -342,10 +342,10 @@ def test_operators_make_the_whole(layout: str) -> None:
     y, mean, var = ops.batch_norm_act_fwd(case.x, case.residual, case.weight, case.bias, 1e-5, 1)
     parts = [part_of(case, (1, 3, 2), i) for i in range(3)]
     stats = torch.stack([ops.batch_norm_act_stats(part.x) for part in parts])
-    joined = ops.batch_norm_join_stats(stats)
-    for got, want in zip(joined, (mean, var, torch.tensor([6 * 28.0]).double()), strict=True):
+    merged = ops.batch_norm_merge_stats(stats)
+    for got, want in zip(merged, (mean, var, torch.tensor([6 * 28.0]).double()), strict=True):
         assert_same(got, want)
-    rest = (case.weight, case.bias, *joined[:2])
+    rest = (case.weight, case.bias, *merged[:2])
     sums = [ops.batch_norm_act_reduce(p.dy, p.x, y_, *rest, 1e-5, 1, True)
             for p, y_ in zip(parts, y.split((1, 3, 2)), strict=True)]  # fmt: skip
     dx, dresidual, dweight, dbias = ops.batch_norm_act_bwd(
@@ -354,5 +354,5 @@ def test_operators_make_the_whole(layout: str) -> None:
     assert torch.equal(torch.cat([s[0] for s in sums]), dresidual)
     totals = [torch.stack([s[i] for s in sums]).sum(0) for i in (1, 2)]
     assert_same(totals, [dweight, dbias])
-    got = ops.batch_norm_act_dx(case.dy, case.x, y, *rest, *totals, joined[2], 1e-5, 1, True)
+    got = ops.batch_norm_act_dx(case.dy, case.x, y, *rest, *totals, merged[2], 1e-5, 1, True)
     assert_same(got, dx)

@@ -50,7 +50,7 @@ def test_kernels_by_themselves(dtype: torch.dtype, channels_last: bool) -> None:
 
 
 @pytest.mark.parametrize("c", [1, 256, 300])
-def test_join(c: int) -> None:
+def test_merge(c: int) -> None:
     # Ranks with many values, few, and none; the means lie 1e3 deviations from 0.
     normal = seeded(c)
     counts = torch.tensor([100.0, 0.0, 1.0, 7.0, 3000.0])
@@ -62,7 +62,7 @@ def test_join(c: int) -> None:
         gathered = torch.cat([means, variances, counts[:, None]], 1)
         numbers = {"c": c, "ranks": 5, "dtype": DTYPE_NUMBER[torch.float32], **H200}
         outputs = {"mean": torch.empty(c), "var": torch.empty(c), "total": torch.empty(1)}
-        case = Case("join", numbers, inputs={"gathered": gathered}, outputs=outputs)
+        case = Case("merge", numbers, inputs={"gathered": gathered}, outputs=outputs)
         result = run_cases("batch_norm_act", [case])[0]
         total = counts.double().sum()
         assert result.tensors["total"].item() == total.item()
@@ -73,7 +73,7 @@ def test_join(c: int) -> None:
         n, mean, var = (t.double() for t in (counts[:, None], means, variances))
         expected = (n * mean).sum(0) / total
         spread = (n * (var + (mean - expected).square())).sum(0) / total
-        # Each of 4 joins rounds the mean, the product and the sum; a delta of two means of 1e3
+        # Each of 4 merges rounds the mean, the product and the sum; a delta of two means of 1e3
         # carries an ulp of those, times the spread of the means.
         mean_error = 4 * 3 * U * means.abs().amax(0).double()
         near(result, "mean", expected, mean_error)

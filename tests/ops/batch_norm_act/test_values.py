@@ -176,7 +176,7 @@ def test_nan_and_inf_propagate_as_in_torch(value: float, training: bool) -> None
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_mean_of_what_is_not_finite(layout: str) -> None:
     # Infinite where all such values are, wherever in the batch they lie: parts without any are
-    # joined before and after. PyTorch's mean is the sum over the count; its variance is NaN then.
+    # merged before and after. PyTorch's mean is the sum over the count; its variance is NaN then.
     inf, nan = float("inf"), float("nan")
     for image, dtype in itertools.product(EDGES[4:], DTYPES[:2]):
         for values in ((inf,), (-inf,), (inf, inf), (inf, -inf), (nan, inf)):

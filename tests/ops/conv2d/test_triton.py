@@ -182,8 +182,8 @@ def test_nothing_cancels() -> None:
     check(x, weight, statistics=True)
 
 
-def test_many_tiles_are_joined() -> None:
-    # 76 tiles of 16 pixels, more than join_statistics takes at once, the last with one pixel.
+def test_many_tiles_are_merged() -> None:
+    # 76 tiles of 16 pixels, more than merge_statistics takes at once, the last with one pixel.
     x, weight = channels_last(1, 16, 1, 75 * 16 + 1), channels_last(16, 16, 1, 1)
     check(x, weight, tile=SMALL._replace(m=16), statistics=True)
 

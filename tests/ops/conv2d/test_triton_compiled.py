@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.older_triton import OLDER, run
 
-NO_PRODUCT = ("depthwise", "join of statistics", "sums of tiles")
+NO_PRODUCT = ("depthwise", "merge of statistics", "sums of tiles")
 MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 
 

@@ -158,7 +158,7 @@ TOO_LARGE = [
     ("group_norm_act", "fwd", 2**31, 1, 2**16, 1, 0),  # a block a sample
     ("group_norm_act", "bwd", 2**31, 1, 2**16, 1, 0),
     ("group_norm_act", "bwd", 2**30, 4, 4, 4, 1),  # few blocks a sample, but many groups
-    ("group_norm_act", "bwd", 1, 2**33, 4, 1, 1),  # a block a channel, which joins its sums
+    ("group_norm_act", "bwd", 1, 2**33, 4, 1, 1),  # a block a channel, which merges its sums
     ("pixel_norm_act", "fwd", 2**31, 2, 2, 1, 0),
     ("pixel_norm_act", "fwd", 2**40, 2, 1, 1, 1),
     ("pixel_norm_act", "bwd", 2**31, 2, 2, 1, 0),

@@ -48,7 +48,7 @@ def seed(monkeypatch: pytest.MonkeyPatch) -> None:
 NAMES = ("x", "concat", "weight", "bias")
 
 
-def joined(x: Tensor, concat: Tensor | None, how: dict[str, Any]) -> Tensor:
+def concatenated(x: Tensor, concat: Tensor | None, how: dict[str, Any]) -> Tensor:
     how = dict(how)
     last = how.pop("concat_last", False)
     x = F.interpolate(x, **how)
@@ -58,13 +58,13 @@ def joined(x: Tensor, concat: Tensor | None, how: dict[str, Any]) -> Tensor:
 def expected(
     x: Tensor, concat: Tensor | None, weight: Tensor, bias: Tensor | None, how: dict[str, Any]
 ) -> Tensor:
-    return F.conv2d(joined(x, concat, how), weight, bias, padding=1)
+    return F.conv2d(concatenated(x, concat, how), weight, bias, padding=1)
 
 
 def draw(how: dict[str, Any], skip: int, c: int = 5, c_out: int = 6) -> list[Tensor | None]:
     """x, concat, weight and bias in float64."""
     x = torch.randn(2, c, 5, 4, dtype=torch.float64).contiguous(memory_format=CL)
-    size = joined(x, None, how).shape[2:]
+    size = concatenated(x, None, how).shape[2:]
     concat = torch.randn(2, skip, *size, dtype=torch.float64).contiguous(memory_format=CL)
     weight = torch.randn(c_out, skip + c, 3, 3, dtype=torch.float64) / 8
     return [x, concat if skip else None, weight, torch.randn(c_out, dtype=torch.float64)]
@@ -210,7 +210,7 @@ class Decoder(nn.Module):
         return self.folded(x, concat, **how)
 
     def plain(self, x: Tensor, concat: Tensor | None, how: dict[str, Any]) -> Tensor:
-        y = self.conv(joined(x, concat, how))
+        y = self.conv(concatenated(x, concat, how))
         return ACTS[self.act](y if self.norm is None else self.norm(y))
 
 
