@@ -285,11 +285,11 @@ def conv_bn_act(
         y = \mathrm{act}_k(\mathrm{BN}_k(\mathrm{conv}_k(a_{k-1})) + r)
 
     A step with a ``pool`` ends in torch.nn.functional.max_pool2d. The chain is one autograd
-    function. For backward it keeps its input and the convolution outputs; the activations
-    between the steps are rebuilt by one elementwise pass each, to the same bits, so ordinary ReLU
-    and ordinary weights need no retraining. Under autocast, input, residual and convolution weights
-    are cast to the autocast dtype, as torch.nn.functional.conv2d does. In evaluation on the CPU,
-    where nothing requires a gradient, each batch norm is folded into its convolution's weights and
+    function. For backward it keeps its input and the convolution outputs; the activations between
+    the steps are recomputed by one elementwise pass each, to the same bits, so ordinary ReLU and
+    ordinary weights need no retraining. Under autocast, input, residual and convolution weights are
+    cast to the autocast dtype, as torch.nn.functional.conv2d does. In evaluation on the CPU, where
+    nothing requires a gradient, each batch norm is folded into its convolution's weights and
     residual and activation run in the convolution's epilogue (float32 and bfloat16); a NaN does not
     come through oneDNN's "relu" and "relu6" there. Differentiable once, in reverse mode.
 
@@ -320,8 +320,8 @@ def conv_bn_act_blocks(
     """Run blocks one after the other: y = conv_bn_act(x, steps, shortcut), whose x is the next y.
 
     ``memory`` says what is saved for backward, beside the convolution outputs: with "default"
-    every block's input; with "low" the first one's only, from which backward rebuilds the others by
-    one elementwise pass each, for all blocks of this call at once; "lowest" as in
+    every block's input; with "low" the first one's only, from which backward recomputes the others
+    by one elementwise pass each, for all blocks of this call at once; "lowest" as in
     :func:`conv_bn_act`. Gradients are the same bits in "default" and "low".
 
     Args:

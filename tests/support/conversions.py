@@ -51,13 +51,13 @@ def results(model: nn.Module, *inputs: Any) -> dict[str, Tensor]:
     leaves = [t.clone().requires_grad_() for t in tensors_in(inputs)]
     it = iter(leaves)
 
-    def rebuilt(value: Any) -> Any:
+    def with_leaves(value: Any) -> Any:
         if isinstance(value, Tensor):
             return next(it)
-        return [rebuilt(v) for v in value] if isinstance(value, list) else value
+        return [with_leaves(v) for v in value] if isinstance(value, list) else value
 
     model.zero_grad()
-    outputs = _outputs(model(*(rebuilt(v) for v in inputs)))
+    outputs = _outputs(model(*(with_leaves(v) for v in inputs)))
     found = {name: y.detach().clone() for name, y in outputs.items()}
     weighted = [(y * images(*y.shape, seed=i)).sum() for i, y in enumerate(outputs.values(), 2)]
     sum(weighted).backward()  # type: ignore[union-attr]

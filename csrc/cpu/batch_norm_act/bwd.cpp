@@ -25,8 +25,8 @@ struct BwdSpan {
         dresidual(at(static_cast<T*>(p.dresidual), offset)) {}
 };
 
-// dz = dy * act'(z). z is rebuilt exactly as the forward made it; where a residual was added, with
-// the saved residual, or y is read in place of z.
+// dz = dy * act'(z). z is recomputed exactly as the forward made it; where a residual was added,
+// with the saved residual, or y is read in place of z.
 enum class Z { kUnused, kOfX, kWithSaved };  // what dz is made from, beside dy
 
 template <class T, class A, Z kZ>

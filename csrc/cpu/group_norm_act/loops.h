@@ -38,7 +38,7 @@ void normalize(const T* x, T* y, int64_t rows, int64_t length, Coefficients<Acc<
       });
 }
 
-// reduce_rows; dz comes from z, rebuilt exactly as the forward made it.
+// reduce_rows; dz comes from z, recomputed exactly as the forward made it.
 template <class T, class A, bool kArray>
 void reduce(const T* dy, const T* x, int64_t rows, int64_t length, Coefficients<Acc<T>> k,
             Acc<T>* sum_dz, Acc<T>* sum_dzx) {

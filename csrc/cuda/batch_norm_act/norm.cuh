@@ -126,9 +126,9 @@ struct BwdGroup {
     fastcnn::move_up(saved);
   }
 
-  // body(v, s, dz, x - mean) for each element v of vector u, whose slot is s. z is rebuilt as the
-  // forward made it; where a residual was added, with the saved residual, or y is read in place of
-  // z. Four elements share a branch on the activation; eight would take too many registers.
+  // body(v, s, dz, x - mean) for each element v of vector u, whose slot is s. z is recomputed as
+  // the forward made it; where a residual was added, with the saved residual, or y is read in place
+  // of z. Four elements share a branch on the activation; eight would take too many registers.
   template <class A, int kCount, class Body>
   __device__ void for_each_dz(const BatchNormActBwdParams& p, A act, const Coefficients<kCount>& k,
                               int u, Body body) const {

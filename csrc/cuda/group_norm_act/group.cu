@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- backward -----------------------------------------------------------------------------------
 
-// body(offset, x - mean, dz) for each vector of the walk; dz from z, rebuilt as the forward made
+// body(offset, x - mean, dz) for each vector of the walk; dz from z, recomputed as the forward made
 // it.
 template <class T, int kVector, bool kChannelsLast, class Coefficients, class Body>
 __device__ void for_each_dz(const GroupNormActBwdParams& p, const SamplePlan& plan,

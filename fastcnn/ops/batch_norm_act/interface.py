@@ -8,9 +8,10 @@ accumulate type: float32, and float64 for a float64 x.
 
 Data movement in passes over the tensor: forward 3 (4 with a residual); backward 5, and 7 with a
 residual. Saved for backward: x, mean, var, the parameters; and one image more where a residual was
-added before an activation, since z cannot be rebuilt from x alone there. For relu and relu6 that is
-y, which tells the derivative and is the next layer's input anyway, so it costs no memory; for the
-others the residual itself, which is some layer's output. Without a residual z is rebuilt from x.
+added before an activation, since z cannot be recomputed from x alone there. For relu and relu6 that
+is y, which tells the derivative and is the next layer's input anyway, so it costs no memory; for
+the others the residual itself, which is some layer's output. Without a residual z is recomputed
+from x.
 
 The operators: fastcnn/ops/batch_norm_act/operators.py; over several processes: sync.py there.
 """

@@ -101,7 +101,7 @@ def batch_norm_act_apply(
     eps: float,
     act: int,
 ) -> Tensor:
-    """Return y with the statistics given: evaluation, and the rebuilding of an activation."""
+    """Return y with the statistics given: evaluation, and the recomputation of an activation."""
     parameters = (as_acc(x, t) for t in (weight, bias, mean, var))
     return _apply(x, residual, *parameters, eps, act)
 

@@ -51,7 +51,7 @@ class SavedSteps:
         self.saved: list[SavedStep] = []
 
     def raw(self, i: int, x: Tensor) -> Tensor:
-        """Return step i's convolution output, kept or from its convolution once more."""
+        """Return step i's convolution output, saved or recomputed."""
         step = self.saved[i]
         if step.raw is None:
             self._run_again(i, self.input(i, x))
@@ -72,7 +72,7 @@ class SavedSteps:
         return Input(image)
 
     def input(self, i: int, x: Tensor) -> Input:
-        """Return step i's input. What is rebuilt of it has the same bits, by the same kernel."""
+        """Return step i's input. What is recomputed of it has the same bits, by the same kernel."""
         if i == 0:
             return Input(x)
         if self.settings[i - 1].pool is not None:
@@ -185,7 +185,7 @@ class SavedBlock:
         return self.settings.shortcut == ()
 
     def residual(self, x: Tensor) -> Tensor | None:
-        """Return what the shortcut adds, rebuilt from the block's input."""
+        """Return what the shortcut adds, recomputed from the block's input."""
         if self.shortcut is None:
             return None
         last = len(self.shortcut.saved) - 1
@@ -198,7 +198,7 @@ class SavedBlock:
         return y if saves_y(self.settings) else self.residual(x)
 
     def output(self, x: Tensor) -> Tensor:
-        """Return the block's output, rebuilt from its input by elementwise passes."""
+        """Return the block's output, recomputed from its input by elementwise passes."""
         return self.steps.output(len(self.steps.saved) - 1, x, self.residual(x))
 
 

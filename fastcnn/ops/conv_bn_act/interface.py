@@ -12,7 +12,7 @@ Saved for backward, beside parameters, statistics and, where a residual went thr
 the output (it is the next block's input anyway) or, where that does not tell the derivative, a
 residual that came as a tensor:
 
-    memory     saved                                            runs again in backward
+    memory     saved                                            recomputed in backward
     default    each block's input, every r_i                    every a_i, i < last: read r_i, write
                                                                 a_i
     low        the stage's input, every r_i                     the same, and the blocks' outputs:
@@ -20,10 +20,10 @@ residual that came as a tensor:
     lowest     each block's input, the r_i but those of 1x1     the same, and those convolutions
                convolutions to more channels
 
-Eager keeps every a_i beside every r_i, and a pooling's indices. What is rebuilt has the same bits:
-the kernels that made it run again. The convolutions are PyTorch's own; on CUDA those of a step are
-Triton's where the planner finds them faster, and what stands before and behind is fused into them
-(passes.py, candidates.py). In evaluation, where no gradient is required, each step is one
+Eager saves every a_i beside every r_i, and a pooling's indices. What is recomputed has the same
+bits: the kernels that made it run again. The convolutions are PyTorch's own; on CUDA those of a
+step are Triton's where the planner finds them faster, and what stands before and behind is fused
+into them (passes.py, candidates.py). In evaluation, where no gradient is required, each step is one
 convolution of oneDNN on the CPU (conv2d/onednn.py), on CUDA what inference.py offers.
 
 A call: validate.py checks the blocks, planning.py chooses how their convolutions run, autograd.py

@@ -140,7 +140,7 @@ def test_the_residual_comes_before_the_activation() -> None:
 
 def test_what_is_saved_for_backward() -> None:
     # In bytes: x, in training mean and var, and y only where a residual went through an activation;
-    # without one z is rebuilt from x, without the other no z is needed.
+    # without one z is recomputed from x, without the other no z is needed.
     x, residual = images(0), images(1)
     for training, act, added in itertools.product(
         [True, False], ["none", "relu"], [None, residual]

@@ -145,7 +145,7 @@ def test_they_are_torchs_layers() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_saved_for_backward(layout: str) -> None:
-    # In bytes: x and the statistics. y never, whatever the activation: z is rebuilt.
+    # In bytes: x and the statistics. y never, whatever the activation: z is recomputed.
     x = images(0, torch.float32).contiguous(memory_format=LAYOUTS[layout])
     for module, statistics in (
         (GroupNormAct(3, 6, act="gelu"), 3 * 3),
