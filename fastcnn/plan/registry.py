@@ -38,7 +38,7 @@ class Op:
     """What the candidates of an op have in common."""
 
     name: str
-    # Made-up inputs on the problem's device, drawn from the generator alone.
+    # Synthetic inputs on the problem's device, drawn from the generator alone.
     tensors: Callable[[Problem, torch.Generator], tuple[Tensor, ...]]
     # reference(problem, *tensors) -> the outputs, more exact than any candidate's
     reference: Callable[..., Tensor | tuple[Tensor, ...]]

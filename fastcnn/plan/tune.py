@@ -1,6 +1,6 @@
 """Tuning: every candidate is run once and checked, those that are right are timed.
 
-The inputs are made up, from a generator of tuning's own: the user's random numbers stay what they
+The inputs are synthetic, from a generator of tuning's own: the user's random numbers stay what they
 would have been. Candidates take turns, each call finds cold caches, and the medians count.
 """
 
@@ -68,7 +68,7 @@ def _apart(device: torch.device) -> Iterator[None]:
 def _checked(
     op: Op, problem: Problem, candidates: Sequence[Candidate], timer: Timer
 ) -> tuple[tuple[Tensor, ...], dict[str, str]]:
-    """Run the candidates on made-up tensors; return these, and which are refused, and why."""
+    """Run the candidates on synthetic tensors; return these, and which are refused, and why."""
     if op.baseline not in op.candidates:
         names = ", ".join(op.candidates)
         raise ValueError(f"baseline: expected one of {names}, got {op.baseline}")

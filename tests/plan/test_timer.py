@@ -1,4 +1,4 @@
-"""fastcnn.plan.timer on CUDA, against a device whose time and whose host's time are made up."""
+"""fastcnn.plan.timer on CUDA, against a device whose time and whose host's time are synthetic."""
 
 from collections.abc import Callable
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""A benchmark's row as it is written down, of times that are made up."""
+"""A benchmark's row as it is written down, of synthetic times."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ TIMES = {
 
 def row(file: str, test: str, case: str, **more: Any) -> dict[str, Any]:
     return {
-        "file": f"bench_{file}", "test": f"test_{test}", "case": case, "device": "made up",
+        "file": f"bench_{file}", "test": f"test_{test}", "case": case, "device": "synthetic",
         **records.measured({k: v for k, v in TIMES.items() if k != "ours, graph"}, 3, 10**6, 8),
         **more,
     }  # fmt: skip

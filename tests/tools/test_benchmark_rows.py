@@ -1,4 +1,4 @@
-"""What benchmarks compute from times, and what is said of it: all numbers here are made up."""
+"""What benchmarks compute from times, and what is said of it: all numbers here are synthetic."""
 
 import json
 from collections.abc import Callable
@@ -94,13 +94,13 @@ def test_the_table() -> None:
     alone = without_images("dropout", "training", "alone", best=None, speedup={"ours": {}})
     step = row("networks", "training_step", "unet-256px-bf16", kept_ratio=0.7,
                peak_bytes={"ours": 2 * 10**9, "eager": 3 * 10**9})  # fmt: skip
-    lost = {"error": "out of\nmemory", "device": "made up"}
+    lost = {"error": "out of\nmemory", "device": "synthetic"}
     lost |= {"file": "bench_dropout", "test": "test_training", "case": "large"}
-    late = {"skipped": "--seconds=9 were over", "device": "made up"}
+    late = {"skipped": "--seconds=9 were over", "device": "synthetic"}
     late |= {"file": "bench_dropout", "test": "test_training"}
     of_a_later_run = [{**late, "case": "small"}, {**late, "case": "other"}]
     text = benchmark_table.table([op, alone, step, lost, again, *of_a_later_run])
-    assert text.splitlines()[0] == "made up:"
+    assert text.splitlines()[0] == "synthetic:"
     (line,) = (line for line in text.splitlines() if line.startswith("| small"))  # the last run's
     assert line == (
         "| small | 2.00 (2.00 to 2.50) | 3.00 (3.00 to 3.75) | compiled | 1.50x | 50% | 2 | "

@@ -62,7 +62,7 @@ def test_the_gpu_s_cases(tmp_path: Path) -> None:
     assert training["images_per_s"]["ours"] == pytest.approx(two_images)
 
 
-MADE_UP = """
+SYNTHETIC = """
 import conftest
 import pytest
 import torch
@@ -93,8 +93,8 @@ def long_ago(request):
 
 
 def test_errors_and_a_time_limit(tmp_path: Path) -> None:
-    file = tmp_path / "bench_made_up.py"
-    file.write_text(MADE_UP)
+    file = tmp_path / "bench_synthetic.py"
+    file.write_text(SYNTHETIC)
     status, out, rows = bench(tmp_path, "-p", "conftest", "--seconds=1000", str(file))
     assert status == 1
     assert "1 cases were skipped: --seconds=1000" in out
@@ -116,8 +116,8 @@ def test_errors_and_a_time_limit(tmp_path: Path) -> None:
 
 
 def test_warming_up_times_nothing(tmp_path: Path) -> None:
-    file = tmp_path / "bench_made_up.py"
-    file.write_text(MADE_UP)
+    file = tmp_path / "bench_synthetic.py"
+    file.write_text(SYNTHETIC)
     status, _, rows = bench(tmp_path, "-p", "conftest", "--warm", str(file), "-k", "right or ours")
     assert status == 1
     assert [(row["case"], "error" in row) for row in rows] == [("ours", True)]

@@ -1,4 +1,4 @@
-"""`make gpu` loses nothing: its stages, limits and files, with made-up stages and no GPU."""
+"""`make gpu` loses nothing: its stages, limits and files, with synthetic stages and no GPU."""
 
 import json
 import subprocess
@@ -48,8 +48,8 @@ def slow(run: Run) -> Found:
 
 
 @pytest.fixture
-def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Stages of each kind; returns the folder of results."""
+def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Synthetic stages of each kind; the folder of their results."""
     of_kind = {"build": good, "test": bad, "sanitize": broken, "tune": slow, "bench": good}
     limits = {name: 2.0 if name == "tune" else 60.0 for name in of_kind}
     monkeypatch.setattr(
@@ -68,9 +68,9 @@ def results_in(folder: Path) -> Any:
     return json.loads((folder / "results.json").read_text())
 
 
-def test_a_stage_that_fails_loses_nothing(made_up: Path, capsys: pytest.CaptureFixture) -> None:
-    assert make_gpu.main([f"{made_up}"]) == 1
-    found = results_in(made_up)
+def test_a_stage_that_fails_loses_nothing(results: Path, capsys: pytest.CaptureFixture) -> None:
+    assert make_gpu.main([f"{results}"]) == 1
+    found = results_in(results)
     assert {name: stage["status"] for name, stage in found["stages"].items()} == {
         "build": "passed", "test": "failed", "sanitize": "failed", "tune": "failed",
         "bench": "passed",
@@ -78,10 +78,10 @@ def test_a_stage_that_fails_loses_nothing(made_up: Path, capsys: pytest.CaptureF
     assert found["stages"]["test"]["failures"] == {"a::b": "assert 1 | 2"}
     assert found["stages"]["sanitize"]["why"] == "IndexError: list index out of range"
     assert found["stages"]["tune"]["why"] == "a sleeper took too long"
-    assert "so far: 5" in (made_up / "tune.log").read_text()  # interrupted, not killed
-    assert "a word" in (made_up / "bench.log").read_text()
+    assert "so far: 5" in (results / "tune.log").read_text()  # interrupted, not killed
+    assert "a word" in (results / "bench.log").read_text()
     assert {name: found[name] for name in MACHINE} == MACHINE
-    table = (made_up / "table.md").read_text()
+    table = (results / "table.md").read_text()
     assert "| a::b | assert 1 / 2 |" in table
     assert "c0ffee" in table
     last = capsys.readouterr().out.splitlines()[-5:]  # a short table, last
@@ -89,33 +89,33 @@ def test_a_stage_that_fails_loses_nothing(made_up: Path, capsys: pytest.CaptureF
     assert "3 passed, 0 skipped" in last[0]
 
 
-def test_named_stages_keep_what_others_found(made_up: Path) -> None:
-    assert make_gpu.main([f"{made_up}", "bench"]) == 0
-    assert make_gpu.main([f"{made_up}", "build,test"]) == 1
-    assert [*results_in(made_up)["stages"]] == ["bench", "build", "test"]
+def test_named_stages_keep_what_others_found(results: Path) -> None:
+    assert make_gpu.main([f"{results}", "bench"]) == 0
+    assert make_gpu.main([f"{results}", "build,test"]) == 1
+    assert [*results_in(results)["stages"]] == ["bench", "build", "test"]
 
 
 def test_results_of_another_state_are_not_mixed(
-    made_up: Path, monkeypatch: pytest.MonkeyPatch
+    results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_gpu.main([f"{made_up}", "bench"])
+    make_gpu.main([f"{results}", "bench"])
     monkeypatch.setattr(make_gpu, "look", lambda: {**MACHINE, "commit": "other"})
     with pytest.raises(SystemExit, match=r"expected an empty folder, .* of commit c0ffee"):
-        make_gpu.main([f"{made_up}", "build"])
-    assert [*results_in(made_up)["stages"]] == ["bench"]
+        make_gpu.main([f"{results}", "build"])
+    assert [*results_in(results)["stages"]] == ["bench"]
 
 
-def test_nothing_is_run_that_was_not_built(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(make_gpu, "SITE", made_up / "none")
-    assert make_gpu.main([f"{made_up}", "bench"]) == 1
-    assert "name the stage build first" in results_in(made_up)["stages"]["bench"]["why"]
+def test_nothing_is_run_that_was_not_built(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_gpu, "SITE", results / "none")
+    assert make_gpu.main([f"{results}", "bench"]) == 1
+    assert "name the stage build first" in results_in(results)["stages"]["bench"]["why"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [([], "expected a folder"), (["x", "bulid"], "expected stages among build, .*, got bulid")],
 )
-def test_errors(arguments: list[str], expected: str, made_up: Path) -> None:
+def test_errors(arguments: list[str], expected: str, results: Path) -> None:
     with pytest.raises(SystemExit, match=f"^gpu: {expected}"):
         make_gpu.main(arguments)
 
@@ -133,10 +133,10 @@ def test_without_a_gpu(tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
-def test_a_process_that_ignores_interrupts_is_killed(made_up: Path) -> None:
+def test_a_process_that_ignores_interrupts_is_killed(results: Path) -> None:
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
-    made_up.mkdir()
-    run = Run(made_up, made_up / "log", time.monotonic() + 1)
+    results.mkdir()
+    run = Run(results, results / "log", time.monotonic() + 1)
     start = time.monotonic()
     assert run.execute([sys.executable, "-c", deaf]) is None
     assert time.monotonic() - start < 30
@@ -150,10 +150,10 @@ time.sleep(60)
 """
 
 
-def test_nothing_of_an_interrupted_process_goes_on(made_up: Path) -> None:
+def test_nothing_of_an_interrupted_process_goes_on(results: Path) -> None:
     # It would share the GPU with what is timed next.
-    made_up.mkdir()
-    run = Run(made_up, made_up / "log", time.monotonic() + 3)
+    results.mkdir()
+    run = Run(results, results / "log", time.monotonic() + 3)
     assert run.execute([sys.executable, "-c", LEAVES_A_CHILD]) is None
     child = next(line for line in run.log.read_text().splitlines() if line.isdigit())
     state = Path(f"/proc/{child}/stat")
@@ -164,14 +164,14 @@ def test_nothing_of_an_interrupted_process_goes_on(made_up: Path) -> None:
     pytest.fail(f"process {child} goes on")
 
 
-def test_all_stages_end_in_time(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_stages_end_in_time(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Were each as late as it may be, what is given ten minutes would be killed before its end.
     monkeypatch.setattr(make_gpu, "ALL", 1.0)
     monkeypatch.setattr(make_gpu, "STAGES", {"bench": (slow, 60.0)})
     start = time.monotonic()
-    assert make_gpu.main([f"{made_up}"]) == 1
+    assert make_gpu.main([f"{results}"]) == 1
     assert time.monotonic() - start < 30
-    assert results_in(made_up)["stages"]["bench"]["why"] == "a sleeper took too long"
+    assert results_in(results)["stages"]["bench"]["why"] == "a sleeper took too long"
 
 
 def test_a_commit_is_named_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,25 +194,25 @@ def test_error(fixture): pass
 
 
 @pytest.mark.slow
-def test_a_test_that_hangs_is_named(made_up: Path) -> None:
-    made_up.mkdir()
-    path = made_up / "test_some.py"
+def test_a_test_that_hangs_is_named(results: Path) -> None:
+    results.mkdir()
+    path = results / "test_some.py"
     path.write_text("import time, pytest\npytestmark = pytest.mark.gpu\n"
                     "def test_x(): pass\ndef test_hangs(): time.sleep(60)")  # fmt: skip
-    run = Run(made_up, made_up / "log", time.monotonic() + 20)
+    run = Run(results, results / "log", time.monotonic() + 20)
     found = stages.test_file(run, path)
-    name = f"{made_up.name}/test_some.py"
+    name = f"{results.name}/test_some.py"
     assert found["failures"][name] == f"{name} took too long"
     assert "::test_x PASSED" in run.log.read_text()
     assert "::test_hangs" in run.log.read_text()
 
 
-def test_a_file_of_tests(made_up: Path) -> None:
-    made_up.mkdir()
-    path = made_up / "test_some.py"
+def test_a_file_of_tests(results: Path) -> None:
+    results.mkdir()
+    path = results / "test_some.py"
     path.write_text(TESTS)
     assert stages.is_marked(path)
-    found = stages.test_file(Run(made_up, made_up / "log", time.monotonic() + 60), path)
+    found = stages.test_file(Run(results, results / "log", time.monotonic() + 60), path)
     by_name = {name.rpartition("::")[2]: why for name, why in found["failures"].items()}
     assert by_name == {
         "test_bad": "assert 1 == 2",
@@ -220,14 +220,14 @@ def test_a_file_of_tests(made_up: Path) -> None:
     }
     assert [*found["skipped"].values()] == ["needs two GPUs"]
     assert found["passed"] == 1
-    assert "assert 1 == 2" in (made_up / "log").read_text()
+    assert "assert 1 == 2" in (results / "log").read_text()
     path.write_text("import os, pytest\npytestmark = pytest.mark.gpu\ndef test_x(): os._exit(139)")
-    found = stages.test_file(Run(made_up, made_up / "log", time.monotonic() + 60), path)
-    name = f"{made_up.name}/test_some.py"
+    found = stages.test_file(Run(results, results / "log", time.monotonic() + 60), path)
+    name = f"{results.name}/test_some.py"
     assert found["failures"] == {name: f"{name} ended with status 139"}
     path.write_text("import pytest\ndef test_x(): 'as pytest.mark.gpu'")  # as this file itself
     assert stages.is_marked(path)
-    found = stages.test_file(Run(made_up, made_up / "log", time.monotonic() + 60), path)
+    found = stages.test_file(Run(results, results / "log", time.monotonic() + 60), path)
     assert found == {"passed": 0, "failures": {}, "skipped": {}}
 
 
@@ -261,33 +261,33 @@ sys.exit(1)
 
 
 def test_benchmarks_that_fail_keep_their_rows(
-    made_up: Path, monkeypatch: pytest.MonkeyPatch
+    results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made_up.mkdir()
-    program = made_up / "measures.py"
+    results.mkdir()
+    program = results / "measures.py"
     one = row("dropout", "training", "a", of_copy=0.7)
-    chosen = made_up.parent / "inductor" / "ab" / "c.best_config"
+    chosen = results.parent / "inductor" / "ab" / "c.best_config"
     text = MEASURES.replace("ROW", repr(one)).replace("CHOSEN", repr(f"{chosen}"))
     program.write_text(text)
     monkeypatch.setattr(stages, "BENCHMARKS", [sys.executable, program])
     monkeypatch.setattr(make_gpu, "STAGES", {"bench": (stages.bench, 60.0)})
-    assert make_gpu.main([f"{made_up}"]) == 1
-    found = results_in(made_up)["stages"]["bench"]
+    assert make_gpu.main([f"{results}"]) == 1
+    found = results_in(results)["stages"]["bench"]
     assert found["why"] == "benchmarks ended with status 1"
     assert found["rows"] == [one]
     assert found["plans"] == 0
     found["why"] = ""
     assert table.said(found) == "1 cases, 1 floors reached, 1 missed, 0 plans"
-    assert "80% of copy: **missed**, 70%" in (made_up / "table.md").read_text()
+    assert "80% of copy: **missed**, 70%" in (results / "table.md").read_text()
 
 
-def test_long_logs_keep_both_ends(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made_up.mkdir()
+def test_long_logs_keep_both_ends(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results.mkdir()
     monkeypatch.setattr(runs, "LOG_END", 10)
-    run = Run(made_up, made_up / "log", time.monotonic() + 60)
+    run = Run(results, results / "log", time.monotonic() + 60)
     other = run.apart("other")
     other.log.write_text("the beginning" + "x" * 1000 + "the end...")
     assert len(run.append(other)) == 1023
-    kept = (made_up / "log").read_text()
+    kept = (results / "log").read_text()
     assert kept.startswith("the beginn\n... 1003 characters are in ")
     assert kept.endswith("...\nthe end...")

@@ -1,4 +1,4 @@
-"""What `make gpu` understands of compute-sanitizer, with made-up words of it and no GPU."""
+"""What `make gpu` understands of compute-sanitizer, with synthetic output of it and no GPU."""
 
 import sys
 import time

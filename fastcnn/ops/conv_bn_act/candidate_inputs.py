@@ -1,8 +1,8 @@
-"""What the candidates of a step in training are checked with: made-up tensors, float64 results.
+"""What the candidates of a step in training are checked with: synthetic tensors, float64 results.
 
 The formulas are those of fastcnn/ops/conv_bn_act/candidates.py's two ops, from convolutions and
 activations of plain PyTorch; the gradients are autograd's, but for batch norm's own, whose sums are
-made up.
+synthetic.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastcnn.common.activation import activation
 from fastcnn.ops.conv2d.aten import convolve
-from fastcnn.ops.conv_bn_act.problem import EPS, MadeUp, act_of, geometry_of, normalised
+from fastcnn.ops.conv_bn_act.problem import EPS, Synthetic, act_of, geometry_of, normalised
 from fastcnn.plan import Problem
 
 
@@ -24,9 +24,9 @@ def _exact_input(problem: Problem, x: Tensor, norm: Sequence[Tensor]) -> tuple[T
 
 def fwd_tensors(problem: Problem, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Return x, weight, and the norm before where there is one."""
-    made = MadeUp(problem, generator)
-    norm = () if act_of(problem, "in") is None else made.norm(problem.x[1])
-    return made.image(problem.x), made.weight(), *norm
+    synthetic = Synthetic(problem, generator)
+    norm = () if act_of(problem, "in") is None else synthetic.norm(problem.x[1])
+    return synthetic.image(problem.x), synthetic.weight(), *norm
 
 
 def fwd_exact(problem: Problem, x: Tensor, weight: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
@@ -40,12 +40,12 @@ def fwd_exact(problem: Problem, x: Tensor, weight: Tensor, *norm: Tensor) -> tup
 
 def bwd_tensors(problem: Problem, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Return dz, raw, x, weight, the norm behind, its sums, and the norm before where there is."""
-    made, c_out = MadeUp(problem, generator), problem.y[1]
-    images = made.image(problem.y), made.image(problem.y), made.image(problem.x)
+    synthetic, c_out = Synthetic(problem, generator), problem.y[1]
+    images = synthetic.image(problem.y), synthetic.image(problem.y), synthetic.image(problem.x)
     # Sums of as many values as there are, of deviation 1 each.
-    sums = [made.numbers(c_out) * _values(problem) ** 0.5 for _ in range(2)]
-    norm = () if act_of(problem, "in") is None else made.norm(problem.x[1])
-    return *images, made.weight(), *made.norm(c_out), *sums, *norm
+    sums = [synthetic.numbers(c_out) * _values(problem) ** 0.5 for _ in range(2)]
+    norm = () if act_of(problem, "in") is None else synthetic.norm(problem.x[1])
+    return *images, synthetic.weight(), *synthetic.norm(c_out), *sums, *norm
 
 
 def _values(problem: Problem) -> int:

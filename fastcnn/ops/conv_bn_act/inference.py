@@ -34,8 +34,8 @@ from fastcnn.ops.conv2d.aten import convolve, max_pool
 from fastcnn.ops.conv2d.fused import conv2d_fused
 from fastcnn.ops.conv2d.onednn import convolve_onednn
 from fastcnn.ops.conv_bn_act.problem import (
-    MadeUp,
     Sizes,
+    Synthetic,
     act_of,
     geometry_of,
     norm_of,
@@ -174,9 +174,9 @@ _RUN = {"cudnn": _cudnn, "cudnn_fused": _cudnn_fused, "triton": _triton}
 
 
 def _tensors(problem: Problem, generator: torch.Generator) -> tuple[Tensor, ...]:
-    made = MadeUp(problem, generator)
-    residual = [made.image(problem.y)] if "residual" in problem.options else []
-    return made.image(problem.x), made.weight(), *made.norm(problem.y[1]), *residual
+    synthetic = Synthetic(problem, generator)
+    residual = [synthetic.image(problem.y)] if "residual" in problem.options else []
+    return synthetic.image(problem.x), synthetic.weight(), *synthetic.norm(problem.y[1]), *residual
 
 
 def _exact(problem: Problem, x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:

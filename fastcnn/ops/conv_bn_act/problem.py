@@ -1,4 +1,4 @@
-"""What the planned ops of conv_bn_act have in common: problems, made-up tensors, bytes, who can.
+"""What the planned ops of conv_bn_act have in common: problems, synthetic tensors, bytes, who can.
 
 Words of a problem's options: in=ACT and out=ACT, a batch norm with that activation before or behind
 the convolution; training, with statistics of the batch; residual; no_dx, where nobody asks for the
@@ -87,7 +87,7 @@ def settings_of(problem: Problem, plan: StepPlan) -> StepSettings:
     return StepSettings(geometry_of(problem), training, EPS, act=0, plan=plan)
 
 
-class MadeUp:
+class Synthetic:
     """Tensors of a problem from a generator: values of order 1, in the problem's layout.
 
     Images hold eighths, and a norm's mean odd sixteenths: what it makes of an image is never near
@@ -123,7 +123,7 @@ class MadeUp:
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Norm:
-    """Return the batch norm that MadeUp.norm has made."""
+    """Return the batch norm that Synthetic.norm has made."""
     mean, var, weight, bias = tensors
     return Norm(mean, var, weight, bias, EPS)
 
