@@ -3,7 +3,7 @@
 On the GPU where there is one, else on the CPU. FASTCNN_BENCH says what else:
 
     all    on the GPU every case, not only those that end in three minutes
-    tiny   the GPU's cases in sizes of nothing, on the CPU too: proves that they run, times nothing
+    tiny   the GPU's cases in sizes of nothing, on the CPU too: shows that they run, times nothing
 """
 
 import os

@@ -13,7 +13,7 @@ import torch
 from support import paths, seeds
 
 # Read where kernels are defined. It must be set before Triton is imported, which torch does late.
-# Asked as support/device.py asks: beside a GPU, kernels in the interpreter would prove nothing.
+# Asked as support/device.py asks: beside a GPU, kernels in the interpreter would show nothing.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

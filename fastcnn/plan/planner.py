@@ -30,7 +30,7 @@ from fastcnn.plan.problem import Device, Problem, describe
 from fastcnn.plan.registry import Candidate, Op
 from fastcnn.plan.roofline import peaks_of, predicted_seconds
 from fastcnn.plan.timer import Timer, timer_for
-from fastcnn.plan.tune import prove, tune
+from fastcnn.plan.tune import tune, verify
 
 __all__ = ["MODES", "Plan", "Planner", "measured", "mode_of_environment", "open_file"]
 
@@ -96,7 +96,7 @@ class Planner:
         describe: Callable[[torch.device], Device] = describe,
         timer_for: Callable[[torch.device], Timer] = timer_for,
         busy: Callable[[torch.device], str | None] = _busy,
-        prove: Callable[[Op, Problem, Candidate, Timer], str | None] = prove,
+        verify: Callable[[Op, Problem, Candidate, Timer], str | None] = verify,
     ) -> None:
         self.mode = mode
         self._ops = ops
@@ -105,7 +105,7 @@ class Planner:
         self._describe = describe
         self._timer_for = timer_for
         self._busy = busy
-        self._prove = prove
+        self._verify = verify
         self._files: dict[Device, PlanFile] = {}
         self._plans: dict[Problem, Plan] = {}
         self._passing: dict[Problem, Plan] = {}  # chosen where tuning was not possible
@@ -150,7 +150,7 @@ class Planner:
                 plan = self._default(problem, key, device, able)
                 busy = busy or self._busy(problem.device)
                 if busy is None:
-                    plan = self._proven(op, problem, plan, able)
+                    plan = self._verified(op, problem, plan, able)
             doing = "tuned" if self.mode == "tune" else "checked"
             before = [f"not {doing} {why}"] if (why := busy or untuned) else []
             # Who did not take part is shown: nothing falls back silently.
@@ -159,13 +159,15 @@ class Planner:
             (self._passing if busy else self._plans)[problem] = plan
             return plan
 
-    def _proven(self, op: Op, problem: Problem, plan: Plan, able: Mapping[str, Candidate]) -> Plan:
+    def _verified(
+        self, op: Op, problem: Problem, plan: Plan, able: Mapping[str, Candidate]
+    ) -> Plan:
         """Return the plan, or the baseline's where the model's choice is not right here."""
         if plan.source != "model" or plan.name == op.baseline or op.baseline not in able:
             return plan
         try:
             timer = self._timer_for(problem.device)
-            why = self._prove(op, problem, able[plan.name], timer)
+            why = self._verify(op, problem, able[plan.name], timer)
         except torch.OutOfMemoryError:
             why = "there was no memory to check it"
         if why is None:

@@ -1,4 +1,4 @@
-"""Who can do an op: its candidates, and how one is proven right."""
+"""Who can do an op: its candidates, and how one is verified."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -53,7 +53,7 @@ def test_every_operator_with_a_cuda_implementation_is_called() -> None:
 
 @pytest.mark.skipif(HAS_GPU, reason="there is a GPU: nothing is emulated")
 def test_every_cuda_implementation_in_csrc_is_emulated() -> None:
-    # One that is not would be called on the CPU, and its tests would prove nothing.
+    # One that is not would be called on the CPU, and its tests would show nothing.
     library.load()
     named: set[str] = set()
     for source in (ROOT / "csrc").glob("*.cpp"):

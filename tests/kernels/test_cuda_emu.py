@@ -1,6 +1,6 @@
 """The CUDA emulation itself: it runs correct kernels correctly, and it catches each planted defect.
 
-Every kernel test without a GPU rests on this: an emulation that lets a defect through would prove
+Every kernel test without a GPU rests on this: an emulation that lets a defect through would show
 nothing. The kernels are in cuda_emu/planted/.
 """
 

@@ -5,7 +5,7 @@
 --launched, on a GPU, prints the names of the kernels that ran.
 
 Sizes are the smallest at which an H200's 132 SMs take the path that is meant, ragged where that is
-possible. tests/kernels/test_kernel_cases.py proves that no kernel of csrc/cuda is left out.
+possible. tests/kernels/test_kernel_cases.py checks that no kernel of csrc/cuda is left out.
 """
 
 import sys

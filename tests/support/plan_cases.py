@@ -102,6 +102,6 @@ def planner(
 
     asked: dict[str, object] = {
         "defaults": {}, "open_file": open_file, "timer_for": lambda _: clock,
-        "prove": lambda *_: None, **others
+        "verify": lambda *_: None, **others
     }  # fmt: skip
     return Planner(mode, {"double": op(*candidates, baseline=baseline)}, **asked)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Build, prove, tune and measure on a machine with an NVIDIA GPU, in under ten minutes.
+"""Build, test, tune and measure on a machine with an NVIDIA GPU, in under ten minutes.
 
     python -m gpu RESULTS [build,test,sanitize,tune,bench]
 
