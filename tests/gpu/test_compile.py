@@ -1,6 +1,6 @@
 """torch.compile on a GPU: inductor's kernels around fastcnn's, with and without CUDA graphs.
 
-The expensive ones, so few. On the CPU aot_eager stands for inductor, which has its tests there in
+The expensive ones, so few. On the CPU aot_eager replaces inductor, which has its tests there in
 tests/ops/test_integration.py and tests/ops/dropout/test_integration.py.
 """
 

@@ -1,4 +1,4 @@
-"""What tests marked `gpu` run on: the GPU, or what stands for it where there is none.
+"""What tests marked `gpu` run on: the GPU, or emulators where there is none.
 
 `make gpu` runs those tests on a machine with a GPU. Elsewhere they run with all others, so that
 what a GPU is asked is known to be asked rightly: Triton's kernels in its interpreter; under

@@ -64,7 +64,7 @@ class Draw:
 
 
 def per_channel(t: Tensor | None, missing: float) -> Tensor | float:
-    """A parameter as it multiplies images; what it stands for where it is missing."""
+    """A parameter as it multiplies images; its value where it is missing."""
     return missing if t is None else t[:, None, None]
 
 

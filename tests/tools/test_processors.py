@@ -7,7 +7,7 @@ from pathlib import Path
 import processors
 import pytest
 
-# Stands for pytest: notes how it was called, and fails for one of the seeds.
+# In pytest's place: notes how it was called, and fails for one of the seeds.
 COMMAND = """
 import os, sys
 with open({log!r}, "a") as log:

@@ -1,12 +1,12 @@
 """The sums of conv2d_int8 on the CPU, by oneDNN through PyTorch's onednn operators, exactly.
 
 With all scales 1 those return acc as float32, which is acc itself up to 2^24. A weight that could
-give more is cut into digits, w = 16 * high + low, each of which cannot: a convolution more. The
+give more is cut into parts, w = 16 * high + low, each of which cannot: a convolution more. The
 rest is exact as it is, zero points, borders, groups, strides and dilations, except for some
 convolutions of one channel a group, which accumulator goes around.
 
 Without VNNI oneDNN adds products in pairs, which saturate at 16 bits. Whether it does is tried once
-a process; every weight beyond 64 is then cut into digits, and fastcnn.info says so.
+a process; every weight beyond 64 is then cut into parts, and fastcnn.info says so.
 """
 
 import functools
@@ -21,7 +21,7 @@ _qconv = torch.ops.onednn.qconv2d_pointwise.default
 _prepack = torch.ops.onednn.qconv_prepack.default
 
 
-def digits(weight: Tensor, most: int = 128, shift: int = 4) -> list[tuple[Tensor, int]]:
+def high_and_low(weight: Tensor, most: int = 128, shift: int = 4) -> list[tuple[Tensor, int]]:
     """Return int8 weights of at most `most`, and factors, that add up to a weight.
 
     float32 holds the sums of each: they are at most 255 times the sum of a filter's positive
@@ -33,8 +33,8 @@ def digits(weight: Tensor, most: int = 128, shift: int = 4) -> list[tuple[Tensor
         return [(weight.to(torch.int8), 1)]
     high = (weight.int() + (1 << (shift - 1))) >> shift
     low = weight.int() - (high << shift)
-    parts = [(part, factor << shift) for part, factor in digits(high, most, shift // 2)]
-    return parts + digits(low, most, shift // 2)
+    parts = [(part, factor << shift) for part, factor in high_and_low(high, most, shift // 2)]
+    return parts + high_and_low(low, most, shift // 2)
 
 
 def prepack(
@@ -45,13 +45,13 @@ def prepack(
     dilation: Sequence[int],
     groups: int,
 ) -> list[tuple[Tensor, int]]:
-    """Return a weight's digits as oneDNN wants them for images of a size, with their factors."""
+    """Return a weight's parts as oneDNN wants them for images of a size, with their factors."""
     ones = torch.ones(weight.shape[0])
     shape = [1, weight.shape[1] * groups, *size]  # the batch makes no difference
     most = 64 if pairs_saturate() else 128  # 2 * 255 * 64 < 2^15
     return [
         (_prepack(part, ones, 1.0, 0, stride, padding, dilation, groups, shape), factor)
-        for part, factor in digits(weight.contiguous(), most)
+        for part, factor in high_and_low(weight.contiguous(), most)
     ]
 
 
@@ -79,7 +79,7 @@ def by_onednn(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Return the sums of uint8 images, channels_last: float32, or int32 of several digits."""
+    """Return the sums of uint8 images, channels_last: float32, or int32 of several parts."""
     ones, zeros = torch.ones(c_out), torch.zeros(c_out, dtype=torch.int8)
 
     def convolve(part: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class PackedConv2dInt8:
             return self._sums
 
     def parts(self, size: tuple[int, int], *geometry: Any) -> list[tuple[Tensor, int]]:
-        """Return the packed digits, with the factor of each, for images of a size."""
+        """Return the packed parts, with the factor of each, for images of a size."""
         with self._lock:
             self._look_for_changes()
             key = (size, *geometry)

@@ -24,7 +24,7 @@ from fastcnn.ops.conv2d_int8 import value_checks as conv2d_int8_data
 # Inductor imports parts of torch.jit.
 pytorchs_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 PLAIN = Case((2, 16, 7, 6), 24, 3, "for anything", padding=1)
-WIDE = Case((1, 1100, 3, 3), 5, 3, "two digits", padding=1)
+WIDE = Case((1, 1100, 3, 3), 5, 3, "high and low", padding=1)
 
 
 @pytest.mark.parametrize("case", [PLAIN, WIDE], ids=str)
@@ -40,8 +40,8 @@ def test_packed_weights(case: Case) -> None:
 
 
 def test_packed_weights_are_prepared_once_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Where sums of two products saturate (before VNNI), a weight is packed as two digits.
-    digits = 2 if conv2d_int8_sums.pairs_saturate() else 1
+    # Where sums of two products saturate (before VNNI), a weight is packed as two parts.
+    parts = 2 if conv2d_int8_sums.pairs_saturate() else 1
     calls = []
     prepack = conv2d_int8_sums._prepack
     monkeypatch.setattr(
@@ -51,9 +51,9 @@ def test_packed_weights_are_prepared_once_a_size(monkeypatch: pytest.MonkeyPatch
     given = {**problem(PLAIN), "weight": packed}
     for _ in range(3):
         conv2d_int8(**given)
-    assert len(calls) == digits
+    assert len(calls) == parts
     conv2d_int8(**{**given, "x": given["x"][:1], "x_zero_point": 3})
-    assert len(calls) == digits
+    assert len(calls) == parts
     for stride in range(1, 11):
         conv2d_int8(**{**given, "stride": stride})
     assert repr(packed) == "PackedConv2dInt8(24x16x3x3, packed for 8 inputs)"

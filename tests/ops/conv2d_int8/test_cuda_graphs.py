@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 
 
 class NoKernel:
-    """Stands for a kernel: the interpreter copies tensors, as a launch on a GPU does not."""
+    """In a kernel's place: the interpreter copies tensors, as a launch on a GPU does not."""
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return lambda *args, **options: None

@@ -137,7 +137,7 @@ def test_the_largest_sums(terms: tuple[int, int], x_dtype: torch.dtype) -> None:
         assert_same(y, reference.conv2d_int8(x, w, torch.ones(3), **given), value, weight, zero)
 
 
-def test_digits_add_up() -> None:
+def test_high_and_low_parts_add_up() -> None:
     g = seeded(0)
     for c, most in itertools.product((100, 2000, 14336), (64, 128)):
         for weight in (
@@ -145,7 +145,7 @@ def test_digits_add_up() -> None:
             torch.full((2, c, 1, 1), -128, dtype=torch.int8),
             torch.full((2, c, 1, 1), 127, dtype=torch.int8),
         ):
-            parts = conv2d_int8_sums.digits(weight, most)
+            parts = conv2d_int8_sums.high_and_low(weight, most)
             assert torch.equal(sum(part.int() * factor for part, factor in parts), weight.int())
             for part, _ in parts:
                 assert int(part.int().abs().max()) <= most

@@ -98,7 +98,7 @@ def test_tensors_of_inference_mode_are_folded_at_every_call() -> None:
 
 
 def test_cuda_s_folded_plan_keeps_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    # On the CPU, by what stands in for cuDNN's operator there.
+    # On the CPU, by the fallback of cuDNN's operator there.
     monkeypatch.setattr(conv2d_folded, "is_planned", lambda x: True)
     monkeypatch.setattr(conv_bn_act_eval, "choose", lambda problem: "cudnn_fused")
     model, x = pair(), torch.randn(2, 4, 9, 8).contiguous(memory_format=torch.channels_last)
