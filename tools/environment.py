@@ -248,7 +248,7 @@ def run_python(code: str) -> str:
 
 
 def pip(*arguments: str, **options: str) -> None:
-    """Run `pip install` in .venv, with more in its environment; show its words only if it fails."""
+    """Run `pip install` in .venv, with more in its environment; show output only if it fails."""
     command = [VENV / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install"]
     done = subprocess.run(
         [*command, "--no-compile", *arguments],
@@ -258,17 +258,17 @@ def pip(*arguments: str, **options: str) -> None:
         env={**os.environ, **options},
     )
     if done.returncode != 0:
-        stop(f"{done.stdout}pip install {' '.join(arguments)} failed: its words are above")
+        stop(f"{done.stdout}pip install {' '.join(arguments)} failed: its output is above")
 
 
-def say(words: str) -> None:
+def say(message: str) -> None:
     """Print one line at once."""
-    print(f"environment: {words}", flush=True)
+    print(f"environment: {message}", flush=True)
 
 
-def stop(words: str) -> NoReturn:
+def stop(message: str) -> NoReturn:
     """End with one sentence."""
-    sys.exit(f"environment: {words}")
+    sys.exit(f"environment: {message}")
 
 
 if __name__ == "__main__":

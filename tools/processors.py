@@ -89,9 +89,9 @@ def run(command: list[str], name: str, environment: dict[str, str], seed: int) -
     return done.returncode == 0
 
 
-def say(words: str) -> None:
+def say(message: str) -> None:
     """Print one line at once."""
-    print(f"processors: {words}", flush=True)
+    print(f"processors: {message}", flush=True)
 
 
 if __name__ == "__main__":

@@ -71,9 +71,9 @@ class Problem(NamedTuple):
             "dilation": self.dilation,
             "groups": (self.groups,),
         }
-        words = [self.op, *(f"{name}={'x'.join(map(str, n))}" for name, n in sizes.items())]
-        words += [str(self.dtype).removeprefix("torch."), *sorted(set(self.options))]
-        return " ".join([*words, "on", device.name, device.capability])
+        fields = [self.op, *(f"{name}={'x'.join(map(str, n))}" for name, n in sizes.items())]
+        fields += [str(self.dtype).removeprefix("torch."), *sorted(set(self.options))]
+        return " ".join([*fields, "on", device.name, device.capability])
 
     def _check(self) -> None:
         lengths = {"x": 4, "weight": 4, "stride": 2, "padding": 2, "dilation": 2}
@@ -84,9 +84,9 @@ class Problem(NamedTuple):
         if type(self.groups) is not int or self.groups < 1:
             raise ValueError(f"groups: expected an int from 1 up, got {self.groups}")
         for name in ("op", "options"):
-            words = (self.op,) if name == "op" else self.options
-            if not all(re.fullmatch(r"[\w=.+-]+", word) for word in words):
-                raise ValueError(f"{name}: expected letters, digits and _=.+- only, got {words}")
+            names = (self.op,) if name == "op" else self.options
+            if not all(re.fullmatch(r"[\w=.+-]+", each) for each in names):
+                raise ValueError(f"{name}: expected letters, digits and _=.+- only, got {names}")
 
 
 def describe(device: torch.device) -> Device:

@@ -36,7 +36,7 @@ from fastcnn.triton.tiles import (
 )
 from fastcnn.triton.validate import (
     check_groups,
-    check_numbers,
+    check_per_channel,
     check_pixels,
     check_sizes,
     check_tensors,
@@ -210,7 +210,7 @@ def _behind(d: Gradient) -> tuple[Any, ...]:
     check_sizes("out_raw", d.raw, d.dy.shape, d.dy.dtype)
     norm = checked_norm(c, "out_", d.norm, d.act)
     if d.sums is not None:
-        check_numbers(c, sum=d.sums.gradient, sum_xhat=d.sums.times_xhat)
+        check_per_channel(c, sum=d.sums.gradient, sum_xhat=d.sums.times_xhat)
     needed = d.act != 0 or d.sums is not None
     return d.raw if needed else None, norm, d.sums, 1 / max(d.dy.numel() // c, 1)
 

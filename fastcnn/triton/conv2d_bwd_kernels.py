@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 
 from fastcnn.triton.activation import NONE, act_bwd
-from fastcnn.triton.conv2d_kernels import apply_prologue, numbers, per_channel, tile_of
+from fastcnn.triton.conv2d_kernels import apply_prologue, load_float32, per_channel, tile_of
 
 
 @triton.jit
@@ -41,8 +41,8 @@ def gradient_per_channel(norm, sums, share, channels, mask):
     mean, rstd, scale, bias = per_channel(norm, channels, mask)
     offset, factor = tl.zeros_like(mean), tl.zeros_like(mean)
     if sums is not None:
-        offset = scale * (numbers(sums.gradient, channels, mask) * share)
-        factor = scale * rstd * (numbers(sums.times_xhat, channels, mask) * share)
+        offset = scale * (load_float32(sums.gradient, channels, mask) * share)
+        factor = scale * rstd * (load_float32(sums.times_xhat, channels, mask) * share)
     return mean, scale, bias, offset, factor
 
 
@@ -83,10 +83,10 @@ def write_gradient(
     """Write a tile of dx at `at`, and its sums: the epilogue."""
     mask = in_q[:, None] & in_c[None, :]
     if add_ptr is not None:
-        acc += numbers(add_ptr, at, mask)
+        acc += load_float32(add_ptr, at, mask)
     if norm is not None:
         mean, rstd, scale, bias = per_channel(norm, channels, in_c)
-        apart = numbers(raw_ptr, at, mask) - mean[None, :]
+        apart = load_float32(raw_ptr, at, mask) - mean[None, :]
         acc = act_bwd(acc, apart * scale[None, :] + bias[None, :], ACT)
         # Summed as the next kernel will read it.
         d = tl.where(mask, acc, 0.0).to(dx_ptr.dtype.element_ty).to(tl.float32)
@@ -207,11 +207,11 @@ def conv2d_bwd_weight_kernel(
         in_i = i < c_in_group
         column = tap * c_in_group + i
     channels = group * c_in_group + i
-    g_numbers, a_numbers = None, None
+    g_coefficients, a_coefficients = None, None
     if dy_norm is not None:
-        g_numbers = gradient_per_channel(dy_norm, dy_sums, share, o, in_o)
+        g_coefficients = gradient_per_channel(dy_norm, dy_sums, share, o, in_o)
     if pre_norm is not None:
-        a_numbers = per_channel(pre_norm, channels, in_i)
+        a_coefficients = per_channel(pre_norm, channels, in_i)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = part * pixels_a_part
@@ -221,7 +221,7 @@ def conv2d_bwd_weight_kernel(
         in_p = p < last
         at = p.to(tl.int64)[:, None] * c_out + o[None, :]
         g = gradient(
-            dy_ptr, dy_raw_ptr, dy_sums, at, in_p[:, None] & in_o[None, :], g_numbers, DY_ACT
+            dy_ptr, dy_raw_ptr, dy_sums, at, in_p[:, None] & in_o[None, :], g_coefficients, DY_ACT
         )
         row = (p // w_out % h_out * STRIDE_H - PADDING_H)[:, None] + tap // KERNEL_W * DILATION_H
         left = (p % w_out * STRIDE_W - PADDING_W)[:, None] + tap % KERNEL_W * DILATION_W
@@ -230,7 +230,7 @@ def conv2d_bwd_weight_kernel(
         pixel = ((p // (h_out * w_out)).to(tl.int64)[:, None] * h + row) * w + left
         a = tl.load(x_ptr + pixel * c_in + channels[None, :], mask=inside, other=0.0)
         if pre_norm is not None:
-            a = apply_prologue(a, inside, a_numbers, PRE_ACT)
+            a = apply_prologue(a, inside, a_coefficients, PRE_ACT)
         acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
     at = (part.to(tl.int64) * c_out + o)[:, None] * (taps * c_in_group) + column[None, :]
     tl.store(parts_ptr + at, acc, mask=in_o[:, None] & in_i[None, :])
@@ -246,6 +246,6 @@ def sum_tiles_kernel(
     for first in range(0, parts, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         mask = (t < parts)[:, None] & (c < count)[None, :]
-        total += numbers(parts_ptr, t.to(tl.int64)[:, None] * count + c[None, :], mask)
+        total += load_float32(parts_ptr, t.to(tl.int64)[:, None] * count + c[None, :], mask)
     total = tl.sum(total, 0)
     tl.store(sum_ptr + c, total.to(sum_ptr.dtype.element_ty), mask=c < count)

@@ -26,7 +26,7 @@ from fastcnn.triton.tiles import (
 )
 from fastcnn.triton.validate import (
     check_groups,
-    check_numbers,
+    check_per_channel,
     check_pixels,
     check_sizes,
     check_tensors,
@@ -60,7 +60,7 @@ def conv2d(
     _check_groups(x, weight, groups)
     in_norm = checked_norm(x.shape[1], "in_", a.norm, a.act)
     norm = checked_norm(weight.shape[0], "out_", out.norm, out.act)
-    check_numbers(weight.shape[0], bias=out.bias)
+    check_per_channel(weight.shape[0], bias=out.bias)
     if norm is not None and out.bias is not None:
         raise ValueError("conv2d: expected a norm behind it or a bias, got both")
     n, c_in, h, w = x.shape

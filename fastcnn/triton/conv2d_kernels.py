@@ -41,7 +41,7 @@ def tile_of(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def numbers(pointer, at, mask):
+def load_float32(pointer, at, mask):
     """Return pointer[at] in float32, 0 where not in the mask."""
     return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
 
@@ -53,11 +53,11 @@ def per_channel(norm, channels, mask):
     rsqrt, to 2^-22.9, as PyTorch's batch norm takes it on a GPU: IEEE root and division branch,
     and on sm_100, where a thread has a row of the tile, they spilled 152 bytes.
     """
-    mean = numbers(norm.mean, channels, mask)
+    mean = load_float32(norm.mean, channels, mask)
     var = tl.load(norm.var + channels, mask=mask, other=1.0).to(tl.float32)
     rstd = tl.rsqrt(var + norm.eps)
-    scale = rstd * numbers(norm.weight, channels, mask)
-    return mean, rstd, scale, numbers(norm.bias, channels, mask)
+    scale = rstd * load_float32(norm.weight, channels, mask)
+    return mean, rstd, scale, load_float32(norm.bias, channels, mask)
 
 
 @triton.jit
@@ -81,9 +81,9 @@ def write_tile(
         mean, _, scale, bias = per_channel(norm, channels, in_o)
         acc = (acc - mean[None, :]) * scale[None, :] + bias[None, :]
     if bias_ptr is not None:
-        acc = acc + numbers(bias_ptr, channels, in_o)[None, :]
+        acc = acc + load_float32(bias_ptr, channels, in_o)[None, :]
     if residual_ptr is not None:
-        acc = acc + numbers(residual_ptr, at, mask)
+        acc = acc + load_float32(residual_ptr, at, mask)
     tl.store(y_ptr + at, act_fwd(acc, ACT).to(dtype), mask=mask)
 
 
@@ -203,7 +203,7 @@ def merge_statistics_kernel(
         at = t.to(tl.int64)[:, None] * c_out + channels[None, :]
         count = tl.maximum(tl.minimum(pixels - t * ROWS, ROWS), 0).to(tl.float32)
         share = (count / pixels)[:, None]
-        total += share * numbers(means_ptr, at, (t < tiles)[:, None] & in_c[None, :])
+        total += share * load_float32(means_ptr, at, (t < tiles)[:, None] & in_c[None, :])
     mean = tl.sum(total, 0)
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for first in range(0, tiles, BLOCK_T):
@@ -211,8 +211,8 @@ def merge_statistics_kernel(
         at = t.to(tl.int64)[:, None] * c_out + channels[None, :]
         mask = (t < tiles)[:, None] & in_c[None, :]
         count = tl.maximum(tl.minimum(pixels - t * ROWS, ROWS), 0).to(tl.float32)[:, None]
-        apart = numbers(means_ptr, at, mask) - mean[None, :]
-        squares = numbers(squares_ptr, at, mask) + count * apart * apart
+        apart = load_float32(means_ptr, at, mask) - mean[None, :]
+        squares = load_float32(squares_ptr, at, mask) + count * apart * apart
         total += tl.where(mask, squares, 0.0)
     tl.store(mean_ptr + channels, mean, mask=in_c)
     tl.store(square_ptr + channels, tl.sum(total, 0) / pixels, mask=in_c)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from fastcnn.triton.conv2d_bwd_kernels import gradient, gradient_per_channel, write_gradient
-from fastcnn.triton.conv2d_kernels import apply_prologue, numbers, per_channel, write_tile
+from fastcnn.triton.conv2d_kernels import apply_prologue, load_float32, per_channel, write_tile
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -46,7 +46,7 @@ def depthwise_kernel(
         a = tl.load(x_ptr + at, mask=inside, other=0.0)
         if pre_norm is not None:
             a = apply_prologue(a, inside, at_channels, PRE_ACT)
-        weights = numbers(w_ptr, o * (KERNEL_H * KERNEL_W) + tap, in_o)
+        weights = load_float32(w_ptr, o * (KERNEL_H * KERNEL_W) + tap, in_o)
         acc += a.to(tl.float32) * weights[None, :]
     write_tile(
         acc, tile_m, p, in_p, o, in_o, c_out,
@@ -85,7 +85,7 @@ def depthwise_bwd_input_kernel(
                 at_channels = gradient_per_channel(dy_norm, dy_sums, share, o, in_i)
             at = pixel + o[None, :]
             g = gradient(dy_ptr, dy_raw_ptr, dy_sums, at, inside, at_channels, DY_ACT)
-            weights = numbers(w_ptr, o * (KERNEL_H * KERNEL_W) + tap, in_i)
+            weights = load_float32(w_ptr, o * (KERNEL_H * KERNEL_W) + tap, in_i)
             acc += g.to(tl.float32) * weights[None, :]
     write_gradient(
         acc, tile_m, q.to(tl.int64)[:, None] * c_in + i[None, :], in_q, i, in_i, c_in, dx_ptr,
@@ -108,11 +108,11 @@ def depthwise_bwd_weight_kernel(
     in_o, i = o < c_out, o // MULTIPLIER
     first = part * pixels_a_part
     last = tl.minimum(first + pixels_a_part, n * h_out * w_out)
-    g_numbers, a_numbers = None, None
+    g_coefficients, a_coefficients = None, None
     if dy_norm is not None:
-        g_numbers = gradient_per_channel(dy_norm, dy_sums, share, o, in_o)
+        g_coefficients = gradient_per_channel(dy_norm, dy_sums, share, o, in_o)
     if pre_norm is not None:
-        a_numbers = per_channel(pre_norm, i, in_o)
+        a_coefficients = per_channel(pre_norm, i, in_o)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, last, BLOCK_M):
         p = start + tl.arange(0, BLOCK_M)
@@ -124,9 +124,9 @@ def depthwise_bwd_weight_kernel(
         pixel = ((p // (h_out * w_out)).to(tl.int64) * h + row) * w + column
         a = tl.load(x_ptr + pixel[:, None] * c_in + i[None, :], mask=inside, other=0.0)
         if pre_norm is not None:
-            a = apply_prologue(a, inside, a_numbers, PRE_ACT)
+            a = apply_prologue(a, inside, a_coefficients, PRE_ACT)
         at = p.to(tl.int64)[:, None] * c_out + o[None, :]
-        g = gradient(dy_ptr, dy_raw_ptr, dy_sums, at, inside, g_numbers, DY_ACT)
+        g = gradient(dy_ptr, dy_raw_ptr, dy_sums, at, inside, g_coefficients, DY_ACT)
         acc += a.to(tl.float32) * g.to(tl.float32)
     at = (part.to(tl.int64) * c_out + o) * (KERNEL_H * KERNEL_W) + tap
     tl.store(parts_ptr + at, tl.sum(acc, 0), mask=in_o)

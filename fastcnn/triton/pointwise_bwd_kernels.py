@@ -13,7 +13,7 @@ operands in the L2 cache: neighbouring programs share them.
 
 What a program keeps: dx, only its place in the list of tiles: the next tile's loads may begin while
 the last one's stores are under way; dw, its BLOCK_M x BLOCK_N sums over its part of the pixels and
-its channels' numbers, which are made once. Between load and product g, and a with a prologue, pass
+its channels' coefficients, made once. Between load and product g, and a with a prologue, pass
 through registers; without norms both operands of the product stay in shared memory.
 """
 
@@ -90,11 +90,11 @@ def pointwise_bwd_weight_kernel(
     o = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     i = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_o, in_i = o < c_out, i < c_in
-    g_numbers, a_numbers = None, None
+    g_coefficients, a_coefficients = None, None
     if dy_norm is not None:
-        g_numbers = gradient_per_channel(dy_norm, dy_sums, share, o, in_o)
+        g_coefficients = gradient_per_channel(dy_norm, dy_sums, share, o, in_o)
     if pre_norm is not None:
-        a_numbers = per_channel(pre_norm, i, in_i)
+        a_coefficients = per_channel(pre_norm, i, in_i)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = part * steps_a_part
@@ -103,11 +103,11 @@ def pointwise_bwd_weight_kernel(
         in_p = (start + tl.arange(0, BLOCK_K) < pixels)[:, None]
         g = _block_of(
             dy_matrix, dy_raw_matrix, dy_sums, start, tile_m * BLOCK_M,
-            in_p & in_o[None, :], g_numbers, DY_ACT,
+            in_p & in_o[None, :], g_coefficients, DY_ACT,
         )  # fmt: skip
         a = x_matrix.load([start, tile_n * BLOCK_N])
         if pre_norm is not None:
-            a = apply_prologue(a, in_p & in_i[None, :], a_numbers, PRE_ACT)
+            a = apply_prologue(a, in_p & in_i[None, :], a_coefficients, PRE_ACT)
         acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
     at = (part.to(tl.int64) * c_out + o)[:, None] * c_in + i[None, :]
     tl.store(parts_ptr + at, acc, mask=in_o[:, None] & in_i[None, :])

@@ -77,9 +77,9 @@ def check_groups(c_in: int, c_out: int, groups: int) -> None:
         )
 
 
-def check_numbers(channels: int, **numbers: Tensor | None) -> None:
-    """Raise ValueError for numbers that are not one a channel, or of another type."""
-    for name, t in numbers.items():
+def check_per_channel(channels: int, **tensors: Tensor | None) -> None:
+    """Raise ValueError for tensors that are not one number a channel, or of another type."""
+    for name, t in tensors.items():
         if t is not None and (
             tuple(t.shape) != (channels,) or not t.is_contiguous() or t.dtype not in DTYPES
         ):
@@ -99,7 +99,7 @@ def checked_norm(channels: int, name: str, norm: Norm | None, act: int) -> Norm 
     """
     if norm is not None:
         tensors = {f"{name}{k}": getattr(norm, k) for k in norm._fields[:4]}
-        check_numbers(channels, **tensors)
+        check_per_channel(channels, **tensors)
     if act not in ACT_NUMBER.values():
         raise ValueError(
             f"conv2d: {name}act: expected a number from 0 to {len(ACT_NUMBER) - 1}, got {act!r}"

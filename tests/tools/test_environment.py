@@ -214,16 +214,16 @@ def test_only_build_options_cause_a_rebuild(
 
 
 @pytest.mark.parametrize(
-    ("stamp", "words"), [(None, "move it away"), ('{"root": null}', "deactivate it")]
+    ("stamp", "message"), [(None, "move it away"), ('{"root": null}', "deactivate it")]
 )
 def test_an_active_venv_that_is_not_ready_is_not_deleted_under_our_feet(
-    environment: ModuleType, monkeypatch: pytest.MonkeyPatch, stamp: str | None, words: str
+    environment: ModuleType, monkeypatch: pytest.MonkeyPatch, stamp: str | None, message: str
 ) -> None:
     # Somebody else's, or ours whose making was interrupted: the script runs on its Python.
     environment.VENV.mkdir()
     if stamp is not None:
         (environment.VENV / environment.STAMP).write_text(stamp)
     monkeypatch.setattr(sys, "prefix", str(environment.VENV))
-    with pytest.raises(SystemExit, match=words):
+    with pytest.raises(SystemExit, match=message):
         environment.main()
     assert environment.calls == []

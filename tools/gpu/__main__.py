@@ -130,9 +130,9 @@ def commit() -> str:
     stop("expected a git checkout, or its commit as COMMIT=...: results are of one")
 
 
-def stop(words: str) -> NoReturn:
+def stop(message: str) -> NoReturn:
     """End with one sentence."""
-    sys.exit(f"gpu: {words}")
+    sys.exit(f"gpu: {message}")
 
 
 if __name__ == "__main__":

@@ -49,13 +49,13 @@ class Run(NamedTuple):
         return max(0.0, self.deadline - time.monotonic())
 
     def execute(self, command: Sequence[str | Path], **environment: str) -> int | None:
-        """Return the status of a process whose words go to the log; None if it took too long.
+        """Return the status of a process whose output goes to the log; None if it took too long.
 
         It is interrupted first, as by Ctrl-C, so that it may say what it knows, then killed.
         """
         with self.log.open("a") as log:
-            words = [*(f"{name}={value}" for name, value in environment.items()), *command]
-            print("$", *words, file=log, flush=True)
+            line = [*(f"{name}={value}" for name, value in environment.items()), *command]
+            print("$", *line, file=log, flush=True)
             process = subprocess.Popen(
                 [*map(str, command)], stdout=log, stderr=subprocess.STDOUT, cwd=WORK,
                 env={**os.environ, **SURROUNDINGS, **environment}, start_new_session=True,

@@ -59,7 +59,7 @@ def check(run: Run, program: str, option: str, tool: str, kind: str) -> int | st
 
 
 def errors_of(text: str, status: int | None) -> int | str:
-    """Return the number of errors in compute-sanitizer's words, or why it cannot be told."""
+    """Return the number of errors in compute-sanitizer's output, or why it cannot be told."""
     if status is None:
         return "took too long"
     # "ERROR SUMMARY: 2 errors", "RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)"

@@ -87,7 +87,7 @@ def test_file(run: Run, path: Path) -> Found:
             found["skipped"][test] = why["skipped"]
         else:
             found["passed"] += 1
-    # The mark may stand in words alone: then pytest has deselected all.
+    # The mark may be in a comment or string alone: then pytest has deselected all.
     if status is None or (status not in (0, NONE_SELECTED) and not found["failures"]):
         found["failures"][name] = how(status, name)
     return found

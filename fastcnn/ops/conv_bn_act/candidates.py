@@ -32,12 +32,12 @@ from fastcnn.ops.conv_bn_act.passes import batch_statistics, convolution_bwd, gr
 from fastcnn.ops.conv_bn_act.problem import (
     Sizes,
     act_of,
+    act_option,
     geometry_of,
     norm_of,
     problem,
     settings_of,
     without_triton,
-    word,
 )
 from fastcnn.ops.conv_bn_act.step import StepPlan, StepSettings
 from fastcnn.plan import Candidate, Kernel, Op, Problem, choose, register
@@ -65,16 +65,16 @@ def plan_step(
     before: the step before it, None for the first, which wants_dx or not. trains: whether there
     will be a backward.
     """
-    words = [] if before is None or before.pool is not None else [word("in", before.act)]
+    options = [] if before is None or before.pool is not None else [act_option("in", before.act)]
     # Statistics that processes share are a pass of their own in any plan.
     with_statistics = ["training"] if s.training and s.group is None else []
-    how = problem(FWD, x, sizes, weight.shape, s.conv, *words, *with_statistics)
+    how = problem(FWD, x, sizes, weight.shape, s.conv, *options, *with_statistics)
     by_triton = choose(how) == "triton"
     if not trains:
         return StepPlan(by_triton)
-    words += ["training"] if s.training else []
-    words += [] if before is not None or wants_dx else ["no_dx"]
-    how = problem(BWD, x, sizes, weight.shape, s.conv, *words)
+    options += ["training"] if s.training else []
+    options += [] if before is not None or wants_dx else ["no_dx"]
+    how = problem(BWD, x, sizes, weight.shape, s.conv, *options)
     return StepPlan(by_triton, *_BWD_PLANS[choose(how)])
 
 

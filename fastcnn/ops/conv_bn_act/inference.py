@@ -37,12 +37,12 @@ from fastcnn.ops.conv_bn_act.problem import (
     Sizes,
     Synthetic,
     act_of,
+    act_option,
     geometry_of,
     norm_of,
     normalised,
     problem,
     without_triton,
-    word,
 )
 from fastcnn.ops.conv_bn_act.step import ConvBnActStep, StepSettings
 from fastcnn.plan import Candidate, Kernel, Op, Problem, choose, register
@@ -101,9 +101,9 @@ def convolve_planned(
     own: the residual is of the block's making, and may come in the other layout.
     keep: makes what is made of the weight, or has kept it.
     """
-    words = [word("out", s.act), *(["residual"] if residual is not None else [])]
+    options = [act_option("out", s.act), *(["residual"] if residual is not None else [])]
     norm = norm_of_step(step)
-    plan = choose(problem(EVAL, x, x.shape, step.weight.shape, s.conv, *words))
+    plan = choose(problem(EVAL, x, x.shape, step.weight.shape, s.conv, *options))
     if plan == "cudnn_fused":
         weight, bias = keep(folded, step.weight, step.conv_bias, norm, x.dtype)
         return max_pool(_cudnn_folded(x, weight, bias, s.conv, residual, own), s.pool)

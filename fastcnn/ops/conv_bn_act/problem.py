@@ -1,6 +1,6 @@
 """What the planned ops of conv_bn_act have in common: problems, synthetic tensors, bytes, who can.
 
-Words of a problem's options: in=ACT and out=ACT, a batch norm with that activation before or behind
+Options of a problem: in=ACT and out=ACT, a batch norm with that activation before or behind
 the convolution; training, with statistics of the batch; residual; no_dx, where nobody asks for the
 input's gradient; channels_last; and how PyTorch is set: tf32, benchmark, deterministic.
 """
@@ -53,10 +53,10 @@ def _settings(float32: bool) -> tuple[str, ...]:
 
 
 def problem(
-    op: str, x: Tensor, sizes: Sequence[int], weight: Sequence[int], g: ConvGeometry, *words: str
+    op: str, x: Tensor, sizes: Sequence[int], weight: Sequence[int], g: ConvGeometry, *given: str
 ) -> Problem:
     """Return the problem of a step whose input has these sizes, and x's dtype, device, layout."""
-    options = (*words, *_settings(x.dtype is torch.float32))
+    options = (*given, *_settings(x.dtype is torch.float32))
     if memory_format_of(x) is torch.channels_last:
         options = (*options, "channels_last")
     return Problem(
@@ -65,7 +65,7 @@ def problem(
     )  # fmt: skip
 
 
-def word(before: str, act: int) -> str:
+def act_option(before: str, act: int) -> str:
     """Return the option that says which activation stands before or behind the convolution."""
     return f"{before}={_ACT_NAMES[act]}"
 
