@@ -185,7 +185,7 @@ MORE: dict[str, Callable[[], None]] = {
 }
 
 
-def stand_in() -> torch.library.Library:
+def emulate_h200() -> torch.library.Library:
     """Where the launches ask for a GPU, tell them of a H200; undone with the object returned."""
     triton.runtime.driver.set_active(Driver)
     operators.interpreted = lambda: True
@@ -197,7 +197,7 @@ def stand_in() -> torch.library.Library:
 
 
 if __name__ == "__main__":
-    library = stand_in()
+    library = emulate_h200()
     for launch, lead in {**TRITON, **(MORE if "more" in sys.argv else {})}.items():
         try:
             lead()

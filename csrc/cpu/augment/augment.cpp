@@ -133,7 +133,7 @@ class Erasure {
         right_(static_cast<int32_t>(min(max(marks.right, 0), p.w))) {}
 
   // y of the vector at column i.
-  Floats finish(Floats level, const AugmentChannel& channel, int64_t i) const {
+  Floats normalized(Floats level, const AugmentChannel& channel, int64_t i) const {
     const Floats value = level * channel.scale + channel.shift;
     if (!any_) return value;
     const Ints column = lane_numbers() + static_cast<int32_t>(i);
@@ -151,7 +151,7 @@ void write(const AugmentParams& p, int64_t sample, int64_t y, const Row& row) {
   const int64_t pixel = kPacked ? kChannels : 1, plane = kPacked ? 1 : p.h * p.w;
   T* out = static_cast<T*>(p.y) + sample * p.c * p.h * p.w + y * p.w * pixel;
   for_each_pixels<kChannels>(row, p.w, [&](auto& levels, int64_t i, int64_t count) {
-    for (int j = 0; j < kChannels; ++j) levels[j] = erasure.finish(levels[j], p.channels[j], i);
+    for (int j = 0; j < kChannels; ++j) levels[j] = erasure.normalized(levels[j], p.channels[j], i);
     if constexpr (kPacked && kChannels == 3) {
       for (int k = 0; k < 3; ++k) {
         Ints first, second;
@@ -205,19 +205,19 @@ void write_copied(const AugmentParams& p, int64_t sample, int64_t y, const Copyi
     const AugmentChannel channel = p.channels[j];
     const uint8_t* row = from + j * p.h_in * p.w_in;
     T* out = static_cast<T*>(p.y) + ((sample * kChannels + j) * p.h + y) * p.w;
-    const auto finish = [&](Bytes bytes, int64_t i) __attribute__((always_inline)) {
-      return erasure.finish(to_float(__builtin_convertvector(bytes, Ints)), channel, i);
+    const auto normalized = [&](Bytes bytes, int64_t i) __attribute__((always_inline)) {
+      return erasure.normalized(to_float(__builtin_convertvector(bytes, Ints)), channel, i);
     };
     for (int64_t i = 0; i < whole; i += kLane) {
       Bytes bytes;
       std::memcpy(&bytes, back ? row + p.w - kLane - i : row + i, sizeof bytes);
       if (back) bytes = __builtin_shuffle(bytes, mirrored);
-      store(out + i, finish(bytes, i));
+      store(out + i, normalized(bytes, i));
     }
     if (left > 0) {
       Bytes bytes{};
       for (int64_t k = 0; k < left; ++k) bytes[k] = back ? row[left - 1 - k] : row[whole + k];
-      store(out + whole, finish(bytes, whole), left);
+      store(out + whole, normalized(bytes, whole), left);
     }
   }
 }
