@@ -18,6 +18,16 @@ REFUSED = {
     r"lent": "opt-in shared memory",
     r"house": "layout",
     r"spy": "capture",
+    r"kept.for.backward": "saved for backward",
+    r"ask(?:s|ed|ing)?.(?:for.)?(?:it.|them.)?ahead": "prefetch",
+    r"slabs?": "tile, or one-pass",
+    r"two.stage": "multi-pass",
+    r"finish(?:ing)?_?(?:plan|stats|reduce|parameters|channel|grid|kernel|columns)": "finalize",
+    r"join(?:s|ed)?.(?:stat|moment|sum|lane|split|partial)[a-z]*": "merge",
+    r"made.?up": "synthetic",
+    r"prov(?:e[sdn]?|ing)|proofs?": "verify, test or show",
+    r"stands.in.for|stand.ins?": "fallback, emulator, in its place",
+    r"rooms": "files",
 }
 FOLDERS = ("fastcnn", "csrc", "tests", "tools", "benchmarks", "docs", ".ci")
 SUFFIXES = (".py", ".md", ".toml", ".cpp", ".h", ".cu", ".cuh", ".txt")
