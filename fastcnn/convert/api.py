@@ -29,7 +29,7 @@ def convert(
     Each module's forward is traced (torch.fx) and what the trace holds of these runs as one call:
 
         conv (+ bias) - BatchNorm - activation - max pooling, and chains of them, whose activations
-        backward rebuilds instead of keeping; with an addition before the last activation
+        backward recomputes instead of saving; with an addition before the last activation
         BatchNorm, GroupNorm, InstanceNorm, LayerNorm2d - activation
         interpolate or Upsample, and torch.cat([skip, it], 1) behind it
         dropout
@@ -54,7 +54,7 @@ def convert(
             there are none for it, which report says. "cpu" or "cuda": those of that device, and an
             error where they cannot run a call.
         strict: raise where anything convertible was not converted.
-        memory: what a chain keeps for backward: "default", "low" or "lowest", see
+        memory: what a chain saves for backward: "default", "low" or "lowest", see
             fastcnn.functional.conv_bn_act_blocks.
 
     Raises:

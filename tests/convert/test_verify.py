@@ -270,8 +270,8 @@ def test_dropout_and_random_numbers_are_alike() -> None:
     assert verify(model, X).ok
 
 
-def test_a_kink_is_no_difference() -> None:
-    """Half the activations at relu's kink but for rounding: their gradients are a coin's throw."""
+def test_a_jump_of_the_derivative_is_no_difference() -> None:
+    """Half the activations at relu's jump but for rounding: their gradients are a coin's throw."""
     model = four()
     with torch.no_grad():
         model[0][1].weight[:4] = 1e-9
@@ -279,7 +279,7 @@ def test_a_kink_is_no_difference() -> None:
     assert verify(convert(model), X).ok
 
 
-KINKS: dict[str, tuple[Callable[[Tensor], Tensor], list[float], list[float], list[float]]] = {
+JUMPS: dict[str, tuple[Callable[[Tensor], Tensor], list[float], list[float], list[float]]] = {
     # The function, its inputs, their derivatives, and those of the other side.
     "relu": (F.relu, [1e-12, 1, -1], [1, 1, 0], [0, 1, 0]),
     "method": (lambda x: x.relu(), [-1e-12, 1, -1], [0, 1, 0], [1, 1, 0]),
@@ -294,9 +294,9 @@ KINKS: dict[str, tuple[Callable[[Tensor], Tensor], list[float], list[float], lis
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", KINKS)
-def test_the_other_side_of_a_kink(name: str) -> None:
-    run, values, here, there = KINKS[name]
+@pytest.mark.parametrize("name", JUMPS)
+def test_the_other_side_of_a_jump(name: str) -> None:
+    run, values, here, there = JUMPS[name]
     rough = torch.tensor(values)
     for other_side, expected in ((False, here), (True, there)):
         x = torch.tensor(values, dtype=torch.float64, requires_grad=True)

@@ -28,6 +28,8 @@ REFUSED = {
     r"prov(?:e[sdn]?|ing)|proofs?": "verify, test or show",
     r"stands.in.for|stand.ins?": "fallback, emulator, in its place",
     r"rooms": "files",
+    r"kink(?:s|ed)?": "non-differentiable point, jump",
+    r"rebuil(?:d|ds|t).(?:activations|in.backward|it.from)": "recompute",
 }
 FOLDERS = ("fastcnn", "csrc", "tests", "tools", "benchmarks", "docs", ".ci")
 SUFFIXES = (".py", ".md", ".toml", ".cpp", ".h", ".cu", ".cuh", ".txt")

@@ -49,15 +49,15 @@ def fuse(
 
 
 def _runs(patterns: Sequence[Pattern], matcher: Matcher, options: Options) -> list[list[Pattern]]:
-    """Join residual blocks, from one with a projection to the next, where memory is "low".
+    """Merge residual blocks, from one with a projection to the next, where memory is "low".
 
-    A stage is joined as far as each block's output is seen by the next alone: backward then
-    rebuilds it from the stage's input.
+    A stage is merged as far as each block's output is seen by the next alone: backward then
+    recomputes it from the stage's input.
     """
     runs: list[list[Pattern]] = []
     for pattern in patterns:
         before = runs[-1][-1] if runs else None
-        joins = (
+        merges = (
             options.memory == "low"
             and isinstance(pattern, ChainPattern)
             and isinstance(before, ChainPattern)
@@ -67,7 +67,7 @@ def _runs(patterns: Sequence[Pattern], matcher: Matcher, options: Options) -> li
             and set(before.last.users) <= set(pattern.nodes)
             and matcher.may_move([*runs[-1], pattern])
         )
-        runs[-1].append(pattern) if joins else runs.append([pattern])
+        runs[-1].append(pattern) if merges else runs.append([pattern])
     return runs
 
 
@@ -77,7 +77,7 @@ class _Emitter:
         self._calls: dict[fx.Node, fx.Node] = {}  # by the last nodes, which are gone
 
     def run(self, run: list[Pattern]) -> fx.Node:
-        """Replace the nodes of one pattern, or of joined blocks, by one call."""
+        """Replace the nodes of one pattern, or of merged blocks, by one call."""
         last = self._matcher.last_of(run[-1])
         with self._graph.inserting_before(last.next):
             call = self._blocks(run) if len(run) > 1 else self._call(run[0])

@@ -105,7 +105,7 @@ def run_blocks(
     blocks: Sequence[tuple[Sequence[StepModules], Sequence[StepModules]]],
     options: Options,
 ) -> Tensor:
-    """Run residual blocks whose inputs are rebuilt in backward."""
+    """Run residual blocks whose inputs are recomputed in backward."""
     why = unfit(x, options)
     if why is not None:
         refuse(blocks[-1][0][-1][1], why, options)

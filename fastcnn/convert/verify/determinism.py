@@ -1,10 +1,10 @@
-"""What makes runs of one model in several precisions comparable: kinks, dropout, random numbers.
+"""What makes runs of one model in several precisions comparable: jumps, dropout, random numbers.
 
-Kinks. A gradient jumps where relu's input is at 0, or two values of a max pooling's window are
-equal: there a rounding decides, and one element that falls to the other side shows in all gradients
-before it, far above rounding. How far is computed: the exact run is repeated with the derivatives
-of the other side for all elements that are as near to a kink as fastcnn's errors may be
-(difference.py).
+A gradient jumps at non-differentiable points, where relu's input is 0, or two values of a max
+pooling's window are equal: there a rounding decides, and one element that falls to the other side
+shows in all gradients before it, far above rounding. How far is computed: the exact run is repeated
+with the derivatives of the other side for all elements that are as near to such a point as
+fastcnn's errors may be (difference.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from fastcnn import functional
 
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
-_KINKS: dict[Any, tuple[float, ...]] = {
+_JUMPS: dict[Any, tuple[float, ...]] = {
     **dict.fromkeys(_RELU, (0.0,)),
     F.leaky_relu: (0.0,), F.leaky_relu_: (0.0,), F.relu6: (0.0, 6.0),
     F.hardswish: (-3.0, 3.0), F.hardsigmoid: (-3.0, 3.0), F.hardtanh: (),
@@ -38,8 +38,9 @@ _SEED = 1789
 class Comparable(TorchFunctionMode):
     """Runs a model without dropout, on numbers that are drawn alike in each run.
 
-    seen: what came to the functions with kinks, in the order of the calls. beside: the same of a
-    run in a lower precision; other_side: take the derivatives of the other side near a kink.
+    seen: what came to the functions whose derivatives jump, in the order of the calls. beside: the
+    same of a run in a lower precision; other_side: take the derivatives of the other side near a
+    jump.
     """
 
     def __init__(self, beside: list[Tensor] | None = None, other_side: bool = False) -> None:
@@ -60,8 +61,8 @@ class Comparable(TorchFunctionMode):
             kwargs = kwargs if len(args) > 4 else {**kwargs, "dropout_p": 0.0}
         elif func in _DRAWS:
             return self._draw(func, args, kwargs)
-        elif func in _KINKS or func is F.max_pool2d:
-            return self._kinked(func, args, kwargs)
+        elif func in _JUMPS or func is F.max_pool2d:
+            return self._jumping(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -72,7 +73,7 @@ class Comparable(TorchFunctionMode):
             return args[0].copy_(func(drawn, *args[1:], **kwargs))
         return func(*args, **kwargs)
 
-    def _kinked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _jumping(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         z = args[0] if args else kwargs.pop("input")
         at = len(self.seen)
         self.seen.append(z.detach().clone())
@@ -90,15 +91,15 @@ class Comparable(TorchFunctionMode):
         copied = in_place and self._other_side  # and written over when all is computed
         before = z.clone() if in_place else z
         y = func(before.clone() if copied else z, *args[1:], **kwargs)
-        kinks: tuple[Any, ...] = _KINKS[func]
+        jumps: tuple[Any, ...] = _JUMPS[func]
         if func is F.hardtanh:
             ends = dict(zip(("min_val", "max_val"), args[1:], strict=False), **kwargs)
-            kinks = (ends.get("min_val", -1.0), ends.get("max_val", 1.0))
-        for kink in kinks:
-            near = (before.detach() - kink).abs() <= margin
+            jumps = (ends.get("min_val", -1.0), ends.get("max_val", 1.0))
+        for jump in jumps:
+            near = (before.detach() - jump).abs() <= margin
             self.near += int(near.sum().item())
             if self._other_side:
-                mirrored = -func(2 * kink - before, *args[1:], **kwargs)
+                mirrored = -func(2 * jump - before, *args[1:], **kwargs)
                 y = torch.where(near, y.detach() + (mirrored - mirrored.detach()), y)
         return z.copy_(y) if copied else y
 

@@ -2,7 +2,7 @@
 
 A difference counts as rounding while the error's norm is at most
 
-    factor * PyTorch's own + 4 roundings + twice what the elements at a kink change
+    factor * PyTorch's own + 4 roundings + twice what the elements at a jump change
 
 PyTorch's own error is the largest of three runs, whose inputs differ by a rounding. Two orders of
 summation that are equally good differ by chance, by more where few values decide (a batch norm over
@@ -10,7 +10,7 @@ two, a loss). Of m independent errors the square of our norm over the mean squar
 has the F distribution with m and 3 m degrees of freedom: the factor is exceeded once in 10^9 places
 (FACTORS). It is at least 4, because behind many layers errors are no longer independent, and m is
 the larger of images and channels, because the error of a statistic is common to one of these. A
-rounding is the norm of the errors that storing the value once makes. Of kinks determinism.py tells;
+rounding is the norm of the errors that storing the value once makes. Of jumps determinism.py tells;
 twice, since what several elements change may cancel in part.
 """
 
@@ -78,7 +78,7 @@ def difference(
 ) -> Difference:
     """Compare one value.
 
-    there: what it is in float64 on the other side of near kinks. terms: what is rounded, where it
+    there: what it is in float64 on the other side of near jumps. terms: what is rounded, where it
     is larger than the value.
     """
     norm = float(exact.double().norm().item()) or 1.0
