@@ -37,9 +37,13 @@ CASES = {
     for kind in ("", "residual")
 }
 GPU_CASES = [
-    "256x56x56-bf16-nhwc-", "256x56x56-bf16-nhwc-residual", "256x56x56-bf16-nchw-",
-    "256x56x56-fp32-nhwc-", "64x112x112-bf16-nhwc-", "1024x14x14-bf16-nhwc-residual",
-]  # fmt: skip
+    "256x56x56-bf16-nhwc-",
+    "256x56x56-bf16-nhwc-residual",
+    "256x56x56-bf16-nchw-",
+    "256x56x56-fp32-nhwc-",
+    "64x112x112-bf16-nhwc-",
+    "1024x14x14-bf16-nhwc-residual",
+]
 
 
 class Layer(NamedTuple):

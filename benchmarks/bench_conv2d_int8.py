@@ -23,9 +23,12 @@ CASES = {
     for conv in convs
 }
 GPU_CASES = [
-    "resnet50-64-256-k1-s1-56", "resnet50-128-128-k3-s1-28", "resnet50-1024-256-k1-s1-14",
-    "resnet50-256-256-k3-s1-14", "unet-64-64-k3-s1-256",
-]  # fmt: skip
+    "resnet50-64-256-k1-s1-56",
+    "resnet50-128-128-k3-s1-28",
+    "resnet50-1024-256-k1-s1-14",
+    "resnet50-256-256-k3-s1-14",
+    "unet-64-64-k3-s1-256",
+]
 
 
 @pytest.mark.parametrize("case", cases(CASES, GPU_CASES))

@@ -41,12 +41,16 @@ COMPILED = on(
 )
 GPU_CASES = {
     "infer": [
-        "resnet50-64-256-k1-s1-56", "resnet50-256-64-k1-s1-56", "resnet50-128-128-k3-s1-28",
-        "resnet50-256-256-k3-s1-14", "resnet50-1024-256-k1-s1-14", "resnet50-512-2048-k1-s1-7",
+        "resnet50-64-256-k1-s1-56",
+        "resnet50-256-64-k1-s1-56",
+        "resnet50-128-128-k3-s1-28",
+        "resnet50-256-256-k3-s1-14",
+        "resnet50-1024-256-k1-s1-14",
+        "resnet50-512-2048-k1-s1-7",
         "unet-64-64-k3-s1-256",
     ],
     "train": ["resnet50-64-256-k1-s1-56", "resnet50-128-128-k3-s1-28"],
-}  # fmt: skip
+}
 BLOCKS_ON_GPU = ["stage1-identity-bf16", "stage3-identity-bf16"]
 
 Step = Callable[[Tensor, ConvBnActStep, Tensor | None], Tensor]
@@ -73,10 +77,14 @@ def step_of(conv: Conv, training: bool) -> ConvBnActStep:
     var, bn_weight = torch.rand(2, conv.c_out, device=DEVICE) + 0.5
     return ConvBnActStep(
         weight.contiguous(memory_format=torch.channels_last).requires_grad_(training),
-        stride=conv.stride, padding=conv.kernel // 2, running_mean=mean, running_var=var,
-        bn_weight=bn_weight.requires_grad_(training), bn_bias=bias.requires_grad_(training),
+        stride=conv.stride,
+        padding=conv.kernel // 2,
+        running_mean=mean,
+        running_var=var,
+        bn_weight=bn_weight.requires_grad_(training),
+        bn_bias=bias.requires_grad_(training),
         training=training,
-    )  # fmt: skip
+    )
 
 
 def ours(x: Tensor, step: ConvBnActStep, residual: Tensor | None) -> Tensor:
@@ -150,9 +158,12 @@ def test_inference(compare: Any, warm: bool, case: tuple[Conv, int]) -> None:
         moved = [t.numel() for t in (x, step.weight, residual, y) if t is not None]
         larger = max(x, y, key=Tensor.numel)
         compare(
-            on_inputs(ours), {name: on_inputs(run) for name, run in baselines.items()},
-            inputs, sum(moved) / larger.numel(), larger,
-        )  # fmt: skip
+            on_inputs(ours),
+            {name: on_inputs(run) for name, run in baselines.items()},
+            inputs,
+            sum(moved) / larger.numel(),
+            larger,
+        )
 
 
 @pytest.mark.parametrize("case", convolutions("train"))

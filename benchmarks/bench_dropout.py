@@ -34,9 +34,13 @@ CASES = {
     for kind in ("", "residual", "channel")
 }
 GPU_CASES = [
-    "256x56x56-bf16-nhwc-", "256x56x56-bf16-nhwc-residual", "256x56x56-bf16-nhwc-channel",
-    "256x56x56-bf16-nchw-", "256x56x56-fp32-nhwc-", "1024x14x14-bf16-nhwc-",
-]  # fmt: skip
+    "256x56x56-bf16-nhwc-",
+    "256x56x56-bf16-nhwc-residual",
+    "256x56x56-bf16-nhwc-channel",
+    "256x56x56-bf16-nchw-",
+    "256x56x56-fp32-nhwc-",
+    "1024x14x14-bf16-nhwc-",
+]
 
 
 class Layer(NamedTuple):

@@ -34,9 +34,12 @@ CASES = {
     for kind in TYPES
 }
 GPU_CASES = [
-    "128x256x56x56-32-bf16-nhwc", "128x256x56x56-32-bf16-nchw", "64x320x64x64-32-bf16-nhwc",
-    "32x64x256x256-8-fp32-nhwc", "256x128x28x28-128-bf16-nchw",
-]  # fmt: skip
+    "128x256x56x56-32-bf16-nhwc",
+    "128x256x56x56-32-bf16-nchw",
+    "64x320x64x64-32-bf16-nhwc",
+    "32x64x256x256-8-fp32-nhwc",
+    "256x128x28x28-128-bf16-nchw",
+]
 LAYER_NORM_ON_GPU = ["bf16-nchw", "bf16-nhwc"]
 
 
@@ -60,12 +63,13 @@ def layers(image: Image, dtype: torch.dtype, layout: torch.memory_format) -> lis
 
     return [
         Layer(
-            tensor().requires_grad_(), tensor(),
+            tensor().requires_grad_(),
+            tensor(),
             torch.ones(c, requires_grad=True, dtype=dtype, device=DEVICE),
             torch.zeros(c, requires_grad=True, dtype=dtype, device=DEVICE),
         )
         for _ in range(INPUTS)
-    ]  # fmt: skip
+    ]
 
 
 def gradients(forward: Forward) -> Callable[[Layer], tuple[Tensor, ...]]:

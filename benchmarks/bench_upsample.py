@@ -35,10 +35,12 @@ CASES = {
     for layout, name in (("nchw", "nchw"), ("nhwc", "channels_last"))
 }
 GPU_CASES = [
-    "128x128x128-bilinear-bf16-nhwc", "128x128x128-bilinear-bf16-nchw",
-    "128x128x128-nearest-bf16-nhwc", "128x128x128-bilinear-skip-bf16-nhwc",
+    "128x128x128-bilinear-bf16-nhwc",
+    "128x128x128-bilinear-bf16-nchw",
+    "128x128x128-nearest-bf16-nhwc",
+    "128x128x128-bilinear-skip-bf16-nhwc",
     "512x32x32-bilinear-bf16-nhwc",
-]  # fmt: skip
+]
 BACKWARD = {name: case for name, case in CASES.items() if case[1] == "bilinear"}
 BACKWARD_ON_GPU = ["128x128x128-bilinear-bf16-nhwc", "128x128x128-bilinear-bf16-nchw"]
 

@@ -172,9 +172,11 @@ def check_parameters(
     if not 0 <= momentum <= 1:
         raise ValueError(f"{op}: momentum: expected a number from 0 to 1, got {momentum}")
     named = {
-        f"{prefix}weight": weight, f"{prefix}bias": bias,
-        "running_mean": running_mean, "running_var": running_var,
-    }  # fmt: skip
+        f"{prefix}weight": weight,
+        f"{prefix}bias": bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
     for name, t in named.items():
         if t is not None:
             check_channels(op, name, t, sizes[1], x)

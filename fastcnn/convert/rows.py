@@ -15,9 +15,11 @@ from fastcnn.ops.backends import BACKENDS
 
 # By a pattern's first word: the op that runs it.
 _OPS = {
-    "batch_norm": "batch_norm_act", "interpolate": "upsample",
-    "upsample": "upsample", "dropout": "dropout",
-}  # fmt: skip
+    "batch_norm": "batch_norm_act",
+    "interpolate": "upsample",
+    "upsample": "upsample",
+    "dropout": "dropout",
+}
 
 
 class ConversionRow(NamedTuple):

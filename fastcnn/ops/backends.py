@@ -6,9 +6,10 @@ BACKENDS = {
     "batch_norm_act": ("C++", "CUDA C++"),
     "conv2d_int8": ("oneDNN through PyTorch + C++", "Triton"),
     "conv_bn_act": (
-        "oneDNN through PyTorch + C++", "cuDNN through PyTorch + CUDA C++, or Triton, as planned",
+        "oneDNN through PyTorch + C++",
+        "cuDNN through PyTorch + CUDA C++, or Triton, as planned",
     ),
     "dropout": ("C++", "CUDA C++"),
     "group_norm_act": ("C++", "CUDA C++"),
     "upsample": ("C++", "CUDA C++"),
-}  # fmt: skip
+}

@@ -115,8 +115,10 @@ class GroupNormActFunction(torch.autograd.Function):
             dx,
             None if weight is None else dweight.to(weight.dtype),
             None if bias is None else dbias.to(bias.dtype),
-            None, None, None,
-        )  # fmt: skip
+            None,
+            None,
+            None,
+        )
 
 
 def check_norm(

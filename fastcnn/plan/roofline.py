@@ -53,7 +53,9 @@ PEAKS: dict[str, dict[str, Peaks]] = {
     "sm_90": {
         "H100": Peaks("H100", 3.35e12, _rates(1979, 989, 989, 494, 67, 34), "datasheet, SXM"),
         "H200": Peaks(
-            "H200", 4.3e12, _rates(1979, 790, 790, 494, 67, 34),
+            "H200",
+            4.3e12,
+            _rates(1979, 790, 790, 494, 67, 34),
             "copy and bf16 product measured on one, fp16 taken as bf16; the others datasheet",
         ),
     },
@@ -62,13 +64,15 @@ PEAKS: dict[str, dict[str, Peaks]] = {
     },
     "cpu": {
         "CPU": Peaks(
-            "CPU", 0.041e12, _rates(1.6, 0.87, 0.001, 0.2, 0.2, 0.097),
+            "CPU",
+            0.041e12,
+            _rates(1.6, 0.87, 0.001, 0.2, 0.2, 0.097),
             "copy and products measured on 2 cores of an AMD EPYC with AMX, torch 2.13 (no fast "
             "fp16 there; tf32 is float32); a launch is an operator's call",
             launch=6e-6,
         ),
     },
-}  # fmt: skip
+}
 
 
 def peaks_of(device: Device) -> tuple[Peaks, str]:

@@ -26,9 +26,7 @@ from fastcnn.triton.conv2d_kernels import apply_prologue, per_channel, tile_of
 
 
 @triton.jit
-def _block_of(
-    dy_matrix, raw_matrix, sums, row, column, inside, at_channels, ACT: tl.constexpr
-):  # fmt: skip
+def _block_of(dy_matrix, raw_matrix, sums, row, column, inside, at_channels, ACT: tl.constexpr):
     """Return the block of g whose first pixel is row and whose first channel is column."""
     g = dy_matrix.load([row, column])
     if at_channels is not None:

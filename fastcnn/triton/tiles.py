@@ -87,6 +87,10 @@ def blocks(tile: Tile) -> dict[str, Any]:
     """Return the tile as options of a launch."""
     return {
         "PRECISION": "tf32" if allows_tf32() else "ieee",
-        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
-        "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
-    }  # fmt: skip
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "enable_fp_fusion": True,
+    }

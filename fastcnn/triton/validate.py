@@ -19,8 +19,10 @@ def checked_output_size(
 ) -> tuple[int, int]:
     """Return the height and width of a convolution's output, or raise ValueError."""
     for name, pair, least in (
-        ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)
-    ):  # fmt: skip
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
         if len(pair) != 2 or min(pair) < least:
             raise ValueError(f"conv2d: {name}: expected two numbers from {least} on, got {pair}")
     h, w = output_size(image, window, stride, padding, dilation)

@@ -289,9 +289,13 @@ JUMPS: dict[str, tuple[Callable[[Tensor], Tensor], list[float], list[float], lis
     "module": (nn.ReLU6(inplace=True), [6 + 1e-12, 6.1, 3], [0, 0, 1], [1, 0, 1]),
     "leaky": (lambda x: F.leaky_relu(x, 0.1), [1e-12, 1, -1], [1, 1, 0.1], [0.1, 1, 0.1]),
     "hardswish": (F.hardswish, [3 - 1e-12, 4, -4], [1.5, 1, 0], [1, 1, 0]),
-    "max pool": (lambda x: F.max_pool2d(x.view(1, 1, 1, 3), (1, 3)).view(1),
-                 [1.0, 1 + 1e-12, 0], [0, 1, 0], [1, 0, 0]),
-}  # fmt: skip
+    "max pool": (
+        lambda x: F.max_pool2d(x.view(1, 1, 1, 3), (1, 3)).view(1),
+        [1.0, 1 + 1e-12, 0],
+        [0, 1, 0],
+        [1, 0, 0],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", JUMPS)

@@ -176,13 +176,14 @@ UNTRACED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "torch's random": (lambda m, x: m.a(x) + 0 * torch.rand(1), "computes rand"),
     "own tensors": (lambda m, x: m.a(x) + torch.ones(8), "computes ones"),
     "modes": (
-        lambda m, x: m.a(x) if torch.is_grad_enabled() else m.b(x), "gradients or autocast",
+        lambda m, x: m.a(x) if torch.is_grad_enabled() else m.b(x),
+        "gradients or autocast",
     ),
     "checkpoint": (
         lambda m, x: torch.utils.checkpoint.checkpoint(m.a, x, use_reentrant=False),
         "control flow",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", UNTRACED)

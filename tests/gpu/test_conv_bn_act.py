@@ -81,10 +81,13 @@ def test_a_chain(dtype: torch.dtype, plan: str, training: bool) -> None:
 
 @pytest.mark.parametrize(
     ("memory", "plan"),
-    [*(pytest.param(memory, "cudnn", marks=slow) for memory in ("default", "low")),
-     ("lowest", "cudnn"), ("lowest", "triton"),
-     *(pytest.param(memory, "triton", marks=needs_gpu) for memory in ("default", "low"))],
-)  # fmt: skip
+    [
+        *(pytest.param(memory, "cudnn", marks=slow) for memory in ("default", "low")),
+        ("lowest", "cudnn"),
+        ("lowest", "triton"),
+        *(pytest.param(memory, "triton", marks=needs_gpu) for memory in ("default", "low")),
+    ],
+)
 def test_bottlenecks_at_each_memory_level(memory: str, plan: str) -> None:
     for shortcuts in (("projection", "identity"), ("two steps", "none")):
         check(stage(*shortcuts, act="silu", memory=memory), plan, image(2, 4, 6, 7))
@@ -98,10 +101,13 @@ def test_pooling_grouped_and_depthwise(plan: str) -> None:
 
 @pytest.mark.parametrize(
     ("act", "plan"),
-    [("relu", "cudnn"), ("relu", "cudnn_fused"),
-     *(pytest.param(act, "cudnn", marks=slow) for act in ACTS if act != "relu"),
-     *(pytest.param(act, "triton", marks=needs_gpu) for act in ("relu", "silu"))],
-)  # fmt: skip
+    [
+        ("relu", "cudnn"),
+        ("relu", "cudnn_fused"),
+        *(pytest.param(act, "cudnn", marks=slow) for act in ACTS if act != "relu"),
+        *(pytest.param(act, "triton", marks=needs_gpu) for act in ("relu", "silu")),
+    ],
+)
 def test_inference(act: str, plan: str) -> None:
     # Its fused one is for halves, of whole vectors of channels.
     dtype = torch.float16 if plan == "cudnn_fused" else torch.float32

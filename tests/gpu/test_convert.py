@@ -58,7 +58,10 @@ CASES = ON_CPU_TOO | {
         _four_bottlenecks, "triton", torch.float16, "infer", False
     ),
     "resnet50, inference": Case(
-        partial(torchvision.models.resnet50, num_classes=10), "cudnn", torch.bfloat16, "infer",
+        partial(torchvision.models.resnet50, num_classes=10),
+        "cudnn",
+        torch.bfloat16,
+        "infer",
         False,
     ),
     "mobilenet_v2": Case(torchvision.models.mobilenet_v2, "cudnn", torch.float32),
@@ -71,7 +74,7 @@ CASES = ON_CPU_TOO | {
     "unet_resnet18": Case(
         lambda: fastcnn.create_model("unet_resnet18", num_classes=2), "cudnn", torch.float32
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

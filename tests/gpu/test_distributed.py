@@ -34,9 +34,12 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
 def alone(folder: Path) -> Iterator[None]:
     """A group of this process; NCCL is told its GPU, or it would guess, and say so."""
     distributed.init_process_group(
-        "nccl", init_method=f"file://{folder}/store", rank=0, world_size=1,
+        "nccl",
+        init_method=f"file://{folder}/store",
+        rank=0,
+        world_size=1,
         device_id=torch.device("cuda", 0),
-    )  # fmt: skip
+    )
     try:
         yield
     finally:

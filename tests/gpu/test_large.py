@@ -49,8 +49,9 @@ def sizes_of(large: bool) -> tuple[tuple[int, int, int, int], int]:
 def repeated(t: Tensor, copies: int, layout: str) -> Tensor:
     """As a leaf on the device."""
     format = LAYOUTS[layout]
-    many = torch.empty((copies * len(t), *t.shape[1:]), dtype=t.dtype, device=DEVICE,
-                       memory_format=format)  # fmt: skip
+    many = torch.empty(
+        (copies * len(t), *t.shape[1:]), dtype=t.dtype, device=DEVICE, memory_format=format
+    )
     for part in many.split(len(t)):
         part.copy_(t)
     return many.requires_grad_()

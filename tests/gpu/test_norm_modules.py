@@ -32,9 +32,10 @@ MODULES: dict[str, tuple[nn.Module, nn.Module]] = {
     "group norm": (GroupNormAct(3, 6, act="silu"), nn.GroupNorm(3, 6)),
     "layer norm": (LayerNorm2d(6, act="silu"), PixelNorm(6)),
     "instance norm": (
-        InstanceNormAct2d(6, **TRACKED, act="silu"), nn.InstanceNorm2d(6, **TRACKED),
+        InstanceNormAct2d(6, **TRACKED, act="silu"),
+        nn.InstanceNorm2d(6, **TRACKED),
     ),
-}  # fmt: skip
+}
 
 
 def errors_of(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
@@ -99,15 +100,19 @@ def test_synchronised_statistics_make_the_whole(layout: str, dtype: torch.dtype)
         gathered = torch.stack([ops.batch_norm_act_stats(x) for x in xs])
         mean, var, total = ops.batch_norm_merge_stats(gathered)
         fixed = *affine, mean, var
-        ys = [ops.batch_norm_act_apply(x, r, *fixed, eps, act)
-              for x, r in zip(xs, residuals, strict=True)]  # fmt: skip
+        ys = [
+            ops.batch_norm_act_apply(x, r, *fixed, eps, act)
+            for x, r in zip(xs, residuals, strict=True)
+        ]
         running = here.running_mean.clone(), here.running_var.clone()
         ops.batch_norm_update_running(*running, mean, var, total, case.momentum, 0)
         images = list(zip(dys, xs, ys, strict=True))
         reduced = [ops.batch_norm_act_reduce(*three, *fixed, eps, act, True) for three in images]
         dweight, dbias = (torch.stack([r[i] for r in reduced]).sum(0) for i in (1, 2))
-        dxs = [ops.batch_norm_act_dx(*three, *fixed, dweight, dbias, total, eps, act, True)
-               for three in images]  # fmt: skip
+        dxs = [
+            ops.batch_norm_act_dx(*three, *fixed, dweight, dbias, total, eps, act, True)
+            for three in images
+        ]
 
     def concatenated(images: list[Tensor]) -> Tensor:
         return torch.cat(images).contiguous(memory_format=LAYOUTS[layout])

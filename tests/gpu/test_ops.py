@@ -19,7 +19,7 @@ from support.augment_cases import (
     level_limit,
     resized,
     smooth_images,
-)  # fmt: skip
+)
 from support.device import DEVICE, GPU, HAS_GPU, cuda_operators, needs_gpu, on_gpu
 from support.paths import ROOT
 from support.seeds import DROPOUT_SEED, seed_all
@@ -97,9 +97,12 @@ def test_dropout_and_its_gradient(dtype: torch.dtype, layout: str) -> None:
         seed_all(5)
         with on_gpu():
             y = dropout(
-                x * 1 if inplace else x, 0.3, inplace=inplace, per_channel=per_channel,
+                x * 1 if inplace else x,
+                0.3,
+                inplace=inplace,
+                per_channel=per_channel,
                 residual=residual if added else None,
-            )  # fmt: skip
+            )
             y.backward(dy.detach())
         seed_all(5)
         seed = int(draw_seed(DEVICE))

@@ -172,9 +172,13 @@ def test_a_wrong_candidate_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         "tune", ops, {}, open_file=lambda device: PlanFile(tmp_path, environment_of(device))
     )
     problem = Problem(
-        FWD, (2, 16, 5, 6), (32, 16, 1, 1), torch.float32,
-        torch.device("cuda", 0) if HAS_GPU else DEVICE, options=("training", "channels_last"),
-    )  # fmt: skip
+        FWD,
+        (2, 16, 5, 6),
+        (32, 16, 1, 1),
+        torch.float32,
+        torch.device("cuda", 0) if HAS_GPU else DEVICE,
+        options=("training", "channels_last"),
+    )
     with pytest.warns(UserWarning, match="refused") as warned:
         plan = planner.choose(problem)
     assert (plan.name, plan.source) == ("cudnn", "tuned")

@@ -31,8 +31,11 @@ def test_every_cuda_kernel_is_launched(tmp_path: Path, monkeypatch: pytest.Monke
     symbols = subprocess.run(
         ["nm", "-C", library.build_library()], capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    at = {int(words[0], 16): words[2] for words in (line.split(" ", 2) for line in symbols)
-          if len(words) == 3 and words[0]}  # fmt: skip
+    at = {
+        int(words[0], 16): words[2]
+        for words in (line.split(" ", 2) for line in symbols)
+        if len(words) == 3 and words[0]
+    }
     found = {at[int(line, 16)] for line in launched.read_text().split()}
     names = {name for name in kernels() if any(f"::{name}" in symbol for symbol in found)}
     assert names == kernels()

@@ -12,9 +12,12 @@ from support.older_triton import OLDER, run
 @pytest.mark.parametrize("older", [None, OLDER], ids=["newest", "of torch 2.11"])
 def test_launches_compile(older: Path | None, tmp_path: Path) -> None:
     done = run(
-        ["-m", "support.triton_jit", *(["more"] if older else [])], older,
-        TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path), CUDA_VISIBLE_DEVICES="",
-    )  # fmt: skip
+        ["-m", "support.triton_jit", *(["more"] if older else [])],
+        older,
+        TRITON_INTERPRET="0",
+        TRITON_CACHE_DIR=str(tmp_path),
+        CUDA_VISIBLE_DEVICES="",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert all(row["triton"].startswith("3.6.") is bool(older) for row in rows)

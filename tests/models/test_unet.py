@@ -25,9 +25,7 @@ class FunctionalUNet(nn.Module):
         self.norm, self.up, self.skip, self.act = norm, up, skip, act
 
     def convs(self, x: Tensor, name: str) -> Tensor:
-        tensors = {
-            **dict(self.network.named_parameters()), **dict(self.network.named_buffers())
-        }  # fmt: skip
+        tensors = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
         # Two convolutions with four dimensions each, and whatever comes behind them.
         convs = sorted(k for k, v in tensors.items() if k.startswith(f"{name}.") and v.ndim == 4)
         for conv in convs:

@@ -108,8 +108,9 @@ def test_transform_input_wants_colours(name: str) -> None:
         models.create_model(name, in_chans=1, transform_input=True)
 
 
-@pytest.mark.parametrize(("init", "deviation"), [("kaiming", 2**0.5), ("xavier", 1.0),
-                                                 ("normal", 0.24), ("zeros", 0.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("init", "deviation"), [("kaiming", 2**0.5), ("xavier", 1.0), ("normal", 0.24), ("zeros", 0.0)]
+)
 @pytest.mark.parametrize(("name", "conv"), [("resnet18", "layer1.0.conv1"), ("unet", "stem.3")])
 def test_init(name: str, conv: str, init: str, deviation: float) -> None:
     model = models.create_model(name, init=init, **({"depth": 1} if name == "unet" else {}))

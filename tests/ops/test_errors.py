@@ -37,7 +37,8 @@ BATCH_NORM_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"running_var": None}, ValueError, r"running_var: expected a Tensor as its partner"),
     ({"running_mean": None}, ValueError, r"running_mean: expected a Tensor as its partner"),
     (
-        {"running_mean": None, "running_var": None, "training": False}, ValueError,
+        {"running_mean": None, "running_var": None, "training": False},
+        ValueError,
         r"running_mean: expected a Tensor where training=False, got None",
     ),
     ({"residual": 0}, TypeError, r"residual: expected a Tensor, got int"),
@@ -45,14 +46,16 @@ BATCH_NORM_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"residual": HALF}, TypeError, r"residual: expected torch.float32 .*, got torch.bfloat16"),
     ({"residual": X.to("meta")}, ValueError, r"residual: expected device cpu, got meta"),
     (
-        {"residual": X.contiguous(memory_format=torch.channels_last)}, ValueError,
+        {"residual": X.contiguous(memory_format=torch.channels_last)},
+        ValueError,
         r"residual: expected the input's memory format torch.contiguous_format, got strides",
     ),
     # Updated in place: a copy of a strided vector would lose the update.
     ({"running_mean": torch.ones(6)[::2]}, ValueError, r"running_mean: expected a dense .*\(2,\)"),
     # Its gradient would be dropped.
     (
-        {"running_var": torch.ones(3, requires_grad=True), "training": False}, ValueError,
+        {"running_var": torch.ones(3, requires_grad=True), "training": False},
+        ValueError,
         "running_var: expected no requires_grad",
     ),
     ({"momentum": None}, TypeError, r"momentum: expected a number, got NoneType"),
@@ -64,7 +67,7 @@ BATCH_NORM_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sync": 1}, TypeError, r"sync: expected a bool, got int"),
     ({"act": "swish"}, ValueError, r"act: expected one of none, relu, .*, hardswish, got 'swish'"),
     ({"act": None}, ValueError, r"act: expected one of none, relu, .*, hardswish, got None"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), BATCH_NORM_ERRORS)
@@ -92,7 +95,8 @@ INTERPOLATE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scale_factor": None, "size": 8.5}, TypeError, r"size: expected an integer .* got 8.5"),
     ({"scale_factor": None, "size": (0, 8)}, ValueError, r"size=\(0, 8\): .* got 0x8"),
     (
-        {"scale_factor": None, "size": 8, "recompute_scale_factor": True}, ValueError,
+        {"scale_factor": None, "size": 8, "recompute_scale_factor": True},
+        ValueError,
         r"recompute_scale_factor: expected a scale_factor .*, got size=8",
     ),
     ({"mode": "bicubic"}, ValueError, r"mode: expected one of nearest, nearest-exact, bilinear,"),
@@ -105,10 +109,11 @@ INTERPOLATE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"concat": BIG.to("meta")}, ValueError, r"concat: expected device cpu, got meta"),
     ({"concat": BIG.mT}, ValueError, r"concat: expected a dense NCHW or channels_last"),
     (
-        {"concat": BIG.contiguous(memory_format=torch.channels_last)}, ValueError,
+        {"concat": BIG.contiguous(memory_format=torch.channels_last)},
+        ValueError,
         r"concat: expected the input's memory format torch.contiguous_format, got strides",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), INTERPOLATE_ERRORS)

@@ -230,10 +230,12 @@ def test_two_processes_tune_at_once(
     processes = [
         subprocess.Popen(
             [sys.executable, "-W", "error::UserWarning", "-c", code, str(i), str(tmp_path), str(n)],
-            env=env, stderr=subprocess.PIPE, text=True,
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for i in range(2)
-    ]  # fmt: skip
+    ]
     while not all((tmp_path / f"ready{i}").exists() for i in range(2)):
         assert all(process.poll() is None for process in processes)
     (tmp_path / "go").touch()

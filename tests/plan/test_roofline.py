@@ -12,9 +12,13 @@ CUDA = torch.device("cuda", 0)
 
 def conv(c: int, c_out: int, size: int, k: int) -> Problem:
     return Problem(
-        "conv_bn_act", (256, c, size, size), (c_out, c, k, k), torch.bfloat16, CUDA,
+        "conv_bn_act",
+        (256, c, size, size),
+        (c_out, c, k, k),
+        torch.bfloat16,
+        CUDA,
         padding=(k // 2, k // 2),
-    )  # fmt: skip
+    )
 
 
 def milliseconds(problem: Problem, kernels: list[Kernel]) -> float:

@@ -25,8 +25,11 @@ NO_CUDA_SOURCE = {"conv2d_int8"}  # on GPUs convolutions are Triton's
 NO_MODULE = {"conv2d_int8"}  # quantisation makes its modules
 # cuDNN's weight gradient needs no help; on CUDA conv2d_int8 is one kernel with its epilogue.
 CPU_ONLY = {
-    "conv2d_bwd_weight", "conv2d_int8_epilogue", "upsample_taps_fwd", "upsample_taps_bwd",
-}  # fmt: skip
+    "conv2d_bwd_weight",
+    "conv2d_int8_epilogue",
+    "upsample_taps_fwd",
+    "upsample_taps_bwd",
+}
 IN_PYTHON = {"clone_no_cse", "conv2d_int8"}  # registered on CUDA without a compiler for it
 KERNEL_OPS = [op for op in OPS if op not in COMPOSED]
 OPERATORS = [
@@ -141,9 +144,11 @@ def test_info_names_every_op() -> None:
 def test_sampling_tables_agree() -> None:
     header = (ROOT / "csrc/common/resample.h").read_text()
     names = {
-        ("nearest", False): "Nearest", ("nearest-exact", False): "NearestExact",
-        ("bilinear", False): "Bilinear", ("bilinear", True): "BilinearCorners",
-    }  # fmt: skip
+        ("nearest", False): "Nearest",
+        ("nearest-exact", False): "NearestExact",
+        ("bilinear", False): "Bilinear",
+        ("bilinear", True): "BilinearCorners",
+    }
     in_cpp = {name: int(n) for name, n in re.findall(r"k((?:Near|Bilin)\w*) = (\d+)", header)}
     assert in_cpp == {names[how]: n for how, n in SAMPLING_NUMBER.items()}
 

@@ -19,8 +19,11 @@ ACTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 # Where the derivative jumps, so that a rounding of z decides about the gradient: tests stay away.
 NONDIFFERENTIABLE: dict[str, tuple[float, ...]] = {
-    "relu": (0.0,), "relu6": (0.0, 6.0), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)
-}  # fmt: skip
+    "relu": (0.0,),
+    "relu6": (0.0, 6.0),
+    "leaky_relu": (0.0,),
+    "hardswish": (-3.0, 3.0),
+}
 
 
 def near_nondifferentiable(z: Tensor, act: str, margin: Tensor | float) -> Tensor:

@@ -16,7 +16,10 @@ TIMES = {
 
 def row(file: str, test: str, case: str, **more: Any) -> dict[str, Any]:
     return {
-        "file": f"bench_{file}", "test": f"test_{test}", "case": case, "device": "synthetic",
+        "file": f"bench_{file}",
+        "test": f"test_{test}",
+        "case": case,
+        "device": "synthetic",
         **records.measured({k: v for k, v in TIMES.items() if k != "ours, graph"}, 3, 10**6, 8),
         **more,
-    }  # fmt: skip
+    }

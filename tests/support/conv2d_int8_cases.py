@@ -182,7 +182,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"bias": lambda t: t * 1e9}, ValueError, r"bias: expected finite numbers of at most 6.710"),
     ({"x_scale": 1e-30, "out_scale": 1e30}, ValueError, r"x_scale: expected scales whose product"),
     ({"x_scale": 1e38, "weight_scale": 1e9}, ValueError, r"x_scale: expected scales whose produc"),
-]  # fmt: skip
+]
 ERRORS += [
     ({name: value}, ValueError, rf"{name}: expected (a )?finite numbers? above 0, got {value}")
     for name in ("x_scale", "weight_scale", "residual_scale", "out_scale")

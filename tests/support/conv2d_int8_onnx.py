@@ -16,12 +16,15 @@ def onnx_qlinear_conv(given: dict[str, Any], bias_units: Tensor | None) -> Tenso
     pair = lambda value: list(value) if isinstance(value, tuple) else [value, value]  # noqa: E731
     to_numpy = lambda t: t.contiguous().numpy()  # noqa: E731
     feeds = {
-        "x": to_numpy(x), "x_scale": np.array(given["x_scale"], np.float32),
+        "x": to_numpy(x),
+        "x_scale": np.array(given["x_scale"], np.float32),
         "x_zero": to_numpy(torch.tensor(given["x_zero_point"], dtype=x.dtype)),
-        "w": to_numpy(weight), "w_scale": to_numpy(given["weight_scale"]),
-        "w_zero": np.array(0, np.int8), "y_scale": np.array(given["out_scale"], np.float32),
+        "w": to_numpy(weight),
+        "w_scale": to_numpy(given["weight_scale"]),
+        "w_zero": np.array(0, np.int8),
+        "y_scale": np.array(given["out_scale"], np.float32),
         "y_zero": to_numpy(torch.tensor(given["out_zero_point"], dtype=out_dtype)),
-    }  # fmt: skip
+    }
     if bias_units is not None:
         feeds["b"] = to_numpy(bias_units.int())
     node = helper.make_node(

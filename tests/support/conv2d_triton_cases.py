@@ -40,22 +40,26 @@ GEOMETRIES = {
     "3x3, stride": ((2, 16, 7, 8), (16, 16, 3, 3), {"stride": (2, 2), "padding": (1, 1)}),
     "dilation": ((1, 16, 9, 8), (8, 16, 3, 3), {"padding": (2, 2), "dilation": (2, 2)}),
     "stem: three channels, taps in one range": (
-        (1, 3, 15, 14), (16, 3, 7, 7), {"stride": (2, 2), "padding": (3, 3)},
+        (1, 3, 15, 14),
+        (16, 3, 7, 7),
+        {"stride": (2, 2), "padding": (3, 3)},
     ),
     "sides differ": (
-        (1, 16, 9, 7), (8, 16, 3, 2),
+        (1, 16, 9, 7),
+        (8, 16, 3, 2),
         {"stride": (1, 2), "padding": (2, 1), "dilation": (2, 1)},
     ),
     "groups": ((2, 32, 5, 5), (64, 16, 3, 3), {"padding": (1, 1), "groups": 2}),
     "groups of 4, ResNeXt": ((1, 32, 5, 5), (32, 4, 3, 3), {"padding": (1, 1), "groups": 8}),
     "depthwise": ((2, 20, 6, 5), (20, 1, 3, 3), {"padding": (1, 1), "groups": 20}),
     "depthwise, two outputs a channel": (
-        (1, 6, 9, 8), (12, 1, 5, 3),
+        (1, 6, 9, 8),
+        (12, 1, 5, 3),
         {"stride": (2, 3), "padding": (2, 1), "dilation": (1, 2), "groups": 6},
     ),
     "1x1 image": ((3, 16, 1, 1), (16, 16, 1, 1), {}),
     "padding only at the corners": ((1, 16, 1, 1), (8, 16, 3, 3), {"padding": (1, 1)}),
-}  # fmt: skip
+}
 
 
 def in_float32(_: str, dtype: torch.dtype) -> bool:

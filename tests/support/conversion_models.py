@@ -61,9 +61,12 @@ _DECODERS = ("DeepLabV3Plus", "FPN", "Linknet", "MAnet", "PAN", "PSPNet", "Unet"
 
 # What cannot be 64, the smallest that most take: windows, and what is left of the last maps.
 _SIZES = {
-    "torchvision/alexnet": 64, "torchvision/inception_v3": 80, "torchvision/maxvit_t": 56,
-    "torchvision/vit_b_32": 64, "smp/PAN": 128,
-}  # fmt: skip
+    "torchvision/alexnet": 64,
+    "torchvision/inception_v3": 80,
+    "torchvision/maxvit_t": 56,
+    "torchvision/vit_b_32": 64,
+    "smp/PAN": 128,
+}
 
 NAMES = (
     *(f"torchvision/{name}" for name in _TORCHVISION),

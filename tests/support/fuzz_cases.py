@@ -19,9 +19,13 @@ from torch import Tensor
 
 # Of every 100 cases. The same in every run, as many as below; `make fuzz N=...` runs N new ones.
 SHARES = {
-    "batch_norm_act": 28, "group_norm_act": 20, "dropout": 14, "interpolate": 20, "augment": 10,
+    "batch_norm_act": 28,
+    "group_norm_act": 20,
+    "dropout": 14,
+    "interpolate": 20,
+    "augment": 10,
     "conv_bn_act": 8,
-}  # fmt: skip
+}
 QUICK, ALL = 300, 10_000  # of make test, and what make test-all adds
 ASKED = os.environ.get("FASTCNN_FUZZ")
 TOTALS = [int(ASKED)] if ASKED else [QUICK, pytest.param(ALL, marks=pytest.mark.slow)]
@@ -44,10 +48,14 @@ def fuzz(op: str, **strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..
                 test(**drawn)
 
             known = settings(
-                max_examples=cases, deadline=None, derandomize=ASKED is None, database=None,
-                print_blob=True, suppress_health_check=list(HealthCheck),
+                max_examples=cases,
+                deadline=None,
+                derandomize=ASKED is None,
+                database=None,
+                print_blob=True,
+                suppress_health_check=list(HealthCheck),
                 phases=[Phase.generate, Phase.shrink],
-            )  # fmt: skip
+            )
             known(given(**strategies)(counted))()
             assert ran >= cases, f"{op}: expected {cases} cases, ran {ran}"
 

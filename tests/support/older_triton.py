@@ -13,6 +13,9 @@ OLDER = ROOT / ".venv/older-triton"
 def run(command: list[str], older: Path | None, **env: str) -> subprocess.CompletedProcess[str]:
     path = {} if older is None else {"PYTHONPATH": str(older)}
     return subprocess.run(
-        [sys.executable, *command], cwd=TESTS, env={**os.environ, **env, **path},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, *command],
+        cwd=TESTS,
+        env={**os.environ, **env, **path},
+        capture_output=True,
+        text=True,
+    )

@@ -36,9 +36,13 @@ class Clock:
 
 def problem(n: int = 1, **others: object) -> Problem:
     fields: dict[str, object] = {
-        "op": "double", "x": (n, 8, 4, 4), "weight": (8, 8, 1, 1), "dtype": torch.float32,
-        "device": torch.device("cpu"), **others,
-    }  # fmt: skip
+        "op": "double",
+        "x": (n, 8, 4, 4),
+        "weight": (8, 8, 1, 1),
+        "dtype": torch.float32,
+        "device": torch.device("cpu"),
+        **others,
+    }
     return Problem(**fields)  # type: ignore[arg-type]
 
 
@@ -101,7 +105,10 @@ def planner(
         return file
 
     asked: dict[str, object] = {
-        "defaults": {}, "open_file": open_file, "timer_for": lambda _: clock,
-        "verify": lambda *_: None, **others
-    }  # fmt: skip
+        "defaults": {},
+        "open_file": open_file,
+        "timer_for": lambda _: clock,
+        "verify": lambda *_: None,
+        **others,
+    }
     return Planner(mode, {"double": op(*candidates, baseline=baseline)}, **asked)  # type: ignore[arg-type]

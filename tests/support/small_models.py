@@ -158,11 +158,15 @@ def _converted(**options: Any) -> nn.Module:
     """A chain with a skip connection, an activation that stays PyTorch's, and a head."""
     return convert(
         nn.Sequential(
-            cbr(nn.ReLU(), nn.MaxPool2d(2)), models.resnet.BasicBlock(4, 4), cbr(nn.Tanh()),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5),
+            cbr(nn.ReLU(), nn.MaxPool2d(2)),
+            models.resnet.BasicBlock(4, 4),
+            cbr(nn.Tanh()),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, 5),
         ),
         **options,
-    )  # fmt: skip
+    )
 
 
 def _bottlenecks(memory: str) -> nn.Module:
@@ -184,12 +188,14 @@ SMALL: dict[str, Small] = {
     "conv2d_int8": Small(Int8, (PLAIN.sizes[1:],), "none", torch.uint8),
     "augment": Small(
         lambda: Augment((5, 6), degrees=30, brightness=0.3, hue=0.1, noise=0.1, mean=0.5),
-        ((3, 8, 9),), "none", torch.uint8,
+        ((3, 8, 9),),
+        "none",
+        torch.uint8,
     ),
     "all norms": Small(AllNorms),
     "converted": Small(_converted),
     "converted for inference": Small(partial(_converted, mode="infer")),
-}  # fmt: skip
+}
 
 
 def made(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -63,8 +63,12 @@ SCALARS = {"share", "residual_scale", "six", "x_scale", "out_scale"}
 def window(size: int, stride: int) -> dict[str, int]:
     """The constants of a convolution's geometry."""
     sides = {
-        "KERNEL": size, "STRIDE": stride, "PADDING": size // 2, "DILATION": 1, "GCD": 1,
-    }  # fmt: skip
+        "KERNEL": size,
+        "STRIDE": stride,
+        "PADDING": size // 2,
+        "DILATION": 1,
+        "GCD": 1,
+    }
     return {f"{name}_{side}": value for name, value in sides.items() for side in "HW"}
 
 
@@ -75,8 +79,9 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], set[str]]]:
     bias, statistics = {"bias_ptr"}, {"mean_ptr", "square_ptr"}
     yield "stem", forward.conv2d_kernel, stem, {"pre_norm", *bias}
     for name, kernel, constants in (
-        ("3x3", forward.conv2d_kernel, three), ("1x1", forward.pointwise_kernel, {})
-    ):  # fmt: skip
+        ("3x3", forward.conv2d_kernel, three),
+        ("1x1", forward.pointwise_kernel, {}),
+    ):
         yield name, kernel, constants, bias
         yield f"{name} in evaluation", kernel, constants, {"pre_norm", *bias, *statistics}
         yield f"{name} in training", kernel, constants, {"norm", "residual_ptr", *bias}

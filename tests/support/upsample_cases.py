@@ -52,9 +52,7 @@ CASES = [
     Resize((2, 3, 6, 5), {"size": 1}, "1-pixel output: align_corners would divide by 0"),
     Resize((2, 3, 6, 5), {"size": (1, 9)}, "one row"),
     Resize((1, 3, 10, 11), {"scale_factor": 2.3}, "coordinates by the factor, not the ratio"),
-    Resize(
-        (1, 3, 10, 11), {"scale_factor": 2.3, "recompute_scale_factor": True}, "by the ratio"
-    ),
+    Resize((1, 3, 10, 11), {"scale_factor": 2.3, "recompute_scale_factor": True}, "by the ratio"),
     Resize((1, 3, 7, 40), {"scale_factor": 1.1}, "a factor that leaves 7 pixels 7"),
     Resize((2, 3, 37, 41), {"scale_factor": 1 / 3.7}, "downsampling: pixels that are in no output"),
     Resize((1, 17, 37, 41), {"scale_factor": 1 / 3.7}, "likewise, by vectors of channels"),
@@ -65,7 +63,7 @@ CASES = [
     Resize((1, 2, 4, 9), {"size": (30, 5)}, "likewise, no whole ratio"),
     Resize((1, 2, 2, 3), {"scale_factor": 13}, "long ranges in backward"),
     Resize((1, 33, 50, 70), {"scale_factor": (2.3, 1.9)}, "several tasks in either layout"),
-]  # fmt: skip
+]
 
 
 def image(sizes: tuple[int, ...], dtype: torch.dtype, layout: str, seed: int = 0) -> Tensor:

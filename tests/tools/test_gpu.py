@@ -72,9 +72,12 @@ def test_a_stage_that_fails_loses_nothing(results: Path, capsys: pytest.CaptureF
     assert make_gpu.main([f"{results}"]) == 1
     found = results_in(results)
     assert {name: stage["status"] for name, stage in found["stages"].items()} == {
-        "build": "passed", "test": "failed", "sanitize": "failed", "tune": "failed",
+        "build": "passed",
+        "test": "failed",
+        "sanitize": "failed",
+        "tune": "failed",
         "bench": "passed",
-    }  # fmt: skip
+    }
     assert found["stages"]["test"]["failures"] == {"a::b": "assert 1 | 2"}
     assert found["stages"]["sanitize"]["why"] == "IndexError: list index out of range"
     assert found["stages"]["tune"]["why"] == "a sleeper took too long"
@@ -125,8 +128,10 @@ def test_without_a_gpu(tmp_path: Path) -> None:
     # As the Makefile calls it: one line that says what is missing, and no folder.
     done = subprocess.run(
         [sys.executable, "-m", "gpu", tmp_path / "results"],
-        env={"PYTHONPATH": f"{ROOT / 'tools'}"}, capture_output=True, text=True,
-    )  # fmt: skip
+        env={"PYTHONPATH": f"{ROOT / 'tools'}"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1
     expected = f"expected a CUDA GPU that torch {torch.__version__} can use, got none"
     assert done.stderr == f"gpu: {expected}\n"
@@ -197,8 +202,10 @@ def test_error(fixture): pass
 def test_a_test_that_hangs_is_named(results: Path) -> None:
     results.mkdir()
     path = results / "test_some.py"
-    path.write_text("import time, pytest\npytestmark = pytest.mark.gpu\n"
-                    "def test_x(): pass\ndef test_hangs(): time.sleep(60)")  # fmt: skip
+    path.write_text(
+        "import time, pytest\npytestmark = pytest.mark.gpu\n"
+        "def test_x(): pass\ndef test_hangs(): time.sleep(60)"
+    )
     run = Run(results, results / "log", time.monotonic() + 20)
     found = stages.test_file(run, path)
     name = f"{results.name}/test_some.py"

@@ -122,8 +122,10 @@ def commit() -> str:
     if told and told.returncode == 0:
         changed = subprocess.run(
             [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return told.stdout.strip() + "+" * bool(changed.stdout)
     if named := os.environ.get("COMMIT"):
         return named

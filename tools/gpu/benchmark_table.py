@@ -44,11 +44,13 @@ FLOORS = [
     ("bench_conv2d_int8", "", "", [Floor(1.2, "eager")]),
     ("bench_networks", "test_training_step", "resnet50-224px-bf16-", []),  # low, lowest: none asked
     (
-        "bench_networks", "test_training_step", "resnet50",
+        "bench_networks",
+        "test_training_step",
+        "resnet50",
         [Floor(1.3, "eager"), Floor(1.1, "compiled")],
     ),
     ("bench_networks", "test_training_step", "unet", [Floor(1.3, "eager")]),
-]  # fmt: skip
+]
 
 
 def floors_of(row: Row) -> list[Floor]:
@@ -103,9 +105,13 @@ def op_lines(rows: list[Row]) -> Iterator[str]:
         of_copy = f"{row['of_copy']:.0%}" if "of_copy" in row else "-"
         notes = "".join(f"; {n} late: {name}" for name, n in row.get("late", {}).items())
         cells = [
-            row["case"], milliseconds(row, "ours"), *beside,
-            of_copy, f"{row['copy_gb_s']:.0f}", verdict(row) + notes,
-        ]  # fmt: skip
+            row["case"],
+            milliseconds(row, "ours"),
+            *beside,
+            of_copy,
+            f"{row['copy_gb_s']:.0f}",
+            verdict(row) + notes,
+        ]
         yield f"| {' | '.join(cells)} |"
 
 
@@ -120,11 +126,15 @@ def network_lines(rows: list[Row]) -> Iterator[str]:
             peak = row.get("peak_bytes", {}).get(name)
             kept = row.get("kept_ratio") if ours else None
             cells = [
-                row["case"], name, milliseconds(row, name), f"{row['images_per_s'][name]:.0f}",
+                row["case"],
+                name,
+                milliseconds(row, name),
+                f"{row['images_per_s'][name]:.0f}",
                 "-" if speedup is None else f"{speedup:.2f}x",
                 "-" if peak is None else f"{peak / 1e9:.2f}",
-                "-" if kept is None else f"{kept:.2f}", verdict(row) if ours else "",
-            ]  # fmt: skip
+                "-" if kept is None else f"{kept:.2f}",
+                verdict(row) if ours else "",
+            ]
             yield f"| {' | '.join(cells)} |"
 
 

@@ -57,9 +57,13 @@ class Run(NamedTuple):
             line = [*(f"{name}={value}" for name, value in environment.items()), *command]
             print("$", *line, file=log, flush=True)
             process = subprocess.Popen(
-                [*map(str, command)], stdout=log, stderr=subprocess.STDOUT, cwd=WORK,
-                env={**os.environ, **SURROUNDINGS, **environment}, start_new_session=True,
-            )  # fmt: skip
+                [*map(str, command)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=WORK,
+                env={**os.environ, **SURROUNDINGS, **environment},
+                start_new_session=True,
+            )
             try:
                 return process.wait(self.seconds_left())
             except subprocess.TimeoutExpired:

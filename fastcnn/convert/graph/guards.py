@@ -18,10 +18,12 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL_HOOKS = [
     getattr(nn.modules.module, name)
     for name in (
-        "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+        "_global_backward_hooks",
         "_global_backward_pre_hooks",
     )
-]  # fmt: skip
+]
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.Size)
 _MISSING = object()
 _NOT_STATE = {*nn.Module().__dict__}  # training flags, and what has checks of its own

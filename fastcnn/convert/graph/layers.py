@@ -43,9 +43,12 @@ NORMS = ("batch_norm", "group_norm", "instance_norm", "layer_norm_2d")
 
 _SLOPE = 0.01  # of the "leaky_relu" that the kernels have, and torch's default
 _ACTS: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Sigmoid: "sigmoid",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Sigmoid: "sigmoid",
     nn.Hardswish: "hardswish",
-}  # fmt: skip
+}
 _ACT_FUNCTIONS: dict[Any, str] = {
     F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu",
     F.relu6: "relu6", F.silu: "silu", F.gelu: "gelu", F.hardswish: "hardswish",

@@ -22,9 +22,13 @@ from fastcnn import functional
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _JUMPS: dict[Any, tuple[float, ...]] = {
     **dict.fromkeys(_RELU, (0.0,)),
-    F.leaky_relu: (0.0,), F.leaky_relu_: (0.0,), F.relu6: (0.0, 6.0),
-    F.hardswish: (-3.0, 3.0), F.hardsigmoid: (-3.0, 3.0), F.hardtanh: (),
-}  # fmt: skip
+    F.leaky_relu: (0.0,),
+    F.leaky_relu_: (0.0,),
+    F.relu6: (0.0, 6.0),
+    F.hardswish: (-3.0, 3.0),
+    F.hardsigmoid: (-3.0, 3.0),
+    F.hardtanh: (),
+}
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout,
              F.feature_alpha_dropout}  # fmt: skip
 _DRAWS_IN_PLACE = {Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_}

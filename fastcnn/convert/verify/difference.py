@@ -121,9 +121,11 @@ def _lines(result: Verification) -> Iterator[str]:
         if rows:
             worst = max(rows, key=lambda r: r.ours / r.limit if r.limit else r.ours)
             empty = ("", "")
-            there = (*_sizes(worst), *empty) if what in ("output", "buffer") else (
-                *empty, *_sizes(worst)
-            )  # fmt: skip
+            there = (
+                (*_sizes(worst), *empty)
+                if what in ("output", "buffer")
+                else (*empty, *_sizes(worst))
+            )
             cells.append((worst.place, f"worst of {len(rows)}", *there))
     for lines in columns(cells, (33, 27, 8, 8, 8, 8)):
         yield from lines

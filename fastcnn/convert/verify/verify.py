@@ -79,12 +79,14 @@ def verify(model: nn.Module, x: Any) -> Verification:
     truths = (theirs, truth, there)
     named = _results(called, written, *truths)
     forward = ("output", "buffer")
-    result = Verification([
-        *_values(seen, ours, *truths),
-        *(row for row in named if row.place.startswith(forward)),
-        *_gradients(seen, ours, *truths),
-        *(row for row in named if not row.place.startswith(forward)),
-    ])  # fmt: skip
+    result = Verification(
+        [
+            *_values(seen, ours, *truths),
+            *(row for row in named if row.place.startswith(forward)),
+            *_gradients(seen, ours, *truths),
+            *(row for row in named if not row.place.startswith(forward)),
+        ]
+    )
     print(result)
     return result
 

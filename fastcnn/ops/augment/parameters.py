@@ -26,7 +26,9 @@ _CHECKS: dict[str, _Check] = {
     "scale": (torch.float32, 0, "finite numbers above 0", lambda t: t.isfinite() & (t > 0)),
     "shear": (torch.float32, 2, "angles between -90 and 90", lambda t: t.abs() < 90),
     "crop": (
-        torch.int64, 4, "top, left and a height and width of at least 1",
+        torch.int64,
+        4,
+        "top, left and a height and width of at least 1",
         lambda t: t[:, 2:] > 0,
     ),
     "horizontal_flip": (torch.bool, 0, "True or False", None),
@@ -38,7 +40,7 @@ _CHECKS: dict[str, _Check] = {
     "noise": (torch.float32, 0, _FACTOR, _at_least_zero),
     "noise_seed": (torch.int64, 0, "any number", None),
     "erase": (torch.int64, 4, "numbers of at least 0", lambda t: t >= 0),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,5 @@
 """oneDNN's convolution with an epilogue: the sum, the activation, one kernel for inference."""
 
-
 import torch
 from torch import Tensor
 

@@ -33,19 +33,25 @@ def launch(call: Call, sums: Tensor, y: Tensor, tile: Tile | None = None) -> Non
     vectors = (None if t is None else t.contiguous() for t in (call.weight_scale, call.bias))
     # fl32 of products and quotients of one number each; those of channels are the kernel's.
     numbers = (
-        call.scale(), call.out_scale if quantised else 1.0, call.added_scale(),
-        quotient(6.0, call.out_scale), call.x_zero_point, call.residual_zero_point or 0,
+        call.scale(),
+        call.out_scale if quantised else 1.0,
+        call.added_scale(),
+        quotient(6.0, call.out_scale),
+        call.x_zero_point,
+        call.residual_zero_point or 0,
         call.out_zero_point or 0,
-    )  # fmt: skip
+    )
     tensors = (x, weight, y, sums, *vectors, residual)
     sizes = (n, h, w, c_in, h_out, w_out, c_out)
     geometry = (*window, *call.stride, *call.padding, *call.dilation)
     limits = torch.iinfo(y.dtype) if quantised else None
     # No fused multiply-add: floating y are rounded after each operation.
     options: dict[str, Any] = {
-        "ACT": call.act, "QUANTISED": quantised, "LEAST": limits.min if limits else 0,
+        "ACT": call.act,
+        "QUANTISED": quantised,
+        "LEAST": limits.min if limits else 0,
         "MOST": limits.max if limits else 0,
-    }  # fmt: skip
+    }
     with current_device(x):
         if by_channel:
             options |= {**depthwise_blocks(tile), "enable_fp_fusion": False}

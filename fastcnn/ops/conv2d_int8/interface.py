@@ -81,9 +81,13 @@ def _checked(*args: Any) -> tuple[Call, Tensor]:
     call = Call(*args)
     sizes = check_call(call)
     check_storage(
-        OP, x=call.x, weight=call.weight, weight_scale=call.weight_scale, bias=call.bias,
+        OP,
+        x=call.x,
+        weight=call.weight,
+        weight_scale=call.weight_scale,
+        bias=call.bias,
         residual=call.residual,
-    )  # fmt: skip
+    )
     check_data(call)
     return call, _new_output(call, sizes, channels_last=True)
 
@@ -104,8 +108,9 @@ def _cpu(*args: Any) -> Tensor:
         added_scale, cap = call.added_scale(), quotient(6.0, call.out_scale)
         parts = min(len(x), -(-4 * y.numel() // _CHUNK_BYTES))
         step = -(-len(x) // parts)
-        sums = accumulator(x, call.x_zero_point, call.weight, call.stride, call.padding,
-                           call.dilation, call.groups)  # fmt: skip
+        sums = accumulator(
+            x, call.x_zero_point, call.weight, call.stride, call.padding, call.dilation, call.groups
+        )
         for first in range(0, len(x), step):
             part = slice(first, first + step)
             added = call.residual
@@ -179,16 +184,20 @@ def conv2d_int8(
         {"bias": bias, "residual": residual},
         {"x_scale": x_scale, "residual_scale": residual_scale, "out_scale": out_scale},
         {
-            "x_zero_point": x_zero_point, "groups": groups,
-            "residual_zero_point": residual_zero_point, "out_zero_point": out_zero_point,
+            "x_zero_point": x_zero_point,
+            "groups": groups,
+            "residual_zero_point": residual_zero_point,
+            "out_zero_point": out_zero_point,
         },
         out_dtype,
-    )  # fmt: skip
+    )
     check_grad({"weight_scale": scale, "bias": bias, "residual": residual})
     if act not in ("none", "relu", "relu6"):
         raise ValueError(f"{OP}: act: expected one of none, relu, relu6, got {act!r}")
-    geometry = [pair(OP, *item) for item in
-                (("stride", stride), ("padding", padding), ("dilation", dilation))]  # fmt: skip
+    geometry = [
+        pair(OP, *item)
+        for item in (("stride", stride), ("padding", padding), ("dilation", dilation))
+    ]
     arguments = (
         weight, scale, bias, residual, x_scale, x_zero_point, residual_scale,
         residual_zero_point, out_scale, out_zero_point, out_dtype, *geometry, groups,

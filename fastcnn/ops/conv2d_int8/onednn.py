@@ -106,6 +106,7 @@ def by_float64(
     groups: int,
 ) -> Tensor:
     """Return the sums as int32, channels_last."""
-    sums = F.conv2d(x.double() - zero_point, weight.double(), None, stride, padding, dilation,
-                    groups)  # fmt: skip
+    sums = F.conv2d(
+        x.double() - zero_point, weight.double(), None, stride, padding, dilation, groups
+    )
     return sums.int().contiguous(memory_format=torch.channels_last)

@@ -160,10 +160,12 @@ register(
     Op(BWD, bwd_tensors, bwd_exact, "cudnn"),
     *(
         Candidate(
-            plan, partial(_bwd, plan),
+            plan,
+            partial(_bwd, plan),
             _always if plan == "cudnn" else partial(_bwd_supports, plan=plan),
-            partial(_bwd_kernels, plan=plan), None if dx_fused else bwd_finalize,
+            partial(_bwd_kernels, plan=plan),
+            None if dx_fused else bwd_finalize,
         )
         for plan, (dx_fused, _) in _BWD_PLANS.items()
     ),
-)  # fmt: skip
+)

@@ -220,12 +220,15 @@ register(
     Op(EVAL, _tensors, _exact, "cudnn"),
     *(
         Candidate(
-            plan, partial(_run, plan), partial(_supports, plan), partial(_kernels, plan),
+            plan,
+            partial(_run, plan),
+            partial(_supports, plan),
+            partial(_kernels, plan),
             only_tuned=plan == "cudnn_fused",
         )
         for plan in _RUN
     ),
-)  # fmt: skip
+)
 
 
 def is_inference(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None) -> bool:

@@ -112,15 +112,21 @@ def check_step(
     c_out, kernel = step.weight.shape[0], step.weight.shape[2:]
     pool, group = step.pool, group_of(op, step.sync, step.process_group)
     g = ConvGeometry(
-        pair(op, "stride", step.stride), pair(op, "padding", step.padding),
-        pair(op, "dilation", step.dilation), step.groups,
-    )  # fmt: skip
+        pair(op, "stride", step.stride),
+        pair(op, "padding", step.padding),
+        pair(op, "dilation", step.dilation),
+        step.groups,
+    )
     s = StepSettings(
-        g, step.training, step.eps, act_number(op, step.act), group if step.training else None,
+        g,
+        step.training,
+        step.eps,
+        act_number(op, step.act),
+        group if step.training else None,
         None if pool is None else _check_pool(op, pool),
         # Its output is larger than its input, and it is the cheapest convolution there is.
         recompute=memory == "lowest" and tuple(kernel) == (1, 1) and c_out > c_in,
-    )  # fmt: skip
+    )
     sides = [] if min(g.stride) < 1 else g.output_size(sizes[2:], kernel)
     if not sides or min(sides) < 1 or min(g.padding) < 0 or min(g.dilation) < 1:
         raise ValueError(

@@ -99,17 +99,20 @@ BAD_SAMPLES: list[tuple[list[Any], type[Exception], str]] = [
     ([(IMAGE, {"a": 1})], TypeError, r"target: expected a mask, .* got {'a': 1}"),
     ([(IMAGE, 2**70)], TypeError, r"target: expected .* int64 .* got 1180591620717411303424"),
     (
-        [(IMAGE, torch.ones(2)), (IMAGE, torch.ones(3))], ValueError,
+        [(IMAGE, torch.ones(2)), (IMAGE, torch.ones(3))],
+        ValueError,
         r"target: expected labels of one size, got \[2\] and \[3\]",
     ),
     (
-        [(IMAGE, 1), (IMAGE, torch.ones(2))], TypeError,
+        [(IMAGE, 1), (IMAGE, torch.ones(2))],
+        TypeError,
         r"target: expected Tensors in all samples or in none, got 1 of 2",
     ),
     ([(IMAGE, 1), (IMAGE, MASK)], TypeError, r"target: .* masks in all samples .* got 1 of 2"),
     ([(IMAGE, MASK), (IMAGE, torch.tensor(1))], TypeError, r"target: .* masks in all .* got 1 of"),
     (
-        [(IMAGE, MASK), (IMAGE, MASK[None])], ValueError,
+        [(IMAGE, MASK), (IMAGE, MASK[None])],
+        ValueError,
         r"target: expected masks of one rank, got \[4, 4\] and \[1, 4, 4\]",
     ),
     ([(IMAGE, MASK), (IMAGE, MASK[:3])], ValueError, r"target: .* \[4, 4\] .* got \[3, 4\]"),
@@ -118,7 +121,7 @@ BAD_SAMPLES: list[tuple[list[Any], type[Exception], str]] = [
     ([(IMAGE, 1, 2**70)], ValueError, r"key: expected an int from -2\^63 to 2\^63 - 1, got 11805"),
     ([(IMAGE, 1), (IMAGE[:1], 1)], ValueError, r"image: expected .* channels, got 1 and 3"),
     ([(IMAGE[0], 1)], ValueError, r"image: expected 3 dimensions \[c, h, w\], got 2: \[4, 4\]"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("samples", "error", "message"), BAD_SAMPLES)

@@ -25,9 +25,13 @@ def test_copied_pixels_are_normalised_alone(c: int, w: int) -> None:
     for across, down, inside in itertools.product([False, True], repeat=3):
         top, left = (2, 5) if inside else (0, 70 - w)  # the last bytes of a row are not passed
         p = with_values(
-            3, (21, 70), crop=[top, left, 19, w], horizontal_flip=across, vertical_flip=down,
+            3,
+            (21, 70),
+            crop=[top, left, 19, w],
+            horizontal_flip=across,
+            vertical_flip=down,
             erase=[4, w // 3, 6, max(1, w // 2)],
-        )  # fmt: skip
+        )
         levels = images[:, :, top : top + 19, left : left + w].double()
         levels = levels.flip([d for d, on in ((3, across), (2, down)) if on])
         expected = (levels / 255 - MEAN) / STD

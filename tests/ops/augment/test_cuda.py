@@ -52,8 +52,10 @@ def image_case(
     }  # fmt: skip
     inputs = {
         "images": images.permute(0, 2, 3, 1).contiguous() if in_last else images,
-        "reals": reals, "integers": integers, "channels": channels(c),
-    }  # fmt: skip
+        "reals": reals,
+        "integers": integers,
+        "channels": channels(c),
+    }
     sizes = (n, *size, c) if last else (n, c, *size)
     y = torch.empty(sizes, dtype=dtype)
     return Case("augment", numbers, inputs, {"y": y}, skip={"y": skip, "images": skip})

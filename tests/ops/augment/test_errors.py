@@ -44,7 +44,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"erase_value": (1,) * 4}, ValueError, r"erase_value: expected 1 or 3 finite numbers"),
     ({"dtype": torch.float64}, TypeError, r"dtype: expected float32, .*, got torch.float64"),
     ({"memory_format": torch.preserve_format}, ValueError, r"memory_format: expected torch.cont"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), ERRORS)

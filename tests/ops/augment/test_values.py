@@ -119,9 +119,13 @@ def test_compositions_equal_compose_on_floats(c: int) -> None:
     actual = module.apply_parameters(images, p)
     for i, x in enumerate(images.float() / 255):
         x = F.affine(
-            x, float(p.angle[i]), p.translate[i].tolist(), float(p.scale[i]), p.shear[i].tolist(),
+            x,
+            float(p.angle[i]),
+            p.translate[i].tolist(),
+            float(p.scale[i]),
+            p.shear[i].tolist(),
             BILINEAR,
-        )  # fmt: skip
+        )
         x = F.crop(x, *p.crop[i].tolist())
         x = F.hflip(x) if p.horizontal_flip[i] else x
         x = F.vflip(x) if p.vertical_flip[i] else x
@@ -201,13 +205,15 @@ MASKS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = {
         lambda m: F.affine(m, 12, [5, -3], 0.8, [7, 3], fill=[255.0]),
     ),
     "flips": (
-        {"horizontal_flip": True, "vertical_flip": True}, lambda m: F.hflip(F.vflip(m)),
+        {"horizontal_flip": True, "vertical_flip": True},
+        lambda m: F.hflip(F.vflip(m)),
     ),
     "resized crop": (
         # Odd: of 20 rows the middle one of SIZE lies between two.
-        {"crop": [3, 4, 21, 31]}, lambda m: F.resized_crop(m, 3, 4, 21, 31, list(SIZE), EXACT),
+        {"crop": [3, 4, 21, 31]},
+        lambda m: F.resized_crop(m, 3, 4, 21, 31, list(SIZE), EXACT),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.every_level
@@ -231,9 +237,12 @@ def test_a_mask_and_an_image_of_the_same_content_stay_together() -> None:
     labels = torch.zeros(4, *SIZE, dtype=torch.uint8)
     labels[:, :, 25:] = 1
     p = dataclasses.replace(
-        draw_everything(4, SIZE, SIZE), erase=torch.zeros(4, 4, dtype=torch.int64),
-        contrast=torch.ones(4), brightness=torch.ones(4), noise=torch.zeros(4),
-    )  # fmt: skip
+        draw_everything(4, SIZE, SIZE),
+        erase=torch.zeros(4, 4, dtype=torch.int64),
+        contrast=torch.ones(4),
+        brightness=torch.ones(4),
+        noise=torch.zeros(4),
+    )
     image, mask = augment(labels[:, None] * 255, p, masks=labels, mask_fill=0)
     assert torch.equal((image[:, 0] > 0.51) & (mask == 0), torch.zeros(4, *SIZE).bool())
     assert torch.equal((image[:, 0] < 0.49) & (mask == 1) & (image[:, 0] > 0), mask > 1)

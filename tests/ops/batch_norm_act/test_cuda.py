@@ -219,11 +219,15 @@ def test_not_finite(dtype: torch.dtype) -> None:
     nan, inf = torch.nan, torch.inf
     x = torch.tensor([nan, inf, -inf, 1]).to(dtype)[None, None, None]
     expected = {
-        "none": [nan, inf, -inf, 1], "relu": [nan, inf, 0, 1], "relu6": [nan, 6, 0, 1],
-        "leaky_relu": [nan, inf, -inf, 1], "silu": [nan, inf, 0, 0.7310585786],
-        "gelu": [nan, inf, 0, 0.8413447461], "sigmoid": [nan, 1, 0, 0.7310585786],
+        "none": [nan, inf, -inf, 1],
+        "relu": [nan, inf, 0, 1],
+        "relu6": [nan, 6, 0, 1],
+        "leaky_relu": [nan, inf, -inf, 1],
+        "silu": [nan, inf, 0, 0.7310585786],
+        "gelu": [nan, inf, 0, 0.8413447461],
+        "sigmoid": [nan, 1, 0, 0.7310585786],
         "hardswish": [nan, inf, 0, 0.6666666667],
-    }  # fmt: skip
+    }
     cases = []
     for act in expected:
         case = Call(dtype, (1, 1, 1, 4), (act, False, False, False, False)).forward(False)
@@ -247,9 +251,13 @@ def test_running(dtype: torch.dtype) -> None:
             "running_var": normal(c).square().to(dtype),
         }
         numbers = {
-            "c": c, "dtype": DTYPE_NUMBER[dtype], "stats_dtype": 0, **SMALL_DEVICE,
-            "momentum": momentum, "unbias": count / (count - 1),
-        }  # fmt: skip
+            "c": c,
+            "dtype": DTYPE_NUMBER[dtype],
+            "stats_dtype": 0,
+            **SMALL_DEVICE,
+            "momentum": momentum,
+            "unbias": count / (count - 1),
+        }
         new = {"mean": normal(c), "var": normal(c).square()}
         cases.append(Case("running", numbers, inputs=new, updated=tensors))
     for case, result in zip(cases, run_cases("batch_norm_act", cases), strict=True):

@@ -198,9 +198,12 @@ QUICK: list[Callable[[int], Results]] = [cases, network, fused, without_others, 
 def work(rank: int, folder: str, *scenarios: Callable[[int], Results]) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD,
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=WORLD,
         timeout=timedelta(seconds=SECONDS),
-    )  # fmt: skip
+    )
     found = {scenario.__name__: scenario(rank) for scenario in scenarios}
     torch.save(found, f"{folder}/{rank}.pt")
     leave_group()
@@ -346,8 +349,10 @@ def test_operators_make_the_whole(layout: str) -> None:
     for got, want in zip(merged, (mean, var, torch.tensor([6 * 28.0]).double()), strict=True):
         assert_same(got, want)
     rest = (case.weight, case.bias, *merged[:2])
-    sums = [ops.batch_norm_act_reduce(p.dy, p.x, y_, *rest, 1e-5, 1, True)
-            for p, y_ in zip(parts, y.split((1, 3, 2)), strict=True)]  # fmt: skip
+    sums = [
+        ops.batch_norm_act_reduce(p.dy, p.x, y_, *rest, 1e-5, 1, True)
+        for p, y_ in zip(parts, y.split((1, 3, 2)), strict=True)
+    ]
     dx, dresidual, dweight, dbias = ops.batch_norm_act_bwd(
         case.dy, case.x, y, *rest, 1e-5, 1, True, True
     )

@@ -138,9 +138,12 @@ def test_an_infinity_makes_the_mean_infinite(dtype: torch.dtype) -> None:
     ],
 )
 def test_the_choice(
-    shape: tuple[int, int, int], channels_last: bool, bytes_: int, tensors: int,
+    shape: tuple[int, int, int],
+    channels_last: bool,
+    bytes_: int,
+    tensors: int,
     expected: tuple[int, ...],
-) -> None:  # fmt: skip
+) -> None:
     n, c, hw = shape
     numbers = {"n": n, "c": c, "hw": hw, "channels_last": int(channels_last), **H200}
     numbers |= {"bytes": bytes_, "tensors": tensors}

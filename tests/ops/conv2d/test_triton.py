@@ -132,9 +132,11 @@ def test_everything_behind(dtype: torch.dtype) -> None:
     x = channels_last(1, 16, 5, 7, dtype=dtype)
     norm = norm_of(24, dtype)
     affine: list[dict[str, Any]] = [
-        {}, {"norm": norm}, {"norm": norm._replace(weight=None, bias=None)},
+        {},
+        {"norm": norm},
+        {"norm": norm._replace(weight=None, bias=None)},
         {"bias": torch.randn(24).to(DEVICE, dtype)},
-    ]  # fmt: skip
+    ]
     residuals = [{}, {"residual": channels_last(1, 24, 5, 7, dtype=dtype)}]
     statistics = [{}, {"statistics": True}]
     every = list(itertools.product((1, 3), affine, residuals, statistics))
@@ -151,9 +153,11 @@ def test_depthwise_before_and_behind(dtype: torch.dtype) -> None:
     x, weight = channels_last(2, 20, 6, 5, dtype=dtype), channels_last(20, 1, 3, 3, dtype=dtype)
     before = norm_of(20, dtype)._replace(weight=None), ACT_NUMBER["silu"]
     behind = {
-        "norm": norm_of(20)._replace(bias=None), "act": ACT_NUMBER["relu"], "statistics": True,
+        "norm": norm_of(20)._replace(bias=None),
+        "act": ACT_NUMBER["relu"],
+        "statistics": True,
         "residual": channels_last(2, 20, 6, 5, dtype=dtype),
-    }  # fmt: skip
+    }
     check(x, weight, padding=(1, 1), groups=20, before=before, **behind)
     check(x, weight, padding=(1, 1), groups=20, tile=None)
 

@@ -89,14 +89,18 @@ PHASES = {
     "1x1, stride 3": ((2, 16, 7, 8), (8, 16, 1, 1), {"stride": (3, 3)}),
     "window beside the stride": ((1, 16, 9, 7), (8, 16, 2, 3), {"stride": (3, 2)}),
     "stride and dilation with a divisor": (
-        (1, 16, 11, 12), (8, 16, 3, 3), {"stride": (2, 4), "padding": (2, 1), "dilation": (4, 2)},
+        (1, 16, 11, 12),
+        (8, 16, 3, 3),
+        {"stride": (2, 4), "padding": (2, 1), "dilation": (4, 2)},
     ),
     "stride and dilation without": (
-        (1, 16, 13, 12), (8, 16, 3, 3), {"stride": (3, 2), "padding": (3, 2), "dilation": (2, 3)},
+        (1, 16, 13, 12),
+        (8, 16, 3, 3),
+        {"stride": (3, 2), "padding": (3, 2), "dilation": (2, 3)},
     ),
     "rows that no window reads": ((1, 16, 8, 9), (8, 16, 3, 3), {"stride": (4, 4)}),
     "phases without a pixel": ((2, 16, 1, 2), (8, 16, 3, 3), {"stride": (2, 3), "padding": (1, 1)}),
-}  # fmt: skip
+}
 ALL = {**GEOMETRIES, **PHASES}
 
 
@@ -218,8 +222,10 @@ STRIDED = {"stride": (2, 2), "padding": (1, 1)}
 def test_batch_norms_on_both_sides(act: str, dtype: torch.dtype) -> None:
     # Padding: where no window reaches, g and a are 0, not the offset of a batch norm.
     for geometry, training in (
-        ({"padding": (1, 1)}, True), (STRIDED, False), ({**STRIDED, "groups": 16}, True)
-    ):  # fmt: skip
+        ({"padding": (1, 1)}, True),
+        (STRIDED, False),
+        ({**STRIDED, "groups": 16}, True),
+    ):
         x = channels_last(2, 16, 6, 5, dtype=dtype)
         raw = channels_last(2, 32, *((3, 3) if "stride" in geometry else (6, 5)), dtype=dtype)
         a = Input(x, norm_of(16, dtype), ACT_NUMBER[act])
@@ -227,8 +233,12 @@ def test_batch_norms_on_both_sides(act: str, dtype: torch.dtype) -> None:
 
 
 POINTWISE = [
-    (24, 40, "", 6), (24, 37, "", 0), (19, 40, "", 0), (24, 40, "raw", 0), (24, 40, "x", 3)
-]  # fmt: skip
+    (24, 40, "", 6),
+    (24, 37, "", 0),
+    (19, 40, "", 0),
+    (24, 40, "raw", 0),
+    (24, 40, "x", 3),
+]
 
 
 def moved(t: Tensor) -> Tensor:
@@ -242,7 +252,7 @@ def moved(t: Tensor) -> Tensor:
         lambda sizes, how: how[1] is torch.float32 or (sizes, how) == (POINTWISE[0], HALF[0]),
         thinned(itertools.product(POINTWISE, [("silu", torch.float32), *HALF]), 7),
     ),
-)  # fmt: skip
+)
 def test_1x1_with_batch_norms(
     sizes: tuple[int, int, str, int], how: tuple[str, torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,9 +13,11 @@ MATRIX = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 def check(tmp_path: Path, older: Path | None, archs: list[int], *names: str) -> list[str]:
     """Compile kernels, all where none is named; return which."""
     done = run(
-        ["-m", "support.triton_compile", ",".join(map(str, archs)), *names], older,
-        TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path),
-    )  # fmt: skip
+        ["-m", "support.triton_compile", ",".join(map(str, archs)), *names],
+        older,
+        TRITON_INTERPRET="0",
+        TRITON_CACHE_DIR=str(tmp_path),
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert all(row["triton"].startswith("3.6.") is bool(older) for row in rows)

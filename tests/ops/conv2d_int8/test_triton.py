@@ -70,9 +70,10 @@ def test_every_epilogue(output: dict[str, Any]) -> None:
     floating = output["out_dtype"].is_floating_point
     scaled = {"residual_scale": 0.11, "residual_zero_point": 5}
     residuals: list[dict[str, Any]] = [
-        {}, {"residual": integers(2, 8, 5, 4), **scaled},
+        {},
+        {"residual": integers(2, 8, 5, 4), **scaled},
         {"residual": integers(2, 8, 5, 4, dtype=torch.uint8), **scaled},
-    ]  # fmt: skip
+    ]
     if floating:
         t = torch.randn(2, 8, 5, 4, device=DEVICE).to(output["out_dtype"])
         residuals.append({"residual": t.contiguous(memory_format=torch.channels_last)})
@@ -88,9 +89,12 @@ def test_ties_go_to_the_even_one_and_ends_saturate() -> None:
     # One channel times 1: z is x / 2, a tie for every odd x; and sums of 64 * 128 * 127.
     x, weight = integers(1, 1, 16, 16), torch.ones(1, 1, 1, 1, dtype=torch.int8, device=DEVICE)
     half = {
-        "weight_scale": torch.ones(1, device=DEVICE), "x_scale": 1.0, "out_scale": 2.0,
-        "out_dtype": torch.int8, "x_zero_point": 0,
-    }  # fmt: skip
+        "weight_scale": torch.ones(1, device=DEVICE),
+        "x_scale": 1.0,
+        "out_scale": 2.0,
+        "out_dtype": torch.int8,
+        "x_zero_point": 0,
+    }
     for zero_point in (0, 1):  # added before the rounding
         check(x, weight, **half, out_zero_point=zero_point)
     for value in (-128, 127):

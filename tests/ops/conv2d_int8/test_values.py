@@ -110,8 +110,10 @@ def test_a_residual_makes_ties_too() -> None:
         residual=residual.view(1, 1, 1, -1), residual_scale=0.125, residual_zero_point=9,
         act="relu",
     )  # fmt: skip
-    z = [Fraction(q - 128, 2) + Fraction(r - 9, 4)
-         for q, r in zip(x.tolist(), residual.tolist(), strict=True)]  # fmt: skip
+    z = [
+        Fraction(q - 128, 2) + Fraction(r - 9, 4)
+        for q, r in zip(x.tolist(), residual.tolist(), strict=True)
+    ]
     assert sum(e.denominator == 2 for e in z) > 50
     assert y.tolist() == [min(max(round(max(e, 0) + 77), 0), 255) for e in z]
 
@@ -169,10 +171,14 @@ def test_sums_of_random_problems() -> None:
         groups = pick(1, 1, 1, 2, 3, 16)
         case = Case(
             (pick(1, 2, 5), groups * pick(1, 3, 4, 16, 33), pick(1, 4, 7, 14), pick(1, 5, 8, 19)),
-            groups * pick(1, 2, 8, 17), pick(1, 1, 2, 3, 5), "random",
-            (pick(1, 2, 3), pick(1, 2)), (pick(4, 5, 8), pick(4, 6)), (pick(1, 2), pick(1, 2)),
+            groups * pick(1, 2, 8, 17),
+            pick(1, 1, 2, 3, 5),
+            "random",
+            (pick(1, 2, 3), pick(1, 2)),
+            (pick(4, 5, 8), pick(4, 6)),
+            (pick(1, 2), pick(1, 2)),
             groups,
-        )  # fmt: skip
+        )
         given = problem(case, pick(*INT8), pick(*INT8), pick(None, *INT8), pick(*ACTS), seed)
         assert_same(conv2d_int8(**given), reference.conv2d_int8(**given), seed, case)
 

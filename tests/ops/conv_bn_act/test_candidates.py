@@ -51,9 +51,13 @@ def test_every_candidate_is_right(
     monkeypatch.setattr(fastcnn.plan.tune, "WARMUP", 0)
     for geometry in GEOMETRIES.values():
         problem = Problem(
-            op, (2, 16, 5, 6), dtype=dtype, device=CPU, options=(*options, "channels_last"),
+            op,
+            (2, 16, 5, 6),
+            dtype=dtype,
+            device=CPU,
+            options=(*options, "channels_last"),
             **geometry,
-        )  # fmt: skip
+        )
         able, _ = OPS[op].supporting(problem)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a refusal warns
@@ -69,9 +73,13 @@ def test_every_candidate_is_right(
 
 def on_gpu(op: str, conv: Conv, *options: str, **others: object) -> Problem:
     fields: dict[str, object] = {
-        "dtype": torch.bfloat16, "stride": (conv.stride,) * 2, "padding": (conv.kernel // 2,) * 2,
-        "options": (*options, "channels_last"), "device": torch.device("cuda", 0), **others,
-    }  # fmt: skip
+        "dtype": torch.bfloat16,
+        "stride": (conv.stride,) * 2,
+        "padding": (conv.kernel // 2,) * 2,
+        "options": (*options, "channels_last"),
+        "device": torch.device("cuda", 0),
+        **others,
+    }
     side, kernel = conv.side, conv.kernel
     return Problem(
         op, (256, conv.c_in, side, side), (conv.c_out, conv.c_in, kernel, kernel), **fields

@@ -50,7 +50,7 @@ STEP_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sync": None}, TypeError, r"sync: expected a bool, got NoneType"),
     ({"stride": None}, ValueError, r"stride: expected an integer or a pair of them, got None"),
     ({"padding": "same"}, ValueError, r"padding: expected an integer or a pair .*, got 'same'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
@@ -93,15 +93,18 @@ BLOCKS_ERRORS: list[tuple[Any, type[Exception], str]] = [
     ([ConvBnActBlock([STEP]), ConvBnActBlock([])], ValueError, r"block 1: steps: expected at"),
     ([ConvBnActBlock([STEP], ())], ValueError, r"shortcut: expected sizes .*\[2, 4.*got \[2, 3"),
     (
-        [ConvBnActBlock([STEP], [STEP._replace(stride=2)])], ValueError,
+        [ConvBnActBlock([STEP], [STEP._replace(stride=2)])],
+        ValueError,
         r"shortcut: expected sizes \[2, 4, 4, 4\] as the steps give, got \[2, 4, 2, 2\]",
     ),
     (
-        [ConvBnActBlock([STEP], [SECOND])], ValueError,
+        [ConvBnActBlock([STEP], [SECOND])],
+        ValueError,
         r"shortcut: step 0: weight: expected 3 input channels, got 4",
     ),
     (
-        [ConvBnActBlock([STEP]), ConvBnActBlock([STEP])], ValueError,
+        [ConvBnActBlock([STEP]), ConvBnActBlock([STEP])],
+        ValueError,
         r"block 1: step 0: weight: expected 4 input channels, got 3",
     ),
     ([ConvBnActBlock([POOLED], [POOLED])], ValueError, r"pool: expected None in the last step of"),
@@ -109,7 +112,7 @@ BLOCKS_ERRORS: list[tuple[Any, type[Exception], str]] = [
     ([[STEP]], TypeError, r"blocks: expected ConvBnActBlocks, got list"),
     ([ConvBnActBlock([STEP], 0)], TypeError, r"shortcut: expected a tuple or list .*, got int"),
     ([ConvBnActBlock(STEP)], TypeError, r"steps: expected a tuple or list of .*, got ConvBn"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("memory", ["low", "lowest"])

@@ -79,9 +79,11 @@ def check(model: Stage, x: Tensor, residual: Tensor | None = None, **how: bool) 
 SMOOTH = ["none", "silu", "sigmoid"]  # and gelu
 ONE_FOR_ALL = [(p,) for p in itertools.product((False, True), repeat=3)]
 BESIDE_EACH_OTHER = [
-    (ALL, NONE, ALL), (NONE, ALL, NONE), (ALL, (True, False, True), (False, True, False)),
+    (ALL, NONE, ALL),
+    (NONE, ALL, NONE),
+    (ALL, (True, False, True), (False, True, False)),
     (NONE, (True, False, False), (False, False, True)),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +98,12 @@ def cases() -> list[Case]:
 
 @pytest.mark.parametrize(
     "plans",
-    [*(pytest.param(p, marks=() if p == (ALL,) else pytest.mark.slow) for p in ONE_FOR_ALL),
-     *BESIDE_EACH_OTHER],
+    [
+        *(pytest.param(p, marks=() if p == (ALL,) else pytest.mark.slow) for p in ONE_FOR_ALL),
+        *BESIDE_EACH_OTHER,
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_plan(
     plans: tuple[Plan, ...],
     cases: list[tuple[Stage, Tensor, Tensor | None, Expected]],
@@ -147,9 +151,10 @@ def test_pooling_grouped_and_depthwise(plans: tuple[Plan, ...], force: Force) ->
 
 
 @pytest.mark.parametrize(
-    "kind", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"eps": 0.1}],
+    "kind",
+    [{"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"eps": 0.1}],
     ids=str,
-)  # fmt: skip
+)
 def test_batch_norms_of_other_kinds(kind: dict[str, object], force: Force) -> None:
     force(ALL)
     for training in (True, False):

@@ -59,7 +59,7 @@ def test_chains(training: bool, residual: bool, layout: str) -> None:
         ((0, 4, 9, 8), nn.Conv2d(4, 6, 3)),  # an empty batch
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_convolutions(sizes: tuple[int, ...], conv: nn.Conv2d) -> None:
     # As the first step and, behind another, where backward recomputes its input.
     for layout, residual in itertools.product(LAYOUTS, [False, True]):

@@ -141,10 +141,14 @@ def test_draws_far_out() -> None:
         numbers = {"seed": DROPOUT_SEED, "p": p, "count": 50, "sm_count": 3}
         parts = first.split(50)
         cases = [
-            Case("keep", numbers | {"count": len(part)}, {"first": part},
-                 {"bits": torch.zeros(len(part), dtype=torch.int32)})
+            Case(
+                "keep",
+                numbers | {"count": len(part)},
+                {"first": part},
+                {"bits": torch.zeros(len(part), dtype=torch.int32)},
+            )
             for part in parts
-        ]  # fmt: skip
+        ]
         found = torch.cat([result.tensors["bits"] for result in run_cases("dropout", cases)])
         expected = ((u < threshold(p)).long() << torch.arange(8)).sum(-1)
         assert torch.equal(found.long(), expected)

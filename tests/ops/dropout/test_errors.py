@@ -55,9 +55,10 @@ RESIDUALS = {
     "sizes [2, 3, 16] as x, got [2, 3, 4, 4]": (X.reshape(2, 3, 16), X),
     "sizes [2, 3, 4, 4] as x, got [2, 3, 16]": (X, X.reshape(2, 3, 16)),
     "a contiguous tensor, got sizes [3, 4, 4] with other strides; call .contiguous() first": (
-        X[0], X[0].mT,
+        X[0],
+        X[0].mT,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("message", RESIDUALS)

@@ -83,9 +83,12 @@ def test_values_and_gradients(dtype: torch.dtype, layout: str) -> None:
         x, residual, dy = (t.detach().requires_grad_() for t in images)
         seed_all(5)
         y = dropout(
-            x * 1 if inplace else x, 0.3, inplace=inplace, residual=residual if added else None,
+            x * 1 if inplace else x,
+            0.3,
+            inplace=inplace,
+            residual=residual if added else None,
             per_channel=per_channel,
-        )  # fmt: skip
+        )
         y.backward(dy.detach())
         seed_all(5)
         keep = dropout(torch.ones_like(x), 0.3, per_channel=per_channel).detach() != 0

@@ -234,8 +234,12 @@ def check_folded(
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 def test_folded(autocast: bool) -> None:
-    for act, skip, norm in (("relu", 3, True), ("silu", 3, True), ("relu", 0, True),
-                            ("silu", 3, False)):  # fmt: skip
+    for act, skip, norm in (
+        ("relu", 3, True),
+        ("silu", 3, True),
+        ("relu", 0, True),
+        ("silu", 3, False),
+    ):
         for how in RESIZES.values():
             model = Decoder(act, skip, bias=skip == 0, norm=norm)
             with torch.no_grad():

@@ -199,10 +199,12 @@ def test_division() -> None:
         )
         cases.append(
             Case(
-                "divide", {"divisor": divisor, "count": n.numel()}, inputs={"n": n},
+                "divide",
+                {"divisor": divisor, "count": n.numel()},
+                inputs={"n": n},
                 outputs={"quotient": n, "remainder": n},
             )
-        )  # fmt: skip
+        )
     for case, result in zip(cases, run_cases("upsample", cases), strict=True):
         n, divisor = case.inputs["n"], int(case.numbers["divisor"])
         assert result.tensors["quotient"].tolist() == [int(i) // divisor for i in n]

@@ -35,10 +35,13 @@ def gradients(run: Any, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("backend", "factors"),
-    [("aot_eager", FACTORS), ("inductor", FACTORS[4:]),
-     pytest.param("inductor", FACTORS, marks=pytest.mark.slow)],
+    [
+        ("aot_eager", FACTORS),
+        ("inductor", FACTORS[4:]),
+        pytest.param("inductor", FACTORS, marks=pytest.mark.slow),
+    ],
     ids=["aot_eager", "inductor", "inductor, all"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 def test_modules_of_several_factors(dynamic: bool | None, backend: str, factors: list[Any]) -> None:
     # The second factor that dynamo meets is a symbol; so are, with dynamic=True, the sizes.
@@ -78,8 +81,11 @@ def test_a_bad_factor_is_refused_while_compiling(factor: float) -> None:
 
 
 EXPORTED = [
-    ("scale_factor", 1.5), ("scale_factor", 1 / 3.7), ("scale_factor", (2, 0.29)), ("size", (9, 7)),
-]  # fmt: skip
+    ("scale_factor", 1.5),
+    ("scale_factor", 1 / 3.7),
+    ("scale_factor", (2, 0.29)),
+    ("size", (9, 7)),
+]
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["fake", "strict"])
