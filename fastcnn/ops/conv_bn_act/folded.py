@@ -32,7 +32,8 @@ from fastcnn.common.checks import check_image, memory_format_of
 from fastcnn.ops.conv2d.aten import max_pool
 from fastcnn.ops.conv2d.onednn import convolve_onednn, folds
 from fastcnn.ops.conv2d.onednn_workarounds import onednn_crashes
-from fastcnn.ops.conv_bn_act.inference import convolve_planned, folded, norm_of_step
+from fastcnn.ops.conv_bn_act.inference import folded, norm_of_step
+from fastcnn.ops.conv_bn_act.inference_candidates import convolve_planned
 from fastcnn.ops.conv_bn_act.interface import OP, conv_bn_act
 from fastcnn.ops.conv_bn_act.problem import is_planned
 from fastcnn.ops.conv_bn_act.step import ConvBnActBlock, ConvBnActStep, StepSettings

@@ -39,7 +39,8 @@ from fastcnn.common.checks import check_image, check_image_of
 from fastcnn.common.library import apply, distinct
 from fastcnn.ops.conv2d.onednn import folds
 from fastcnn.ops.conv_bn_act.autograd import ConvBnActFunction
-from fastcnn.ops.conv_bn_act.inference import convolve_folded, convolve_planned, is_inference
+from fastcnn.ops.conv_bn_act.inference import convolve_folded, is_inference
+from fastcnn.ops.conv_bn_act.inference_candidates import convolve_planned
 from fastcnn.ops.conv_bn_act.planning import plan_blocks
 from fastcnn.ops.conv_bn_act.problem import is_planned
 from fastcnn.ops.conv_bn_act.running import fixed_statistics, update_running_statistics

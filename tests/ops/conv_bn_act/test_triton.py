@@ -32,13 +32,11 @@ from fastcnn.ops.conv_bn_act import (
     folded as conv2d_folded,
 )
 from fastcnn.ops.conv_bn_act import (
-    inference as conv_bn_act_eval,
+    inference_candidates,
+    planning,
 )
 from fastcnn.ops.conv_bn_act import (
     interface as conv_bn_act,
-)
-from fastcnn.ops.conv_bn_act import (
-    planning,
 )
 from fastcnn.ops.conv_bn_act.folded import FoldedConv2d
 from fastcnn.ops.conv_bn_act.step import StepPlan
@@ -239,7 +237,7 @@ def test_the_same_bits_twice(force: Force) -> None:
 def test_inference(act: str, plan: str, force: Force, monkeypatch: pytest.MonkeyPatch) -> None:
     force(NONE)
     monkeypatch.setattr(conv_bn_act, "folds", lambda x: False)
-    monkeypatch.setattr(conv_bn_act_eval, "choose", lambda problem: plan)
+    monkeypatch.setattr(inference_candidates, "choose", lambda problem: plan)
     model = chain(act).eval()
     with torch.no_grad():
         for residual in (None, image(2, 24, 3, 4)):
@@ -252,7 +250,7 @@ def test_inference_in_autocast(plan: str, force: Force, monkeypatch: pytest.Monk
     # Of weights in float32: as of the same weights in bfloat16.
     force(NONE)
     monkeypatch.setattr(conv_bn_act, "folds", lambda x: False)
-    monkeypatch.setattr(conv_bn_act_eval, "choose", lambda problem: plan)
+    monkeypatch.setattr(inference_candidates, "choose", lambda problem: plan)
     monkeypatch.setattr(conv2d_folded, "folds", lambda x: False)
     monkeypatch.setattr(conv2d_folded, "is_planned", lambda x: True)
     model, x = chain(bias=False).eval(), image(2, 16, 6, 7)
@@ -275,7 +273,7 @@ def test_inference_of_a_block_in_any_layout(
     # PyTorch's convolutions go by the weight where the image is NCHW, or is both layouts.
     force(NONE)
     monkeypatch.setattr(conv_bn_act, "folds", lambda x: False)
-    monkeypatch.setattr(conv_bn_act_eval, "choose", lambda problem: plan)
+    monkeypatch.setattr(inference_candidates, "choose", lambda problem: plan)
     block = Block([conv_bn(c_in, 4, 3)], [conv_bn(c_in, 4, 1, "none")])
     x = image(2, c_in, 6, 6)
     for format in (torch.channels_last, torch.contiguous_format):
@@ -289,7 +287,7 @@ def test_inference_of_a_block_in_any_layout(
 def test_a_residual_in_the_other_layout(force: Force, monkeypatch: pytest.MonkeyPatch) -> None:
     force(ALL)
     monkeypatch.setattr(conv_bn_act, "folds", lambda x: False)
-    monkeypatch.setattr(conv_bn_act_eval, "choose", lambda problem: "triton")
+    monkeypatch.setattr(inference_candidates, "choose", lambda problem: "triton")
     for training in (True, False):
         with (
             torch.no_grad(),

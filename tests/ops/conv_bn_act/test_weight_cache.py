@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from fastcnn.ops.conv_bn_act import folded as conv2d_folded
-from fastcnn.ops.conv_bn_act import inference as conv_bn_act_eval
+from fastcnn.ops.conv_bn_act import inference_candidates
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch was built without oneDNN"
@@ -100,7 +100,7 @@ def test_tensors_of_inference_mode_are_folded_at_every_call() -> None:
 def test_cuda_s_folded_plan_keeps_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     # On the CPU, by the fallback of cuDNN's operator there.
     monkeypatch.setattr(conv2d_folded, "is_planned", lambda x: True)
-    monkeypatch.setattr(conv_bn_act_eval, "choose", lambda problem: "cudnn_fused")
+    monkeypatch.setattr(inference_candidates, "choose", lambda problem: "cudnn_fused")
     model, x = pair(), torch.randn(2, 4, 9, 8).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         residual = torch.randn_like(model(x))
