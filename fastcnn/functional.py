@@ -8,14 +8,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastcnn.common.activation import Activation
-from fastcnn.ops import dropout as _dropout
-from fastcnn.ops import group_norm_act as _group_norm_act
+from fastcnn.ops import dropout as _dropout, group_norm_act as _group_norm_act
 from fastcnn.ops.augment import interface as _augment
 from fastcnn.ops.augment.parameters import AugmentParameters
 from fastcnn.ops.batch_norm_act import interface as _batch_norm_act
 from fastcnn.ops.conv2d_int8 import interface as _conv2d_int8
-from fastcnn.ops.conv2d_int8.packed_weight import PackedConv2dInt8
-from fastcnn.ops.conv2d_int8.packed_weight import pack_conv2d_int8 as _pack_conv2d_int8
+from fastcnn.ops.conv2d_int8.packed_weight import (
+    PackedConv2dInt8,
+    pack_conv2d_int8 as _pack_conv2d_int8,
+)
 from fastcnn.ops.conv_bn_act import interface as _conv_bn_act
 from fastcnn.ops.conv_bn_act.step import ConvBnActBlock, ConvBnActStep, MaxPool, Memory
 from fastcnn.ops.upsample import interface as _upsample

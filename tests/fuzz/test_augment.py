@@ -12,8 +12,7 @@ from support.shapes import LAYOUTS
 from torch import Tensor
 
 from fastcnn import functional, reference
-from fastcnn.reference.augment import coordinates
-from fastcnn.reference.augment import masks as reference_masks
+from fastcnn.reference.augment import coordinates, masks as reference_masks
 
 TRANSFORMS = ["affine", "crop", "flips", "brightness", "contrast", "saturation", "hue", "noise"]
 

@@ -21,8 +21,11 @@ from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.common.conv_operands import Gradient, Input, Output
 from fastcnn.functional import augment, batch_norm_act, dropout, group_norm_act, interpolate
 from fastcnn.nn import LayerNorm2d
-from fastcnn.ops.conv2d.fused import conv2d_fused, conv2d_fused_bwd_input
-from fastcnn.ops.conv2d.fused import conv2d_fused_bwd_weight as bwd_weight
+from fastcnn.ops.conv2d.fused import (
+    conv2d_fused,
+    conv2d_fused_bwd_input,
+    conv2d_fused_bwd_weight as bwd_weight,
+)
 from fastcnn.reference.dropout import draws, threshold
 
 pytestmark = pytest.mark.gpu

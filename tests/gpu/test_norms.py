@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import batch_norm_cases as batch_norm
-from support import group_norm_cases as group_norm
+from support import batch_norm_cases as batch_norm, group_norm_cases as group_norm
 from support.activations import ACTS
 from support.device import DEVICE, GPU, needs_gpu, on_gpu
 from support.group_norm_cases import PIXELS

@@ -13,8 +13,7 @@ from support.plan_cases import Clock, candidate, op, planner, problem
 
 import fastcnn.plan
 from fastcnn import info
-from fastcnn.plan import OPS, Candidate, choose, register
-from fastcnn.plan import problem as plan_problem
+from fastcnn.plan import OPS, Candidate, choose, problem as plan_problem, register
 from fastcnn.plan.planner import mode_of_environment
 from fastcnn.plan.problem import describe
 from fastcnn.plan.timer import timer_for

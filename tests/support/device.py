@@ -18,8 +18,7 @@ from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastcnn.ops.conv_bn_act import folded as conv2d_folded
-from fastcnn.ops.conv_bn_act import interface as conv_bn_act
+from fastcnn.ops.conv_bn_act import folded as conv2d_folded, interface as conv_bn_act
 
 T = TypeVar("T")
 HAS_GPU = torch.cuda.is_available()

@@ -8,8 +8,7 @@ import pytest
 from support.device import HAS_GPU
 
 import fastcnn.plan
-from fastcnn.ops.conv_bn_act import folded as conv2d_folded
-from fastcnn.ops.conv_bn_act import interface as conv_bn_act
+from fastcnn.ops.conv_bn_act import folded as conv2d_folded, interface as conv_bn_act
 from fastcnn.plan import OPS, Problem
 from fastcnn.plan.planner import Plan
 

@@ -34,8 +34,7 @@ from fastcnn.ops.conv2d.fused import (
     conv2d_fused_bwd_weight,
 )
 from fastcnn.ops.conv2d_int8 import interface as int8
-from fastcnn.triton import conv2d_bwd
-from fastcnn.triton import conv2d_fwd as conv2d
+from fastcnn.triton import conv2d_bwd, conv2d_fwd as conv2d
 
 # A H200's.
 PROCESSORS, MOST_THREADS, MOST_SHARED = 132, 1024, 227 * 2**10

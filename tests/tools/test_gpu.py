@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import __main__ as make_gpu
-from gpu import run as runs
-from gpu import stages, table, tune_networks
+from gpu import __main__ as make_gpu, run as runs, stages, table, tune_networks
 from gpu.run import Failed, Found, Run
 from support.benchmark_rows import row
 from support.device import HAS_GPU

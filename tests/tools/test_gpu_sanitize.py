@@ -5,8 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from gpu import run as runs
-from gpu import sanitize
+from gpu import run as runs, sanitize
 from gpu.run import Failed, Run
 
 

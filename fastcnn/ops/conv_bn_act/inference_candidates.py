@@ -12,7 +12,7 @@ Bytes: x, weight, residual and y once; cudnn writes and reads the convolution ou
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,18 @@ EVAL = "conv_bn_act_eval"
 Keep = Callable[..., Any]  # make(weight, *how, dtype), or what that gave before
 
 
+class Arguments(NamedTuple):
+    """What each candidate takes; own: the residual is of the block's making, in any layout."""
+
+    x: Tensor
+    weight: Tensor
+    geometry: ConvGeometry
+    norm: Norm
+    act: int
+    residual: Tensor | None
+    own: bool
+
+
 def _made(make: Callable[..., Any], *args: Any) -> Any:
     return make(*args)
 
@@ -71,37 +83,23 @@ def convolve_planned(
     if step.conv_bias is not None:
         norm = norm._replace(mean=norm.mean - step.conv_bias)
     weight = keep(Tensor.to, step.weight, x.dtype)
-    return max_pool(_RUN[plan](x, weight, s.conv, norm, s.act, residual, own), s.pool)
+    arguments = Arguments(x, weight, s.conv, norm, s.act, residual, own)
+    return max_pool(_RUN[plan](arguments), s.pool)
 
 
-def _cudnn(
-    x: Tensor,
-    weight: Tensor,
-    g: ConvGeometry,
-    norm: Norm,
-    act: int,
-    residual: Tensor | None,
-    own: bool,
-) -> Tensor:
-    raw = convolve(x, weight, None, g)
-    if residual is not None and own:
+def _cudnn(a: Arguments) -> Tensor:
+    raw, residual = convolve(a.x, a.weight, None, a.geometry), a.residual
+    if residual is not None and a.own:
         residual = in_format_of(residual, raw)
     elif residual is not None:
         check_like("conv_bn_act", "residual", residual, raw)
-    mean, var, bn_weight, bn_bias, eps = norm
-    return batch_norm_act_apply(raw, residual, bn_weight, bn_bias, mean, var, eps, act)
+    mean, var, bn_weight, bn_bias, eps = a.norm
+    return batch_norm_act_apply(raw, residual, bn_weight, bn_bias, mean, var, eps, a.act)
 
 
-def _cudnn_fused(
-    x: Tensor,
-    weight: Tensor,
-    g: ConvGeometry,
-    norm: Norm,
-    act: int,
-    residual: Tensor | None,
-    own: bool,
-) -> Tensor:
-    return _cudnn_folded(x, *folded(weight, None, norm, x.dtype), g, residual, own)
+def _cudnn_fused(a: Arguments) -> Tensor:
+    weight, bias = folded(a.weight, None, a.norm, a.x.dtype)
+    return _cudnn_folded(a.x, weight, bias, a.geometry, a.residual, a.own)
 
 
 def _cudnn_folded(
@@ -113,20 +111,13 @@ def _cudnn_folded(
     return y
 
 
-def _triton(
-    x: Tensor,
-    weight: Tensor,
-    g: ConvGeometry,
-    norm: Norm,
-    act: int,
-    residual: Tensor | None,
-    own: bool,
-) -> Tensor:
-    if residual is not None and own:
+def _triton(a: Arguments) -> Tensor:
+    residual = a.residual
+    if residual is not None and a.own:
         residual = residual.contiguous(memory_format=torch.channels_last)
     elif residual is not None:
         check_format("conv_bn_act", "residual", residual, torch.channels_last)
-    return conv2d_fused(Input(x), weight, g, Output(norm, residual, act))[0]
+    return conv2d_fused(Input(a.x), a.weight, a.geometry, Output(a.norm, residual, a.act))[0]
 
 
 _RUN = {"cudnn": _cudnn, "cudnn_fused": _cudnn_fused, "triton": _triton}
@@ -150,7 +141,8 @@ def _run(plan: str, problem: Problem, x: Tensor, weight: Tensor, *rest: Tensor) 
     assert act is not None
     residual = rest[4] if len(rest) > 4 else None
     norm = norm_of(rest[:4])
-    return _RUN[plan](x, weight, geometry_of(problem), norm, ACT_NUMBER[act], residual, False)
+    geometry = geometry_of(problem)
+    return _RUN[plan](Arguments(x, weight, geometry, norm, ACT_NUMBER[act], residual, False))
 
 
 def _kernels(plan: str, problem: Problem) -> list[Kernel]:

@@ -17,8 +17,7 @@ from torch import Tensor
 from fastcnn import reference
 from fastcnn.functional import AugmentParameters
 from fastcnn.ops.augment.pack import pack
-from fastcnn.reference.augment import coordinates
-from fastcnn.reference.augment import masks as reference_masks
+from fastcnn.reference.augment import coordinates, masks as reference_masks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INVALID_VALUE = 1  # cudaErrorInvalidValue

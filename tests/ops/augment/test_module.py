@@ -13,8 +13,7 @@ from support.augment_cases import EVERYTHING, SIZE, draw_everything, smooth_imag
 from support.seeds import seed_all, seeded
 from torch import Tensor
 
-from fastcnn.augment import Augment, AugmentParameters
-from fastcnn.augment import draw as drawing
+from fastcnn.augment import Augment, AugmentParameters, draw as drawing
 from fastcnn.common.philox import words
 from fastcnn.functional import augment
 

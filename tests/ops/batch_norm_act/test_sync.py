@@ -37,8 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastcnn import functional
 from fastcnn.nn import BatchNormAct2d, conv_bn_act, convert_sync_batchnorm
-from fastcnn.ops.conv_bn_act import interface as conv_bn_act_op
-from fastcnn.ops.conv_bn_act import planning
+from fastcnn.ops.conv_bn_act import interface as conv_bn_act_op, planning
 from fastcnn.ops.conv_bn_act.step import StepPlan
 
 WORLD = 2

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from fastcnn.ops.conv2d import fused_cuda as operators
-from fastcnn.ops.conv_bn_act import interface as conv_bn_act
-from fastcnn.ops.conv_bn_act import planning
+from fastcnn.ops.conv_bn_act import interface as conv_bn_act, planning
 from fastcnn.ops.conv_bn_act.step import StepPlan
 
 ops = torch.ops.fastcnn

@@ -17,9 +17,11 @@ from fastcnn import reference
 from fastcnn.functional import PackedConv2dInt8, conv2d_int8, pack_conv2d_int8
 from fastcnn.models import resnet50
 from fastcnn.ops.conv2d import aten as convolution
-from fastcnn.ops.conv2d_int8 import onednn as conv2d_int8_sums
-from fastcnn.ops.conv2d_int8 import packed_weight as conv2d_int8_pack
-from fastcnn.ops.conv2d_int8 import value_checks as conv2d_int8_data
+from fastcnn.ops.conv2d_int8 import (
+    onednn as conv2d_int8_sums,
+    packed_weight as conv2d_int8_pack,
+    value_checks as conv2d_int8_data,
+)
 
 # Inductor imports parts of torch.jit.
 pytorchs_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")

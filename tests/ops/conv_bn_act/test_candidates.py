@@ -17,8 +17,7 @@ from torch import nn
 
 import fastcnn.plan.tune
 from fastcnn.nn import BatchNormAct2d, conv_bn_act
-from fastcnn.ops.conv_bn_act import interface as op_module
-from fastcnn.ops.conv_bn_act import problem as conv_bn_act_problem
+from fastcnn.ops.conv_bn_act import interface as op_module, problem as conv_bn_act_problem
 from fastcnn.ops.conv_bn_act.candidates import BWD, FWD
 from fastcnn.ops.conv_bn_act.inference_candidates import EVAL
 from fastcnn.plan import OPS, Problem

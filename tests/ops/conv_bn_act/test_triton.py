@@ -30,13 +30,9 @@ from torch import Tensor, nn
 from fastcnn.nn import BatchNormAct2d, Block
 from fastcnn.ops.conv_bn_act import (
     folded as conv2d_folded,
-)
-from fastcnn.ops.conv_bn_act import (
     inference_candidates,
-    planning,
-)
-from fastcnn.ops.conv_bn_act import (
     interface as conv_bn_act,
+    planning,
 )
 from fastcnn.ops.conv_bn_act.folded import FoldedConv2d
 from fastcnn.ops.conv_bn_act.step import StepPlan

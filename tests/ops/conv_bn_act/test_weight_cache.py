@@ -12,8 +12,7 @@ from support.shapes import LAYOUTS
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fastcnn.ops.conv_bn_act import folded as conv2d_folded
-from fastcnn.ops.conv_bn_act import inference_candidates
+from fastcnn.ops.conv_bn_act import folded as conv2d_folded, inference_candidates
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch was built without oneDNN"
