@@ -3,11 +3,11 @@
 from typing import Any, Literal, TypeVar, get_args
 from weakref import WeakKeyDictionary, WeakSet
 
-import torch
 from torch import nn
 
-from fastcnn.convert.codegen.fit import HAS_CUDA, Options
-from fastcnn.convert.converted import Converted
+from fastcnn.convert.codegen.fit import HAS_CUDA
+from fastcnn.convert.converted import Converted, original_class
+from fastcnn.convert.options import Options, check_module
 from fastcnn.convert.parts import apply, decide, parts_of
 from fastcnn.convert.rows import left, rows_of, table
 from fastcnn.ops.conv_bn_act.step import Memory, check_memory
@@ -63,8 +63,7 @@ def convert(
             with strict=True, what was not converted, as report's table; the model is then left as
             it was.
     """
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(f"convert: model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module("convert", model)
     _check("mode", mode, get_args(Mode))
     _check("backend", backend, get_args(Backend))
     check_memory("convert", memory)
@@ -95,21 +94,12 @@ def revert(model: Model) -> Model:
     Raises:
         TypeError: a model that is no Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"revert: model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module("revert", model, scripted=True)
     _done.pop(model, None)
     for module in model.modules():
         if isinstance(module, Converted):
-            _take_class(module)
+            module.__class__ = original_class(module)
     return model
-
-
-def _take_class(module: Any) -> None:
-    """Give a module its own class back, also where a parametrization has derived one since."""
-    cls, original = type(module), module._fastcnn_class
-    if "_fastcnn_class" not in cls.__dict__:
-        original = type(cls.__name__, (original,), dict(cls.__dict__))
-    module.__class__ = original
 
 
 def _check(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from fastcnn.common.constant_result import constant_result
 from fastcnn.convert.codegen import runtime
-from fastcnn.convert.codegen.fit import Options
-from fastcnn.convert.fused_forward import FusedForward, fused_forward
+from fastcnn.convert.fused_forward import FusedForward, trace_and_fuse
 from fastcnn.convert.graph.layers import Layer, Layers
 from fastcnn.convert.graph.trace import Untraceable, arguments_of
+from fastcnn.convert.options import Options
 
 # By module: why its forward is not replaced.
 untraceable: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -79,7 +79,7 @@ class Conversion:
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             at = select(self.training)
-            inputs = _bind(required, optional, args, kwargs)
+            inputs = bind(required, optional, args, kwargs)
             if (
                 at < 0
                 or inputs is None
@@ -147,7 +147,7 @@ class Conversion:
         module = self._module()
         leaves = {module.get_submodule(path) for path in self.leaves}
         with as_original(list(module.modules())):
-            made = fused_forward(module, leaves, self.options, self.name, layers)
+            made = trace_and_fuse(module, leaves, self.options, self.name, layers)
         self.forwards.append(made)
 
 
@@ -175,7 +175,7 @@ class LayerConversion:
         run = runtime.layer_call(module, self._layer)
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            inputs = _bind(required, optional, args, kwargs)
+            inputs = bind(required, optional, args, kwargs)
             if inputs is not None and not torch.jit._trace.is_tracing():
                 why = runtime.layer_unfit(self, inputs[0], options)
                 if why is None:
@@ -201,13 +201,13 @@ class Converted:
     def __copy__(self) -> Any:
         with as_original([self]):
             copied = copy.copy(self)
-        _convert_copy(self._fastcnn_conversion.recipe(), copied)
+        convert_copy(self._fastcnn_conversion.recipe(), copied)
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         with as_original([self]):
             copied = copy.deepcopy(self, memo)
-        _convert_copy(self._fastcnn_conversion.recipe(), copied)
+        convert_copy(self._fastcnn_conversion.recipe(), copied)
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -220,12 +220,29 @@ class Converted:
         return make, arguments, state, None, None, functools.partial(_restore, recipe)
 
 
+# By the classes that others have derived from converted modules' classes: the same of the original.
+_derived: WeakKeyDictionary[type, type] = WeakKeyDictionary()
+
+
+def original_class(module: Any) -> type:
+    """Return the class that a converted module would have now if it had not been converted.
+
+    It is the original one, or where a parametrization has derived a class since, the same of that.
+    """
+    cls = type(module)
+    if "_fastcnn_class" in cls.__dict__:
+        return module._fastcnn_class
+    if cls not in _derived:
+        _derived[cls] = type(cls.__name__, (module._fastcnn_class,), dict(cls.__dict__))
+    return _derived[cls]
+
+
 @contextmanager
 def as_original(modules: Sequence[Any]) -> Iterator[None]:
     """Give modules their original classes for a while."""
     changed: list[Any] = [(m, type(m)) for m in modules if isinstance(m, Converted)]
-    for module, cls in changed:
-        module.__class__ = cls._fastcnn_class
+    for module, _ in changed:
+        module.__class__ = original_class(module)
     try:
         yield
     finally:
@@ -243,18 +260,20 @@ def _restore(recipe: Any, module: Any, state: Any) -> None:
         module.__setstate__(state)
     else:
         module.__dict__.update(state)
-    _convert_copy(recipe, module)
+    convert_copy(recipe, module)
 
 
-def _convert_copy(recipe: Any, module: Any) -> None:
+def convert_copy(recipe: Any, module: Any) -> None:
+    """Convert a copy as its original was, as far as that can be done with what it is."""
     make, *arguments = recipe
     conversion = make(*arguments)
     try:
-        conversion.prepare(module, Layers())
+        converts = conversion.prepare(module, Layers())
     except (Untraceable, AttributeError) as error:  # changed since, as a child that is gone
         untraceable[module] = str(error)
     else:
-        conversion.apply(module)
+        if converts:
+            conversion.apply(module)
 
 
 def _give_class(module: Any, conversion: Any, forward: Callable[..., Any]) -> None:
@@ -273,10 +292,10 @@ def _give_class(module: Any, conversion: Any, forward: Callable[..., Any]) -> No
     module.__class__ = type(original.__name__, (Converted, original), body)
 
 
-def _bind(
+def bind(
     required: list[str], optional: dict[str, Any], args: Any, kwargs: dict[str, Any]
 ) -> list[Any] | None:
-    """Return the tensors for a plan's arguments, None where the call is not of that kind.
+    """Return the tensors for a fused forward's arguments, None where the call is not of that kind.
 
     The others must have the values that they have by default.
     """

@@ -1,7 +1,8 @@
 """A module's forward, traced and fused for its training flags as they are.
 
-What report() and verify() need of it is kept beside: the graph as it is written, the graph that
-runs, and what its fused calls are made of. Nothing is traced or asked a second time.
+With it comes what report() and verify() need: the graph as it is written, the graph that runs, and
+what its fused calls are made of. Nothing is traced or asked a second time; the graphs of a resnet50
+take 3.5 MB.
 """
 
 import copy
@@ -10,13 +11,13 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from fastcnn.convert.codegen.fit import Options
 from fastcnn.convert.codegen.rewrite import comparison_of, drop_identities, function_of, fuse
 from fastcnn.convert.graph.describe import Call, call_of_blocks, describe
 from fastcnn.convert.graph.guards import Guard
 from fastcnn.convert.graph.layers import Layers
 from fastcnn.convert.graph.matcher import Matcher
 from fastcnn.convert.graph.trace import trace
+from fastcnn.convert.options import Options
 
 
 class FusedForward(NamedTuple):
@@ -37,7 +38,7 @@ class FusedForward(NamedTuple):
         return [str(node.target) for node in self.fused.nodes if node.op == "call_module"]
 
 
-def fused_forward(
+def trace_and_fuse(
     module: nn.Module, leaves: set[nn.Module], options: Options, name: str, layers: Layers
 ) -> FusedForward:
     """Trace a module, of its original class as all below it, and fuse what is found.

@@ -1,14 +1,13 @@
 """What convert makes of each module of a model: decided once, for rewriting, report and strict.
 
-A decision needs no change of the model: `decide` traces, `apply` gives classes away. Of a model
-that is converted, `parts_of` reads the same record from what it holds.
+`decide` finds it out and changes nothing, `apply` gives the modules their classes. Of a model that
+is converted, `parts_of` reads the same record from what it holds.
 """
 
 from typing import NamedTuple
 
 from torch import nn
 
-from fastcnn.convert.codegen.fit import Options
 from fastcnn.convert.converted import (
     Conversion,
     Converted,
@@ -19,10 +18,11 @@ from fastcnn.convert.converted import (
 from fastcnn.convert.graph.guards import has_hooks
 from fastcnn.convert.graph.layers import Layer, Layers
 from fastcnn.convert.graph.trace import Untraceable
+from fastcnn.convert.options import Options
 
 
 class Part(NamedTuple):
-    """One module. why: it does not trace, or has no kernel by itself, None where neither is so."""
+    """One module; why: the reason for which it is not converted, if there is one."""
 
     layer: Layer
     conversion: Conversion | LayerConversion | None

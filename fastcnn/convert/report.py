@@ -5,8 +5,8 @@ from typing import Any
 from torch import nn
 
 from fastcnn import plan
-from fastcnn.convert.codegen.fit import Options
 from fastcnn.convert.converted import Converted
+from fastcnn.convert.options import Options, check_module
 from fastcnn.convert.parts import decide, parts_of
 from fastcnn.convert.rows import ConversionRow, rows_of, table
 
@@ -22,8 +22,7 @@ def report(model: nn.Module | None = None) -> list[Any]:
     """
     if model is None:
         return list(plan.report())
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"report: model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module("report", model)
     found = rows(model)
     print(table(found))
     return found

@@ -42,7 +42,7 @@ class Op:
     tensors: Callable[[Problem, torch.Generator], tuple[Tensor, ...]]
     # reference(problem, *tensors) -> the outputs, more exact than any candidate's
     reference: Callable[..., Tensor | tuple[Tensor, ...]]
-    # The candidate that is PyTorch's own way: the others may err a few times as much (check.py).
+    # The candidate that is PyTorch's own way: the others may err a few times as much (accuracy.py).
     baseline: str
     # By output, of which output's values it is a sum that may cancel: that one's largest value says
     # what is right for it. None: each is its own.

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.utils.parametrize as parametrize
-from support.conversion_cases import bn, cbr, net
+from support.conversion_cases import Decoder, bn, cbr, net
 from support.conversions import assert_inferred, images, patterns, prepared, results
 from support.tolerance import assert_same
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from fastcnn import convert, revert
 
@@ -157,3 +158,19 @@ def test_arguments_at_their_defaults_are_fused() -> None:
     for same in (model(x, False), model(x, doubles=False), model(x=x)):
         assert torch.equal(same, y)
     assert torch.equal(model(x, doubles=True), 2 * y)
+
+
+def test_an_upsample_beside_a_skip_stays_one_call() -> None:
+    # The Upsample module is converted by itself, too, where it is called alone.
+    model = convert(Decoder(nn.Upsample(scale_factor=2), True))
+    targets: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    x, skip = images(1, 32, 4, 4).float(), images(1, 4, 8, 8).float()
+    with torch.no_grad():
+        torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=backend))(x, skip)
+    assert any("upsample" in target for target in targets)
+    assert not any("aten.cat" in target for target in targets)

@@ -10,7 +10,7 @@ from support.conversions import images, patterns, prepared, results
 from support.tolerance import assert_same
 from torch import nn
 
-from fastcnn import convert, revert
+from fastcnn import convert, report, revert, verify
 from fastcnn.convert.codegen import fit
 from fastcnn.convert.converted import Converted
 
@@ -158,3 +158,22 @@ def test_wrong_channels_are_named() -> None:
     model = convert(prepared(cbr(nn.ReLU())))
     with pytest.raises(ValueError, match="weight: expected 3 input channels, got 4"):
         model(images(2, 3, 5, 5))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_scripted_models_are_refused() -> None:
+    scripted = torch.jit.script(nn.ReLU())
+    for call in (convert, report, lambda model: verify(model, images(2, 4, 5, 5))):
+        with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got"):
+            call(scripted)
+    assert revert(scripted) is scripted
+
+
+def test_attributes_that_answer_with_errors_of_their_own() -> None:
+    class Strict(nn.Sequential):
+        def __getattr__(self, name: str) -> Any:
+            if name in ("parametrizations", "_fastcnn_conversion"):
+                raise KeyError(name)
+            return super().__getattr__(name)
+
+    assert patterns(convert(Strict(conv(), bn(), nn.ReLU()))) == ["conv-bn-relu"]

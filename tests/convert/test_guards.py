@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.parametrize as parametrize
 from support.conversion_cases import cbr, net
 from support.conversions import assert_inferred, images, patterns, prepared, results
 from support.tolerance import assert_same
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from fastcnn import convert, revert
 from fastcnn.convert.converted import Converted, untraceable
+from fastcnn.convert.report import rows
 
 
 @pytest.fixture
@@ -288,3 +290,18 @@ def test_a_residual_that_a_layer_has_kept_is_left_as_it_is(x: Tensor) -> None:
     with torch.no_grad():
         before, _, _ = model(x.float().to(memory_format=torch.channels_last))
     assert torch.equal(model.keeping.kept, before)
+
+
+def test_converted_again_after_a_parametrization() -> None:
+    # Which derives a class of the converted one: the next conversion is of what it is then.
+    model = convert(nn.Sequential(net(lambda m, x: m.relu(m.bn(m.conv(x)))), cbr(nn.ReLU())))
+    block: Any = model[0]
+    block.scale = nn.Parameter(torch.ones(3))
+    parametrize.register_parametrization(block, "scale", nn.Identity())
+    convert(model)
+    x = images(2, 4, 8, 8).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+    assert [(row.fused, row.reason) for row in rows(model)] == [(True, "")]  # a chain of two
+    assert type(revert(model)[0]).__name__ == "ParametrizedForward"

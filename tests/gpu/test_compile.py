@@ -1,7 +1,7 @@
 """torch.compile on a GPU: inductor's kernels around fastcnn's, with and without CUDA graphs.
 
 The expensive ones, so few. On the CPU aot_eager replaces inductor, which has its tests there in
-tests/ops/test_integration.py and tests/ops/dropout/test_integration.py.
+tests/ops/test_integration.py.
 """
 
 import copy

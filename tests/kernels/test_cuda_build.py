@@ -25,7 +25,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 pytestmark = pytest.mark.skipif(
     not _C.cuda_archs,
     reason="built without nvcc: the CUDA kernels are NOT compiled here; CI has an nvcc. What they "
-    "compute is tested without one, in test_*_cuda.py.",
+    "compute is tested without one, in tests/ops/*/test_cuda.py.",
 )
 
 

@@ -15,8 +15,6 @@ from support import seeds
 from fastcnn import _C
 
 LEVELS = _C.cpu_levels.split(",")
-FILES = ["activation", "batch_norm_act", "group_norm_act", "dropout", "upsample", "augment"]
-FILES += ["conv2d_int8"]
 BELOW = LEVELS[: LEVELS.index(_C.cpu_capability())]
 
 
@@ -26,7 +24,8 @@ BELOW = LEVELS[: LEVELS.index(_C.cpu_capability())]
 )
 def test_every_lower_instruction_set(level: str) -> None:
     check = f"from fastcnn import _C; assert _C.cpu_capability() == {level!r}"
-    tests = [str(Path(__file__).with_name(f"test_{name}.py")) for name in FILES]
+    here = Path(__file__).parent
+    tests = [f"{path}" for path in (here / "test_activation.py", *here.glob("*/test_values.py"))]
     arguments = [*tests, "-q", "-m", "every_level and not slow", "-p", "no:cacheprovider"]
     arguments.append(f"--seed={os.environ[seeds.VARIABLE]}")
     code = f"{check}; import pytest; raise SystemExit(pytest.main({arguments}))"

@@ -276,9 +276,10 @@ BY_DTYPE = ("batch_norm", "group_norm", "pixel_norm", "dropout", "upsample_fwd",
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", [op for op in OPERATORS if op.startswith(BY_DTYPE)])
-def test_float64_is_refused_on_cuda(op: str) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float64_is_refused_on_cuda(op: str, layout: str) -> None:
     # No kernel is made for it; the public functions say so in the user's words (gpu/test_norms.py).
-    good = good_arguments(op, torch.float64, "channels_last")
+    good = good_arguments(op, torch.float64, layout)
     arguments = [t.to(DEVICE) if isinstance(t, Tensor) else t for t in good.values()]
     with on_gpu(), pytest.raises(RuntimeError, match=r"fastcnn::.*: invalid argument"):
         getattr(torch.ops.fastcnn, op)(*arguments)

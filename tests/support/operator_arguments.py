@@ -135,14 +135,42 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str, w: int = 4) -> dict
     return {**running, "total": None, "momentum": 0.1, "count": 9}
 
 
+# Of an operator what else may be given in its place, each alone.
+OTHERS: dict[str, list[dict[str, Any]]] = {
+    "batch_norm_act_bwd": [{"want_dresidual": False}, {"saved": None}],
+    "batch_norm_act_reduce": [{"want_dresidual": False}, {"saved": None}],
+    "batch_norm_act_dx": [{"saved": None}, {"training": False}],
+    "batch_norm_update_running": [{"total": torch.tensor([60.0])}],
+    "dropout_apply": [{"per_channel": False}],
+    "dropout_apply_": [{"per_channel": False}],
+    "upsample_fwd": [{"skip_last": False}, {"scale_h": None, "scale_w": None, "sampling": 3}],
+    "upsample_bwd": [{"scale_h": None, "scale_w": None, "sampling": 3}],
+    "upsample_taps_fwd": [{"scale_h": None, "scale_w": None, "sampling": 3}],
+    "upsample_taps_bwd": [{"scale_h": None, "scale_w": None, "sampling": 3}],
+    "augment": [
+        {"dtype": dtype, "channels_last": last} for dtype in range(3) for last in (False, True)
+    ],
+}
+NO_RESIDUAL = {"residual": None, "residual_scale": None, "residual_zero_point": None}
+WITHOUT: dict[str, dict[str, Any]] = {
+    "conv2d_int8": {**NO_RESIDUAL, "bias": None},
+    "conv2d_int8_epilogue": {"residual": None},
+    "upsample_fwd": {"skip": None},
+    **{
+        op: {"residual": None, "weight": None, "bias": None}
+        for op in OPERATORS
+        if op.startswith(("batch_norm_act", "group_norm", "pixel_norm", "dropout"))
+    },
+}
+
+
 def variants(op: str, good: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return good arguments, and those without what may be left out, all at once."""
-    left_out = {"residual", "weight", "bias", "skip"}
-    if op == "batch_norm_update_running":
-        return [good, {**good, "total": torch.tensor([60.0], dtype=good["mean"].dtype)}]
-    if op.startswith("conv2d"):
-        left_out = {"residual", "bias"}
+    """Return good arguments, those without what may be left out, and those with other options."""
+    without = {k: v for k, v in WITHOUT.get(op, {}).items() if k in good}
+    changes = [{}, without, *OTHERS.get(op, [])]
     if op == "conv2d_int8":
-        left_out |= {"residual_scale", "residual_zero_point"}
-    without = {name: None if name in left_out else given for name, given in good.items()}
-    return [good, without]
+        float_residual = good["residual"].bfloat16()
+        changes.append({"residual": good["residual"].view(torch.int8)})
+        floats = {"out_dtype": torch.bfloat16, "out_scale": None, "out_zero_point": None}
+        changes.append({**NO_RESIDUAL, "residual": float_residual, **floats})
+    return [good | change for change in changes]

@@ -71,7 +71,7 @@ class Conv(NamedTuple):
 
 
 # torchvision's ResNet-50 on 224x224 images, whose 3x3 convolutions have the strides; padding is
-# kernel // 2. tests/ops/conv2d_int8/test_integration.py counts them in the model.
+# kernel // 2. tests/ops/conv2d_int8/test_calls.py counts them in the model.
 RESNET50_CONVS = [
     Conv(3, 64, 7, 2, 224, 1),
     Conv(64, 64, 1, 1, 56, 1), Conv(64, 64, 3, 1, 56, 3), Conv(64, 256, 1, 1, 56, 4),

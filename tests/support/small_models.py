@@ -42,6 +42,16 @@ class Residual(nn.Module):
         return self.bn(x, x)
 
 
+class FixedStatistics(BatchNormAct2d):
+    """A batch norm that never trains: what backward needs of it has an operator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(4, act="silu")
+
+    def train(self, mode: bool = True) -> "FixedStatistics":
+        return super().train(False)
+
+
 class AllNorms(nn.Module):
     """With trained and frozen statistics, around a chain."""
 
@@ -101,7 +111,7 @@ class ConvOfUpsampled(nn.Conv2d):
     """A convolution of an upsampled activation and a skip, in channels_last: by taps."""
 
     def __init__(self) -> None:
-        super().__init__(8, 6, 3)
+        super().__init__(35, 6, 3)  # 32 of them upsampled: with fewer it is not worth while
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x, skip = (t.contiguous(memory_format=torch.channels_last) for t in (x, skip))
@@ -135,6 +145,18 @@ class Int8(nn.Module):
         )  # fmt: skip
 
 
+class AugmentWithMasks(nn.Module):
+    """Images and masks, in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.augment = Augment((5, 6), degrees=30, brightness=0.3, hue=0.1, noise=0.1, mean=0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        y, masks = self.augment(images, images[:, 0].contiguous())
+        return torch.cat([y, masks[:, None]], 1)
+
+
 class Small(NamedTuple):
     """make() -> the model; sizes: of its inputs, without their first dimension.
 
@@ -146,12 +168,12 @@ class Small(NamedTuple):
     gradient: str = "once"
     dtype: torch.dtype = torch.float32
 
-    def inputs(self, n: int = 2, seed: int = 0) -> list[Tensor]:
-        """Return n images of each size; floats are leaves."""
+    def inputs(self, n: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """Return n images of each size; floats, of this dtype, are leaves."""
         g = seeded(seed)
         if self.dtype is torch.uint8:
             return [torch.randint(256, (n, *s), generator=g).byte() for s in self.sizes]
-        return [torch.randn(n, *s, generator=g).requires_grad_() for s in self.sizes]
+        return [torch.randn(n, *s, generator=g).to(dtype).requires_grad_() for s in self.sizes]
 
 
 def _converted(**options: Any) -> nn.Module:
@@ -176,6 +198,7 @@ def _bottlenecks(memory: str) -> nn.Module:
 SMALL: dict[str, Small] = {
     "batch_norm_act": Small(lambda: BatchNormAct2d(4, act="relu6")),
     "batch_norm_act with a residual": Small(Residual),
+    "batch_norm_act, fixed statistics": Small(FixedStatistics),
     "group_norm_act": Small(lambda: GroupNormAct(2, 4, act="silu")),
     "LayerNorm2d": Small(lambda: LayerNorm2d(4)),
     "InstanceNormAct2d": Small(lambda: InstanceNormAct2d(4, track_running_stats=True)),
@@ -184,10 +207,10 @@ SMALL: dict[str, Small] = {
     "conv_bn_act, lowest memory": Small(partial(_bottlenecks, "lowest")),
     "dropout": Small(Dropouts, gradient="twice"),
     "interpolate": Small(Decoder, ((2, 4, 4), (3, 8, 8))),
-    "upsample_conv2d": Small(ConvOfUpsampled, ((5, 3, 4), (3, 6, 8))),
+    "upsample_conv2d": Small(ConvOfUpsampled, ((32, 3, 4), (3, 6, 8))),
     "conv2d_int8": Small(Int8, (PLAIN.sizes[1:],), "none", torch.uint8),
     "augment": Small(
-        lambda: Augment((5, 6), degrees=30, brightness=0.3, hue=0.1, noise=0.1, mean=0.5),
+        AugmentWithMasks,
         ((3, 8, 9),),
         "none",
         torch.uint8,

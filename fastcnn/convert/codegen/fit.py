@@ -6,7 +6,7 @@ is an error.
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +20,7 @@ from fastcnn import _C
 from fastcnn.common.autocast import autocast_dtype
 from fastcnn.common.checks import FLOATS, memory_format_of
 from fastcnn.common.conv_geometry import output_size, pair
-from fastcnn.ops.conv_bn_act.step import Memory
+from fastcnn.convert.options import Options
 
 # conv, batch norm or, in folded chains, None; activation; max pooling or None.
 StepModules = tuple[nn.Conv2d, Any, str, nn.MaxPool2d | None]
@@ -32,14 +32,6 @@ notes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 _said: set[str] = set()
 _is_wrapper: Callable[[Any], bool] = is_traceable_wrapper_subclass
-
-
-class Options(NamedTuple):
-    """What was asked of convert."""
-
-    mode: str = "train"
-    backend: str = "auto"
-    memory: Memory = "default"
 
 
 def unfit(x: Any, options: Options, dims: int | None = 4) -> str | None:

@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastcnn.common.activation import eager_activation
 from fastcnn.convert.codegen import runtime
-from fastcnn.convert.codegen.fit import Options, Shortcut, StepModules
+from fastcnn.convert.codegen.fit import Shortcut, StepModules
 from fastcnn.convert.codegen.runtime import Resizing
+from fastcnn.convert.options import Options
 from fastcnn.ops.conv_bn_act.folded import FoldedConv2d
 from fastcnn.ops.upsample_conv2d.folded import FoldedUpsampleConv2d
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastcnn.convert.codegen import fit, runtime
-from fastcnn.convert.codegen.fit import Options
 from fastcnn.convert.codegen.folded import folded_chain, folded_upsampled_chain
 from fastcnn.convert.graph.guards import Guard, has_hooks
 from fastcnn.convert.graph.matcher import Matcher
@@ -23,6 +22,7 @@ from fastcnn.convert.graph.patterns import (
     ResizePattern,
     StepNodes,
 )
+from fastcnn.convert.options import Options
 
 _numbers = itertools.count()
 
@@ -184,7 +184,9 @@ def comparison_of(guard: Guard, paths: dict[nn.Module, str], name: str) -> Calla
         lines.append(f"    if not ({found} {how} value_{len(values) - 1}): return False")
 
     for module in guard.kinds_compiled:
-        compare(f"type({_path_of(paths[module])})", type(module), "is")
+        # Its own class, which it may get a converted one for.
+        found = _path_of(paths[module])
+        compare(f"getattr(type({found}), '_fastcnn_class', type({found}))", type(module), "is")
     for module, attribute, value in guard.seen_compiled:
         compare(f"{_path_of(paths[module])}.{attribute}", value, "==")
     return _executed("\n".join([*lines, "    return True"]), values, name)["holds"]

@@ -15,7 +15,6 @@ from fastcnn import functional
 from fastcnn.common.activation import eager_activation
 from fastcnn.common.autocast import autocast_dtype
 from fastcnn.convert.codegen.fit import (
-    Options,
     Shortcut,
     StepModules,
     refuse,
@@ -25,6 +24,7 @@ from fastcnn.convert.codegen.fit import (
 )
 from fastcnn.convert.graph.layers import Layer, act_inside
 from fastcnn.convert.graph.patterns import INTERPOLATE
+from fastcnn.convert.options import Options
 from fastcnn.nn.batch_norm_act import running_statistics, step_momentum, uses_batch_statistics
 from fastcnn.ops.group_norm_act import pixel_norm_act
 from fastcnn.ops.instance_norm_act import instance_norm_act

@@ -98,12 +98,12 @@ class Layers(dict[nn.Module, Layer]):
             return f"there is no kernel for mode={module.mode!r}"
         if layer.kind in NORMS and layer.act is None:
             return "the activation inside it has no kernel"
-        # Its class comes and goes.
+        # The parametrization's class comes and goes, and ours would be beside it.
         return "it has a parametrization" if layer.parametrized else None
 
 
 def _classify(module: nn.Module) -> Layer:
-    cls, parametrized = class_of(module), hasattr(module, "parametrizations")
+    cls, parametrized = class_of(module), "parametrizations" in module._modules
     if cls.__name__.startswith("Parametrized") and parametrized:
         cls = cls.__bases__[0]
     kind = _KINDS.get(cls) or _ELSEWHERE.get((cls.__module__.split(".")[0], cls.__name__))
@@ -112,14 +112,14 @@ def _classify(module: nn.Module) -> Layer:
         act = _act_of_module(module)
     elif kind in NORMS:
         act = act_inside(module)
-    return Layer(kind, act, differs(module, cls), _is_leaf(module, kind), parametrized)
+    return Layer(kind, act, differs(module, cls), _is_leaf(module, cls, kind), parametrized)
 
 
-def _is_leaf(module: nn.Module, kind: str | None) -> bool:
+def _is_leaf(module: nn.Module, cls: type[nn.Module], kind: str | None) -> bool:
     """Whether a module is one of the layers that are called and not opened."""
     if isinstance(module, torch.jit.ScriptModule):
         return True
-    inside = type(module).__module__.split(".")[:2]
+    inside = cls.__module__.split(".")[:2]
     ours = inside in (["torch", "nn"], ["fastcnn", "nn"]) or kind is not None
     return ours and not isinstance(module, _CONTAINERS)
 

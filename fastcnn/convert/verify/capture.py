@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from fastcnn.convert.converted import Conversion, Converted, _bind
+from fastcnn.convert.converted import Conversion, Converted, bind
 from fastcnn.convert.fused_forward import FusedForward
 from fastcnn.convert.graph.layers import Layers, class_of
 from fastcnn.convert.graph.trace import arguments_of
@@ -137,7 +137,7 @@ def _forward(
     names = arguments_of(original)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        inputs = _bind(*names, args, kwargs)
+        inputs = bind(*names, args, kwargs)
         if inputs is None:
             return original(module, *args, **kwargs)
         return _Interpreter(module, path, made, found, log, fused).run(*inputs)

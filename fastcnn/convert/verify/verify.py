@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastcnn.convert.converted import Converted, _convert_copy, as_original
+from fastcnn.convert.converted import Converted, as_original, convert_copy
+from fastcnn.convert.options import check_module
 from fastcnn.convert.verify.capture import Log, Map, Place, map_of, watch
 from fastcnn.convert.verify.determinism import Comparable, without_dropout
 from fastcnn.convert.verify.difference import Difference, Verification, difference
@@ -46,8 +47,7 @@ def verify(model: nn.Module, x: Any) -> Verification:
         TypeError: a model that is no Module.
         ValueError: nothing in the model is converted, or it does not run in float64.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"verify: model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module("verify", model)
     found: list[Any] = [(n, m) for n, m in model.named_modules() if isinstance(m, Converted)]
     if not found:
         raise ValueError("verify: model: expected a converted model; nothing in it is converted")
@@ -56,7 +56,7 @@ def verify(model: nn.Module, x: Any) -> Verification:
         plain = copy.deepcopy(model)
     fused = copy.deepcopy(plain)
     for name, module in found:
-        _convert_copy(module._fastcnn_conversion.recipe(), fused.get_submodule(name))
+        convert_copy(module._fastcnn_conversion.recipe(), fused.get_submodule(name))
     exact = copy.deepcopy(plain)
     with _aside(model):
         seen = map_of(fused)

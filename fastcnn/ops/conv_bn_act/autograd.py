@@ -131,7 +131,7 @@ class ConvBnActFunction(torch.autograd.Function):
             # next step then writes into memory that is still in the cache. Kept with retain_graph.
             ctx.maybe_clear_saved_tensors()
         inputs = [x]
-        for block in blocks[:-1]:  # rebuilt together, as every one needs the one before
+        for block in blocks[:-1]:  # recomputed together, as every one needs the one before
             inputs.append(block.output(inputs[-1]))
         del x
         while blocks:

@@ -8,7 +8,7 @@ weights at every call, and oneDNN lays them out anew; here both are kept:
 
     CPU, channels_last   the weight in oneDNN's layout, for each of the last sizes of x
     CPU, NCHW            the folded weight: oneDNN's operator answers a packed one in channels_last
-    CUDA                 the folded weight, for the plan that wants it folded (inference.py)
+    CUDA                 the folded weight, for the plan that wants it folded
 
 The modules are read at every call. What was kept goes where one of their tensors is another one,
 has other memory (.to(), load_state_dict(assign=True)) or was written to, which its version counter

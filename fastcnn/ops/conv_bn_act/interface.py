@@ -24,7 +24,7 @@ Eager saves every a_i beside every r_i, and a pooling's indices. What is recompu
 bits: the kernels that made it run again. The convolutions are PyTorch's own; on CUDA those of a
 step are Triton's where the planner finds them faster, and what stands before and behind is fused
 into them (passes.py, candidates.py). In evaluation, where no gradient is required, each step is one
-convolution of oneDNN on the CPU (conv2d/onednn.py), on CUDA what inference.py offers.
+convolution of oneDNN on the CPU (conv2d/onednn.py), on CUDA one of inference_candidates.py.
 
 A call: validate.py checks the blocks, planning.py chooses how their convolutions run, autograd.py
 runs them forward and backward, running.py moves the running statistics.

@@ -271,3 +271,16 @@ def test_running(dtype: torch.dtype) -> None:
             limits = torch.finfo(dtype)
             error += limits.eps / 2 * (expected.abs() + error).clamp(min=limits.smallest_normal)
             near(result, f"running_{name}", expected, error)
+
+
+def test_running_statistics_of_float64_are_refused() -> None:
+    # Beside float32, each way; at the operator all arguments have one type.
+    cases = []
+    double = {name: torch.ones(2).double() for name in ("running_mean", "running_var")}
+    for dtype, stats_dtype in [(3, 0), (0, 3)]:
+        numbers = {"c": 2, "dtype": dtype, "stats_dtype": stats_dtype, **SMALL_DEVICE}
+        numbers |= {"momentum": 0.1, "unbias": 1}
+        inputs = {"mean": double["running_mean"], "var": double["running_var"]}
+        cases.append(Case("running", numbers, inputs=inputs, updated=double))
+    results = run_cases("batch_norm_act", cases)
+    assert [result.error for result in results] == [INVALID_VALUE] * 2

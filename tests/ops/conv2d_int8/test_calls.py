@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.conv2d_int8_cases import CASES, Case, problem
+from support.conv2d_int8_cases import CASES, PLAIN, Case, problem
 from support.shapes import LAYOUTS, RESNET50_CONVS, Conv
 from support.small_models import Int8
 from torch import Tensor
@@ -23,9 +23,6 @@ from fastcnn.ops.conv2d_int8 import (
     value_checks as conv2d_int8_data,
 )
 
-# Inductor imports parts of torch.jit.
-pytorchs_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-PLAIN = Case((2, 16, 7, 6), 24, 3, "for anything", padding=1)
 WIDE = Case((1, 1100, 3, 3), 5, 3, "high and low", padding=1)
 
 

@@ -15,8 +15,6 @@ from fastcnn import functional
 from fastcnn.lab import saved_for_backward
 from fastcnn.nn import Upsample
 
-pytorchs_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -24,7 +24,6 @@ from fastcnn.ops.upsample_conv2d.folded import FoldedUpsampleConv2d
 from fastcnn.ops.upsample_conv2d.interface import upsample_conv2d
 from fastcnn.ops.upsample_conv2d.taps import upsample_taps_bwd, upsample_taps_fwd
 
-pytorchs_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 CL = torch.channels_last
 
 RESIZES: dict[str, dict[str, Any]] = {
