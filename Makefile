@@ -14,7 +14,7 @@ help:
 	@echo "make test-all         and what takes long: foreign models, the whole demo, fuzz"
 	@echo "make test-processors  all of it on each instruction set that is here, from five seeds"
 	@echo "make fuzz   N random calls of the ops, N=20000, against PyTorch in float64; SEED=... again"
-	@echo "make bench  the kernels and whole networks beside PyTorch, interleaved in one process"
+	@echo "make bench  the kernels and whole networks compared with PyTorch, interleaved in one process"
 	@echo "make gpu    with a GPU: build, test, sanitize, tune, bench into RESULTS=dir; STAGES=test,bench"
 	@echo "make wheel  a wheel for this Python and CUDA, in dist/"
 

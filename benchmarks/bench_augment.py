@@ -1,4 +1,4 @@
-"""augment beside torchvision.transforms.v2: 64 images of 256x256 to normalised 224x224 float32.
+"""augment vs. torchvision.transforms.v2: 64 images of 256x256 to normalised 224x224 float32.
 
 Floor in passes over the output: 1 (written once) and 1/4 (what is seen of the uint8 images). Two
 baselines, since torchvision has none that does the same at once: Compose on each sample, which

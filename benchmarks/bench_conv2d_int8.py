@@ -1,4 +1,4 @@
-"""ResNet-50's and U-Net's convolutions with bias and ReLU in 8 bits, beside PyTorch's in bf16.
+"""ResNet-50's and U-Net's convolutions with bias and ReLU in 8 bits, vs. PyTorch's in bf16.
 
 Weights are packed. PyTorch runs conv2d with the bias and ReLU in place, in channels_last, on CUDA
 by the fastest algorithm that cuDNN finds. There is no floor in bytes to compare a convolution with.

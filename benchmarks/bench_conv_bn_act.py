@@ -1,4 +1,4 @@
-"""conv_bn_act beside PyTorch at its best, in bf16 and channels_last: single steps, and blocks.
+"""conv_bn_act vs. PyTorch at its best, in bf16 and channels_last: single steps, and blocks.
 
     infer   act(batch_norm(conv2d(x)) + residual) in evaluation, over ResNet-50's and U-Net's
             convolutions; the residual where a bottleneck has one

@@ -1,4 +1,4 @@
-"""group_norm_act, forward and backward, beside F.group_norm + relu; LayerNorm2d beside eager's.
+"""group_norm_act, forward and backward, vs. F.group_norm + relu; LayerNorm2d vs. eager's.
 
 Floor in passes over the tensor (docs/performance.md): forward 3, backward 5; for LayerNorm2d, whose
 pixels stay in the cache, 2 and 3.

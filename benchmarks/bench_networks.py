@@ -1,7 +1,7 @@
 """Whole networks through fastcnn.convert: a training step, and inference; images a second.
 
 torchvision's ResNets and this package's ResNet-20 and U-Net (64 channels, 4 levels, bilinear), in
-channels_last, beside themselves unconverted ("eager"), and beside torch.compile of that, whose
+channels_last, vs. themselves unconverted ("eager"), and vs. torch.compile of that, whose
 first call compiles for a minute or two. Training is in bf16 autocast but for the small ResNets.
 
 On the CPU converted inference is in bf16 autocast from float32 weights; its baselines get weights
@@ -53,7 +53,7 @@ class Training(NamedTuple):
     size: int
     dtype: torch.dtype | None = torch.bfloat16  # of autocast
     memory: Any = "default"
-    compiled: bool = False  # beside torch.compile as well
+    compiled: bool = False  # vs. torch.compile as well
 
 
 TRAINING = {

@@ -35,7 +35,7 @@ Tensor stats(const Tensor& x) {
 // -> mean, var, total
 template <auto launch>
 std::tuple<Tensor, Tensor, Tensor> merge_stats(const Tensor& gathered) {
-  constexpr const char* kOp = "batch_norm_merge_stats";
+  constexpr const char* kOp = "batch_norm_join_stats";
   check_storage(kOp, "gathered", gathered);
   BatchNormMergeParams p{};
   p.dtype = dtype_of(kOp, "gathered", gathered);
@@ -101,7 +101,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastcnn, CPU, m) {
   m.impl("batch_norm_act_stats", TORCH_BOX((&stats<on_cpu<batch_norm_act_fwd_cpu, FwdParams>>)));
   m.impl("batch_norm_act_reduce", TORCH_BOX((&reduce<on_cpu<batch_norm_act_bwd_cpu, BwdParams>>)));
   m.impl("batch_norm_act_dx", TORCH_BOX((&dx<on_cpu<batch_norm_act_bwd_cpu, BwdParams>>)));
-  m.impl("batch_norm_merge_stats",
+  m.impl("batch_norm_join_stats",
          TORCH_BOX((&merge_stats<on_cpu<batch_norm_merge_cpu, MergeParams>>)));
 }
 
@@ -113,7 +113,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastcnn, CUDA, m) {
          TORCH_BOX((&reduce<on_cuda_summing<launch_batch_norm_act_bwd, BwdParams>>)));
   m.impl("batch_norm_act_dx",
          TORCH_BOX((&dx<on_cuda_summing<launch_batch_norm_act_bwd, BwdParams>>)));
-  m.impl("batch_norm_merge_stats",
+  m.impl("batch_norm_join_stats",
          TORCH_BOX((&merge_stats<on_cuda<launch_batch_norm_merge, MergeParams>>)));
 }
 #endif

@@ -1,4 +1,4 @@
-"""Conversion of anybody's model: convert, revert, report and verify."""
+"""Conversion of any model: convert, revert, report and verify."""
 
 from fastcnn.convert.api import convert, revert
 from fastcnn.convert.report import report

@@ -1,4 +1,4 @@
-"""Which candidate is right: errors against a more exact reference, beside PyTorch's own errors.
+"""Which candidate is right: errors against a more exact reference, compared with PyTorch's own.
 
 An op names its baseline, the candidate that is PyTorch's own way. Output i is right if
 

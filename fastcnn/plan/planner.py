@@ -30,7 +30,7 @@ from fastcnn.plan.problem import Device, Problem, describe
 from fastcnn.plan.registry import Candidate, Op
 from fastcnn.plan.roofline import peaks_of, predicted_seconds
 from fastcnn.plan.timer import Timer, timer_for
-from fastcnn.plan.tune import tune, verify
+from fastcnn.plan.tune import tune, verify_candidate
 
 __all__ = ["MODES", "Plan", "Planner", "measured", "mode_of_environment", "open_file"]
 
@@ -96,7 +96,7 @@ class Planner:
         describe: Callable[[torch.device], Device] = describe,
         timer_for: Callable[[torch.device], Timer] = timer_for,
         busy: Callable[[torch.device], str | None] = _busy,
-        verify: Callable[[Op, Problem, Candidate, Timer], str | None] = verify,
+        verify: Callable[[Op, Problem, Candidate, Timer], str | None] = verify_candidate,
     ) -> None:
         self.mode = mode
         self._ops = ops

@@ -20,7 +20,7 @@ from fastcnn.plan.problem import Problem
 from fastcnn.plan.registry import Candidate, Op
 from fastcnn.plan.timer import Timer
 
-__all__ = ["tune", "verify"]
+__all__ = ["tune", "verify_candidate"]
 
 WARMUP = 2
 REPEATS = 9
@@ -49,7 +49,7 @@ def tune(op: Op, problem: Problem, candidates: Sequence[Candidate], timer: Timer
     return Entry(min(milliseconds, key=milliseconds.__getitem__), milliseconds, refused)
 
 
-def verify(op: Op, problem: Problem, candidate: Candidate, timer: Timer) -> str | None:
+def verify_candidate(op: Op, problem: Problem, candidate: Candidate, timer: Timer) -> str | None:
     """Say why a candidate that nobody has timed is not right, run once on a single image."""
     one = problem._replace(x=(1, *problem.x[1:]))
     with _apart(problem.device):

@@ -90,7 +90,7 @@ def conv2d_bwd_input(
     elif tile is None:
         lean = before is None
         tile = default_tile(pixels, c_in_group, c_out // groups, dy.dtype, lean)
-        # Programs that stay keep more: with SiLU's gradient whole steps spilled 8 to 48 bytes.
+        # Persistent programs keep more: with SiLU's gradient whole steps spilled 8 to 48 bytes.
         tile = half_steps(tile) if by_descriptors and d.norm is not None else tile
     tiles = cdiv(pixels, tile.m)
     count = 2 if before else 0

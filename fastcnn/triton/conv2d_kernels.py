@@ -161,7 +161,7 @@ def pointwise_kernel(
     """A 1x1 convolution without stride: x [pixels, c_in] times w [c_out, c_in], by descriptors.
 
     Descriptors are copied by the TMA unit on sm_90 and later: no addresses, no masks; what lies
-    outside is 0. Grid: programs that stay, and of n take every n-th tile.
+    outside is 0. Grid: persistent programs, which of n take every n-th tile.
     """
     tiles_m, tiles_n = tl.cdiv(pixels, BLOCK_M), tl.cdiv(c_out, BLOCK_N)
     for program in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):

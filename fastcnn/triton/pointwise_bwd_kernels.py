@@ -44,7 +44,7 @@ def pointwise_bwd_input_kernel(
     DY_ACT: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Dx. Grid: programs that stay, and of n take every n-th tile."""
+    """Dx. Grid: persistent programs, which of n take every n-th tile."""
     tiles_m, tiles_n = tl.cdiv(pixels, BLOCK_M), tl.cdiv(c_in, BLOCK_N)
     for program in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_of(program, tiles_m, tiles_n, GROUP_M)

@@ -98,7 +98,7 @@ def test_synchronised_statistics_make_the_whole(layout: str, dtype: torch.dtype)
     xs, residuals, dys = parts(here.x), parts(here.residual), parts(here.dy)
     with on_gpu():
         gathered = torch.stack([ops.batch_norm_act_stats(x) for x in xs])
-        mean, var, total = ops.batch_norm_merge_stats(gathered)
+        mean, var, total = ops.batch_norm_join_stats(gathered)
         fixed = *affine, mean, var
         ys = [
             ops.batch_norm_act_apply(x, r, *fixed, eps, act)

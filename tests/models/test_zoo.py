@@ -65,10 +65,16 @@ def test_keys_shapes_and_types(name: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", slow_but({"resnet18", "mobilenet_v2", "densenet121"}, FAMILIES))
+ZERO_INIT = {"resnet18", "resnet50"}  # with the option zero_init_residual: each kind of block
+
+
+@pytest.mark.parametrize(
+    "name",
+    slow_but({"resnet18", "resnet50", "mobilenet_v2", "densenet121"}, [*FAMILIES, "resnet50"]),
+)
 def test_same_seed_gives_the_same_initial_weights(name: str) -> None:
     # Somebody who switches a training script to fastcnn repeats the same experiment.
-    options = {"zero_init_residual": True} if name == "resnet18" else {}
+    options = {"zero_init_residual": True} if name in ZERO_INIT else {}
     seed_all(0)
     actual = ours(name, 7, **options).state_dict()
     seed_all(0)

@@ -123,7 +123,7 @@ VALID_HERE = {
     ("group_norm_act_fwd", "x"): ALONE - {"other float", "meta", "channel less"},
     ("pixel_norm_act_fwd", "x"): ALONE - {"other float", "meta", "channel less"},
     ("batch_norm_act_stats", "x"): ALONE,
-    ("batch_norm_merge_stats", "gathered"): ALONE,
+    ("batch_norm_join_stats", "gathered"): ALONE,
     ("conv2d_bwd_weight", "dy"): {"channel less"},
     ("conv2d_bwd_weight", "x"): {"channel less"},
     # Read by PyTorch's own operators, with any strides.

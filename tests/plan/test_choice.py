@@ -12,7 +12,7 @@ from torch import Tensor
 from fastcnn.plan.plan_file import Entry
 from fastcnn.plan.planner import measured
 from fastcnn.plan.problem import Problem
-from fastcnn.plan.tune import verify
+from fastcnn.plan.tune import verify_candidate
 
 
 def test_the_fastest_runs(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_the_model_s_choice_is_checked_on_one_image(tmp_path: Path) -> None:
     clock = Clock()
     ways = [candidate("two", clock, passes=2), candidate("one", clock, run=wrong, passes=1)]
     for mode in ("read", "off"):
-        plans = planner(mode, clock, tmp_path, *ways, verify=verify)
+        plans = planner(mode, clock, tmp_path, *ways, verify=verify_candidate)
         with pytest.warns(UserWarning, match="double: one refused: output 0: error"):
             plan = plans.choose(problem(64))
         assert (plan.name, plan.source) == ("two", "model")
@@ -173,7 +173,7 @@ def test_the_model_s_choice_is_checked_on_one_image(tmp_path: Path) -> None:
 
     # Not while a graph is captured: it is checked when it is met elsewhere.
     busy: list[str | None] = ["while a CUDA graph is captured"]
-    plans = planner("read", clock, tmp_path, *ways, verify=verify, busy=lambda _: busy[0])
+    plans = planner("read", clock, tmp_path, *ways, verify=verify_candidate, busy=lambda _: busy[0])
     plan = plans.choose(problem(64))
     assert plan.name == "one"
     assert plan.reason.startswith("not checked while a CUDA graph is captured; predicted")

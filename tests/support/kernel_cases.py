@@ -65,7 +65,7 @@ def batch_norm_of_several_processes() -> None:
     x, dy = (image(*SIZES["one-pass"], layout="nchw").detach() for _ in range(2))
     weight, bias = torch.randn(2, x.shape[1], device=DEVICE)
     local = ops.batch_norm_act_stats(x)
-    mean, var, total = ops.batch_norm_merge_stats(torch.stack([local, local]))
+    mean, var, total = ops.batch_norm_join_stats(torch.stack([local, local]))
     rest = (dy, x, None, weight, bias, mean, var)
     _, dweight, dbias = ops.batch_norm_act_reduce(*rest, 1e-5, 1, False)
     ops.batch_norm_act_dx(*rest, dweight, dbias, total, 1e-5, 1, True)

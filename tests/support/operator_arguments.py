@@ -10,7 +10,7 @@ from fastcnn import _C
 
 OPERATORS = [
     "batch_norm_act_fwd", "batch_norm_act_apply", "batch_norm_act_bwd", "batch_norm_act_stats",
-    "batch_norm_act_reduce", "batch_norm_act_dx", "batch_norm_merge_stats",
+    "batch_norm_act_reduce", "batch_norm_act_dx", "batch_norm_join_stats",
     "batch_norm_update_running", "conv2d_int8", "conv2d_int8_epilogue", "conv2d_fused",
     "conv2d_fused_bwd_input", "conv2d_fused_bwd_weight", "upsample_fwd", "upsample_bwd",
     "upsample_taps_fwd", "upsample_taps_bwd", "augment", "augment_mask", "dropout_apply",
@@ -59,7 +59,7 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str, w: int = 4) -> dict
         return {"x": image(), "residual": image(), **norm, **stats, **rest}
     if op == "batch_norm_act_stats":
         return {"x": image()}
-    if op == "batch_norm_merge_stats":
+    if op == "batch_norm_join_stats":
         return {"gathered": torch.ones(3, 13, dtype=acc)}
     images = {"dy": image(), "x": image(), "saved": image()}
     if op == "batch_norm_act_bwd":

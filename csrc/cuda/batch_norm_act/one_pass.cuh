@@ -25,9 +25,9 @@ size_t one_pass_bytes(const ColumnPlan& plan, int tensors) {
 }
 
 template <class T, int kVector>
-class Tile {
+class SharedTile {
  public:
-  __device__ Tile(const ColumnPlan& plan, int tensor) {
+  __device__ SharedTile(const ColumnPlan& plan, int tensor) {
     const int64_t steps = (plan.length + plan.lanes - 1) / plan.lanes;
     words_ = shared_memory<Word<T, kVector>>() + tensor * steps * kThreads + threadIdx.x;
     end_ = words_ - threadIdx.x + steps * kThreads;
@@ -41,8 +41,9 @@ class Tile {
 
 // Reads this thread's part of the tensors into their tiles, kUnroll vectors of each in flight.
 template <class T, int kVector, bool kChannelsLast, int kTensors>
-__device__ void fill(const Tile<T, kVector> (&tiles)[kTensors], const void* const (&from)[kTensors],
-                     const ImageShape& shape, const ColumnPlan& plan) {
+__device__ void fill(const SharedTile<T, kVector> (&tiles)[kTensors],
+                     const void* const (&from)[kTensors], const ImageShape& shape,
+                     const ColumnPlan& plan) {
   Walk<kVector, kChannelsLast> walk(shape, plan);
   int i = 0;
   walk.template run_groups<kUnroll>([&]<int kN>(const int64_t(&offsets)[kN]) {
@@ -111,7 +112,7 @@ template <class T, int kVector, bool kChannelsLast>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     batch_norm_act_one_pass_fwd_kernel(BatchNormActFwdParams p, ColumnPlan plan) {
   constexpr int kCount = kSlots<kVector, kChannelsLast>;
-  const Tile<T, kVector> tiles[] = {{plan, 0}};
+  const SharedTile<T, kVector> tiles[] = {{plan, 0}};
   fill<T, kVector, kChannelsLast>(tiles, {p.x}, p.shape, plan);
   Walk<kVector, kChannelsLast> walk(p.shape, plan);
   const int steps = static_cast<int>(walk.left());
@@ -173,7 +174,7 @@ template <class T, int kVector, bool kChannelsLast>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     batch_norm_act_one_pass_bwd_kernel(BatchNormActBwdParams p, ColumnPlan plan) {
   constexpr int kCount = kSlots<kVector, kChannelsLast>;
-  const Tile<T, kVector> tiles[] = {{plan, 0}, {plan, 1}};  // dy, x
+  const SharedTile<T, kVector> tiles[] = {{plan, 0}, {plan, 1}};  // dy, x
   fill<T, kVector, kChannelsLast>(tiles, {p.dy, p.x}, p.shape, plan);
   T* dresidual = static_cast<T*>(p.dresidual);
   Sums sums[kCount];

@@ -73,8 +73,8 @@ inline BatchNormPlan plan_one_pass(const ImageShape& shape, int element_bytes, b
   return plan;
 }
 
-// The choice. One pass saves a pass over memory (two in backward) and two launches; it has only as
-// many blocks as there are channels to share out.
+// The choice. The one-pass kernel reads memory once less (twice in backward) and saves two
+// launches; it has only as many blocks as there are channels to share out.
 inline BatchNormPlan plan_batch_norm(const ImageShape& shape, int element_bytes, bool aligned,
                                      const OnePassNeeds& needs, const CudaDevice& device) {
   enum class Then { kNext, kOnePass };

@@ -1,6 +1,6 @@
 """Chains in inference: each step's weights folded and packed once, by FoldedConv2d.
 
-In training, and where somebody asks for a gradient, the steps run as runtime.py's.
+In training, and where a gradient is required, the steps run as runtime.py's.
 """
 
 import itertools

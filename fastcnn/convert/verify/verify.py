@@ -64,7 +64,7 @@ def verify(model: nn.Module, x: Any) -> Verification:
         written = _run(plain, inputs)
         ours = _run(fused, inputs, seen, fused=True)
         if any(m._fastcnn_conversion.options.mode == "infer" for _, m in found):
-            # Folded weights run where nobody asks for gradients.
+            # Folded weights run where no gradient is required.
             ours.log.values.update(_run(fused, inputs, seen, fused=True, back=False).log.values)
             called.results.update(_run(fused, inputs, back=False).results)
         theirs = [_run(plain, inputs, seen, nudge=i) for i in range(_RUNS)]

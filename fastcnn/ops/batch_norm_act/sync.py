@@ -53,7 +53,7 @@ def _dx_fake(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
 
 declare("batch_norm_act_stats(Tensor x) -> Tensor", _stats_fake)
 declare(
-    "batch_norm_merge_stats(Tensor gathered) -> (Tensor mean, Tensor var, Tensor total)",
+    "batch_norm_join_stats(Tensor gathered) -> (Tensor mean, Tensor var, Tensor total)",
     _merge_fake,
 )
 declare(
@@ -70,7 +70,7 @@ declare(
 )
 
 _stats = torch.ops.fastcnn.batch_norm_act_stats.default
-_merge = torch.ops.fastcnn.batch_norm_merge_stats.default
+_merge = torch.ops.fastcnn.batch_norm_join_stats.default
 _reduce = torch.ops.fastcnn.batch_norm_act_reduce.default
 _dx = torch.ops.fastcnn.batch_norm_act_dx.default
 

@@ -1,7 +1,7 @@
 """The arguments of conv2d_int8: what is asked of them, and the float32 arithmetic done with them.
 
 The operator itself asks all of it, in eager calls, while tracing and in compiled calls alike: it is
-Python on the CPU. value_checks.py looks at the data, which there is none of while tracing.
+Python on the CPU. value_checks.py checks values, which there are none of while tracing.
 """
 
 import math

@@ -83,7 +83,7 @@ def _ranges(call: Call) -> Ranges:
 
 
 def _look(weight_scale: Tensor | None, bias: Tensor | None) -> Ranges:
-    """Look at the data; on CUDA one wait for the device."""
+    """Read the values; on CUDA one synchronisation with the device."""
     known = [t for t in (weight_scale, bias) if t is not None]
     known += [] if weight_scale is None or bias is None else [bias.double() / weight_scale]
     ends = torch.stack([torch.stack(t.double().aminmax()) for t in known]).tolist()

@@ -186,7 +186,7 @@ class FoldedConv2d:
 
 
 def _is_plain_inference(x: Tensor, residual: Tensor | None, tensors: Tensors) -> bool:
-    """Whether these are tensors with data and counters, and nobody asks for a gradient."""
+    """Whether these are tensors with data and counters, and no gradient is required."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     grads = torch.is_grad_enabled()

@@ -19,7 +19,7 @@ from fastcnn.ops.conv_bn_act.step import ConvBnActStep, StepSettings
 
 
 def is_inference(x: Tensor, steps: Sequence[ConvBnActStep], residual: Tensor | None) -> bool:
-    """Whether all statistics are fixed, and nobody asks for a gradient."""
+    """Whether all statistics are fixed, and no gradient is required."""
     if any(step.training for step in steps):
         return False
     grads = torch.is_grad_enabled()

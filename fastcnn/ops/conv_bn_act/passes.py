@@ -157,7 +157,7 @@ def batch_norm_gradient(
 
 def _over_all(sums: Sums, raw: Tensor, group: Group, total: Tensor) -> Sums:
     """Return the sums over all parts of the batch, for kernels that divide by the values of one."""
-    # In the order of every other way back: ranks may have different plans.
+    # In the order of every other backward pass: ranks may have different plans.
     shared = shared_sums(sums[1], sums[0], group) * (raw.numel() // raw.shape[1] / total)
     return Sums(shared[1], shared[0])
 

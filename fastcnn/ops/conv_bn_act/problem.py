@@ -1,7 +1,7 @@
 """What the planned ops of conv_bn_act have in common: problems, synthetic tensors, bytes, who can.
 
 Options of a problem: in=ACT and out=ACT, a batch norm with that activation before or behind
-the convolution; training, with statistics of the batch; residual; no_dx, where nobody asks for the
+the convolution; training, with statistics of the batch; residual; no_dx, where nothing requires the
 input's gradient; channels_last; and how PyTorch is set: tf32, benchmark, deterministic.
 """
 

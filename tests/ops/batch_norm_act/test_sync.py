@@ -344,7 +344,7 @@ def test_operators_make_the_whole(layout: str) -> None:
     y, mean, var = ops.batch_norm_act_fwd(case.x, case.residual, case.weight, case.bias, 1e-5, 1)
     parts = [part_of(case, (1, 3, 2), i) for i in range(3)]
     stats = torch.stack([ops.batch_norm_act_stats(part.x) for part in parts])
-    merged = ops.batch_norm_merge_stats(stats)
+    merged = ops.batch_norm_join_stats(stats)
     for got, want in zip(merged, (mean, var, torch.tensor([6 * 28.0]).double()), strict=True):
         assert_same(got, want)
     rest = (case.weight, case.bias, *merged[:2])
