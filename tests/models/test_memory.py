@@ -70,8 +70,8 @@ def kept_at_batch_16(model: nn.Module) -> int:
 
 
 def test_bytes_kept_by_resnet50() -> None:
-    # Compared with eager PyTorch with ReLU in place, as torchvision has it: batch 16, bfloat16 autocast,
-    # channels_last, 224x224.
+    # Compared with eager PyTorch with ReLU in place, as torchvision has it: batch 16, bfloat16,
+    # autocast, channels_last, 224x224.
     eager = kept_at_batch_16(eager_baseline(models.resnet50()))
     for memory, limit in (("default", 0.83), ("low", 0.65), ("lowest", 0.5)):
         ratio = kept_at_batch_16(models.resnet50(memory=memory)) / eager
