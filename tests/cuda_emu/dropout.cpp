@@ -1,6 +1,6 @@
-// Runs the launcher of csrc/cuda/dropout.cu on cases from tests/ops/dropout/test_cuda.py. Numbers and tensors
-// have the names of the params struct, and p stands for threshold and scale; sm_count is the
-// device's.
+// Runs the launcher of csrc/cuda/dropout.cu on cases from tests/ops/dropout/test_cuda.py. Numbers
+// and tensors have the names of the params struct, and p stands for threshold and scale; sm_count
+// is the device's.
 #include "dropout.h"
 
 #include "cuda/launch.cuh"
