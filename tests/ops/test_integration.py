@@ -85,7 +85,7 @@ def test_the_models_run_the_ops(name: str) -> None:
 
 
 @pytorchs_own_warnings
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["channels_last", pytest.param("nchw", marks=slow)])
 @pytest.mark.parametrize("name", SMALL)
 def test_compiled_without_graph_breaks(name: str, layout: str) -> None:
     # aot_eager traces everything and changes no arithmetic: the same bits. The second batch, of
@@ -125,8 +125,8 @@ def test_compiled_by_inductor(name: str, layout: str) -> None:
 @pytorchs_own_warnings
 @pytest.mark.parametrize(
     ("mode", "training"),
-    [(torch.no_grad, True), (torch.no_grad, False), (torch.inference_mode, False),
-     (torch.enable_grad, True)],
+    [(torch.no_grad, True), (torch.inference_mode, False),
+     pytest.param(torch.no_grad, False, marks=slow), (torch.enable_grad, True)],
 )  # fmt: skip
 @pytest.mark.parametrize("name", SMALL)
 def test_compiled_without_a_gradient(name: str, mode: Callable[[], Any], training: bool) -> None:
