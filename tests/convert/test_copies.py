@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from onnx.reference import ReferenceEvaluator
+from support.chains import LEVELS
 from support.conversion_cases import cbr, net
 from support.conversions import assert_inferred, images, patterns, prepared, results
 from support.oracles import torchvision
@@ -206,9 +207,6 @@ def test_reverted_models_go_to_onnx(x: Tensor) -> None:
     assert {node.domain for node in graph.graph.node} == {""}
     (got,) = ReferenceEvaluator(graph).run(None, {graph.graph.input[0].name: x.float().numpy()})
     assert_inferred(torch.from_numpy(got), model.double(), x.float())
-
-
-LEVELS = ["default", "low", "lowest"]
 
 
 def small_resnet(memory: str) -> models.ResNet:

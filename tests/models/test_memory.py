@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.chains import LEVELS
 from support.resnets import LAYERS, assert_same_network, resnets
 from support.roundings import assert_expected_roundings
 from torch import Tensor, nn
 
 from fastcnn import convert, models, revert
 from fastcnn.lab import eager_baseline, saved_for_backward
-
-LEVELS = ["default", "low", "lowest"]
 
 
 def images(n: int, size: int) -> Tensor:

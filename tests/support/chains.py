@@ -4,7 +4,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcnn.nn import BatchNormAct2d, Block, conv_bn_act, conv_bn_act_blocks
 from fastcnn.nn.conv_bn_act import Step
+from fastcnn.ops.conv_bn_act.step import Memory
+
+LEVELS = get_args(Memory)
 
 
 def randomize(model: nn.Module) -> None:

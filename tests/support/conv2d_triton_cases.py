@@ -14,11 +14,7 @@ from fastcnn.common.conv_operands import Input
 from fastcnn.triton.conv2d_fwd import Tile
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
 SMALL = Tile(m=32, n=16, k=16, warps=4, stages=2, group=2)
-
-
 NAMES = list(ACT_NUMBER)
 
 
@@ -74,6 +70,4 @@ def in_two_types(names: Iterable[str], step: int) -> list[Any]:
 
 
 HALF = [("relu", torch.bfloat16), ("gelu", torch.bfloat16), ("silu", torch.float16)]
-
-
 BEFORE_AND_BEHIND = [*((act, torch.float32) for act in ACTS), *HALF]

@@ -14,11 +14,7 @@ from fastcnn import functional
 from fastcnn.ops.group_norm_act import pixel_norm_act
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
 TENSORS = ("x", "weight", "bias", "dy")
-
-
 PIXELS = None  # in place of a number of groups: each pixel over its channels
 
 

@@ -55,8 +55,6 @@ _ACT_FUNCTIONS: dict[Any, str] = {
     F.sigmoid: "sigmoid", torch.sigmoid: "sigmoid", F.leaky_relu: "leaky_relu",
     "relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "sigmoid_": "sigmoid",
 }  # fmt: skip
-
-
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 RESIZES = ("nearest", "bilinear", "nearest-exact")
 

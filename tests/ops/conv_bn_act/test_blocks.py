@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.activations import ACTS
 from support.chains import (
+    LEVELS,
     SHORTCUTS,
     Chain,
     Stage,
@@ -31,8 +32,6 @@ from torch.autograd import gradcheck
 from fastcnn import reference
 from fastcnn.functional import ConvBnActBlock, ConvBnActStep, MaxPool, conv_bn_act_blocks
 from fastcnn.nn import BatchNormAct2d, Block
-
-LEVELS = ["default", "low", "lowest"]
 
 
 @pytest.mark.parametrize("act", ACTS)

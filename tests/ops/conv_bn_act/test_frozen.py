@@ -4,10 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.chains import Operators, Stage, check_float64, stage
+from support.chains import LEVELS, Operators, Stage, check_float64, stage
 from torch import Tensor, nn
-
-LEVELS = ["default", "low", "lowest"]
 
 aten, fastcnn = torch.ops.aten, torch.ops.fastcnn
 

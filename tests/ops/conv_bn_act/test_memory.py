@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from support.chains import SHORTCUTS, Chain, Stage, conv_bn, expected_bytes, stage, state
+from support.chains import LEVELS, SHORTCUTS, Chain, Stage, conv_bn, expected_bytes, stage, state
 from support.shapes import LAYOUTS
 from torch import Tensor, nn
 
@@ -19,7 +19,6 @@ from fastcnn.nn import Block
 # parts of torch.jit.
 pytorchs_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-LEVELS = ["default", "low", "lowest"]
 # One of each way to know the derivative behind a residual: without anything, from y, from z.
 ACTS = ["none", "relu", "silu"]
 
