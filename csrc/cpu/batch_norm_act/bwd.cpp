@@ -47,7 +47,8 @@ inline __attribute__((always_inline)) Vec<Acc<T>> grad_z(const BwdSpan<T>& s, A 
 // are added up once a task and not once a plane.
 template <class T, class A, Z kZ, bool kArray>
 void reduce_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
-                 const Coefficients<Acc<T>>& k, int64_t j, Acc<T>* sum_dz, Acc<T>* sum_dzx) {
+                 const BatchNormCoefficients<Acc<T>>& k, int64_t j, Acc<T>* sum_dz,
+                 Acc<T>* sum_dzx) {
   using S = Acc<T>;
   const A act(k.act);
   const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
@@ -68,7 +69,7 @@ void reduce_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
 // activation, or kNone where dy is dz already.
 template <class T, class A, Z kZ, bool kArray>
 void dx_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
-             const Coefficients<Acc<T>>& k, int64_t j, Act of_dy, bool training) {
+             const BatchNormCoefficients<Acc<T>>& k, int64_t j, Act of_dy, bool training) {
   using S = Acc<T>;
   const bool past_caches = k.past_caches && can_store_past_caches(s.dx, stride);
   const A act(of_dy);
@@ -99,11 +100,11 @@ void dx_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
 
 template <class T>
 using ReduceFn = void (*)(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
-                          const Coefficients<Acc<T>>& k, int64_t j, Acc<T>* sum_dz,
+                          const BatchNormCoefficients<Acc<T>>& k, int64_t j, Acc<T>* sum_dz,
                           Acc<T>* sum_dzx);
 template <class T>
 using DxFn = void (*)(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
-                      const Coefficients<Acc<T>>& k, int64_t j, Act of_dy, bool training);
+                      const BatchNormCoefficients<Acc<T>>& k, int64_t j, Act of_dy, bool training);
 
 // The two loops of one call, chosen once. Where the first one has written dz into dresidual, the
 // second one reads it there instead of dy.
@@ -132,7 +133,7 @@ struct BwdLoops {
   }
 
   void run_dx(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
-              const Coefficients<Acc<T>>& k, int64_t j) const {
+              const BatchNormCoefficients<Acc<T>>& k, int64_t j) const {
     if (s.dresidual != nullptr) s.dy = s.dresidual;
     dx(s, rows, stride, length, k, j, of_dy, training);
   }
@@ -141,8 +142,8 @@ struct BwdLoops {
 // From the sums of channel j to its parameters' gradients and to dx's coefficients; or from the
 // gradients of all ranks to the latter.
 template <class S>
-void finalize_channel(const BatchNormActBwdParams& p, Coefficients<S>& k, int64_t j, double sum_dz,
-                      double sum_dzx) {
+void finalize_channel(const BatchNormActBwdParams& p, BatchNormCoefficients<S>& k, int64_t j,
+                      double sum_dz, double sum_dzx) {
   const double rstd = rstd_of(static_cast<const S*>(p.var)[j], p.eps);
   S *dweight = static_cast<S*>(p.dweight) + j, *dbias = static_cast<S*>(p.dbias) + j;
   double count = static_cast<double>(p.shape.per_channel()), sum_dzxhat = sum_dzx * rstd;
@@ -167,7 +168,7 @@ void bwd_channels_last(const BatchNormActBwdParams& p) {
   using S = Acc<T>;
   const BwdLoops<T, true> loops(p);
   const WideRows w(p.shape, sizeof(T), kLanes<S>);
-  Coefficients<S> k(w.c, w.repeat, p.act, p.shape.numel() * sizeof(T));
+  BatchNormCoefficients<S> k(w.c, w.repeat, p.act, p.shape.numel() * sizeof(T));
   const auto set = [&](int64_t j) { k.set(p, j); };
   parallel_for(w.c, kSetGrain, set);
   const int64_t slots = w.tasks + 1;  // the last one for the rest
@@ -213,7 +214,7 @@ void bwd_planes(const BatchNormActBwdParams& p) {
   using S = Acc<T>;
   const BwdLoops<T, false> loops(p);
   const Planes planes(p.shape, sizeof(T));
-  Coefficients<S> k(planes.c, 1, p.act, p.shape.numel() * sizeof(T));
+  BatchNormCoefficients<S> k(planes.c, 1, p.act, p.shape.numel() * sizeof(T));
   // Elements whose terms are added up in single precision, in a vector, before they go to doubles.
   constexpr int64_t kTerms = 1 << 13;
   const int64_t piece = min(planes.hw, kTerms), group = max(1, kTerms / planes.hw);

@@ -12,14 +12,14 @@ constexpr int64_t kSetGrain = 512;  // channels whose numbers are worth waking a
 // The per-channel numbers of one call, repeated `repeat` times: value[r * c + j] belongs to channel
 // j.
 template <class S>
-struct Coefficients {
+struct BatchNormCoefficients {
   Scratch<S> mean, scale, bias;  // z = (x - mean) * scale + bias
   Scratch<S> shift, slope;       // dx = scale * (dz - shift - (x - mean) * slope)
   int64_t c, repeat;
   Act act;
   bool past_caches;  // the output is stored past them
 
-  Coefficients(int64_t c, int64_t repeat, Act act, int64_t output_bytes)
+  BatchNormCoefficients(int64_t c, int64_t repeat, Act act, int64_t output_bytes)
       : mean(c * repeat, Fill::kNothing),
         scale(c * repeat, Fill::kNothing),
         bias(c * repeat, Fill::kNothing),

@@ -15,7 +15,7 @@ namespace {
 // `rows` spans of `length` neighbouring elements, `stride` apart; j is the first channel.
 template <class T, class A, bool kAdd, bool kArray>
 void normalize(const T* x, const T* residual, T* y, int64_t rows, int64_t stride, int64_t length,
-               const Coefficients<Acc<T>>& k, int64_t j) {
+               const BatchNormCoefficients<Acc<T>>& k, int64_t j) {
   using S = Acc<T>;
   const A act(k.act);
   const bool past_caches = k.past_caches && can_store_past_caches(y, stride);
@@ -47,7 +47,7 @@ void normalize(const T* x, const T* residual, T* y, int64_t rows, int64_t stride
 
 template <class T>
 using NormalizeFn = void (*)(const T* x, const T* residual, T* y, int64_t rows, int64_t stride,
-                             int64_t length, const Coefficients<Acc<T>>& k, int64_t j);
+                             int64_t length, const BatchNormCoefficients<Acc<T>>& k, int64_t j);
 
 template <class T, bool kArray>
 NormalizeFn<T> pick_normalize(const BatchNormActFwdParams& p) {
@@ -64,7 +64,7 @@ template <class T>
 void apply_channels_last(const BatchNormActFwdParams& p, const WideRows& w) {
   using S = Acc<T>;
   const NormalizeFn<T> normalize_span = pick_normalize<T, true>(p);
-  Coefficients<S> k(w.c, w.repeat, p.act, p.shape.numel() * sizeof(T));
+  BatchNormCoefficients<S> k(w.c, w.repeat, p.act, p.shape.numel() * sizeof(T));
   const auto set = [&](int64_t j) { k.set(p, j); };
   parallel_for(w.c, kSetGrain, set);
   const auto span = [&](int64_t row, int64_t rows, int64_t length) {
@@ -84,7 +84,7 @@ void fwd_planes(const BatchNormActFwdParams& p, const Planes& planes, bool train
   using S = Acc<T>;
   const NormalizeFn<T> normalize_span = pick_normalize<T, false>(p);
   const T* x = static_cast<const T*>(p.x);
-  Coefficients<S> k(planes.c, 1, p.act, p.shape.numel() * sizeof(T));
+  BatchNormCoefficients<S> k(planes.c, 1, p.act, p.shape.numel() * sizeof(T));
   Scratch<Moments<S>> moments(planes.tasks);
   const auto stats = [&](int64_t task) { moments[task] = plane_moments(x, planes, task); };
   const auto merge = [&](int64_t j) {

@@ -80,7 +80,7 @@ void fwd_nchw(const GroupNormActFwdParams& p) {
     const int64_t first = group % norm.groups * norm.per_group, base = group * groups.size;
     groups.for_each_piece(part, [&](int64_t j, int64_t o, int64_t length) {
       S scale = norm.weight_of(first + j) * rstd, bias = norm.bias_of(first + j);
-      const Coefficients<S> k{p.act, norm.mean + group, &scale, &bias, nullptr, nullptr};
+      const GroupNormCoefficients<S> k{p.act, norm.mean + group, &scale, &bias, nullptr, nullptr};
       loops.normalize(x + base + o, static_cast<T*>(p.y) + base + o, 1, length, k);
     });
   };
@@ -102,22 +102,23 @@ void bwd_nchw(const GroupNormActBwdParams& p) {
     const int64_t first = group % norm.groups * norm.per_group, base = group * groups.size;
     groups.for_each_piece(part, [&](int64_t j, int64_t o, int64_t length) {
       S scale = norm.weight_of(first + j) * rstd, bias = norm.bias_of(first + j);
-      body(Coefficients<S>{p.act, norm.mean + group, &scale, &bias, &shift, &slope}, j, base + o,
-           length);
+      body(GroupNormCoefficients<S>{p.act, norm.mean + group, &scale, &bias, &shift, &slope}, j,
+           base + o, length);
     });
   };
   // space: of each part and channel of the group sum(dz) and sum(dz * (x - mean))
   const auto reduce = [&](double* space, int64_t group, int64_t part) {
     double* of_part = space + part * groups.per_group * 2;
-    walk(group, part, S(0), S(0), [&](Coefficients<S> k, int64_t j, int64_t o, int64_t length) {
-      Vec<S> total[2] = {};
-      S lanes[2][kLanes<S>] = {};
-      loops.reduce(dy + o, x + o, 1, length, k, lanes[0], lanes[1]);
-      for (int i = 0; i < 2; ++i) {
-        total[i] = load(lanes[i]);
-        of_part[2 * j + i] += static_cast<double>(horizontal_sum<S>(total[i]));
-      }
-    });
+    walk(group, part, S(0), S(0),
+         [&](GroupNormCoefficients<S> k, int64_t j, int64_t o, int64_t length) {
+           Vec<S> total[2] = {};
+           S lanes[2][kLanes<S>] = {};
+           loops.reduce(dy + o, x + o, 1, length, k, lanes[0], lanes[1]);
+           for (int i = 0; i < 2; ++i) {
+             total[i] = load(lanes[i]);
+             of_part[2 * j + i] += static_cast<double>(horizontal_sum<S>(total[i]));
+           }
+         });
   };
   const auto merge = [&](double* space, int64_t group) {
     for (int64_t part = 0; part < groups.parts; ++part) {
@@ -131,9 +132,10 @@ void bwd_nchw(const GroupNormActBwdParams& p) {
   const auto dx = [&](double*, int64_t group, int64_t part) {
     S shift, slope;
     sums.finalize(norm, group, &shift, &slope);
-    walk(group, part, shift, slope, [&](Coefficients<S> k, int64_t, int64_t o, int64_t length) {
-      loops.grad_x(dy + o, x + o, static_cast<T*>(p.dx) + o, 1, length, k);
-    });
+    walk(group, part, shift, slope,
+         [&](GroupNormCoefficients<S> k, int64_t, int64_t o, int64_t length) {
+           loops.grad_x(dy + o, x + o, static_cast<T*>(p.dx) + o, 1, length, k);
+         });
   };
   run_units<double>(groups.units, groups.parts, groups.parts * groups.per_group * 2,
                     groups.elements, kNothing, reduce, merge, dx);
@@ -177,7 +179,7 @@ struct SampleRows : WideRows {
 
 // mean, scale and bias of a sample's channels, `repeat` times, into k's arrays.
 template <class S>
-void set_channels(const Norm<S>& norm, int64_t sample, int64_t repeat, Coefficients<S> k) {
+void set_channels(const Norm<S>& norm, int64_t sample, int64_t repeat, GroupNormCoefficients<S> k) {
   for (int64_t g = 0; g < norm.groups; ++g) {
     const int64_t statistic = sample * norm.groups + g;
     const S mean = norm.mean[statistic], rstd = norm.rstd(statistic);
@@ -247,7 +249,7 @@ void fwd_channels_last(const GroupNormActFwdParams& p) {
   };
   const auto coefficients = [&](S* space) {
     S* k = space + arrays;
-    return Coefficients<S>{p.act, k, k + rows.wide, k + 2 * rows.wide, nullptr, nullptr};
+    return GroupNormCoefficients<S>{p.act, k, k + rows.wide, k + 2 * rows.wide, nullptr, nullptr};
   };
   const auto merge = [&](S* space, int64_t sample) {
     merge_columns(rows, norm, sample, space, space + array, space + 2 * array);
@@ -275,7 +277,7 @@ void bwd_channels_last(const GroupNormActBwdParams& p) {
   const int64_t array = rows.parts * rows.wide;
   const auto coefficients = [&](double* space) {
     S* k = reinterpret_cast<S*>(space + 2 * array);
-    return Coefficients<S>{
+    return GroupNormCoefficients<S>{
         p.act, k, k + rows.wide, k + 2 * rows.wide, k + 3 * rows.wide, k + 4 * rows.wide};
   };
   const auto prepare = [&](double* space, int64_t sample) {
@@ -304,7 +306,7 @@ void bwd_channels_last(const GroupNormActBwdParams& p) {
         dzx[j] += space[array + column + j];
       }
     }
-    const Coefficients<S> k = coefficients(space);
+    const GroupNormCoefficients<S> k = coefficients(space);
     for (int64_t g = 0; g < norm.groups; ++g) {
       S shift, slope;
       sums.finalize(norm, sample * norm.groups + g, &shift, &slope);

@@ -13,7 +13,7 @@ namespace {
 // What the loops know of the channels: arrays in step with a span (channels_last), or a number each
 // (a part of a plane).
 template <class S>
-struct Coefficients {
+struct GroupNormCoefficients {
   Act act;
   S *mean, *scale, *bias;  // z = (x - mean) * scale + bias
   S *shift, *slope;        // dx = scale * dz - (shift + (x - mean) * slope)
@@ -21,7 +21,7 @@ struct Coefficients {
 
 // `rows` spans of `length` neighbouring elements, one behind the other.
 template <class T, class A, bool kArray>
-void normalize(const T* x, T* y, int64_t rows, int64_t length, Coefficients<Acc<T>> k) {
+void normalize(const T* x, T* y, int64_t rows, int64_t length, GroupNormCoefficients<Acc<T>> k) {
   using S = Acc<T>;
   const A act(k.act);
   const PerChannel<S, kArray> mean{k.mean}, scale{k.scale}, bias{k.bias};
@@ -40,7 +40,7 @@ void normalize(const T* x, T* y, int64_t rows, int64_t length, Coefficients<Acc<
 
 // reduce_rows; dz comes from z, recomputed exactly as the forward made it.
 template <class T, class A, bool kArray>
-void reduce(const T* dy, const T* x, int64_t rows, int64_t length, Coefficients<Acc<T>> k,
+void reduce(const T* dy, const T* x, int64_t rows, int64_t length, GroupNormCoefficients<Acc<T>> k,
             Acc<T>* sum_dz, Acc<T>* sum_dzx) {
   using S = Acc<T>;
   const A act(k.act);
@@ -55,7 +55,8 @@ void reduce(const T* dy, const T* x, int64_t rows, int64_t length, Coefficients<
 }
 
 template <class T, class A, bool kArray>
-void grad_x(const T* dy, const T* x, T* dx, int64_t rows, int64_t length, Coefficients<Acc<T>> k) {
+void grad_x(const T* dy, const T* x, T* dx, int64_t rows, int64_t length,
+            GroupNormCoefficients<Acc<T>> k) {
   using S = Acc<T>;
   const A act(k.act);
   const PerChannel<S, kArray> mean{k.mean}, scale{k.scale}, bias{k.bias};
@@ -80,9 +81,10 @@ void grad_x(const T* dy, const T* x, T* dx, int64_t rows, int64_t length, Coeffi
 // The loops of one call, chosen once.
 template <class T, bool kArray>
 struct Loops {
-  void (*normalize)(const T*, T*, int64_t, int64_t, Coefficients<Acc<T>>);
-  void (*reduce)(const T*, const T*, int64_t, int64_t, Coefficients<Acc<T>>, Acc<T>*, Acc<T>*);
-  void (*grad_x)(const T*, const T*, T*, int64_t, int64_t, Coefficients<Acc<T>>);
+  void (*normalize)(const T*, T*, int64_t, int64_t, GroupNormCoefficients<Acc<T>>);
+  void (*reduce)(const T*, const T*, int64_t, int64_t, GroupNormCoefficients<Acc<T>>, Acc<T>*,
+                 Acc<T>*);
+  void (*grad_x)(const T*, const T*, T*, int64_t, int64_t, GroupNormCoefficients<Acc<T>>);
 
   explicit Loops(Act act) {
     dispatch_act<Acc<T>>(act, [&](auto tag) {

@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (!walk.active) return;
   T* y = static_cast<T*>(p.y);
   constexpr int kCount = kSlots<kVector, kChannelsLast>;
-  const Coefficients<kCount> k(p, SlotChannels(walk.channel, plan.repeat));
+  const auto k = read_coefficients<kCount>(p, SlotChannels(walk.channel, plan.repeat));
   with_act(p.act, [&](auto act) {
     walk.template for_each<kUnroll, act.kLong>(
         [&]<int kN>(const int64_t(&offsets)[kN]) {
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   Walk<kVector, kChannelsLast> walk(p.shape, plan);
   Sums sums[kCount];
   if (walk.active) {
-    const Coefficients<kCount> k(p, SlotChannels(walk.channel, plan.repeat));
+    const auto k = read_coefficients<kCount>(p, SlotChannels(walk.channel, plan.repeat));
     T* dresidual = static_cast<T*>(p.dresidual);
     with_act(p.act, [&](auto act) {
       walk.template for_each<kBwdUnroll, act.kLong>(
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   Walk<kVector, kChannelsLast, true> walk(p.shape, plan);
   if (!walk.active) return;
   const SlotChannels channels(walk.channel, plan.repeat);
-  const Coefficients<kCount> k(p, channels);
+  const auto k = read_coefficients<kCount>(p, channels);
   const float count = p.total == nullptr ? static_cast<float>(p.shape.per_channel() * plan.repeat)
                                          : *static_cast<const float*>(p.total);
   GradX<kCount> grad_x;

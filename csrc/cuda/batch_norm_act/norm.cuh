@@ -2,7 +2,7 @@
 #pragma once
 
 #include "batch_norm_act.h"
-#include "cuda/reduce.cuh"
+#include "cuda/norm_coefficients.cuh"
 
 namespace fastcnn {
 
@@ -30,32 +30,12 @@ class SlotChannels {
   unsigned further_ = 0;
 };
 
-// z = (x - mean) * scale + bias
-template <int kCount>
-struct Coefficients {
-  float mean[kCount], scale[kCount], bias[kCount];
-
-  template <class Params>
-  __device__ void set(const Params& p, int s, int64_t channel, float mean_of, float var_of) {
-    mean[s] = mean_of;
-    scale[s] = rstd_of(var_of, p.eps);
-    if (p.weight != nullptr) scale[s] *= static_cast<const float*>(p.weight)[channel];
-    bias[s] = p.bias == nullptr ? 0.f : static_cast<const float*>(p.bias)[channel];
-  }
-
-  // From the statistics in memory.
-  template <class Params>
-  __device__ Coefficients(const Params& p, const SlotChannels& channels) {
-#pragma unroll
-    for (int s = 0; s < kCount; ++s) {
-      const int64_t channel = channels[s];
-      set(p, s, channel, static_cast<const float*>(p.mean)[channel],
-          static_cast<const float*>(p.var)[channel]);
-    }
-  }
-
-  __device__ Coefficients() {}
-};
+template <int kCount, class Params>
+__device__ NormCoefficients<kCount> read_coefficients(const Params& p,
+                                                      const SlotChannels& channels) {
+  const auto channel = [&](int s) { return channels[s]; };
+  return NormCoefficients<kCount>::read(p, channel, channel);
+}
 
 // kN vectors of what the forward reads, in flight together; nothing of the call reads them again.
 template <class T, int kVector, int kN>
@@ -86,7 +66,7 @@ struct FwdGroup {
 // y of one vector.
 template <class T, int kVector, class A, int kCount>
 __device__ Word<T, kVector> normalized(const BatchNormActFwdParams& p, A act,
-                                       const Coefficients<kCount>& k, Word<T, kVector> x,
+                                       const NormCoefficients<kCount>& k, Word<T, kVector> x,
                                        Word<T, kVector> residual) {
   float z[kVector];
 #pragma unroll
@@ -130,8 +110,8 @@ struct BwdGroup {
   // the forward made it; where a residual was added, with the saved residual, or y is read in place
   // of z. Four elements share a branch on the activation; eight would take too many registers.
   template <class A, int kCount, class Body>
-  __device__ void for_each_dz(const BatchNormActBwdParams& p, A act, const Coefficients<kCount>& k,
-                              int u, Body body) const {
+  __device__ void for_each_dz(const BatchNormActBwdParams& p, A act,
+                              const NormCoefficients<kCount>& k, int u, Body body) const {
     constexpr int kPart = kVector < 4 ? kVector : 4;
 #pragma unroll
     for (int part = 0; part < kVector; part += kPart) {
@@ -182,7 +162,7 @@ struct GradX {
   // dx of vector u.
   template <class A, class T, int kVector, int kN>
   __device__ Word<T, kVector> of(const BatchNormActBwdParams& p, A act,
-                                 const Coefficients<kCount>& k,
+                                 const NormCoefficients<kCount>& k,
                                  const BwdGroup<T, kVector, kN>& group, int u) const {
     float dx[kVector];
     group.for_each_dz(p, act, k, u, [&](int v, int s, float dz, float centered) {
@@ -197,7 +177,7 @@ struct GradX {
 // Adds a vector's dz to the sums of its slots, and returns it as it is stored.
 template <class A, class T, int kVector, int kN, int kCount>
 __device__ Word<T, kVector> add_up(const BatchNormActBwdParams& p, A act,
-                                   const Coefficients<kCount>& k,
+                                   const NormCoefficients<kCount>& k,
                                    const BwdGroup<T, kVector, kN>& group, int u,
                                    Sums (&sums)[kCount]) {
   float rounded[kVector];

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
   merge_block(sum, tiles[0].end(), plan, MergeFloats{});
   const float inverse = 1.f / static_cast<float>(p.shape.per_channel() * plan.repeat);
-  Coefficients<kCount> k;
+  NormCoefficients<kCount> k;
 #pragma unroll
   for (int s = 0; s < kCount; ++s) k.mean[s] = sum[s] * inverse;
   Sums around[kCount];  // of the deviations and of their squares
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   Walk<kVector, kChannelsLast> walk(p.shape, plan);
   const bool active = walk.active;
   const SlotChannels channels(active ? walk.channel : 0, plan.repeat);
-  const Coefficients<kCount> k(p, channels);
+  const auto k = read_coefficients<kCount>(p, channels);
   with_act(p.act, [&](auto act) {
     int i = 0;
     walk.template for_each<kBwdUnroll, act.kLong>(

@@ -14,7 +14,7 @@
 #include "cuda/group_norm_act/group_plan.cuh"
 #include "cuda/group_norm_act/one_pass.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/reduce.cuh"
+#include "cuda/norm_coefficients.cuh"
 #include "group_norm_act.h"
 
 namespace fastcnn {
@@ -25,23 +25,13 @@ struct DxCoefficients {
   float shift, slope;
 };
 
-template <int kCount>
-struct Coefficients {
-  float mean[kCount], scale[kCount], bias[kCount];
-
-  template <class Params>
-  __device__ Coefficients(const Params& p, const SamplePlan& plan, int64_t channel) {
-#pragma unroll
-    for (int s = 0; s < kCount; ++s) {
-      const int64_t statistic = plan.index() * plan.groups + (channel + s) / plan.per_group;
-      const float var = static_cast<const float*>(p.var)[statistic];
-      mean[s] = static_cast<const float*>(p.mean)[statistic];
-      scale[s] = rstd_of(var, p.eps);
-      if (p.weight != nullptr) scale[s] *= static_cast<const float*>(p.weight)[channel + s];
-      bias[s] = p.bias == nullptr ? 0.f : static_cast<const float*>(p.bias)[channel + s];
-    }
-  }
-};
+template <int kCount, class Params>
+__device__ NormCoefficients<kCount> read_coefficients(const Params& p, const SamplePlan& plan,
+                                                      int64_t first) {
+  return NormCoefficients<kCount>::read(
+      p, [&](int s) { return first + s; },
+      [&](int s) { return plan.index() * plan.groups + (first + s) / plan.per_group; });
+}
 
 // ---- forward ------------------------------------------------------------------------------------
 
@@ -109,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (!walk.active) return;
   const T* x = static_cast<const T*>(p.x) + plan.offset();
   T* y = static_cast<T*>(p.y) + plan.offset();
-  const Coefficients<kSlots<kVector, kChannelsLast>> k(p, plan, walk.channel);
+  const auto k = read_coefficients<kSlots<kVector, kChannelsLast>>(p, plan, walk.channel);
   with_act(p.act, [&](auto act) {
     walk.template for_each<kUnroll, act.kLong>(
         [&]<int kN>(const int64_t(&offsets)[kN]) { return Group<T, kVector, kN, 1>({x}, offsets); },
@@ -165,7 +155,7 @@ __global__ void __launch_bounds__(kThreads)
   Walk<kVector, kChannelsLast> walk(plan.sample, plan.columns, plan.tile());
   Sums sums[kCount];
   if (walk.active) {
-    const Coefficients<kCount> k(p, plan, walk.channel);
+    const auto k = read_coefficients<kCount>(p, plan, walk.channel);
     for_each_dz<T>(p, plan, walk, k,
                    [&](int64_t, const float(&centered)[kVector], const float(&dz)[kVector]) {
 #pragma unroll
@@ -231,7 +221,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kCount = kSlots<kVector, kChannelsLast>;
   Walk<kVector, kChannelsLast> walk(plan.sample, plan.columns, plan.tile());
   if (!walk.active) return;
-  const Coefficients<kCount> k(p, plan, walk.channel);
+  const auto k = read_coefficients<kCount>(p, plan, walk.channel);
   float shift[kCount], slope[kCount];
 #pragma unroll
   for (int s = 0; s < kCount; ++s) {
