@@ -32,7 +32,14 @@ import triton
 import triton.language as tl
 
 from fastcnn.triton.activation import NONE, act_bwd
-from fastcnn.triton.conv2d_kernels import apply_prologue, load_float32, per_channel, tile_of
+from fastcnn.triton.conv2d_kernels import (
+    apply_prologue,
+    load_float32,
+    load_taps,
+    per_channel,
+    tile_of,
+    windows_of,
+)
 
 
 @triton.jit
@@ -223,12 +230,11 @@ def conv2d_bwd_weight_kernel(
         g = gradient(
             dy_ptr, dy_raw_ptr, dy_sums, at, in_p[:, None] & in_o[None, :], g_coefficients, DY_ACT
         )
-        row = (p // w_out % h_out * STRIDE_H - PADDING_H)[:, None] + tap // KERNEL_W * DILATION_H
-        left = (p % w_out * STRIDE_W - PADDING_W)[:, None] + tap % KERNEL_W * DILATION_W
-        inside = in_p[:, None] & (row >= 0) & (row < h) & (left >= 0) & (left < w)
-        inside = inside & in_i[None, :]
-        pixel = ((p // (h_out * w_out)).to(tl.int64)[:, None] * h + row) * w + left
-        a = tl.load(x_ptr + pixel * c_in + channels[None, :], mask=inside, other=0.0)
+        windows = windows_of(p, h_out, w_out, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W)
+        a, inside = load_taps(
+            x_ptr, windows, tap, in_p, channels, in_i, h, w, c_in, 0.0,
+            KERNEL_W, DILATION_H, DILATION_W,
+        )  # fmt: skip
         if pre_norm is not None:
             a = apply_prologue(a, inside, a_coefficients, PRE_ACT)
         acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)

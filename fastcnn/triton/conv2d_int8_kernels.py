@@ -15,7 +15,7 @@ The walk over tiles, taps and channels is conv2d_kernels.py's. Floor: x, w, resi
 import triton
 import triton.language as tl
 
-from fastcnn.triton.conv2d_kernels import tile_of
+from fastcnn.triton.conv2d_kernels import load_taps, taps_of, tile_of, windows_of
 
 # Added to a float64 below 2^51 and taken away again, it leaves the nearest even integer.
 ROUND = tl.constexpr(1.5 * 2.0**52)
@@ -103,27 +103,19 @@ def conv2d_int8_kernel(
     p = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_p, in_o = p < pixels, o < c_out_group
-    image = (p // (h_out * w_out)).to(tl.int64)[:, None]
-    top = (p // w_out % h_out * STRIDE_H - PADDING_H)[:, None]
-    left = (p % w_out * STRIDE_W - PADDING_W)[:, None]
+    windows = windows_of(p, h_out, w_out, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W)
     channels = group * c_out_group + o
     taps = KERNEL_H * KERNEL_W
     weights = w_ptr + channels.to(tl.int64)[None, :] * (taps * c_in_group)
-    range_k = taps * c_in_group if FLAT else c_in_group
-    steps = tl.cdiv(range_k, BLOCK_K)
+    steps = tl.cdiv(taps * c_in_group if FLAT else c_in_group, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for step in range(steps if FLAT else taps * steps):
-        tap = 0 if FLAT else step // steps
-        k = (step if FLAT else step % steps) * BLOCK_K + tl.arange(0, BLOCK_K)
-        in_k = k < range_k
-        place, i = (k // c_in_group)[None, :] if FLAT else tap, k % c_in_group
-        row = top + place // KERNEL_W * DILATION_H
-        column = left + place % KERNEL_W * DILATION_W
-        inside = in_p[:, None] & (row >= 0) & (row < h) & (column >= 0) & (column < w)
-        at = ((image * h + row) * w + column) * c_in + (group * c_in_group + i)[None, :]
-        a = tl.load(x_ptr + at, mask=inside & in_k[None, :], other=x_zero_point)
-        b_at = weights + (tap * c_in_group + k)[:, None]
-        b = tl.load(b_at, mask=in_k[:, None] & in_o[None, :], other=0)
+        tap, i, k, in_k = taps_of(step, steps, c_in_group, taps, BLOCK_K, FLAT)
+        a, _ = load_taps(
+            x_ptr, windows, tap, in_p, group * c_in_group + i, in_k, h, w, c_in, x_zero_point,
+            KERNEL_W, DILATION_H, DILATION_W,
+        )  # fmt: skip
+        b = tl.load(weights + k[:, None], mask=in_k[:, None] & in_o[None, :], other=0)
         acc = tl.dot(_signed(a), b, acc, out_dtype=tl.int32)
     write_int8_tile(
         acc, p.to(tl.int64)[:, None] * c_out + channels[None, :], in_p, channels, in_o,
@@ -148,15 +140,13 @@ def depthwise_int8_kernel(
     p = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_p, in_o, i = p < n * h_out * w_out, o < c_out, o // MULTIPLIER
-    image = (p // (h_out * w_out)).to(tl.int64)
-    top = p // w_out % h_out * STRIDE_H - PADDING_H
-    left = p % w_out * STRIDE_W - PADDING_W
+    windows = windows_of(p, h_out, w_out, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for tap in range(KERNEL_H * KERNEL_W):
-        row, column = top + tap // KERNEL_W * DILATION_H, left + tap % KERNEL_W * DILATION_W
-        inside = in_p & (row >= 0) & (row < h) & (column >= 0) & (column < w)
-        at = ((image * h + row) * w + column)[:, None] * c_in + i[None, :]
-        a = tl.load(x_ptr + at, mask=inside[:, None] & in_o[None, :], other=x_zero_point)
+        a, _ = load_taps(
+            x_ptr, windows, tap, in_p, i, in_o, h, w, c_in, x_zero_point,
+            KERNEL_W, DILATION_H, DILATION_W,
+        )  # fmt: skip
         weights = tl.load(w_ptr + o.to(tl.int64) * (KERNEL_H * KERNEL_W) + tap, mask=in_o, other=0)
         acc += _signed(a).to(tl.int32) * weights.to(tl.int32)[None, :]
     write_int8_tile(

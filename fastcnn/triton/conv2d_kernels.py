@@ -41,6 +41,45 @@ def tile_of(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def windows_of(
+    p, h_out, w_out, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+):  # fmt: skip
+    """Return output pixels' images, and the rows and columns where their windows begin, [p, 1]."""
+    image = (p // (h_out * w_out)).to(tl.int64)
+    top = p // w_out % h_out * STRIDE_H - PADDING_H
+    left = p % w_out * STRIDE_W - PADDING_W
+    return image[:, None], top[:, None], left[:, None]
+
+
+@triton.jit
+def taps_of(step, steps, c_in_group, taps, BLOCK_K: tl.constexpr, FLAT: tl.constexpr):
+    """Return a step's tap (FLAT: [1, k] of them), channels within the group, columns of w, mask."""
+    if FLAT:
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        tap, i, in_k = (k // c_in_group)[None, :], k % c_in_group, k < taps * c_in_group
+    else:
+        tap, i = step // steps, step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
+        k, in_k = tap * c_in_group + i, i < c_in_group
+    return tap, i, k, in_k
+
+
+@triton.jit
+def load_taps(
+    x_ptr, windows, tap, in_p, channels, in_i, h, w, c_in, other,
+    KERNEL_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+):  # fmt: skip
+    """Return x at a tap of each window, `other` outside the image, and what is inside: [p, i]."""
+    image, top, left = windows
+    row = top + tap // KERNEL_W * DILATION_H
+    column = left + tap % KERNEL_W * DILATION_W
+    inside = in_p[:, None] & (row >= 0) & (row < h) & (column >= 0) & (column < w)
+    inside = inside & in_i[None, :]
+    at = ((image * h + row) * w + column) * c_in + channels[None, :]
+    return tl.load(x_ptr + at, mask=inside, other=other), inside
+
+
+@triton.jit
 def load_float32(pointer, at, mask):
     """Return pointer[at] in float32, 0 where not in the mask."""
     return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
@@ -113,37 +152,23 @@ def conv2d_kernel(
     p = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_p, in_o = p < pixels, o < c_out_group
-    image = (p // (h_out * w_out)).to(tl.int64)[:, None]
-    top = p // w_out % h_out * STRIDE_H - PADDING_H
-    left = p % w_out * STRIDE_W - PADDING_W
+    windows = windows_of(p, h_out, w_out, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W)
     channels = group * c_out_group + o
     taps = KERNEL_H * KERNEL_W
     weights = w_ptr + channels.to(tl.int64)[None, :] * (taps * c_in_group)
-    range_k = taps * c_in_group if FLAT else c_in_group  # of a step's channels, and taps if FLAT
-    steps = tl.cdiv(range_k, BLOCK_K)
+    steps = tl.cdiv(taps * c_in_group if FLAT else c_in_group, BLOCK_K)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(steps if FLAT else taps * steps):
-        tap = 0 if FLAT else step // steps
-        k = (step if FLAT else step % steps) * BLOCK_K + tl.arange(0, BLOCK_K)
-        in_k = k < range_k
-        if FLAT:
-            place, i = (k // c_in_group)[None, :], k % c_in_group
-            row = top[:, None] + place // KERNEL_W * DILATION_H
-            column = left[:, None] + place % KERNEL_W * DILATION_W
-        else:
-            i = k
-            row = (top + tap // KERNEL_W * DILATION_H)[:, None]
-            column = (left + tap % KERNEL_W * DILATION_W)[:, None]
-        inside = in_p[:, None] & (row >= 0) & (row < h) & (column >= 0) & (column < w)
-        inside = inside & in_k[None, :]
-        at = ((image * h + row) * w + column) * c_in + (group * c_in_group + i)[None, :]
-        a = tl.load(x_ptr + at, mask=inside, other=0.0)
-        b_at = weights + (tap * c_in_group + k)[:, None]
-        b = tl.load(b_at, mask=in_k[:, None] & in_o[None, :], other=0.0)
+        tap, i, k, in_k = taps_of(step, steps, c_in_group, taps, BLOCK_K, FLAT)
+        of_group = group * c_in_group + i
+        a, inside = load_taps(
+            x_ptr, windows, tap, in_p, of_group, in_k, h, w, c_in, 0.0,
+            KERNEL_W, DILATION_H, DILATION_W,
+        )  # fmt: skip
+        b = tl.load(weights + k[:, None], mask=in_k[:, None] & in_o[None, :], other=0.0)
         if pre_norm is not None:
-            at_channels = per_channel(pre_norm, group * c_in_group + i, in_k)
-            a = apply_prologue(a, inside, at_channels, PRE_ACT)
+            a = apply_prologue(a, inside, per_channel(pre_norm, of_group, in_k), PRE_ACT)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     write_tile(
         acc, tile_m, p, in_p, channels, in_o, c_out,

@@ -14,7 +14,14 @@ import triton
 import triton.language as tl
 
 from fastcnn.triton.conv2d_bwd_kernels import gradient, gradient_per_channel, write_gradient
-from fastcnn.triton.conv2d_kernels import apply_prologue, load_float32, per_channel, write_tile
+from fastcnn.triton.conv2d_kernels import (
+    apply_prologue,
+    load_float32,
+    load_taps,
+    per_channel,
+    windows_of,
+    write_tile,
+)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -31,19 +38,16 @@ def depthwise_kernel(
     p = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_p, in_o, i = p < pixels, o < c_out, o // MULTIPLIER
-    image = (p // (h_out * w_out)).to(tl.int64)
-    top = p // w_out % h_out * STRIDE_H - PADDING_H
-    left = p % w_out * STRIDE_W - PADDING_W
+    windows = windows_of(p, h_out, w_out, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W)
     at_channels = None
     if pre_norm is not None:
         at_channels = per_channel(pre_norm, i, in_o)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for tap in range(KERNEL_H * KERNEL_W):
-        row, column = top + tap // KERNEL_W * DILATION_H, left + tap % KERNEL_W * DILATION_W
-        inside = in_p & (row >= 0) & (row < h) & (column >= 0) & (column < w)
-        inside = inside[:, None] & in_o[None, :]
-        at = ((image * h + row) * w + column)[:, None] * c_in + i[None, :]
-        a = tl.load(x_ptr + at, mask=inside, other=0.0)
+        a, inside = load_taps(
+            x_ptr, windows, tap, in_p, i, in_o, h, w, c_in, 0.0,
+            KERNEL_W, DILATION_H, DILATION_W,
+        )  # fmt: skip
         if pre_norm is not None:
             a = apply_prologue(a, inside, at_channels, PRE_ACT)
         weights = load_float32(w_ptr, o * (KERNEL_H * KERNEL_W) + tap, in_o)
@@ -117,12 +121,11 @@ def depthwise_bwd_weight_kernel(
     for start in range(first, last, BLOCK_M):
         p = start + tl.arange(0, BLOCK_M)
         in_p = p < last
-        row = p // w_out % h_out * STRIDE_H - PADDING_H + tap // KERNEL_W * DILATION_H
-        column = p % w_out * STRIDE_W - PADDING_W + tap % KERNEL_W * DILATION_W
-        inside = in_p & (row >= 0) & (row < h) & (column >= 0) & (column < w)
-        inside = inside[:, None] & in_o[None, :]
-        pixel = ((p // (h_out * w_out)).to(tl.int64) * h + row) * w + column
-        a = tl.load(x_ptr + pixel[:, None] * c_in + i[None, :], mask=inside, other=0.0)
+        windows = windows_of(p, h_out, w_out, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W)
+        a, inside = load_taps(
+            x_ptr, windows, tap, in_p, i, in_o, h, w, c_in, 0.0,
+            KERNEL_W, DILATION_H, DILATION_W,
+        )  # fmt: skip
         if pre_norm is not None:
             a = apply_prologue(a, inside, a_coefficients, PRE_ACT)
         at = p.to(tl.int64)[:, None] * c_out + o[None, :]
