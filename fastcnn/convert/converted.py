@@ -39,22 +39,32 @@ class Conversion:
     def __init__(self, name: str, options: Options, leaves: Sequence[str]) -> None:
         self.name, self.options, self.leaves = name, options, tuple(leaves)
         self.forwards: list[FusedForward] = []
-        self._without: set[tuple[bool, ...]] = set()  # flags with which it has no trace
+        self._without: dict[tuple[bool, ...], str] = {}  # flags, and why it has no trace with them
         self._warned: set[str] = set()
         self._module: Any = None
         self._containers: list[nn.Module] = []
 
-    def prepare(self, module: nn.Module, layers: Layers) -> bool:
-        """Fuse for the training flags as they are, and for those of training and evaluation.
+    def attach(self, module: nn.Module, layers: Layers) -> bool:
+        """Make a module's conversion, whose forwards are traced when they are called.
 
-        Says whether any has a pattern.
-
-        Raises:
-            Untraceable: the first cannot be made.
+        Says whether the module takes arguments that a trace can have.
         """
         self._module = weakref.ref(module)
         with as_original(list(module.modules())):
             self._containers = [m for m in module.modules() if not layers[m].leaf]
+            forward = type(module).forward
+        try:
+            return bool(arguments_of(forward)[0])
+        except Untraceable:
+            return False
+
+    def prepare(self, module: nn.Module, layers: Layers) -> None:
+        """Fuse for the training flags as they are, and for those of training and evaluation.
+
+        Raises:
+            Untraceable: the first cannot be made.
+        """
+        self.attach(module, layers)
         self._add(layers)
         now = self._flags()
         try:
@@ -65,7 +75,20 @@ class Conversion:
         finally:
             for m, flag in zip(self._containers, now, strict=True):
                 m.training = flag
+
+    def fuses(self) -> bool:
+        """Whether any forward made so far has a pattern."""
         return any(made.patterns for made in self.forwards)
+
+    def opened(self) -> dict[str, bool]:
+        """Return the paths of modules that are part of a forward made so far.
+
+        And whether a pattern has a part in them.
+        """
+        found: dict[str, bool] = {}
+        for made in self.forwards:
+            found |= {path: fuses or found.get(path, False) for path, fuses in made.opened.items()}
+        return found
 
     def apply(self, module: Any) -> None:
         """Give a prepared module its class."""
@@ -102,6 +125,13 @@ class Conversion:
         at = self._select(warn=False)
         return None if at < 0 else self.forwards[at]
 
+    def why_not(self) -> str:
+        """Say why the forward runs as written with the flags as they are."""
+        changed = self.changed()
+        if changed is not None:
+            return f"changed since it was converted: {changed}"
+        return f"its forward does not trace: {self._without[self._flags()]}"
+
     def changed(self) -> str | None:
         """Say what has changed since the conversion, if anything."""
         return next(filter(None, (made.guard.changed() for made in self.forwards)), None)
@@ -135,8 +165,8 @@ class Conversion:
             return -1
         try:
             self._add(Layers() if layers is None else layers)
-        except Untraceable:
-            self._without.add(flags)
+        except Untraceable as error:
+            self._without[flags] = str(error)
             return -1
         return len(self.forwards) - 1
 
@@ -145,7 +175,10 @@ class Conversion:
 
     def _add(self, layers: Layers) -> None:
         module = self._module()
-        leaves = {module.get_submodule(path) for path in self.leaves}
+        try:
+            leaves = {module.get_submodule(path) for path in self.leaves}
+        except AttributeError as error:  # a child that is gone
+            raise Untraceable(str(error)) from error
         with as_original(list(module.modules())):
             made = trace_and_fuse(module, leaves, self.options, self.name, layers)
         self.forwards.append(made)
@@ -158,8 +191,8 @@ class LayerConversion:
         self.options = options
         self._layer: Layer | None = None
 
-    def prepare(self, module: nn.Module, layers: Layers) -> bool:
-        """Say whether there is a kernel for the layer."""
+    def attach(self, module: nn.Module, layers: Layers) -> bool:
+        """Make a layer's conversion; says whether there is a kernel for it."""
         self._layer = layers[module]
         return self._layer.stands_alone and layers.why_not_alone(module) is None
 
@@ -267,13 +300,8 @@ def convert_copy(recipe: Any, module: Any) -> None:
     """Convert a copy as its original was, as far as that can be done with what it is."""
     make, *arguments = recipe
     conversion = make(*arguments)
-    try:
-        converts = conversion.prepare(module, Layers())
-    except (Untraceable, AttributeError) as error:  # changed since, as a child that is gone
-        untraceable[module] = str(error)
-    else:
-        if converts:
-            conversion.apply(module)
+    if conversion.attach(module, Layers()):
+        conversion.apply(module)
 
 
 def _give_class(module: Any, conversion: Any, forward: Callable[..., Any]) -> None:

@@ -32,6 +32,9 @@ class FusedForward(NamedTuple):
     calls: dict[str, Call]  # by the fused graph's nodes; residual blocks may be one
     patterns: list[Call]  # in the same order, residual blocks each
     left: list[tuple[str, str]]  # where, and why not
+    opened: dict[
+        str, bool
+    ]  # by paths of the modules that it holds: whether a pattern has a part there
 
     def children(self) -> list[str]:
         """Return the paths of the modules that it calls."""
@@ -54,6 +57,8 @@ def trace_and_fuse(
     found = matcher.match()
     inside = [modules[str(n.target)] for p in found for n in p.nodes if n.op == "call_module"]
     consumed = {m: None for layer in (*inside, *dropped) for m in layer.modules()}
+    stacks = [n.meta.get("nn_module_stack", {}).values() for p in found for n in p.nodes]
+    fusing = {path for stack in stacks for path, _ in stack}
     described = {id(p): describe(p, matcher) for p in found}
     left = [(str(node.target), why) for node, why in matcher.left.items()]
     calls = {}
@@ -72,4 +77,5 @@ def trace_and_fuse(
         calls,
         list(described.values()),
         left,
+        {paths[m]: paths[m] in fusing for m in opened},
     )

@@ -33,23 +33,14 @@ Parts = dict[nn.Module, Part]
 
 
 def decide(model: nn.Module, options: Options) -> Parts:
-    """Return what convert makes of each module, children before parents."""
-    layers = Layers()
-    parts: Parts = {}
-    opaque: set[nn.Module] = set()  # called, not opened, by what is above them
+    """Return what convert makes of each module.
+
+    Parents first: a trace holds all that the modules it opens do, and tells which of them have
+    something to fuse by themselves, for whoever calls those alone; they are traced when that
+    happens. Only below a forward that does not trace each module is traced at once.
+    """
     with as_original(list(model.modules())):
-        names = {module: name for name, module in model.named_modules()}
-        for module in reversed(names):
-            layer = layers[module]
-            if layer.leaf:
-                parts[module] = _alone(module, layers, options)
-            elif isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-                parts[module] = Part(layer, None, None)
-            else:
-                parts[module] = _traced(module, names[module], layers, options, opaque)
-                if has_hooks(module):
-                    opaque.add(module)
-    return parts
+        return _Decision(model, options).parts
 
 
 def apply(parts: Parts) -> None:
@@ -77,31 +68,83 @@ def _as_it_is(module: nn.Module, layers: Layers) -> Part:
     return Part(layer, None, layers.why_not_alone(module) if alone else untraceable.get(module))
 
 
-def _alone(module: nn.Module, layers: Layers, options: Options) -> Part:
-    layer, conversion = layers[module], LayerConversion(options)
-    if conversion.prepare(module, layers):
-        return Part(layer, conversion, None)
-    return Part(layer, None, layers.why_not_alone(module) if layer.stands_alone else None)
+class _Decision:
+    """The parts of a model, each module once."""
 
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self.parts: Parts = {}
+        self._options, self._layers = options, Layers()
+        self._names = {module: name for name, module in model.named_modules()}
+        self._seen: set[nn.Module] = set()
+        self._add(model)
 
-def _traced(
-    module: nn.Module, name: str, layers: Layers, options: Options, opaque: set[nn.Module]
-) -> Part:
-    """Fuse a module's forward; without a pattern or a trace it stays as it is.
-
-    A child that does not trace by itself, since it is called with a list, may do so from here.
-    """
-    below = [(path, m) for path, m in module.named_modules() if m is not module and m in opaque]
-    hooked = [path for path, m in below if has_hooks(m)]
-    attempts = [hooked] if len(hooked) == len(below) else [hooked, [path for path, _ in below]]
-    why = ""
-    for leaves in attempts:
-        conversion = Conversion(name, options, leaves)
-        try:
-            fuses = conversion.prepare(module, layers)
-        except Untraceable as error:
-            why = str(error)
+    def _add(self, module: nn.Module) -> None:
+        """Decide on a module and all below it."""
+        if module in self._seen:
+            return
+        self._seen.add(module)
+        if self._opens(module):
+            if module not in self.parts:
+                self._trace(module)
+        elif self._layers[module].leaf:
+            self.parts[module] = self._alone(module)
         else:
-            return Part(layers[module], conversion if fuses else None, None)
-    opaque.add(module)
-    return Part(layers[module], None, why)
+            self.parts[module] = Part(self._layers[module], None, None)
+        for child in module.children():
+            self._add(child)
+
+    def _alone(self, module: nn.Module) -> Part:
+        layer, conversion = self._layers[module], LayerConversion(self._options)
+        if conversion.attach(module, self._layers):
+            return Part(layer, conversion, None)
+        why = self._layers.why_not_alone(module) if layer.stands_alone else None
+        return Part(layer, None, why)
+
+    def _trace(self, module: nn.Module) -> None:
+        """Fuse a module's forward; without a pattern or a trace it stays as it is.
+
+        Where a trace fails, what it failed in is called and not opened, and the rest traced again.
+        """
+        below = {path: m for path, m in module.named_modules() if path and self._opens(m)}
+        conversion, why = None, None
+        closed = {path for path, m in below.items() if has_hooks(m)}
+        while True:
+            leaves = closed
+            made = Conversion(self._names[module], self._options, sorted(leaves))
+            try:
+                made.prepare(module, self._layers)
+                conversion, why = made, None
+            except Untraceable as error:
+                why, closed = str(error), leaves | self._to_close(module, below, error.at)
+            if conversion is not None or closed == leaves:
+                break
+        fuses = conversion is not None and conversion.fuses()
+        self.parts[module] = Part(self._layers[module], conversion if fuses else None, why)
+        for path, fuses in conversion.opened().items() if conversion is not None else ():
+            if path and below[path] not in self.parts:
+                inside = [p.removeprefix(f"{path}.") for p in leaves if p.startswith(f"{path}.")]
+                self.parts[below[path]] = self._when_called(below[path], inside, fuses)
+
+    def _to_close(
+        self, module: nn.Module, below: dict[str, nn.Module], at: nn.Module | None
+    ) -> set[str]:
+        """Return the paths of what a trace failed in, and of its kind, that do not trace alone.
+
+        at: the innermost module that was open; where that is not known, or the module itself, all
+        below may be to blame.
+        """
+        of_kind = {p: m for p, m in below.items() if at in (None, module) or type(m) is type(at)}
+        for m in of_kind.values():
+            self._add(m)
+        return {p for p, m in of_kind.items() if m is at or self.parts[m].why is not None}
+
+    def _when_called(self, module: nn.Module, leaves: list[str], fuses: bool) -> Part:
+        """Return the part of a module that a trace has opened: traced itself when it is called."""
+        conversion = Conversion(self._names[module], self._options, sorted(leaves))
+        fuses = fuses and conversion.attach(module, self._layers)
+        return Part(self._layers[module], conversion if fuses else None, None)
+
+    def _opens(self, module: nn.Module) -> bool:
+        """Whether a module's forward may become part of a trace."""
+        called = self._layers[module].leaf or isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        return not called

@@ -95,10 +95,7 @@ class _Walk:
     def _as_written(self, module: nn.Module, part: Part, path: str) -> Iterator[ConversionRow]:
         why = None if part.why is None else f"its forward does not trace: {part.why}"
         if isinstance(part.conversion, Conversion):
-            changed = part.conversion.changed()
-            why = f"changed since it was converted: {changed}"
-            if changed is None:
-                why = "its forward does not trace with its training flags of now"
+            why = part.conversion.why_not()
         if why is not None:
             inside = ", ".join(dict.fromkeys(self._own_layers(module)))
             yield ConversionRow(path or type(module).__name__, inside, False, "PyTorch", why)
