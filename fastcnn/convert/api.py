@@ -1,5 +1,6 @@
 """convert and revert: which modules of a model get a class of their own."""
 
+import warnings
 from typing import Any, Literal, TypeVar, get_args
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -8,8 +9,9 @@ from torch import nn
 from fastcnn.convert.codegen.fit import HAS_CUDA
 from fastcnn.convert.converted import Converted, original_class
 from fastcnn.convert.options import Options, check_module
-from fastcnn.convert.parts import apply, decide, parts_of
+from fastcnn.convert.parts import Parts, apply, decide, parts_of
 from fastcnn.convert.rows import left, rows_of, table
+from fastcnn.convert.summary import infer_fuses
 from fastcnn.ops.conv_bn_act.step import Memory, check_memory
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -70,20 +72,43 @@ def convert(
     if backend == "cuda" and not HAS_CUDA:
         raise ValueError("convert: backend: expected 'auto' or 'cpu' from a build without CUDA")
     options = Options(mode, backend, memory)
-    done = _is_converted(model, options)
-    parts = parts_of(model) if done else decide(model, options)
+    if _is_converted(model, options):
+        _refuse_what_is_left(model, parts_of(model), strict)
+        return model
+    parts = decide(model, options)
+    _refuse_what_is_left(model, parts, strict)
+    if not _give_classes(model, parts, options):
+        why = "fastcnn.report(model) says why"
+        if mode == "train" and infer_fuses(model, parts):
+            why = 'mode="infer" fuses its convolutions with their activations'
+        message = f"fastcnn.convert: nothing in {type(model).__name__} runs fused: {why}"
+        warnings.warn(message, stacklevel=2)
+    return model
+
+
+def convert_built(model: Model, memory: Memory) -> Model:
+    """Convert a model of fastcnn.models, without a warning where nothing of it is fused."""
+    options = Options("train", "auto", memory)
+    _give_classes(model, decide(model, options), options)
+    return model
+
+
+def _refuse_what_is_left(model: nn.Module, parts: Parts, strict: bool) -> None:
     unfused = left(rows_of(model, parts)) if strict else []
     if unfused:
         raise ValueError(
-            f"convert: strict=True: expected all that is convertible to be converted, got\n"
-            f"{table(unfused)}"
+            "convert: strict=True: expected all that is convertible to be converted, got\n"
+            + "\n".join(table(unfused))
         )
-    if not done:
-        revert(model)
-        apply(parts)
-        found = [m for m in model.modules() if isinstance(m, Converted)]
-        _done[model] = WeakSet(model.modules()), WeakSet(found), options
-    return model
+
+
+def _give_classes(model: nn.Module, parts: Parts, options: Options) -> bool:
+    """Convert a model as it was decided; says whether anything of it is fused."""
+    revert(model)
+    apply(parts)
+    found = [m for m in model.modules() if isinstance(m, Converted)]
+    _done[model] = WeakSet(model.modules()), WeakSet(found), options
+    return bool(found)
 
 
 def revert(model: Model) -> Model:

@@ -52,7 +52,7 @@ def trace_and_fuse(
     graph, opened, asked = trace(module, leaves, layers)
     original = copy.deepcopy(graph)
     modules = dict(module.named_modules(remove_duplicate=False))
-    dropped = drop_identities(graph, modules)
+    dropped = drop_identities(graph, modules, layers)
     matcher = Matcher(graph, modules, layers, folds=options.mode == "infer")
     found = matcher.match()
     inside = [modules[str(n.target)] for p in found for n in p.nodes if n.op == "call_module"]

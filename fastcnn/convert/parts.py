@@ -145,6 +145,5 @@ class _Decision:
         return Part(self._layers[module], conversion if fuses else None, None)
 
     def _opens(self, module: nn.Module) -> bool:
-        """Whether a module's forward may become part of a trace."""
-        called = self._layers[module].leaf or isinstance(module, (nn.ModuleList, nn.ModuleDict))
-        return not called
+        """Whether a module has a forward that may become part of a trace."""
+        return not self._layers[module].leaf and type(module).forward is not nn.Module.forward

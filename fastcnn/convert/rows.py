@@ -20,6 +20,8 @@ _OPS = {
     "upsample": "upsample",
     "dropout": "dropout",
 }
+# Layers that people look for, and why they are never fused.
+UNKNOWN = {"layer_norm": "fastcnn has no kernel for a LayerNorm over the last dimension"}
 
 
 class ConversionRow(NamedTuple):
@@ -34,22 +36,19 @@ class ConversionRow(NamedTuple):
 
 def left(found: Sequence[ConversionRow]) -> list[ConversionRow]:
     """Return the rows of what is convertible and not converted."""
-    return [row for row in found if row.pattern and not row.fused]
+    return [row for row in found if row.pattern and not row.fused and row.pattern not in UNKNOWN]
 
 
-def table(found: Sequence[ConversionRow]) -> str:
-    """Return rows as text in WIDTH columns: each reason below its row."""
-    if not found:
-        return "nothing in this model is convertible"
-    cells = [("module", "pattern", "fused", "runs by"), *map(_cells, found)]
-    lines = []
-    for row, text in zip((None, *found), columns(cells, (34, 26, 5, 29)), strict=True):
-        lines += text
+def table(found: Sequence[ConversionRow]) -> Iterator[str]:
+    """Yield rows as lines of WIDTH columns: each reason below its row."""
+    cells = [("module", "pattern", "fused", "runs by"), *map(_cells, found)] if found else []
+    for row, text in zip((None, *found), columns(cells, (34, 26, 5, 29)), strict=False):
+        yield from text
         if row is not None and row.reason:
-            lines += textwrap.wrap(
-                row.reason, WIDTH - 4, initial_indent="    ", subsequent_indent="    "
+            indent = "    "
+            yield from textwrap.wrap(
+                row.reason, WIDTH - 4, initial_indent=indent, subsequent_indent=indent
             )
-    return "\n".join([*lines, f"{sum(row.fused for row in found)} of {len(found)} fused"])
 
 
 def _cells(row: ConversionRow) -> tuple[str, ...]:
@@ -106,8 +105,9 @@ class _Walk:
         words = str(part.layer.kind)
         if part.conversion is not None:
             yield self._fused(path, words, fit.notes.get(module))
-        elif part.layer.stands_alone:
-            yield ConversionRow(path, words, False, "PyTorch", part.why or "not converted")
+        elif part.layer.stands_alone or words in UNKNOWN:
+            why = UNKNOWN.get(words) or part.why or "not converted"
+            yield ConversionRow(path, words, False, "PyTorch", why)
 
     def _fused(self, where: str, words: str, note: str | None) -> ConversionRow:
         on_cpu, on_cuda = BACKENDS[_op(words)]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from fastcnn.convert import convert
+from fastcnn.convert.api import convert_built
 from fastcnn.models.checkpoint import PathLike
 from fastcnn.models.init import initialise
 from fastcnn.models.network import Features, Network
@@ -127,4 +127,4 @@ def _build(
         load_weights(backbone, weights_backbone, adapt_in_chans=in_chans)
     if weights is not None:
         load_weights(model, weights, adapt_in_chans=in_chans, adapt_num_classes=num_classes)
-    return convert(model, memory=memory)
+    return convert_built(model, memory)

@@ -1,5 +1,6 @@
 """convert and revert: what a user may get wrong, and where they are called."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,7 @@ def test_strict_raises_with_what_is_left_and_changes_nothing() -> None:
         convert(model, strict=True)
     assert [type(m) for m in model.modules()] == classes
     branches = nn.Sequential(net(lambda m, x: m.bn(m.conv(x)) if x.sum() > 0 else x))
-    with pytest.raises(ValueError, match=r"does not trace(.*\n)*0 of 1 fused"):
+    with pytest.raises(ValueError, match=r"0 +conv, batch_norm +no(.*\n)*.*does not trace"):
         convert(branches, strict=True)
     assert not any(isinstance(m, Converted) for m in branches.modules())
 
@@ -108,8 +109,21 @@ def test_on_the_meta_device() -> None:
 
 def test_models_without_anything_to_convert() -> None:
     for model in (nn.Linear(3, 3), nn.Sequential(), nn.ModuleList([nn.ReLU()]), nn.Identity()):
-        assert convert(model) is model
+        with pytest.warns(
+            UserWarning, match=r"nothing in \w+ runs fused: fastcnn\.report\(model\)"
+        ):
+            assert convert(model) is model
         assert not isinstance(model, Converted)
+        convert(model)  # says so once
+
+
+def test_convolutions_without_a_norm_are_told_of_inference() -> None:
+    model = nn.Sequential(conv(4, 4), nn.ReLU())
+    with pytest.warns(UserWarning, match=r'Sequential runs fused: mode="infer" fuses its conv'):
+        convert(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(model, "infer")
 
 
 def test_a_layer_by_itself() -> None:

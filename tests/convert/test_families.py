@@ -39,6 +39,7 @@ def told_apart(model: nn.Module) -> nn.Module:
 QUICK = {"torchvision/mobilenet_v2", "timm/dla46_c", "smp/Unet"}
 
 
+@pytest.mark.filterwarnings("ignore:fastcnn.convert. nothing in")
 @pytest.mark.parametrize("name", slow_but(QUICK, NAMES))
 def test_a_family(name: str) -> None:
     model = told_apart(make(name, small=True)).double()

@@ -1,6 +1,9 @@
 """fastcnn.report(model): what people read about a conversion."""
 
+import sys
+import types
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -16,18 +19,30 @@ from fastcnn.convert.rows import ConversionRow, left, table
 CONV, CPP = "oneDNN through PyTorch + C++", "C++"
 
 RESNET = """
-module                          pattern                     fused  runs by
-conv1 .. maxpool                conv-bn-relu-pool           yes    oneDNN through PyTorch + C++
+ResNet: 5 of 5 places run fused, by oneDNN through PyTorch + C++
+mode="train", memory="default", float32, NCHW, cpu, in training
+faster still:
+  model.to(memory_format=torch.channels_last), and the images alike
+      convolutions run in channels_last: from NCHW each copies its input and its output
+
+fused                           as one call
+conv1 .. maxpool                conv-bn-relu-pool
+layer1.0: conv1 .. relu         conv-bn-relu > conv-bn + identity - relu
+layer2.0: downsample.0 .. relu  conv-bn-relu > conv-bn + projection - relu
+layer3.0: downsample.0 .. relu  conv-bn-relu > conv-bn + projection - relu
+layer4.0: downsample.0 .. relu  conv-bn-relu > conv-bn + projection - relu
+"""
+DETAIL = """
 layer1.0: conv1 .. relu         conv-bn-relu > conv-bn +    yes    oneDNN through PyTorch + C++
                                   identity - relu
-layer2.0: downsample.0 .. relu  conv-bn-relu > conv-bn +    yes    oneDNN through PyTorch + C++
-                                  projection - relu
-layer3.0: downsample.0 .. relu  conv-bn-relu > conv-bn +    yes    oneDNN through PyTorch + C++
-                                  projection - relu
-layer4.0: downsample.0 .. relu  conv-bn-relu > conv-bn +    yes    oneDNN through PyTorch + C++
-                                  projection - relu
-5 of 5 fused
 """
+
+
+@pytest.fixture(autouse=True)
+def _no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is printed does not hang on the processor."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
 
 def of(model: nn.Module) -> list[ConversionRow]:
@@ -38,6 +53,8 @@ def test_a_resnet(capsys: pytest.CaptureFixture[str]) -> None:
     model = torchvision_resnet.ResNet(torchvision_resnet.BasicBlock, [1, 1, 1, 1])
     found = report(convert(model))
     assert capsys.readouterr().out.strip() == RESNET.strip()
+    report(model, verbose=True)
+    assert DETAIL in capsys.readouterr().out
     assert found[1] == ConversionRow(
         "layer1.0: conv1 .. relu", "conv-bn-relu > conv-bn + identity - relu", True, CONV, ""
     )
@@ -57,7 +74,104 @@ def test_an_unconverted_model_stays_so() -> None:
 
 def test_nothing_convertible_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert report(nn.Linear(2, 2)) == []
-    assert capsys.readouterr().out == "nothing in this model is convertible\n"
+    out = capsys.readouterr().out
+    assert out == "Linear: nothing in it is convertible\nfloat32, cpu, in training\n"
+
+
+def hints(model: nn.Module) -> list[str]:
+    return [hint.code for hint in report(model).summary.hints]  # type: ignore[attr-defined]
+
+
+LAST = "model.to(memory_format=torch.channels_last), and the images alike"
+INFER, NO_GRAD = 'fastcnn.convert(model, mode="infer")', "with torch.no_grad()"
+HALF = 'with torch.autocast("cpu", torch.bfloat16)'
+
+
+def test_what_would_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(cbr(nn.ReLU()))
+    assert hints(model) == ["fastcnn.convert(model)", LAST]
+    convert(model)
+    assert hints(model) == [LAST]
+    model.to(memory_format=torch.channels_last)
+    assert hints(model) == []
+    assert hints(model.eval()) == [INFER, NO_GRAD]
+    convert(model, "infer")
+    assert hints(model) == [NO_GRAD]
+    with torch.no_grad():
+        assert hints(model) == []
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert hints(model.train()) == [HALF]
+    assert hints(model.bfloat16()) == []
+
+
+def test_convolutions_without_a_norm_are_fused_in_inference() -> None:
+    model = nn.Sequential(conv(4, 4), nn.ReLU(), nn.Dropout())
+    assert hints(model) == ["fastcnn.convert(model)", INFER, LAST]
+    convert(model)
+    assert hints(model) == [INFER, LAST]
+    patches = nn.Sequential(conv(4, 4), nn.LayerNorm(8), nn.Dropout())  # no activation to fuse
+    assert hints(patches) == ["fastcnn.convert(model)", LAST]
+
+
+def test_what_does_nothing_is_no_place() -> None:
+    model = nn.Sequential(cbr(nn.ReLU()), nn.Dropout(0.0), nn.LayerNorm(8))
+    norm = "fastcnn has no kernel for a LayerNorm over the last dimension"
+    assert of(model) == [
+        ConversionRow("0: 0 .. 2", "conv-bn-relu", True, CONV, ""),
+        ConversionRow("2", "layer_norm", False, "PyTorch", norm),
+    ]
+    assert left(rows(model)) == []  # strict=True takes it
+    model[1].p = 0.5  # and one that drops is one
+    with pytest.warns(UserWarning, match=r"Dropout\.p was 0\.0 and is 0\.5 now"):
+        model(torch.ones(2, 4, 8, 8))
+    assert "dropout" in [row.pattern for row in of(model)]
+
+
+def test_others_are_one_line_for_each_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    report(convert(nn.Sequential(cbr(nn.ReLU()), *(nn.LayerNorm(8) for _ in range(9)))))
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "not fused",
+        "layer_norm (9 places, the first 1): fastcnn has no kernel for a LayerNorm over the last "
+        "dimension",
+    ]
+
+
+class Notebook:
+    """What IPython shows, and which cell runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shown: list[str] = []
+        self.execution_count = 1
+        shell = type("ZMQInteractiveShell", (), {"execution_count": property(lambda _: self.now())})
+        package, display = types.ModuleType("IPython"), types.ModuleType("IPython.display")
+        package.get_ipython = shell  # type: ignore[attr-defined]
+        display.HTML = str  # type: ignore[attr-defined]
+        display.display = self.shown.append  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "IPython", package)
+        monkeypatch.setitem(sys.modules, "IPython.display", display)
+
+    def now(self) -> int:
+        return self.execution_count
+
+
+def test_a_notebook_shows_one_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notebook = Notebook(monkeypatch)
+    found: Any = report(convert(nn.Sequential(cbr(nn.ReLU()), nn.LayerNorm(8))))
+    found._ipython_display_()  # the value of the cell, which has shown it
+    (html,) = notebook.shown
+    assert capsys.readouterr().out == ""
+    assert "<td>0: 0 .. 2</td><td>conv-bn-relu</td><td>yes</td>" in html
+    assert "1 of 1 place runs fused, by oneDNN" in html
+    notebook.execution_count = 2
+    found._ipython_display_()
+    assert notebook.shown == [html, html]
+
+
+def test_a_console_shows_no_rows_of_the_value() -> None:
+    found = report(convert(nn.Sequential(cbr(nn.ReLU()))))
+    assert repr(found) == f"<Report: Sequential: 1 of 1 place runs fused, by {CONV}>"
 
 
 def test_layers_without_a_kernel() -> None:
@@ -138,9 +252,9 @@ def test_a_device_without_kernels() -> None:
 
 def test_long_names_break_at_their_dots() -> None:
     name = "encoder.stages.3.blocks.12.attention.output.projection.norm"
-    text = table([ConversionRow(name, "batch_norm", False, "PyTorch", "because " * 30)])
-    assert max(map(len, text.splitlines())) <= 100
-    assert "encoder.stages.3.blocks.12." in text.splitlines()[1].split()
+    lines = list(table([ConversionRow(name, "batch_norm", False, "PyTorch", "because " * 30)]))
+    assert max(map(len, lines)) <= 100
+    assert "encoder.stages.3.blocks.12." in lines[1].split()
 
 
 def test_without_a_model_it_is_the_plans(capsys: pytest.CaptureFixture[str]) -> None:

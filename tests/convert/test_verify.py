@@ -91,7 +91,11 @@ def test_rounding_is_no_difference(training: bool, capsys: pytest.CaptureFixture
     assert {"output", "input", "buffer 0.1.running_var"} <= {row.place for row in result.rows}
     printed = capsys.readouterr().out
     assert printed == f"{result}\n"
-    assert printed.strip().splitlines()[-1].startswith("no difference above rounding in")
+    verdict, scale, *head = printed.strip().splitlines()[:4]
+    assert verdict.startswith("no difference above rounding in")
+    assert scale.startswith("errors against float64, as parts of each value's norm")
+    three = ["fastcnn", "PyTorch", "limit"]
+    assert " ".join(head).split() == ["forward", "backward", "place", "pattern", *three, *three]
     assert max(map(len, printed.splitlines())) <= 100
 
 

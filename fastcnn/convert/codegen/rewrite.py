@@ -12,6 +12,7 @@ from torch import fx, nn
 from fastcnn.convert.codegen import fit, runtime
 from fastcnn.convert.codegen.folded import folded_chain, folded_upsampled_chain
 from fastcnn.convert.graph.guards import Guard, has_hooks
+from fastcnn.convert.graph.layers import Layers
 from fastcnn.convert.graph.matcher import Matcher
 from fastcnn.convert.graph.patterns import (
     INTERPOLATE,
@@ -27,13 +28,17 @@ from fastcnn.convert.options import Options
 _numbers = itertools.count()
 
 
-def drop_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[nn.Module]:
-    """Remove nn.Identity's calls, which are in nobody's way then; return those modules."""
+def drop_identities(
+    graph: fx.Graph, modules: dict[str, nn.Module], layers: Layers
+) -> list[nn.Module]:
+    """Remove the calls of identities, which are in nobody's way then; return those modules."""
     dropped = []
     for node in list(graph.nodes):
         module = modules[str(node.target)] if node.op == "call_module" else None
-        plain = type(module) is nn.Identity and not has_hooks(module)
-        if module is not None and plain and len(node.args) == 1 and not node.kwargs:
+        if module is None or layers[module].kind != "identity":
+            continue
+        plain = layers[module].differs is None and not has_hooks(module)
+        if plain and len(node.args) == 1 and not node.kwargs:
             dropped.append(module)
             node.replace_all_uses_with(cast(fx.Node, node.args[0]))
             graph.erase_node(node)

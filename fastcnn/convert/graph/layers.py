@@ -19,6 +19,7 @@ _KINDS: dict[type[nn.Module], str] = {
     nn.SyncBatchNorm: "batch_norm",
     nn.GroupNorm: "group_norm",
     nn.InstanceNorm2d: "instance_norm",
+    nn.LayerNorm: "layer_norm",  # known, without a kernel
     nn.Dropout: "dropout",
     nn.Dropout2d: "dropout",
     nn.Upsample: "upsample",
@@ -34,6 +35,7 @@ _KINDS: dict[type[nn.Module], str] = {
 _ELSEWHERE = {
     ("torchvision", "FrozenBatchNorm2d"): "batch_norm",
     ("torchvision", "LayerNorm2d"): "layer_norm_2d",
+    ("timm", "LayerNorm"): "layer_norm",
     ("timm", "LayerNorm2d"): "layer_norm_2d",
     ("timm", "BatchNormAct2d"): "batch_norm",
     ("timm", "GroupNormAct"): "group_norm",
@@ -106,7 +108,9 @@ def _classify(module: nn.Module) -> Layer:
         cls = cls.__bases__[0]
     kind = _KINDS.get(cls) or _ELSEWHERE.get((cls.__module__.split(".")[0], cls.__name__))
     act = None
-    if kind in ("act", "identity"):
+    if kind == "dropout" and module.p == 0:
+        kind, act = "identity", "none"  # it returns its input itself
+    elif kind in ("act", "identity"):
         act = _act_of_module(module)
     elif kind in NORMS:
         act = act_inside(module)

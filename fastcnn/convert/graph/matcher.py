@@ -280,7 +280,9 @@ class Matcher:
 
     def _drops(self) -> Iterator[DropPattern]:
         for node in self._graph.nodes:
-            if node.target in (F.dropout, F.dropout2d) and node.args:
+            if node.target not in (F.dropout, F.dropout2d) or not node.args:
+                continue
+            if node.kwargs.get("p", node.args[1] if len(node.args) > 1 else None) != 0:
                 yield DropPattern(node, [node])
 
 

@@ -109,33 +109,37 @@ def _rounding(t: Tensor, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / math.sqrt(12) * float(t.double().norm().item())
 
 
+_SCALE = "errors against float64, as parts of each value's norm, and the largest that is rounding"
+_COLUMNS = ("fastcnn", "PyTorch", "limit")
+
+
 def _lines(result: Verification) -> Iterator[str]:
-    """One line a place; of inputs, parameters and buffers the worst of each kind."""
+    """The verdict, then a line a place; of inputs, parameters, buffers the worst of each kind."""
+    yield from textwrap.wrap(_verdict(result), WIDTH, subsequent_indent="  ")
     forward = {(r.place, r.pattern): r for r in result.rows if r.what == "forward"}
     backward = {(r.place, r.pattern): r for r in result.rows if r.what == "backward"}
-    cells = [("place", "pattern", "forward", "PyTorch", "backward", "PyTorch")]
+    cells: list[tuple[str, ...]] = [
+        ("", "", "forward", "", "", "backward", "", ""),
+        ("place", "pattern", *_COLUMNS, *_COLUMNS),
+    ]
     for place in dict.fromkeys((*forward, *backward)):
         cells.append((*place, *_sizes(forward.get(place)), *_sizes(backward.get(place))))
     for what in ("output", "buffer", "input", "gradient"):
         rows = [r for r in result.rows if r.what == what]
         if rows:
             worst = max(rows, key=lambda r: r.ours / r.limit if r.limit else r.ours)
-            empty = ("", "")
-            there = (
-                (*_sizes(worst), *empty)
-                if what in ("output", "buffer")
-                else (*empty, *_sizes(worst))
-            )
+            sizes, empty = _sizes(worst), ("",) * len(_COLUMNS)
+            there = (*sizes, *empty) if what in ("output", "buffer") else (*empty, *sizes)
             cells.append((worst.place, f"worst of {len(rows)}", *there))
-    for lines in columns(cells, (33, 27, 8, 8, 8, 8)):
+    yield _SCALE
+    for lines in columns(cells, (23, 19, 8, 7, 7, 8, 7, 7)):
         yield from lines
-    yield from textwrap.wrap(_verdict(result), WIDTH, subsequent_indent="  ")
 
 
-def _sizes(row: Difference | None) -> tuple[str, str]:
+def _sizes(row: Difference | None) -> tuple[str, str, str]:
     if row is None:
-        return "-", "-"
-    return f"{row.ours:.1e}" + ("" if row.ok else "!"), f"{row.torch:.1e}"
+        return "-", "-", "-"
+    return f"{row.ours:.1e}" + ("" if row.ok else "!"), f"{row.torch:.1e}", f"{row.limit:.1e}"
 
 
 def _verdict(result: Verification) -> str:

@@ -1,0 +1,136 @@
+"""What a model's conversion comes to, and what would make it faster: the head of report()."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fastcnn.convert.converted import Converted
+from fastcnn.convert.options import Options
+from fastcnn.convert.parts import Parts, decide
+from fastcnn.convert.rows import ConversionRow, left, rows_of
+
+
+class Hint(NamedTuple):
+    """Something that gains speed: the code that does it, and why it does."""
+
+    code: str
+    why: str
+
+
+class Summary(NamedTuple):
+    """The head of a report."""
+
+    verdict: str
+    state: str
+    hints: list[Hint]
+
+    def lines(self) -> Iterator[str]:
+        """Yield it as text."""
+        yield self.verdict
+        yield self.state
+        if self.hints:
+            yield "faster still:"
+        for hint in self.hints:
+            yield f"  {hint.code}"
+            yield f"      {hint.why}"
+
+
+def summary_of(model: nn.Module, parts: Parts, found: Sequence[ConversionRow]) -> Summary:
+    """Sum up a model whose modules are converted so."""
+    fused = [row for row in found if row.fused]
+    could = [*fused, *left(found)]
+    name, converted = type(model).__name__, [m for m in model.modules() if isinstance(m, Converted)]
+    if not could:
+        verdict = f"{name}: nothing in it is convertible"
+    elif not converted:
+        verdict = f"{name} is not converted: {_places(len(could))} could run fused"
+    else:
+        backends = ", ".join(dict.fromkeys(row.backend for row in fused))
+        verb = "runs" if len(could) == 1 else "run"
+        verdict = f"{name}: {len(fused)} of {_places(len(could))} {verb} fused"
+        verdict += f", by {backends}" if fused else ""
+    options = {m._fastcnn_conversion.options for m in converted}
+    modes = [f'mode="{o.mode}", memory="{o.memory}"' for o in sorted(options, key=repr)]
+    weights = [p for p in model.parameters() if p.is_floating_point()]
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in weights})
+    devices = sorted({p.device.type for p in weights})
+    facts = [" and ".join(of) for of in (modes, dtypes, _layouts(model), devices) if of]
+    facts.append("in training" if model.training else "in evaluation")
+    state = ", ".join(facts)
+    return Summary(verdict, state, list(_hints(model, parts, len(could))))
+
+
+def _places(count: int) -> str:
+    return f"{count} place" if count == 1 else f"{count} places"
+
+
+def _layouts(model: nn.Module) -> list[str]:
+    """Return the layouts of the convolutions' weights; a 1x1 kernel of one channel is in both."""
+    names = set()
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d) and m.groups == 1:
+            nchw = m.weight.is_contiguous()
+            last = m.weight.is_contiguous(memory_format=torch.channels_last)
+            if nchw != last:
+                names.add("NCHW" if nchw else "channels_last")
+    return sorted(names)
+
+
+def infer_fuses(model: nn.Module, parts: Parts) -> bool:
+    """Whether mode="infer" alone fuses something: convolutions that have no batch norm."""
+    kinds = {part.layer.kind for part in parts.values()}
+    if "conv" not in kinds or "batch_norm" in kinds:
+        return False
+    found = rows_of(model, decide(model, Options(mode="infer")))
+    return any(row.fused and "conv-" in row.pattern for row in found)
+
+
+def _hints(model: nn.Module, parts: Parts, could: int) -> Iterator[Hint]:
+    modes = {
+        m._fastcnn_conversion.options.mode for m in model.modules() if isinstance(m, Converted)
+    }
+    infer = 'fastcnn.convert(model, mode="infer")'
+    if not modes and could:
+        yield Hint("fastcnn.convert(model)", "runs them fused, in place; fastcnn.revert undoes it")
+    if "infer" not in modes and infer_fuses(model, parts):
+        yield Hint(infer, "fuses convolutions without a batch norm with their activations")
+    elif modes == {"train"} and not model.training and _has(parts, "batch_norm"):
+        yield Hint(
+            infer, "folds each batch norm into its convolution's weights, once for all calls"
+        )
+    if not could or not _has(parts, "conv"):
+        return
+    if "NCHW" in _layouts(model):
+        yield Hint(
+            "model.to(memory_format=torch.channels_last), and the images alike",
+            "convolutions run in channels_last: from NCHW each copies its input and its output",
+        )
+    device, half = _device_with_bfloat16(model)
+    if half:
+        yield Hint(
+            f'with torch.autocast("{device}", torch.bfloat16)',
+            "this device multiplies bfloat16 by instructions of its own, and it is half the bytes",
+        )
+    asks = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+    if not model.training and asks:
+        yield Hint(
+            "with torch.no_grad()",
+            "evaluation saves no activations for backward then, and folds batch norms into weights",
+        )
+
+
+def _has(parts: Parts, kind: str) -> bool:
+    return any(part.layer.kind == kind for part in parts.values())
+
+
+def _device_with_bfloat16(model: nn.Module) -> tuple[str, bool]:
+    """Return where a float32 model is, and whether bfloat16 is multiplied there natively."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if weight is None or weight.dtype != torch.float32:
+        return "", False
+    if weight.device.type == "cuda":
+        return "cuda", torch.cuda.is_bf16_supported(including_emulation=False)
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return weight.device.type, weight.device.type == "cpu" and native
