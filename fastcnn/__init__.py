@@ -2,8 +2,11 @@
 
 import torch
 
-from fastcnn import _C
-from fastcnn._version_check import check_torch
+from fastcnn._version_check import check_compiled_part, check_torch
+
+check_compiled_part()
+
+from fastcnn import _C  # noqa: E402
 
 check_torch(torch.__version__, _C.version)
 

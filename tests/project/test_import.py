@@ -5,11 +5,14 @@ Modules are counted, not seconds. torch._dynamo alone brings 888 (torch 2.13).
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from support.paths import ROOT
 
 from fastcnn.common.constant_result import constant_result
 
@@ -72,3 +75,48 @@ def test_constant_result_does_what_torch_s_decorator_does() -> None:
     assert constant_result(ours) is ours
     assert torch.compiler.assume_constant_result(theirs) is theirs
     assert vars(ours) == vars(theirs)
+
+
+def copy_package(folder: Path) -> None:
+    """Copy what `import fastcnn` needs up to its compiled part, without that."""
+    (folder / "fastcnn").mkdir(parents=True)
+    for name in ("__init__.py", "_version_check.py"):
+        shutil.copy(ROOT / "fastcnn" / name, folder / "fastcnn")
+
+
+def import_error(folder: Path) -> str:
+    """Return what `import fastcnn` says in a folder, the last line."""
+    # Without site-packages: an editable fastcnn would be found first.
+    (folder / "torch.py").write_text("__version__ = '2.13.0'\n")
+    command = [sys.executable, "-S", "-c", "import fastcnn"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 1
+    return done.stderr.splitlines()[-1]
+
+
+def test_the_checkout_says_that_it_hides_the_installed_package(tmp_path: Path) -> None:
+    checkout = tmp_path / "check out"
+    copy_package(checkout)
+    (checkout / "pyproject.toml").touch()
+    said = import_error(checkout)
+    assert said.startswith(
+        f"ImportError: {checkout} is the source checkout of fastcnn, which hides"
+    )
+    assert "run Python from another folder" in said
+    assert f"pip install --no-build-isolation -e '{checkout}'" in said
+
+
+def test_a_package_without_its_compiled_part_says_for_which_python(tmp_path: Path) -> None:
+    copy_package(tmp_path)
+    said = import_error(tmp_path)
+    assert f"compiled part {tmp_path / 'fastcnn' / '_C'} for {sys.implementation.cache_tag}" in said
+    assert sys.executable in said
+
+
+def test_a_compiled_part_that_does_not_load_says_why_itself(tmp_path: Path) -> None:
+    copy_package(tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "fastcnn/_C.so").write_text("no ELF file")
+    said = import_error(tmp_path)
+    assert "_C.so" in said
+    assert "checkout" not in said
