@@ -1,6 +1,7 @@
 """Make .venv ready for `make`: torch, the extras asked for, and fastcnn built from this checkout.
 
     python3 tools/environment.py train|dev
+    python3 tools/environment.py wheel        torch and what building takes, without fastcnn
 
 Runs on the standard library alone. A torch of 2.11 or later that the calling Python already has is
 used as it is (.venv then sees the packages of that Python); else one is installed into .venv. What
@@ -9,6 +10,12 @@ is there and unchanged is not touched: a second run takes a fraction of a second
 Two cores are kept busy: torch is unpacked while the build's tools are, and fastcnn compiled while
 the extras are installed. Only what is imported is compiled to bytecode, by the first import.
 """
+
+import sys
+
+# Before anything that an older Python has not: it must come as far as this.
+if sys.version_info < (3, 10):
+    sys.exit("environment: expected Python 3.10 or later, got " + sys.version.split()[0])
 
 import ast
 import functools
@@ -19,8 +26,9 @@ import re
 import shutil
 import site
 import subprocess
-import sys
 import sysconfig
+import tempfile
+import threading
 import time
 import venv
 from collections.abc import Callable
@@ -28,22 +36,28 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
+from find_torch import REQUIRES
+
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 OLDER = VENV / "older-triton"
 STAMP = "fastcnn.json"  # in .venv: what it was made from, and what is installed
-EXTRAS = {"train": ["train"], "dev": ["bench", "dev", "train"]}  # of pyproject.toml
+EXTRAS = {"train": ["train"], "dev": ["bench", "dev", "train"], "wheel": []}  # of pyproject.toml
 
 # Without a GPU: the release with which docs/performance.md was measured. A registry that has a CPU
 # build of it gives that one. With a GPU: any release that the stable ABI serves.
 TORCH_CPU, TORCH_CUDA = "torch==2.13.0", "torch>=2.11"
-BUILD = ["scikit-build-core>=0.11", "pybind11>=2.13", "ninja", "cmake>=3.24", "numpy"]
+BUILD = [*REQUIRES, "numpy"]
 # CUDA's headers, for the emulated tests where there is no toolkit. Without their dependencies, so
 # that they cannot touch the packages that a CUDA build of torch brought along.
 HEADERS = ["nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*", "nvidia-cuda-cccl==13.0.*"]
 # Beside the newest Triton, for the tests of what both compile: the one of torch 2.11, in a folder
 # of its own, which those tests put in front.
 OLDER_TRITON = "triton==3.6.*"
+# Seconds without a byte after which a download is stopped. pip's own limit, 15 where nobody has set
+# another, comes first where the connection is what is broken.
+STUCK = 120
+TOLD = 10  # seconds between two lines about a download
 ASK_TORCH = "import importlib.metadata as m; print(m.version('torch'))"
 
 
@@ -51,8 +65,6 @@ def main() -> None:
     """Bring .venv up to date."""
     if len(sys.argv) != 2 or sys.argv[1] not in EXTRAS:
         stop(f"expected one of {', '.join(EXTRAS)}, got {sys.argv[1:]}")
-    if sys.version_info < (3, 10):
-        stop(f"expected Python 3.10 or later, got {sys.version.split()[0]}")
     started = time.monotonic()
     base = {"root": str(ROOT), "python": sys.version, "prefix": sys.prefix}
     stamp = read_stamp()
@@ -60,6 +72,11 @@ def main() -> None:
     # Called by .venv's own Python: it cannot replace itself, and what it has is what there is.
     is_ours = same_base or (Path(sys.prefix) == VENV and "key" in stamp)
     extras = sorted({*EXTRAS[sys.argv[1]], *(stamp.get("extras", []) if is_ours else [])})
+    if sys.argv[1] == "wheel":
+        if not is_ours:
+            create()
+            write_stamp({**base, "key": None, "extras": []})
+        return
     options = build_options("dev" in extras)
     key = fingerprint(options)
     if is_ours and stamp["key"] == key and stamp.get("extras") == extras:
@@ -108,6 +125,7 @@ def create() -> None:
             shown |= {*site.getsitepackages(), site.getusersitepackages()}
         packages = Path(run_python("import sysconfig; print(sysconfig.get_path('purelib'))"))
         (packages / "caller.pth").write_text("\n".join(sorted(shown)) + "\n")
+    ask_index()
     if usable(version_of_torch(VENV / "bin" / "python")):
         pip(*BUILD)
     else:
@@ -136,10 +154,11 @@ def build_options(dev: bool) -> dict[str, str]:
 
 def cpu_only(options: dict[str, str]) -> str:
     """What to add where the CUDA kernels could be compiled and are not, '' elsewhere."""
-    cuda = {**os.environ, **options}.get("FASTCNN_CUDA", "AUTO")
-    if cuda != "AUTO" or not toolkit() or has_gpu():
+    cuda = {**os.environ, **options}.get("FASTCNN_CUDA", "").upper()
+    if cuda not in ("", "AUTO") or not toolkit() or (has_gpu() and torch_has_cuda()):
         return ""
-    return " for the CPU: there is no GPU (FASTCNN_CUDA=ON builds the CUDA kernels)"
+    why = "torch was built without CUDA" if has_gpu() else "there is no GPU"
+    return f" for the CPU: {why} (FASTCNN_CUDA=ON builds the CUDA kernels)"
 
 
 def read_stamp() -> dict[str, Any]:
@@ -158,10 +177,12 @@ def fingerprint(options: dict[str, str]) -> str:
 
     The installation is editable: Python files are used from the checkout as they are.
     """
-    names = ("FASTCNN_CUDA", "FASTCNN_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH", "CXX", "CXXFLAGS")
+    names = ("FASTCNN_CUDA", "FASTCNN_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST")
+    names += ("CUDA_HOME", "CUDA_PATH", "CXX", "CXXFLAGS")
     told = [os.environ.get(name) for name in names]
     digest = hashlib.sha256(repr((told, sorted(options.items()), toolkit(), has_gpu())).encode())
-    files = [ROOT / "pyproject.toml", ROOT / "CMakeLists.txt", ROOT / "tools" / "find_torch.py"]
+    files = [ROOT / "pyproject.toml", ROOT / "CMakeLists.txt"]
+    files += [ROOT / "tools" / name for name in ("choose_cuda.cmake", "find_torch.py")]
     for path in sorted([*files, *(ROOT / "csrc").rglob("*.*")]):
         digest.update(f"{path.relative_to(ROOT)}".encode() + path.read_bytes())
     for path in sorted((ROOT / "fastcnn").rglob("*.py")):
@@ -187,6 +208,13 @@ def version_of_torch(python: Path) -> str:
     """The version of the torch that a Python has, '' where it has none."""
     told = subprocess.run([python, "-c", ASK_TORCH], capture_output=True, text=True)
     return told.stdout.strip() if told.returncode == 0 else ""
+
+
+def torch_has_cuda() -> bool:
+    """Whether the torch of .venv was built with CUDA."""
+    command = [VENV / "bin" / "python", ROOT / "tools" / "find_torch.py"]
+    told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return told.split()[-1] != "none"
 
 
 def usable(version: str) -> bool:
@@ -228,7 +256,8 @@ def install_oracles() -> None:
     }
     ask = f"import importlib.util as u; print(*[n for n in {list(oracles)} if not u.find_spec(n)])"
     missing = [oracles[name] for name in run_python(ask).split()]
-    if missing := [*missing, *([] if toolkit() else HEADERS)]:
+    missing += [] if toolkit() else HEADERS
+    if missing:
         pip("--no-deps", *missing)
     if not OLDER.exists():
         pip("--no-deps", "--target", str(OLDER), OLDER_TRITON)
@@ -247,18 +276,132 @@ def run_python(code: str) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
-def pip(*arguments: str, **options: str) -> None:
-    """Run `pip install` in .venv, with more in its environment; show output only if it fails."""
-    command = [VENV / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install"]
-    done = subprocess.run(
-        [*command, "--no-compile", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, **options},
+def ask_index() -> None:
+    """End with one sentence where no package index answers: pip would try for minutes.
+
+    pip itself is asked, for a package of 0.2 MB: it knows indexes, mirrors, proxies and folders.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        once = ["--retries", "1", "--timeout", "10", "--no-deps", "--dest", folder]
+        command = [*pip_command("download"), *once, REQUIRES[0]]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode == 0:
+        return
+    asked = re.search(r"^Looking in indexes: (.+)$", done.stdout, re.MULTILINE)
+    index = asked[1] if asked else "https://pypi.org/simple"
+    broken = re.findall(r"connection broken by '(.+)': /", done.stdout)
+    warnings = [line for line in done.stdout.splitlines() if line.startswith(("WARN", "ERROR"))]
+    stop(
+        f"expected {REQUIRES[0]} from a package index, asked {index}, got none: connect, or name "
+        f"another by PIP_INDEX_URL. pip says: {short([*broken, *warnings, done.stdout][0], 300)}"
     )
-    if done.returncode != 0:
-        stop(f"{done.stdout}pip install {' '.join(arguments)} failed: its output is above")
+
+
+def pip(*arguments: str, **options: str) -> None:
+    """Run `pip install` in .venv, with more in its environment; show its output if it fails.
+
+    While it runs, a line for each package that it downloads and every ten seconds of a download.
+    """
+    lines: list[str] = []
+    # Where pip's downloads lie until they are installed.
+    with tempfile.TemporaryDirectory(dir=VENV) as folder:
+        process = subprocess.Popen(
+            [*pip_command("install"), "--no-compile", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "TMPDIR": folder, **options},
+        )
+
+        def read() -> None:
+            assert process.stdout is not None
+            with process.stdout as told:
+                for line in told:
+                    lines.append(line)
+                    news = news_of(line)
+                    if news:
+                        say(news)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        stuck = watch(process, lines, Path(folder))
+        reader.join()
+    if stuck:
+        stop(f"{''.join(lines)}{stuck}: stopped; the next call goes on with what is there")
+    if process.returncode != 0:
+        stop(f"{''.join(lines)}pip install {' '.join(arguments)} failed: its output is above")
+
+
+def pip_command(verb: str) -> list[str]:
+    """A command of .venv's pip."""
+    return [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", verb]
+
+
+def watch(process: "subprocess.Popen[str]", lines: list[str], folder: Path) -> str:
+    """Wait for pip; where a download stands still, end it and say which."""
+    line, files = "", {}
+    grown = told = time.monotonic()
+    while True:
+        try:
+            process.wait(timeout=0.2)
+            return ""
+        except subprocess.TimeoutExpired:
+            now = time.monotonic()
+        last = lines[-1] if lines else ""
+        download = DOWNLOAD.match(last)
+        if download is None:
+            continue
+        before, files = files, sizes(folder)
+        if last != line:
+            line, grown, told = last, now, now
+        elif files != before:
+            grown = now
+        elif now - grown > STUCK:
+            process.kill()
+            process.wait()
+            return f"no byte of {download['name']} came for {STUCK} s"
+        if now - told > TOLD and files:
+            told = now
+            # The newest: what was downloaded before lies there as well.
+            say(f"{download['name']}: {max(files.values())[1] / 1e6:.0f} MB came")
+
+
+def sizes(folder: Path) -> dict[Path, tuple[int, int]]:
+    """When each file in a folder was written last, and its bytes."""
+    found = {}
+    for path in folder.rglob("*"):
+        try:
+            status = path.stat()
+        except OSError:  # moved meanwhile
+            continue
+        if not path.is_dir():
+            found[path] = (status.st_mtime_ns, status.st_size)
+    return found
+
+
+# Of pip's lines: `Downloading https://…/torch-2.13.0-cp311-….whl (873.2 MB)`, not of metadata.
+DOWNLOAD = re.compile(
+    r"\s*Downloading (?:\S+/)?(?P<name>[^/\s]+?-\d[^-\s]*)\S*(?<!\.metadata)(?: \((?P<size>.+)\))?$"
+)
+INSTALL = re.compile(r"Installing collected packages: (.+)$")
+
+
+def news_of(line: str) -> str:
+    """What to show of a line of pip's, '' for most."""
+    download, install = DOWNLOAD.match(line), INSTALL.match(line)
+    if download:
+        return f"downloading {download['name']} ({download['size'] or 'of unknown size'})"
+    if install:
+        packages = install[1].split(", ")
+        return f"installing {', '.join(packages[:8])}{' and more' if packages[8:] else ''}"
+    if "Retrying (" in line:
+        return short(line.strip(), 200)
+    return ""
+
+
+def short(text: str, length: int) -> str:
+    """A text, cut."""
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def say(message: str) -> None:
