@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
-export FASTCNN_WERROR = ON
+demo test test-all test-processors fuzz lint bench: export FASTCNN_WERROR = ON
 # Packages are installed without bytecode: the first import writes it.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -58,14 +58,14 @@ bench:
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 # With the Python and the packages that are there, without .venv and downloads.
-gpu: export FASTCNN_WERROR = OFF
 gpu:
 	@PYTHONPATH=tools $(PYTHON) -m gpu "$(RESULTS)" "$(STAGES)"
 
+# As packagers build: no warnings as errors, and in a fresh .venv nothing but what building takes.
 wheel:
-	@$(PYTHON) tools/environment.py dev
-	FASTCNN_CUDA=$${FASTCNN_CUDA:-ON} FASTCNN_CUDA_ARCHS=$${FASTCNN_CUDA_ARCHS:-80-real,90} \
-		$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
+	@$(PYTHON) tools/environment.py wheel
+	@FASTCNN_CUDA=$${FASTCNN_CUDA:-ON} FASTCNN_CUDA_ARCHS=$${FASTCNN_CUDA_ARCHS:-80-real,90} \
+		$(BIN)/python tools/build_wheel.py dist
 
 clean:
 	rm -rf .venv build dist runs
