@@ -11,9 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PathLike", "read_state_dict"]
+__all__ = ["WEIGHTS", "PathLike", "read_state_dict"]
 
 PathLike = str | os.PathLike[str]
+
+# What weights= takes, where somebody looked for trained weights elsewhere.
+WEIGHTS = (
+    "weights= takes the path of a local .pth or .safetensors, torchvision's or timm's too; nothing "
+    "is downloaded"
+)
 
 # What a file that was meant to be a checkpoint often is.
 _BEGINNINGS = {
@@ -45,7 +51,7 @@ def read_state_dict(path: PathLike) -> dict[str, Tensor]:
     except TypeError:
         raise TypeError(
             "weights: expected the path of a local .pth or .safetensors, got "
-            f"{type(path).__name__} {path}"
+            f"{type(path).__name__} {path}; nothing is downloaded"
         ) from None
     if path.is_dir():
         raise ValueError(f"weights: expected a file, got the folder {path}")

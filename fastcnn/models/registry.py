@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from fastcnn.convert.api import convert_built
-from fastcnn.models.checkpoint import PathLike
+from fastcnn.models.checkpoint import WEIGHTS, PathLike
 from fastcnn.models.init import initialise
 from fastcnn.models.network import Features, Network
 from fastcnn.models.weights import load_weights
@@ -28,15 +28,19 @@ def register(layers: Callable[..., Model]) -> Callable[..., Model]:
 
     @functools.wraps(layers)
     def builder(
-        *,
+        *unnamed: Any,
         weights: PathLike | None = None,
         weights_backbone: PathLike | None = None,
         init: str | None = None,
         memory: Memory = "default",
         **options: Any,
     ) -> Model:
+        if unnamed:  # torchvision's pretrained came first
+            raise TypeError(
+                f"{layers.__name__}: expected arguments by name, got {unnamed[0]!r}; {WEIGHTS}"
+            )
         check_memory(layers.__name__, memory)  # before the weights are drawn
-        _check_counts(options)
+        _check_options(options)
         return _build(layers(**options), options, weights, weights_backbone, init, memory)
 
     _ARCHITECTURES[layers.__name__] = layers
@@ -89,7 +93,7 @@ def architecture(name: str, **options: Any) -> Network:
     if name not in _ARCHITECTURES:
         close = list_models(f"*{name.split('_')[0].rstrip('0123456789')}*")
         raise ValueError(f"name: {name!r} is no model; {', '.join(close or list_models())} are")
-    _check_counts(options)
+    _check_options(options)
     return _ARCHITECTURES[name](**options)
 
 
@@ -101,9 +105,15 @@ def list_models(filter: str | Sequence[str] = "") -> list[str]:
     return sorted(names, key=lambda n: [(s, int(d or -1)) for s, d in re.findall(r"(\D*)(\d*)", n)])
 
 
-def _check_counts(options: dict[str, Any]) -> None:
+def _check_options(options: dict[str, Any]) -> None:
+    if "pretrained" in options:
+        raise TypeError(
+            f"pretrained: expected no such argument, got {options['pretrained']!r}; {WEIGHTS}"
+        )
     for name in ("num_classes", "in_chans"):
         count = options.get(name, 1)
+        if isinstance(count, bool):  # timm's create_model(name, pretrained)
+            raise TypeError(f"{name}: expected an integer above 0, got {count}; {WEIGHTS}")
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"{name}: expected an integer above 0, got {count!r}")
 

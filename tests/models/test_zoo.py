@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -214,6 +215,25 @@ def test_counts(count: Any) -> None:
         models.create_model("resnet18", num_classes=count)
     with pytest.raises(ValueError, match=f"in_chans: expected an integer above 0, got {count!r}"):
         models.resnet18(in_chans=count)
+
+
+TRAINED: dict[str, Callable[[], Any]] = {
+    "timm's second argument": lambda: models.create_model("resnet50", True),
+    "pretrained": lambda: models.create_model("resnet50", pretrained=True),
+    "not pretrained": lambda: models.create_model("resnet50", pretrained=False),
+    "a builder's first argument": lambda: models.resnet50(True),
+    "a builder's pretrained": lambda: models.resnet50(pretrained=True),
+    "in the weights' place": lambda: models.resnet50(weights=True),
+}
+
+
+@pytest.mark.parametrize("call", TRAINED)
+def test_trained_weights_are_asked_for_as_elsewhere(call: str) -> None:
+    with pytest.raises(
+        TypeError, match=r"path of a local \.pth or \.safetensors.*nothing is downloaded"
+    ) as caught:
+        TRAINED[call]()
+    assert re.search("got (bool )?(True|False)", str(caught.value))
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "unet", "resnet50"])
