@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcnn.common.constant_result import constant_result
+from fastcnn.convert import blame
 from fastcnn.convert.codegen import runtime
 from fastcnn.convert.fused_forward import FusedForward, trace_and_fuse
 from fastcnn.convert.graph.layers import Layer, Layers
@@ -92,7 +93,7 @@ class Conversion:
 
     def apply(self, module: Any) -> None:
         """Give a prepared module its class."""
-        original, runs = type(module), self.forwards
+        original, runs, name = type(module), self.forwards, self.name
         required, optional = arguments_of(original.forward)
         alone = self.options.mode == "infer"  # folded weights are of this module's own
 
@@ -110,9 +111,17 @@ class Conversion:
                 or (alone and _is_replica(self))
             ):
                 return original.forward(self, *args, **kwargs)
-            if torch.compiler.is_compiling() and not runs[at].holds(self):
-                return original.forward(self, *args, **kwargs)
-            return runs[at].run(self, *inputs)
+            if torch.compiler.is_compiling():
+                if not runs[at].holds(self):
+                    return original.forward(self, *args, **kwargs)
+                return runs[at].run(self, *inputs)
+            try:  # not while compiling: dynamo cannot go on behind a graph break within it
+                return runs[at].run(self, *inputs)
+            except (TypeError, ValueError, RuntimeError) as error:
+                told = blame.named(error, runs[at], self, name)
+                if told is None:
+                    raise
+                raise told from error
 
         _give_class(module, self, forward)
 
@@ -187,8 +196,8 @@ class Conversion:
 class LayerConversion:
     """A layer by itself: its own class runs its kernel."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    def __init__(self, name: str, options: Options) -> None:
+        self.name, self.options = name, options
         self._layer: Layer | None = None
 
     def attach(self, module: nn.Module, layers: Layers) -> bool:
@@ -202,24 +211,34 @@ class LayerConversion:
 
     def apply(self, module: Any) -> None:
         """Give a layer its class."""
-        original, options = type(module), self.options
+        original, name, options = type(module), self.name, self.options
         required, optional = arguments_of(original.forward)
         assert self._layer is not None
         run = runtime.layer_call(module, self._layer)
 
+        def call(self: Any, x: Tensor) -> Any:
+            fits = runtime.layer_unfit(self, x, options) is None
+            return run(x, self) if fits else original.forward(self, x)
+
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             inputs = bind(required, optional, args, kwargs)
-            if inputs is not None and not torch.jit._trace.is_tracing():
-                why = runtime.layer_unfit(self, inputs[0], options)
-                if why is None:
-                    return run(inputs[0], self)
-            return original.forward(self, *args, **kwargs)
+            if inputs is None or torch.jit._trace.is_tracing():
+                return original.forward(self, *args, **kwargs)
+            if torch.compiler.is_compiling():
+                return call(self, inputs[0])
+            try:
+                return call(self, inputs[0])
+            except (TypeError, ValueError, RuntimeError) as error:
+                told = blame.named_layer(error, self, name, inputs[0])
+                if told is None:
+                    raise
+                raise told from error
 
         _give_class(module, self, forward)
 
     def recipe(self) -> tuple[Any, ...]:
         """Return what makes an equal conversion."""
-        return type(self), self.options
+        return type(self), self.name, self.options
 
 
 class Converted:

@@ -168,12 +168,6 @@ def test_an_explicit_backend_does_not_fall_back() -> None:
         model(images(2, 8, 5, 5)[:, ::2])
 
 
-def test_wrong_channels_are_named() -> None:
-    model = convert(prepared(cbr(nn.ReLU())))
-    with pytest.raises(ValueError, match="weight: expected 3 input channels, got 4"):
-        model(images(2, 3, 5, 5))
-
-
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_scripted_models_are_refused() -> None:
     scripted = torch.jit.script(nn.ReLU())

@@ -22,26 +22,41 @@ class Call(NamedTuple):
     words: str
     last: str
     ends_in: nn.Module | None  # by which fit.notes names it
+    layers: dict[str, str]  # paths, by what conv_bn_act's errors call its steps
+    reads: tuple[str, ...]  # the paths of the layers that read its first input
 
 
 def describe(pattern: Pattern, matcher: Matcher) -> Call:
     """Return a pattern's call: where it is by its first module and its last."""
     layers = [str(n.target) for n in pattern.nodes if n.op == "call_module"]
     where = " .. ".join(dict.fromkeys((layers[0], layers[-1]))) if layers else _owned(pattern)
-    ends_in = None
+    ends_in, reads = None, []
+    paths: dict[str, str] = {}
     if isinstance(pattern, ChainPattern):
         step = pattern.steps[-1]
         ends_in = matcher.module(step.conv if step.bn is None else step.bn)
+        shortcut = pattern.residual if isinstance(pattern.residual, tuple) else ()
+        for prefix, steps in (("", pattern.steps), ("shortcut: ", shortcut)):
+            paths |= {f"{prefix}step {i}": str(s.conv.target) for i, s in enumerate(steps)}
+            reads += [] if pattern.resize else [str(s.conv.target) for s in steps[:1]]
     elif isinstance(pattern, NormPattern):
         ends_in = matcher.module(pattern.norm)
-    return Call(where, _words(pattern, matcher), matcher.last_of(pattern).name, ends_in)
+        reads = [str(pattern.norm.target)]
+    words, last = _words(pattern, matcher), matcher.last_of(pattern).name
+    return Call(where, words, last, ends_in, paths, tuple(reads))
 
 
 def call_of_blocks(calls: list[Call]) -> Call:
     """Return the call of residual blocks that run as one."""
     first, last = calls[0], calls[-1]
     words = f"{len(calls)} blocks: " + ", ".join(call.words for call in calls)
-    return last._replace(where=f"{first.where} .. {last.where}", words=words)
+    layers = {
+        f"block {i}: {step}": path
+        for i, call in enumerate(calls)
+        for step, path in call.layers.items()
+    }
+    where = f"{first.where} .. {last.where}"
+    return last._replace(where=where, words=words, layers=layers, reads=first.reads)
 
 
 def _owned(pattern: Pattern) -> str:

@@ -191,8 +191,8 @@ def _check_weight(x: Tensor, weight: Tensor, groups: int) -> None:
         )
     if weight.shape[1] * groups != x.shape[1]:
         raise ValueError(
-            f"{OP}: weight: expected {x.shape[1]} input channels, got {weight.shape[1] * groups} "
-            f"({weight.shape[1]} for each of {groups} groups)"
+            f"{OP}: x: expected {weight.shape[1] * groups} channels for weight "
+            f"{list(weight.shape)} with groups={groups}, got {x.shape[1]}: {list(x.shape)}"
         )
     terms = weight.shape[1] * weight.shape[2] * weight.shape[3]
     if terms > MOST_TERMS:

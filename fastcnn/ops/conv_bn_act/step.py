@@ -165,8 +165,8 @@ def _check_weights(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int]) ->
     c_out, c_in = weight.shape[0], weight.shape[1] * step.groups
     if c_in != sizes[1]:
         raise ValueError(
-            f"{op}: weight: expected {sizes[1]} input channels, got {c_in} "
-            f"({weight.shape[1]} for each of {step.groups} groups)"
+            f"{op}: input: expected {c_in} channels for weight {list(weight.shape)} with "
+            f"groups={step.groups}, got {sizes[1]}: {sizes}"
         )
     if c_out % step.groups != 0:
         raise ValueError(

@@ -183,6 +183,9 @@ def check_upsample_conv2d(
             expected = f"[{x.shape[0]}, any, {resize[0]}, {resize[1]}]"
             raise ValueError(f"{OP}: concat: expected sizes {expected}, got {list(concat.shape)}")
     if weight.shape[1] != c:
-        raise ValueError(f"{OP}: weight: expected {c} input channels, got {weight.shape[1]}")
+        raise ValueError(
+            f"{OP}: input: expected {weight.shape[1]} channels, concat's included, for weight "
+            f"{list(weight.shape)}, got {c}"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{OP}: bias: expected {weight.shape[0]} numbers, got {list(bias.shape)}")

@@ -22,7 +22,11 @@ SECOND = STEP._replace(weight=torch.randn(4, 4, 1, 1), padding=0)
 STEP_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"weight": None}, TypeError, r"weight: expected a Tensor, got NoneType"),
     ({"weight": C4}, ValueError, r"weight: expected 4 dimensions .*, got \[4\]"),
-    ({"weight": torch.ones(4, 3, 1, 1)}, ValueError, r"expected 4 input channels, got 3 \(3 for"),
+    (
+        {"weight": torch.ones(4, 3, 1, 1)},
+        ValueError,
+        r"input: expected 3 channels .*, got 4: \[1, 4",
+    ),
     ({"weight": SECOND.weight.half()}, TypeError, r"weight: expected torch.float32 .*float16"),
     ({"weight": torch.ones(4, 4, 5, 1)}, ValueError, r"weight: expected a kernel that fits into"),
     ({"groups": 0}, ValueError, r"groups: expected at least 1, got 0"),
@@ -100,12 +104,12 @@ BLOCKS_ERRORS: list[tuple[Any, type[Exception], str]] = [
     (
         [ConvBnActBlock([STEP], [SECOND])],
         ValueError,
-        r"shortcut: step 0: weight: expected 3 input channels, got 4",
+        r"shortcut: step 0: input: expected 4 channels for weight .*, got 3",
     ),
     (
         [ConvBnActBlock([STEP]), ConvBnActBlock([STEP])],
         ValueError,
-        r"block 1: step 0: weight: expected 4 input channels, got 3",
+        r"block 1: step 0: input: expected 3 channels for weight .*, got 4",
     ),
     ([ConvBnActBlock([POOLED], [POOLED])], ValueError, r"pool: expected None in the last step of"),
     ([ConvBnActBlock([C4])], TypeError, r"step 0: expected a ConvBnActStep, got Tensor"),
