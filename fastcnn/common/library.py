@@ -49,20 +49,26 @@ def _names(operator: Any) -> tuple[str, ...]:
 
 
 class _Refused(torch.autograd.Function):
-    """The first `count` of its arguments, which cannot be differentiated by any of them."""
+    """The first `count` of its tensors, which cannot be differentiated by any of them.
+
+    call: whose gradients they are.
+    """
 
     @staticmethod
-    def forward(count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(call: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+        ctx.call = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise RuntimeError(
-            "expected to be differentiated once: the Function is once_differentiable"
+            f"{ctx.call}: expected to be differentiated once, got a backward of its gradient; for "
+            f"gradient penalties and second derivatives use PyTorch's layers, which "
+            f"fastcnn.revert(model) gives a converted model back; within "
+            f"torch.autograd.detect_anomaly() PyTorch says where it was called"
         )
 
 
@@ -72,6 +78,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     Also where dy is a constant, as behind a sum: they depend on what was saved, too. The decorator
     that torch has looks at dy alone, and a gradient penalty would be wrong in silence.
     """
+    op = backward.__module__.removeprefix("fastcnn.ops.").split(".")[0]
 
     def run(ctx: Any, *dys: Tensor | None) -> Any:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -79,7 +86,9 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         saved = ctx.saved_tensors  # create_graph=True; backward may let go of them
         with torch.no_grad():
             grads = backward(ctx, *dys)
-        return _Refused.apply(len(grads), *grads, *dys, *saved)
+        sizes = " and ".join(str(list(dy.shape)) for dy in dys if dy is not None)
+        call = f"{op} with an output of {sizes}"
+        return _Refused.apply(call, len(grads), *grads, *dys, *saved)
 
     return run
 

@@ -70,7 +70,10 @@ def convert(
     _check("backend", backend, get_args(Backend))
     check_memory("convert", memory)
     if backend == "cuda" and not HAS_CUDA:
-        raise ValueError("convert: backend: expected 'auto' or 'cpu' from a build without CUDA")
+        raise ValueError(
+            "convert: backend: expected 'auto' or 'cpu', since this fastcnn was built without "
+            "CUDA, got 'cuda'; rebuild it where nvcc is, with FASTCNN_CUDA=ON"
+        )
     options = Options(mode, backend, memory)
     if _is_converted(model, options):
         _refuse_what_is_left(model, parts_of(model), strict)

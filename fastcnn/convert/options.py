@@ -22,4 +22,11 @@ def check_module(function: str, model: Any, scripted: bool = False) -> None:
         isinstance(model, torch.jit.ScriptModule) and not scripted
     ):
         got = type(model).__name__
+        if isinstance(model, torch.jit.ScriptModule):
+            got += (
+                ", whose forward torch.jit has compiled, which leaves no Python to read: pass the "
+                "model that it was made of"
+            )
+        elif isinstance(model, type) and issubclass(model, nn.Module):
+            got = f"the class {model.__name__}: make a model of it first, {model.__name__}(...)"
         raise TypeError(f"{function}: model: expected a torch.nn.Module, got {got}")

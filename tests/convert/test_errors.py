@@ -12,6 +12,7 @@ from support.tolerance import assert_same
 from torch import nn
 
 from fastcnn import convert, report, revert, verify
+from fastcnn.convert import api
 from fastcnn.convert.codegen import fit
 from fastcnn.convert.converted import Converted
 
@@ -23,10 +24,37 @@ def test_no_model(call: Callable[[Any], Any], model: Any) -> None:
         call(model)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_a_script_module_is_refused() -> None:
-    with pytest.raises(TypeError, match="got RecursiveScriptModule"):
-        convert(torch.jit.script(nn.Sequential(nn.ReLU())))
+def test_a_class_is_no_model() -> None:
+    with pytest.raises(TypeError, match=r"got the class ReLU: make a model .*, ReLU\(\.\.\.\)$"):
+        convert(nn.ReLU)
+
+
+def test_a_backend_that_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "HAS_CUDA", False)
+    with pytest.raises(
+        ValueError,
+        match=r"backend: expected 'auto' or 'cpu', .* without CUDA, got 'cuda'; rebuild it where "
+        r"nvcc is, with FASTCNN_CUDA=ON",
+    ):
+        convert(cbr(), backend="cuda")
+
+
+def test_a_second_derivative_says_where(recwarn: pytest.WarningsRecorder) -> None:
+    model, x = convert(prepared(cbr(nn.ReLU()))), images(2, 4, 5, 5).requires_grad_()
+
+    def penalty() -> None:
+        (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        dx.square().sum().backward()
+
+    words = r"^conv_bn_act with an output of \[2, 4, 5, 5\]: expected to be differentiated once"
+    with pytest.raises(RuntimeError, match=words):
+        penalty()
+    recwarn.clear()
+    with pytest.raises(RuntimeError, match=words), torch.autograd.detect_anomaly(check_nan=False):
+        penalty()  # what the message says shows the call
+    assert any("model(x).square()" in str(warned.message) for warned in recwarn)
+    revert(model)
+    penalty()
 
 
 @pytest.mark.parametrize(
@@ -168,12 +196,18 @@ def test_an_explicit_backend_does_not_fall_back() -> None:
         model(images(2, 8, 5, 5)[:, ::2])
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.filterwarnings("ignore:.torch.jit.\\w+. is deprecated")
 def test_scripted_models_are_refused() -> None:
     scripted = torch.jit.script(nn.ReLU())
+    traced = torch.jit.trace(nn.ReLU(), images(2, 4, 5, 5))
     for call in (convert, report, lambda model: verify(model, images(2, 4, 5, 5))):
-        with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got"):
-            call(scripted)
+        for model in (scripted, traced):
+            with pytest.raises(
+                TypeError,
+                match=rf"model: expected a torch\.nn\.Module, got {type(model).__name__}, whose "
+                r"forward torch\.jit has compiled, .*: pass the model that it was made of",
+            ):
+                call(model)
     assert revert(scripted) is scripted
 
 

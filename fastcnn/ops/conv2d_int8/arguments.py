@@ -71,6 +71,14 @@ class Call(NamedTuple):
 
 
 INT8 = (torch.uint8, torch.int8)
+# What makes the two of floats, a scale for each output channel and one for the image.
+_QUANTISED_WEIGHT = (
+    "quantise it, and pass weight_scale: weight_scale = weight.abs().amax((1, 2, 3)) / 127; "
+    "weight = (weight / weight_scale[:, None, None, None]).round().to(torch.int8)"
+)
+_QUANTISED_IMAGE = (
+    "quantise it: x = (x / x_scale + x_zero_point).round().clamp(0, 255).to(torch.uint8)"
+)
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -113,6 +121,7 @@ def check_call(call: Call) -> list[int]:
     """Check everything but the data of tensors; return y's sizes."""
     x, weight, residual, out_dtype = call.x, call.weight, call.residual, call.out_dtype
     _check_image("x", x, INT8, "uint8 or int8")
+    check_weight_type(OP, weight)
     _check_scale("x_scale", call.x_scale)
     _check_zero_point("x_zero_point", call.x_zero_point, x.dtype)
     if out_dtype in INT8:
@@ -165,7 +174,8 @@ def check_call(call: Call) -> list[int]:
 
 def _check_image(name: str, t: Tensor, dtypes: Sequence[torch.dtype], expected: str) -> None:
     if t.dtype not in dtypes:
-        raise TypeError(f"{OP}: {name}: expected {expected}, got {t.dtype}")
+        way = f"; {_QUANTISED_IMAGE}" if name == "x" and t.is_floating_point() else ""
+        raise TypeError(f"{OP}: {name}: expected {expected}, got {t.dtype}{way}")
     if t.layout is not torch.strided or t.dim() != 4:
         raise ValueError(f"{OP}: {name}: expected 4 dimensions [n, c, h, w], got {list(t.shape)}")
     if memory_format_of(t) is None:
@@ -176,9 +186,14 @@ def _check_image(name: str, t: Tensor, dtypes: Sequence[torch.dtype], expected: 
         )
 
 
-def _check_weight(x: Tensor, weight: Tensor, groups: int) -> None:
+def check_weight_type(op: str, weight: Tensor) -> None:
+    """Check that a weight is quantised."""
     if weight.dtype is not torch.int8:
-        raise TypeError(f"{OP}: weight: expected int8, got {weight.dtype}")
+        way = f"; {_QUANTISED_WEIGHT}" if weight.is_floating_point() else ""
+        raise TypeError(f"{op}: weight: expected int8, got {weight.dtype}{way}")
+
+
+def _check_weight(x: Tensor, weight: Tensor, groups: int) -> None:
     if weight.dim() != 4 or weight.numel() == 0 or weight.layout is not torch.strided:
         raise ValueError(
             f"{OP}: weight: expected 4 dimensions [c_out, c_in / groups, kh, kw], none of them 0, "

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcnn.ops.conv2d.onednn_workarounds import onednn_crashes
-from fastcnn.ops.conv2d_int8.arguments import DEVICES, OP
+from fastcnn.ops.conv2d_int8.arguments import DEVICES, OP, check_weight_type
 from fastcnn.ops.conv2d_int8.onednn import by_float64, by_onednn, prepack
 from fastcnn.ops.conv2d_int8.value_checks import check_not_capturing
 
@@ -80,9 +80,9 @@ class PackedConv2dInt8:
 
 def pack_conv2d_int8(weight: Tensor) -> PackedConv2dInt8:
     """Check and copy: see fastcnn.functional.pack_conv2d_int8."""
-    if not isinstance(weight, Tensor) or weight.dtype is not torch.int8:
-        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"pack_{OP}: weight: expected an int8 Tensor, got {got}")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"pack_{OP}: weight: expected a Tensor, got {type(weight).__name__}")
+    check_weight_type(f"pack_{OP}", weight)
     if weight.dim() != 4 or weight.numel() == 0:
         raise ValueError(
             f"pack_{OP}: weight: expected 4 dimensions [c_out, c_in / groups, kh, kw], none of "

@@ -58,10 +58,28 @@ def test_compiled_calls_look_at_the_data_too() -> None:
 
 def test_weights_that_cannot_be_packed() -> None:
     for weight, error, message in (
-        (torch.ones(1, 1, 1, 1), TypeError, "expected an int8 Tensor, got torch.float32"),
-        (None, TypeError, "expected an int8 Tensor, got NoneType"),
+        (torch.ones(1, 1, 1, 1), TypeError, "expected int8, got torch.float32; quantise it"),
+        (None, TypeError, "expected a Tensor, got NoneType"),
         (torch.ones(3, dtype=torch.int8), ValueError, r"expected 4 dimensions .* got \[3\]"),
         (torch.ones(0, 1, 1, 1, dtype=torch.int8), ValueError, r"none of them 0, got \[0, 1, 1, 1"),
     ):
         with pytest.raises(error, match=f"^pack_conv2d_int8: weight: .*{message}"):
             pack_conv2d_int8(weight)
+
+
+def test_what_is_said_of_floats_quantises_them() -> None:
+    image, kernel = torch.rand(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    given: dict[str, Any] = {"x_scale": 1 / 255, "x_zero_point": 0, "weight_scale": 1.0}
+    named = {"torch": torch, "x": image, "weight": kernel, **given}
+    for name in ("x", "weight"):
+        # Before the others are asked for: whoever brings floats has no out_scale either.
+        with pytest.raises(TypeError, match=f"^conv2d_int8: {name}: .*float32; quantise it") as e:
+            conv2d_int8(named["x"], named["weight"], **given)
+        exec(str(e.value).split(": ", 3)[3], named)
+    given["weight_scale"] = named["weight_scale"]
+    y = conv2d_int8(named["x"], named["weight"], **given, out_dtype=torch.float32)
+    # Each of 27 products is off by half a step of the weight, and x < 1; and of x, half of 1 / 255.
+    steps = kernel.abs().amax((1, 2, 3)) / 127
+    bound = 27 * steps / 2 + kernel.abs().sum((1, 2, 3)) / 510 + 27 * steps / 1020
+    expected = torch.nn.functional.conv2d(image, kernel)
+    assert ((y - expected).abs() <= bound[:, None, None] + 1e-5).all()
