@@ -1,15 +1,20 @@
 """fastcnn.report(model): what people read about a conversion."""
 
+import copy
+import random
 import sys
 import types
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.conversion_cases import Branch, cbr, conv, net
 from support.oracles import torchvision_resnet
-from torch import nn
+from support.paths import ROOT
+from torch import Tensor, nn
 
 import fastcnn
 from fastcnn import convert, report
@@ -200,6 +205,46 @@ def test_what_does_not_trace_has_a_row_and_its_children_theirs() -> None:
     assert second[:4] == ("1", "", False, "PyTorch")  # nothing of its own is known
     assert body == ConversionRow("1.body: 0 .. 1", "conv-bn", True, CONV, "")
     assert left([first, norm, second, body]) == [first]
+
+
+def _own() -> Tensor:
+    return torch.ones(4, 1, 1)  # of its own
+
+
+class Counts(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:  # of Counts
+        self.calls = 1
+        return x.relu()
+
+
+class Anything(nn.Module):
+    def forward(self, *x: Tensor) -> Tensor:  # of Anything
+        return x[0]
+
+
+LINES: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a child's branch": (lambda: nn.Sequential(Branch(body=cbr())), "if x"),
+    "a function": (lambda: net(lambda m, x: m.conv(x) * _own()), "# of its own"),
+    "the standard library": (
+        lambda: net(lambda m, x: m.conv(copy.deepcopy(x).sin()) + random.choice(x)),  # of Python
+        "# of Python",
+    ),
+    "what a call changes": (Counts, "# of Counts"),
+    "its arguments": (Anything, "# of Anything"),
+}
+
+
+@pytest.mark.parametrize("where", ["in the working directory", "elsewhere"])
+@pytest.mark.parametrize("name", LINES)
+def test_what_does_not_trace_names_the_line(
+    name: str, where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make, text = LINES[name]
+    monkeypatch.chdir(ROOT if where == "in the working directory" else tmp_path)
+    reason = of(make())[0].reason
+    file, line = reason.removesuffix(")").rpartition("(")[2].split(":")
+    found = next(path for root in ("", *sys.path) if (path := Path(root, file)).is_file())
+    assert text in found.read_text().splitlines()[int(line) - 1], reason
 
 
 def test_functions_are_named_within_their_module() -> None:

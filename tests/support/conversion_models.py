@@ -211,7 +211,7 @@ def line(name: str) -> str:
         s = summary(convert(make(name)))
     words = []
     for text in s.untraced:
-        cls, _, why = text.partition(": ")
+        cls, _, why = text.rpartition(" (")[0].partition(": ")  # without the line of its code
         words.append(f"`{cls}` {next((w for part, w in _WORDS.items() if part in why), why)}")
     norms = f"{s.norms} of {s.all_norms}" if s.all_norms else "-"
     counts = (s.steps, s.alone, s.batch_norms, norms, s.resizes or "-", s.dropouts or "-")

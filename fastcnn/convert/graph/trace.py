@@ -14,11 +14,13 @@ import builtins
 import gc
 import inspect
 import operator
+import os
 import sys
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -94,21 +96,50 @@ def _trace(module: nn.Module, leaves: set[nn.Module], layers: Layers) -> Traced:
     try:
         with _NoTensorsOfItsOwn(), _no_questions(), _flags_read() as asked:
             graph = tracer.trace(module)
-    except Untraceable as error:
-        error.at = tracer.failed
-        raise
     except Exception as error:  # whatever somebody's forward raises on meeting a proxy
         lines = str(error).strip().splitlines() or [""]
-        found = Untraceable(f"{type(error).__name__}: {lines[0]}")
+        kind = "" if isinstance(error, Untraceable) else f"{type(error).__name__}: "
+        found = Untraceable(f"{kind}{lines[0]} ({_stopped_at(error, module)})")
         found.at = tracer.failed
         raise found from error
     finally:
         changed = before.restore()
     if changed is not None:
-        raise Untraceable(changed)
+        raise Untraceable(f"{changed} ({_defined_at(module)})")
     if tracer.keeps():
-        raise Untraceable("keeps a tensor outside its modules")
+        raise Untraceable(f"keeps a tensor outside its modules ({_defined_at(module)})")
     return Traced(graph, tracer.opened, [m for m in tracer.opened if m in asked])
+
+
+def _stopped_at(error: Exception, module: nn.Module) -> str:
+    """Return file and line of the last code before an error that is not ours, torch's or Python's.
+
+    Where none of it ran, those of the module's forward.
+    """
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        name = frame.f_globals.get("__name__", "")
+        package = name.split(".")[0]
+        ours = name.startswith("fastcnn.convert.")
+        if not ours and package != "torch" and package not in sys.stdlib_module_names:
+            return f"{_short(frame.f_code.co_filename)}:{line}"
+    return _defined_at(module)
+
+
+def _defined_at(module: nn.Module) -> str:
+    """Return file and line of a module's forward."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None:
+        return type(module).__name__
+    return f"{_short(code.co_filename)}:{code.co_firstlineno}"
+
+
+def _short(path: str) -> str:
+    """Return a path from the working directory, or from where Python finds its package."""
+    roots = sys.path
+    with suppress(FileNotFoundError):  # the directory may be gone
+        roots = [os.getcwd(), *roots]
+    inside = [root for root in roots if root and path.startswith(root + os.sep)]
+    return min((os.path.relpath(path, root) for root in inside), key=len, default=path)
 
 
 def _in_place(target: Any) -> Any:
