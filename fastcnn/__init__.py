@@ -1,4 +1,18 @@
-"""Fused kernels for training and running convolutional networks in PyTorch."""
+"""Fused kernels for training and running convolutional networks in PyTorch.
+
+    fastcnn.convert(model)          let them run what of any model they can, in place
+    fastcnn.revert(model)           the model as it was
+    fastcnn.report(model)           what runs fused, by which backend, and why the rest does not
+    fastcnn.verify(model, x)        a converted model compared with the unconverted one
+    fastcnn.create_model(name)      networks with torchvision's names, of fastcnn.list_models()
+    fastcnn.functional, fastcnn.nn  the ops as functions and as layers
+    fastcnn.augment                 augmentation of uint8 batches in one pass
+    fastcnn.models                  the networks, and load_weights
+    fastcnn.plan                    which of several kernels runs, and why
+    fastcnn.keep_freed_memory()     on the CPU: reuse what tensors free
+
+On the console: fastcnn demo, fastcnn info. Each name's help has its shapes, errors and an example.
+"""
 
 import torch
 
@@ -34,3 +48,7 @@ __all__ = [
     "revert",
     "verify",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

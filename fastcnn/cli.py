@@ -5,6 +5,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastcnn import _C
+
 __all__ = ["main"]
 
 # The packages of the extra [train] that `demo` imports, by the names Python reports as missing.
@@ -47,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastcnn", description="Fused kernels for convolutional networks in PyTorch."
     )
+    parser.add_argument("--version", action="version", version=f"fastcnn {_C.version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     demo = commands.add_parser(

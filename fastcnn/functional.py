@@ -39,6 +39,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def augment(
     images: Tensor,
     parameters: AugmentParameters,

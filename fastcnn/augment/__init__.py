@@ -5,3 +5,7 @@ from fastcnn.augment.module import Augment
 from fastcnn.ops.augment.parameters import AugmentParameters
 
 __all__ = ["Augment", "AugmentParameters", "Collate"]
+
+
+def __dir__() -> list[str]:
+    return __all__

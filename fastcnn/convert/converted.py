@@ -141,6 +141,17 @@ class Conversion:
             return f"changed since it was converted: {changed}"
         return f"its forward does not trace: {self._without[self._flags()]}"
 
+    def words(self) -> str:
+        """Return what a print says: the pattern that runs as one call, or how many there are."""
+        flagged = (f for f in self.forwards if all(m.training == flag for m, flag in f.flags))
+        made = next(flagged, None)
+        if made is None:  # a print traces nothing
+            return "traced when it is called"
+        if made.guard.changed() is not None:
+            return "no longer, see fastcnn.report"
+        found = [call.words for call in made.patterns]
+        return found[0] if len(found) == 1 else f"{len(found)} calls"
+
     def changed(self) -> str | None:
         """Say what has changed since the conversion, if anything."""
         return next(filter(None, (made.guard.changed() for made in self.forwards)), None)
@@ -209,6 +220,11 @@ class LayerConversion:
         """Whether nothing has changed since the conversion."""
         return True
 
+    def words(self) -> str:
+        """Return what a print says: the layer's kind."""
+        assert self._layer is not None
+        return str(self._layer.kind)
+
     def apply(self, module: Any) -> None:
         """Give a layer its class."""
         original, name, options = type(module), self.name, self.options
@@ -249,6 +265,12 @@ class Converted:
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Keep the classes made here from the registries that original classes may have."""
+
+    def extra_repr(self) -> str:
+        """Return what the original class says, and what runs fused."""
+        said = self._fastcnn_class.extra_repr(self)  # type: ignore[arg-type]
+        separator = "\n" if "\n" in said else ", "
+        return f"{said}{separator if said else ''}fused: {self._fastcnn_conversion.words()}"
 
     def __copy__(self) -> Any:
         with as_original([self]):

@@ -94,7 +94,10 @@ class _Decision:
             self._add(child)
 
     def _alone(self, module: nn.Module) -> Part:
-        layer, conversion = self._layers[module], LayerConversion(self._names[module], self._options)
+        layer, conversion = (
+            self._layers[module],
+            LayerConversion(self._names[module], self._options),
+        )
         if conversion.attach(module, self._layers):
             return Part(layer, conversion, None)
         why = self._layers.why_not_alone(module) if layer.stands_alone else None

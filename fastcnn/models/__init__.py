@@ -123,3 +123,7 @@ __all__ = [
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

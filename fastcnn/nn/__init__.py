@@ -19,3 +19,7 @@ __all__ = [
     "conv_bn_act_blocks",
     "convert_sync_batchnorm",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

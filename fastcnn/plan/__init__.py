@@ -36,6 +36,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 @functools.cache
 def _planner() -> Planner:
     return Planner(mode_of_environment(), OPS, measured())
