@@ -102,6 +102,12 @@ def augment(
             samples; std 0; a fill that the masks' dtype does not hold.
 
     Source: torchvision.transforms.v2; Salmon et al. 2011 (Philox).
+
+    Example:
+        >>> images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+        >>> drawn = fastcnn.augment.Augment((24, 24), horizontal_flip=0.5).draw(2, (32, 32))
+        >>> fastcnn.functional.augment(images, drawn, size=(24, 24), mean=0.5, std=0.25).shape
+        torch.Size([2, 3, 24, 24])
     """
     return _augment.augment(
         images=images, parameters=parameters, masks=masks, size=size, mean=mean, std=std,
@@ -167,6 +173,13 @@ def batch_norm_act(
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167; torch.nn.functional.batch_norm;
     torch.nn.SyncBatchNorm.
+
+    Example:
+        >>> x, mean, var = torch.randn(2, 8, 4, 4), torch.zeros(8), torch.ones(8)
+        >>> fastcnn.functional.batch_norm_act(x, mean, var, training=True, residual=x).shape
+        torch.Size([2, 8, 4, 4])
+        >>> mean.abs().min() > 0  # it has moved towards the batch's
+        tensor(True)
     """
     return _batch_norm_act.batch_norm_act(
         input=input, running_mean=running_mean, running_var=running_var, weight=weight,
@@ -246,6 +259,15 @@ def conv2d_int8(
         RuntimeError: data that was not checked before a CUDA graph is captured.
 
     Source: ONNX's QLinearConv; Jacob et al. 2018, arXiv:1712.05877; torch.nn.functional.conv2d.
+
+    Example:
+        >>> x = torch.randint(0, 256, (1, 8, 6, 6), dtype=torch.uint8)
+        >>> weight = torch.randint(-127, 128, (4, 8, 3, 3), dtype=torch.int8)
+        >>> numbers = {"x_scale": 0.02, "x_zero_point": 128, "weight_scale": 0.01}
+        >>> numbers |= {"out_scale": 0.1, "out_zero_point": 128}
+        >>> y = fastcnn.functional.conv2d_int8(x, weight, **numbers)
+        >>> y.shape, y.dtype
+        (torch.Size([1, 4, 4, 4]), torch.uint8)
     """
     return _conv2d_int8.conv2d_int8(
         x=x, weight=weight, weight_scale=weight_scale, x_scale=x_scale,
@@ -268,9 +290,20 @@ def pack_conv2d_int8(weight: Tensor) -> PackedConv2dInt8:
     Args:
         weight: [c_out, c / groups, kh, kw] int8, on the device of the images.
 
+    Returns:
+        What conv2d_int8 takes as its weight.
+
     Raises:
         TypeError: a weight that is no int8 Tensor.
         ValueError: another rank, an empty one, or one on a device without kernels.
+
+    Example:
+        >>> packed = fastcnn.functional.pack_conv2d_int8(torch.ones(4, 8, 3, 3, dtype=torch.int8))
+        >>> x = torch.ones(1, 8, 3, 3, dtype=torch.uint8)
+        >>> scales = {"x_scale": 1.0, "x_zero_point": 0, "weight_scale": 1.0}
+        >>> y = fastcnn.functional.conv2d_int8(x, packed, **scales, out_dtype=torch.float32)
+        >>> y.flatten()
+        tensor([72., 72., 72., 72.])
     """
     return _pack_conv2d_int8(weight)
 
@@ -315,6 +348,16 @@ def conv_bn_act(
         TypeError: an argument that is no Tensor or of another dtype.
         ValueError: no steps; channels or sizes that do not fit, naming the step; pooling behind a
             residual; and all that batch_norm_act refuses.
+
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167; Chen et al. 2016, arXiv:1604.06174
+    (recomputing); torch.nn.functional.conv2d, batch_norm and max_pool2d.
+
+    Example:
+        >>> weight, statistics = torch.randn(8, 8, 3, 3), {"running_var": torch.ones(8)}
+        >>> statistics["running_mean"] = torch.zeros(8)
+        >>> step = fastcnn.functional.ConvBnActStep(weight, padding=1, training=True, **statistics)
+        >>> fastcnn.functional.conv_bn_act(torch.randn(2, 8, 6, 6), [step], residual=()).shape
+        torch.Size([2, 8, 6, 6])
     """
     return _conv_bn_act.conv_bn_act(x=input, steps=steps, residual=residual, memory=memory)
 
@@ -335,8 +378,21 @@ def conv_bn_act_blocks(
             steps of a projection of its input.
         memory: "default", "low" or "lowest".
 
+    Returns:
+        The last block's output [n, c_out, h_out, w_out].
+
     Raises:
         TypeError, ValueError: as conv_bn_act, naming the block.
+
+    Source: He et al. 2016, arXiv:1512.03385; as conv_bn_act.
+
+    Example:
+        >>> weight, ones = torch.randn(8, 8, 1, 1), torch.ones(8)
+        >>> step = fastcnn.functional.ConvBnActStep(weight, running_mean=0 * ones, running_var=ones)
+        >>> block = fastcnn.functional.ConvBnActBlock([step], shortcut=())
+        >>> x = torch.randn(2, 8, 6, 6)
+        >>> fastcnn.functional.conv_bn_act_blocks(x, [block, block], memory="low").shape
+        torch.Size([2, 8, 6, 6])
     """
     return _conv_bn_act.conv_bn_act_blocks(x=input, blocks=blocks, memory=memory)
 
@@ -379,6 +435,11 @@ def group_norm_act(
             an unknown activation; one sample with one value per group; eps not above 0.
 
     Source: Wu and He 2018, arXiv:1803.08494; torch.nn.functional.group_norm.
+
+    Example:
+        >>> x = torch.randn(2, 8, 4, 4)
+        >>> fastcnn.functional.group_norm_act(x, num_groups=4, act="silu").shape
+        torch.Size([2, 8, 4, 4])
     """
     y, _, _ = _group_norm_act.group_norm_act(
         input=input, num_groups=num_groups, weight=weight, bias=bias, eps=eps, act=act
@@ -436,6 +497,11 @@ def interpolate(
             2^31 and more a side.
 
     Source: torch.nn.functional.interpolate.
+
+    Example:
+        >>> x, skip = torch.randn(2, 8, 4, 4), torch.randn(2, 3, 8, 8)
+        >>> fastcnn.functional.interpolate(x, scale_factor=2, mode="bilinear", concat=skip).shape
+        torch.Size([2, 11, 8, 8])
     """
     return _upsample.interpolate(
         input=input, size=size, scale_factor=scale_factor, mode=mode,
@@ -493,6 +559,11 @@ def dropout(
 
     Source: Srivastava et al. 2014; Tompson et al. 2015, arXiv:1411.4280 (per channel); Salmon et
     al. 2011 (Philox); torch.nn.functional.dropout, dropout2d.
+
+    Example:
+        >>> y = fastcnn.functional.dropout(torch.ones(4, 8, 8, 8), p=0.5)
+        >>> y.unique()
+        tensor([0., 2.])
     """
     return _dropout.dropout(
         input=input, p=p, training=training, inplace=inplace, residual=residual,

@@ -18,7 +18,13 @@ def keep_freed_memory() -> bool:
     mapped anew as before. fastcnn never calls it by itself. The same without fastcnn:
     MALLOC_MMAP_MAX_=0 and a huge MALLOC_TRIM_THRESHOLD_ in the environment. Source: mallopt(3).
 
-    Returns False, and changes nothing, where the C library is not glibc. Where another malloc is
-    loaded over glibc's (LD_PRELOAD) it has no effect: that one has means of its own.
+    Returns:
+        Whether it holds: False, and nothing is changed, where the C library is not glibc. Where
+        another malloc is loaded over glibc's (LD_PRELOAD) it has no effect: that one has means of
+        its own.
+
+    Example:
+        >>> fastcnn.keep_freed_memory()
+        True
     """
     return _C.keep_freed_memory()

@@ -108,6 +108,13 @@ class Collate:
             images that differ in channels, or where augment.size is None in size; masks of another
             size than their image or another rank than the others, labels that differ in size; a key
             or seed of more than 64 bits.
+
+    Example:
+        >>> collate = fastcnn.augment.Collate(fastcnn.augment.Augment((24, 24)), seed=0)
+        >>> image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+        >>> images, labels = collate([(image, 7, 0), (image, 1, 1)])  # image, label, index
+        >>> images.shape, labels
+        (torch.Size([2, 3, 24, 24]), tensor([7, 1]))
     """
 
     def __init__(self, augment: Augment, seed: int | None = None) -> None:

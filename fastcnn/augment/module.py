@@ -75,6 +75,11 @@ class Augment(nn.Module):
     Raises:
         TypeError: an argument of another type.
         ValueError: a range upside down or out of bounds, a probability outside of 0 to 1.
+
+    Example:
+        >>> augment = fastcnn.augment.Augment((24, 24), degrees=10, horizontal_flip=0.5)
+        >>> augment(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape
+        torch.Size([2, 3, 24, 24])
     """
 
     def __init__(

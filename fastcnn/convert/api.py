@@ -59,11 +59,23 @@ def convert(
         memory: what a chain saves for backward: "default", "low" or "lowest", see
             fastcnn.functional.conv_bn_act_blocks.
 
+    Returns:
+        The model itself.
+
     Raises:
         TypeError: a model that is no Module, or a ScriptModule.
         ValueError: an unknown mode, backend or memory; a backend that this build does not have;
             with strict=True, what was not converted, as report's table; the model is then left as
             it was.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> fastcnn.convert(model)(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 8, 6, 6])
+        >>> print(model)
+        Sequential(
+          fused: conv-bn
+        ...
     """
     check_module("convert", model)
     _check("mode", mode, get_args(Mode))
@@ -119,8 +131,19 @@ def revert(model: Model) -> Model:
 
     Parameters, buffers and flags are those of now. A model that is not converted stays as it is.
 
+    Args:
+        model: any.
+
+    Returns:
+        The model itself.
+
     Raises:
         TypeError: a model that is no Module.
+
+    Example:
+        >>> model = fastcnn.create_model("resnet20")
+        >>> "fused" in repr(model), "fused" in repr(fastcnn.revert(model))
+        (True, False)
     """
     check_module("revert", model, scripted=True)
     _done.pop(model, None)

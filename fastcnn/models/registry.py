@@ -62,18 +62,33 @@ def create_model(
 ) -> Network:
     """Build the network `name`, see list_models, and convert it, see fastcnn.convert.
 
-    None leaves `num_classes` and `in_chans` what the architecture has; `features_only` returns
-    fastcnn.models.Features, which gives the maps `out_indices`. `weights` is a local .pth or
-    .safetensors of torchvision's, timm's or this package's network, see load_weights: where
-    num_classes or in_chans are given, a checkpoint with others is adapted. `weights_backbone` is
-    the same for the ResNet inside fcn_* and unet_resnet*. `init` is "kaiming", "xavier", "normal"
-    or "zeros"; None is torchvision's. `memory` is fastcnn.convert's. Other `options` are the
-    architecture's.
+    Args:
+        name: of list_models.
+        num_classes: outputs of the classifier; None for the architecture's.
+        in_chans: channels of the images x [n, in_chans, h, w]; None for the architecture's.
+        features_only: whether to return fastcnn.models.Features, which gives feature maps.
+        out_indices: which of them; a number for the last so many, None for all.
+        weights: a local .pth or .safetensors of torchvision's, timm's or this package's network,
+            see load_weights; where num_classes or in_chans are given, a checkpoint with others is
+            adapted.
+        weights_backbone: the same for the ResNet inside fcn_* and unet_resnet*.
+        init: "kaiming", "xavier", "normal" or "zeros"; None is torchvision's.
+        memory: fastcnn.convert's.
+        **options: the architecture's.
+
+    Returns:
+        The network, in training mode.
 
     Raises:
+        TypeError: an option that the architecture does not have, as pretrained.
         ValueError: an unknown name, init or memory; num_classes or in_chans below 1; out_indices
             without features_only or out of range; features_only of a network without feature maps;
             a checkpoint that does not fit.
+
+    Example:
+        >>> model = fastcnn.create_model("resnet20", num_classes=7, in_chans=1)
+        >>> model(torch.randn(2, 1, 32, 32)).shape
+        torch.Size([2, 7])
     """
     if num_classes is not None:
         options["num_classes"] = num_classes
@@ -98,7 +113,18 @@ def architecture(name: str, **options: Any) -> Network:
 
 
 def list_models(filter: str | Sequence[str] = "") -> list[str]:
-    """Return the names that match `filter`, as fnmatch: "resnet*", or any of several."""
+    """Return the names that create_model knows.
+
+    Args:
+        filter: a pattern as fnmatch has them, "resnet*", or several, of which any fits.
+
+    Returns:
+        The names, numbers in them by size.
+
+    Example:
+        >>> fastcnn.list_models(["resnet1*", "plain2*"])
+        ['plain20', 'resnet18', 'resnet101', 'resnet110', 'resnet152']
+    """
     patterns = [filter] if isinstance(filter, str) else filter
     names = {n for p in patterns for n in fnmatch.filter(_ARCHITECTURES, p or "*")}
     # resnet18 before resnet101: digits by value.

@@ -38,11 +38,26 @@ def load_weights(
     `adapt_num_classes` a classifier of another number of classes is left as it is, with a warning.
     The counters of batch norms may be missing, as in files of older PyTorch.
 
+    Args:
+        model: of fastcnn.models.
+        path: of a .pth or .safetensors.
+        adapt_in_chans: see above.
+        adapt_num_classes: see above.
+
+    Returns:
+        What was done beside copying.
+
     Raises:
         TypeError: `model` is none of fastcnn.models.
         ValueError: `model` on the meta device; no checkpoint; missing or unexpected keys or other
             shapes, each named.
         FileNotFoundError, ImportError: see read_state_dict.
+
+    Example:
+        >>> model = fastcnn.create_model("resnet20")
+        >>> torch.save(model.state_dict(), "weights.pth")
+        >>> fastcnn.models.load_weights(model, "weights.pth")
+        Loaded(adapted=[], untouched=[], ignored=[])
     """
     if not isinstance(model, Network):
         raise TypeError(f"model: expected a network of fastcnn.models, got {type(model).__name__}")

@@ -59,6 +59,12 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         process_group: with sync=True, whose batches; None for all processes.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
+
+    Example:
+        >>> layer = fastcnn.nn.BatchNormAct2d(8, act="silu")
+        >>> x = torch.randn(2, 8, 4, 4)
+        >>> layer(x, residual=x).shape
+        torch.Size([2, 8, 4, 4])
     """
 
     def __init__(
@@ -116,6 +122,14 @@ def convert_sync_batchnorm(
     Args:
         module: any; where it is itself a batch norm of torch.nn, use what is returned.
         process_group: whose batches; None for all processes.
+
+    Returns:
+        The model; a new layer where it is itself a batch norm of torch.nn.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), fastcnn.nn.BatchNormAct2d(8))
+        >>> fastcnn.nn.convert_sync_batchnorm(model)[1].sync
+        True
     """
     if isinstance(module, BatchNormAct2d):
         module.sync, module.process_group = True, process_group

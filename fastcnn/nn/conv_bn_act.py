@@ -25,7 +25,14 @@ _KINDS = (torch.nn.Conv2d, BatchNormAct2d, torch.nn.MaxPool2d)
 
 
 class Block(NamedTuple):
-    """Steps and the shortcut beside them: None, () for the block's input, or steps of its own."""
+    """Steps and the shortcut beside them: None, () for the block's input, or steps of its own.
+
+    Example:
+        >>> conv, norm = torch.nn.Conv2d(8, 8, 3, padding=1), fastcnn.nn.BatchNormAct2d(8)
+        >>> x = torch.randn(2, 8, 6, 6)
+        >>> fastcnn.nn.conv_bn_act_blocks(x, [fastcnn.nn.Block([(conv, norm)], shortcut=())]).shape
+        torch.Size([2, 8, 6, 6])
+    """
 
     steps: Sequence[Step]
     shortcut: Sequence[Step] | None = None
@@ -43,18 +50,52 @@ def conv_bn_act(
     ``(conv, bn, pool)`` pools what comes out. The modules lend their parameters and count their
     batches; their own forward does not run.
 
+    Args:
+        x: [n, c, h, w], as the function's input.
+        steps: at least one, (conv, bn) or (conv, bn, pool).
+        residual: None, a tensor, or steps on x; no steps add x itself.
+        memory: "default", "low" or "lowest".
+
+    Returns:
+        The last step's output [n, c_out, h_out, w_out].
+
     Raises:
         TypeError: a step of other modules than Conv2d, BatchNormAct2d and MaxPool2d.
         ValueError: a convolution whose padding_mode is not "zeros" or whose padding is a string, a
             pooling with dilation, ceil_mode or indices, a module with hooks on its forward, and all
             that the function refuses.
+
+    Example:
+        >>> conv, norm = torch.nn.Conv2d(8, 8, 3, padding=1), fastcnn.nn.BatchNormAct2d(8)
+        >>> x = torch.randn(2, 8, 6, 6)
+        >>> fastcnn.nn.conv_bn_act(x, [(conv, norm)], residual=x).shape
+        torch.Size([2, 8, 6, 6])
     """
     added = _steps(OP, "residual", residual) if isinstance(residual, Sequence) else residual
     return functional.conv_bn_act(x, _steps(OP, "steps", steps), added, memory=memory)
 
 
 def conv_bn_act_blocks(x: Tensor, blocks: Sequence[Block], memory: Memory = "default") -> Tensor:
-    """Run modules as blocks: see :func:`fastcnn.functional.conv_bn_act_blocks`."""
+    """Run modules as blocks: see :func:`fastcnn.functional.conv_bn_act_blocks`.
+
+    Args:
+        x: [n, c, h, w], as the function's input.
+        blocks: at least one.
+        memory: "default", "low" or "lowest".
+
+    Returns:
+        The last block's output [n, c_out, h_out, w_out].
+
+    Raises:
+        TypeError, ValueError: as conv_bn_act; a block that is no Block.
+
+    Example:
+        >>> conv, norm = torch.nn.Conv2d(8, 8, 3, padding=1), fastcnn.nn.BatchNormAct2d(8)
+        >>> x = torch.randn(2, 8, 6, 6)
+        >>> blocks = [fastcnn.nn.Block([(conv, norm)], shortcut=[(conv, norm)])]
+        >>> fastcnn.nn.conv_bn_act_blocks(x, blocks, memory="low").shape
+        torch.Size([2, 8, 6, 6])
+    """
     parts = [_block(f"{OP}: block {i}", block) for i, block in enumerate(blocks)]
     return functional.conv_bn_act_blocks(x, parts, memory=memory)
 

@@ -16,6 +16,11 @@ class Dropout(torch.nn.Dropout):
     Args:
         p: probability that an element is zeroed.
         inplace: whether to write the result into the input's memory.
+
+    Example:
+        >>> x = torch.ones(2, 8, 4, 4)
+        >>> fastcnn.nn.Dropout(0.2).eval()(x, residual=x).unique()
+        tensor([2.])
     """
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -33,6 +38,11 @@ class Dropout2d(torch.nn.Dropout2d):
     Args:
         p: probability that a channel is zeroed.
         inplace: whether to write the result into the input's memory.
+
+    Example:
+        >>> y = fastcnn.nn.Dropout2d(0.5)(torch.ones(8, 8, 4, 4))
+        >>> y.amax((2, 3)).equal(y.amin((2, 3)))  # whole channels
+        True
     """
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -26,6 +26,10 @@ class GroupNormAct(torch.nn.GroupNorm):
             or "hardswish".
         device: of the parameters.
         dtype: of the parameters.
+
+    Example:
+        >>> fastcnn.nn.GroupNormAct(4, 8, act="silu")(torch.randn(2, 8, 4, 4)).shape
+        torch.Size([2, 8, 4, 4])
     """
 
     def __init__(
@@ -78,6 +82,10 @@ class LayerNorm2d(torch.nn.LayerNorm):
 
     Raises:
         ValueError: a normalized_shape of more than one dimension, and what group_norm_act refuses.
+
+    Example:
+        >>> fastcnn.nn.LayerNorm2d(8, eps=1e-6)(torch.randn(2, 8, 4, 4)).shape
+        torch.Size([2, 8, 4, 4])
     """
 
     def __init__(
@@ -138,6 +146,10 @@ class InstanceNormAct2d(torch.nn.InstanceNorm2d):
             or "hardswish".
         device: of parameters and buffers.
         dtype: of parameters and buffers.
+
+    Example:
+        >>> fastcnn.nn.InstanceNormAct2d(8, affine=True)(torch.randn(2, 8, 4, 4)).shape
+        torch.Size([2, 8, 4, 4])
     """
 
     def __init__(

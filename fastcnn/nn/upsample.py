@@ -23,6 +23,11 @@ class Upsample(torch.nn.Upsample):
         mode: "nearest", "nearest-exact" or "bilinear".
         align_corners: bilinear alone: whether corner pixels' centres, and not images' edges, meet.
         recompute_scale_factor: whether coordinates are computed with the ratio of the sizes.
+
+    Example:
+        >>> up = fastcnn.nn.Upsample(scale_factor=2, mode="bilinear")
+        >>> up(torch.randn(2, 8, 4, 4), concat=torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 11, 8, 8])
     """
 
     def __init__(

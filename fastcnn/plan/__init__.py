@@ -52,6 +52,9 @@ def choose(problem: Problem) -> str:
     sizes symbolic, the plan is the one for the sizes that it saw first (a torch that cannot tell
     them, as 2.11, compiles anew for each size).
 
+    Args:
+        problem: one of a registered op; see register for an example.
+
     Raises:
         ValueError: an unknown op, a problem that no candidate supports, or a wrong FASTCNN_PLAN.
         RuntimeError: tuning found every candidate wrong.
@@ -65,25 +68,49 @@ def choose(problem: Problem) -> str:
 
 
 def run(problem: Problem, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-    """Run the chosen candidate on `tensors`, as the op's candidates take them."""
+    """Run the chosen candidate and return what it gives.
+
+    Args:
+        problem: as choose's; see register for an example.
+        *tensors: as the op's candidates take them.
+
+    Raises:
+        ValueError, RuntimeError: as choose, and what the candidate raises.
+    """
     return OPS[problem.op].candidates[choose(problem)].run(problem, *tensors)
 
 
 def rows() -> list[Row]:
-    """Return what was chosen in this process, sorted by problem."""
+    """Return what was chosen in this process, sorted by problem.
+
+    Example:
+        >>> [row.plan for row in fastcnn.plan.rows()]
+        [...]
+    """
     chosen = _planner().plans().items()
     return sorted(Row(problem.key(describe(problem.device)), *plan) for problem, plan in chosen)
 
 
 def report() -> list[Row]:
-    """Print what was chosen in this process, and why, as a table; return its rows."""
+    """Print what was chosen in this process, and why, as a table; return its rows.
+
+    Example:
+        >>> fastcnn.plan.report()
+        nothing was planned: no op with several candidates has run
+        []
+    """
     chosen = rows()
     print(table(chosen))
     return chosen
 
 
 def summary() -> str:
-    """Return mode, plan file of the current device and number of its plans, in a line."""
+    """Return mode, plan file of the current device and number of its plans, in a line.
+
+    Example:
+        >>> fastcnn.plan.summary()
+        '...'
+    """
     try:
         mode = mode_of_environment()
     except ValueError as error:

@@ -70,8 +70,21 @@ OPS: dict[str, Op] = {}
 def register(op: Op, *candidates: Candidate) -> None:
     """Add an op, or candidates to one; among equally fast ones the first registered is taken.
 
+    Args:
+        op: the op, the same object each time.
+        *candidates: ways to do it.
+
     Raises:
         ValueError: the name belongs to another one already.
+
+    Example:
+        >>> way = fastcnn.plan.Candidate("way", lambda p, x: 2 * x, lambda p: None, lambda p: [])
+        >>> inputs = lambda p, generator: (torch.ones(p.x),)
+        >>> fastcnn.plan.register(fastcnn.plan.Op("twice", inputs, lambda p, x: 2 * x, "way"), way)
+        >>> sizes = (1, 2, 4, 4), (2, 2, 1, 1)
+        >>> problem = fastcnn.plan.Problem("twice", *sizes, torch.float32, torch.device("cpu"))
+        >>> fastcnn.plan.choose(problem), fastcnn.plan.run(problem, torch.ones(3))
+        ('way', tensor([2., 2., 2.]))
     """
     if OPS.setdefault(op.name, op) is not op:
         raise ValueError(f"op: expected a new name, got {op.name}, which is registered")

@@ -76,6 +76,12 @@ class AugmentParameters:
         TypeError: a field that is no Tensor, or of another dtype.
         ValueError: a field of another size or device, with values outside of its range, or that
             requires a gradient.
+
+    Example:
+        >>> parameters = fastcnn.functional.AugmentParameters.identity(4, (32, 32))
+        >>> _ = parameters.angle.fill_(15.0)
+        >>> parameters[:2].angle
+        tensor([15., 15.])
     """
 
     angle: Tensor

@@ -27,6 +27,11 @@ class PackedConv2dInt8:
     That is the sum of each output channel's weights, and what oneDNN has made of it for the inputs
     it has met. Made by fastcnn.functional.pack_conv2d_int8. What is packed is neither copied nor
     pickled with it: a copy packs its own.
+
+    Example:
+        >>> packed = fastcnn.functional.pack_conv2d_int8(torch.ones(4, 8, 3, 3, dtype=torch.int8))
+        >>> packed.weight.shape, packed.to("cpu") is packed
+        (torch.Size([4, 8, 3, 3]), True)
     """
 
     def __init__(self, weight: Tensor) -> None:

@@ -15,7 +15,12 @@ Memory = Literal["default", "low", "lowest"]
 
 
 class MaxPool(NamedTuple):
-    """The arguments of torch.nn.functional.max_pool2d: an int or a pair each."""
+    """The arguments of torch.nn.functional.max_pool2d: an int or a pair each.
+
+    Example:
+        >>> fastcnn.functional.MaxPool(kernel_size=3, stride=2, padding=1)
+        MaxPool(kernel_size=3, stride=2, padding=1)
+    """
 
     kernel_size: int | tuple[int, int]
     stride: int | tuple[int, int]
@@ -29,6 +34,11 @@ class ConvBnActStep(NamedTuple):
     [c_out, c_in / groups, kh, kw], conv_bias [c_out] or None, and per output channel running_mean,
     running_var, bn_weight, bn_bias or None. stride, padding, dilation: an int or a pair.
     sync, process_group: as in batch_norm_act, for each step by itself.
+
+    Example:
+        >>> step = fastcnn.functional.ConvBnActStep(torch.randn(8, 3, 3, 3), padding=1, act="silu")
+        >>> step.stride, step.pool
+        (1, None)
     """
 
     weight: Tensor
@@ -54,6 +64,11 @@ class ConvBnActBlock(NamedTuple):
     """A chain with its shortcut: steps(x) + shortcut(x), added before the last activation.
 
     shortcut: None for no residual, () for x itself, or the steps of a projection of x.
+
+    Example:
+        >>> step = fastcnn.functional.ConvBnActStep(torch.randn(8, 8, 3, 3), padding=1)
+        >>> fastcnn.functional.ConvBnActBlock([step, step], shortcut=()).shortcut
+        ()
     """
 
     steps: Sequence[ConvBnActStep]
