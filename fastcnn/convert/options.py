@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastcnn.ops.conv_bn_act.step import Memory
 
@@ -30,3 +30,25 @@ def check_module(function: str, model: Any, scripted: bool = False) -> None:
         elif isinstance(model, type) and issubclass(model, nn.Module):
             got = f"the class {model.__name__}: make a model of it first, {model.__name__}(...)"
         raise TypeError(f"{function}: model: expected a torch.nn.Module, got {got}")
+
+
+def check_inputs(function: str, x: Any) -> tuple[Any, ...]:
+    """Return a model's inputs, a tuple or the one there is, and check that some is a Tensor."""
+    inputs = x if isinstance(x, tuple) else (x,)
+    if not any(map(_holds_tensor, inputs)):
+        kinds = [f"{type(one).__module__}.{type(one).__name__}" for one in inputs]
+        got = ", ".join(kind.removeprefix("builtins.") for kind in kinds) or "none"
+        way = "; torch.from_numpy(array) makes one" if "numpy.ndarray" in got else ""
+        raise TypeError(
+            f"{function}: x: expected a Tensor, or a tuple of the model's inputs with a Tensor "
+            f"among them, got {got}{way}"
+        )
+    return inputs
+
+
+def _holds_tensor(value: Any) -> bool:
+    """Whether a value is a Tensor, or a list, tuple or dictionary with one in it."""
+    nested = value.values() if isinstance(value, dict) else value
+    if isinstance(value, (dict, list, tuple)):
+        return any(map(_holds_tensor, nested))
+    return isinstance(value, Tensor)

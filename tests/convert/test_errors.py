@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.conversion_cases import bn, cbr, conv, net
@@ -209,6 +210,24 @@ def test_scripted_models_are_refused() -> None:
             ):
                 call(model)
     assert revert(scripted) is scripted
+
+
+@pytest.mark.parametrize(
+    ("x", "got"),
+    [
+        (np.zeros((2, 4, 5, 5)), r"numpy\.ndarray; torch\.from_numpy\(array\) makes one"),
+        ([np.zeros(3)], "list"),
+        ((np.zeros(3), 3), r"numpy\.ndarray, int; torch\.from_numpy"),
+        ({"x": 3}, "dict"),
+        ("x", "str"),
+        (None, "NoneType"),
+        ((), "none"),
+    ],
+)
+def test_verify_says_what_it_takes(x: Any, got: str) -> None:
+    words = r"^verify: x: expected a Tensor, or a tuple of the model's inputs with .*, got " + got
+    with pytest.raises(TypeError, match=words):
+        verify(convert(cbr()), x)
 
 
 def test_attributes_that_answer_with_errors_of_their_own() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcnn.convert.converted import Converted, as_original, convert_copy
-from fastcnn.convert.options import check_module
+from fastcnn.convert.options import check_inputs, check_module
 from fastcnn.convert.verify.capture import Log, Map, Place, map_of, watch
 from fastcnn.convert.verify.determinism import Comparable, without_dropout
 from fastcnn.convert.verify.difference import Difference, Verification, difference
@@ -48,10 +48,10 @@ def verify(model: nn.Module, x: Any) -> Verification:
         ValueError: nothing in the model is converted, or it does not run in float64.
     """
     check_module("verify", model)
+    inputs = check_inputs("verify", x)
     found: list[Any] = [(n, m) for n, m in model.named_modules() if isinstance(m, Converted)]
     if not found:
         raise ValueError("verify: model: expected a converted model; nothing in it is converted")
-    inputs = x if isinstance(x, tuple) else (x,)
     with as_original([m for _, m in found]):
         plain = copy.deepcopy(model)
     fused = copy.deepcopy(plain)
