@@ -36,8 +36,8 @@ REFUSED = {
     r"kink(?:s|ed)?": "non-differentiable point, jump",
     r"rebuil(?:d|ds|t).(?:activations|in.backward|it.from)": "recompute",
 }
-FOLDERS = ("fastcnn", "csrc", "tests", "tools", "benchmarks", "docs", ".ci")
-SUFFIXES = (".py", ".md", ".toml", ".cpp", ".h", ".cu", ".cuh", ".txt")
+FOLDERS = ("fastcnn", "csrc", "tests", "tools", "benchmarks", "examples", "docs", ".ci")
+SUFFIXES = (".py", ".ipynb", ".cff", ".md", ".toml", ".cpp", ".h", ".cu", ".cuh", ".txt")
 
 
 def texts() -> dict[str, str]:
