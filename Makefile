@@ -6,15 +6,16 @@ demo test test-all test-processors fuzz lint bench: export FASTCNN_WERROR = ON
 # Packages are installed without bytecode: the first import writes it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all test-processors fuzz lint bench gpu wheel clean
+.PHONY: help demo test test-all test-processors fuzz lint bench chart gpu wheel clean
 
 help:
-	@echo "make demo   train ResNet-20 on real images through the fused kernels, measured and drawn"
+	@echo "make demo   teach a U-Net to read, and the same in plain PyTorch: accuracy, speed, memory"
 	@echo "make test   lint, then the tests, the most telling first"
 	@echo "make test-all         and what takes long: foreign models, the whole demo, fuzz"
 	@echo "make test-processors  all of it on each instruction set that is here, from five seeds"
 	@echo "make fuzz   N random calls of the ops, N=20000, against PyTorch in float64; SEED=... again"
 	@echo "make bench  the kernels and whole networks compared with PyTorch, interleaved in one process"
+	@echo "make chart  docs/networks.svg and README's table of networks, from benchmarks/results/"
 	@echo "make gpu    with a GPU: build, test, sanitize, tune, bench into RESULTS=dir; STAGES=test,bench"
 	@echo "make wheel  a wheel for this Python and CUDA, in dist/"
 
@@ -56,6 +57,10 @@ bench: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 bench:
 	@$(PYTHON) tools/environment.py dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+chart:
+	@$(PYTHON) tools/environment.py train
+	$(BIN)/python tools/chart.py
 
 # With the Python and the packages that are there, without .venv and downloads.
 gpu:

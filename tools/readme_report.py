@@ -1,0 +1,32 @@
+"""Write README's example of fastcnn.report anew: what it prints of a small U-Net.
+
+.venv/bin/python tools/readme_report.py
+"""
+
+import contextlib
+import io
+import pathlib
+
+import fastcnn
+
+FILE = pathlib.Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- report: tools/readme_report.py -->\n", "<!-- end of the report -->"
+
+
+def main() -> None:
+    """Replace what is between the marks."""
+    before, rest = FILE.read_text().split(BEGIN)
+    FILE.write_text(f"{before}{BEGIN}{block()}{END}{rest.split(END)[1]}")
+
+
+def block() -> str:
+    """Return what report prints, as Markdown."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        fastcnn.report(fastcnn.create_model("unet", depth=1))
+    lines = [line.rstrip() for line in printed.getvalue().splitlines()]
+    return "\n".join(["```", *lines, "```"]) + "\n"
+
+
+if __name__ == "__main__":
+    main()
