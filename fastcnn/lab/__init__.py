@@ -2,5 +2,6 @@
 
 from fastcnn.lab.eager import eager_baseline
 from fastcnn.plan.measure import interleaved, ratio, saved_for_backward
+from fastcnn.plan.problem import describe
 
-__all__ = ["eager_baseline", "interleaved", "ratio", "saved_for_backward"]
+__all__ = ["describe", "eager_baseline", "interleaved", "ratio", "saved_for_backward"]

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,14 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib import image as png
+from matplotlib.axes import Axes
 from rich.console import Console
 from sklearn.datasets import load_digits
-from support.seeds import seeded
-from support.tolerance import assert_rounded, unit_roundoff, walk
+from sklearn.metrics import jaccard_score
+from support.paths import ROOT
+from support.tolerance import unit_roundoff
 
 import fastcnn.train
 from fastcnn import cli
-from fastcnn.train import demo
+from fastcnn.convert.converted import Converted
+from fastcnn.train import demo, pages
 
 
 @pytest.fixture(autouse=True)
@@ -29,90 +33,174 @@ def plain_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def digits() -> demo.Digits:
-    return demo.load()
+def parts() -> dict[str, pages.Digits]:
+    return pages.load()
 
 
 @pytest.fixture
-def few(digits: demo.Digits, monkeypatch: pytest.MonkeyPatch) -> demo.Digits:
-    """Twenty images of each part, two batches, and the comparison with one timed step each."""
-    parts = {
-        name: demo.Images(*(t[:20] for t in getattr(digits, name)))
-        for name in ("train", "validation", "test")
-    }
-    few = digits._replace(**parts)
-    monkeypatch.setattr(demo, "load", lambda: few)
-    for name, value in (("BATCH", 10), ("TIMING_ROUNDS", 1), ("TIMING_WARMUP", 1)):
-        monkeypatch.setattr(demo, name, value)
+def few(parts: dict[str, pages.Digits], monkeypatch: pytest.MonkeyPatch) -> dict[str, pages.Digits]:
+    """Two steps of a page each, and ten digits to validate and to test with."""
+    counts = {"train": 2 * pages.DIGITS_A_PAGE + 1, "validation": 10, "test": 10}
+    few = {name: pages.Digits(*(t[:n] for t in parts[name])) for name, n in counts.items()}
+    monkeypatch.setattr(pages, "load", lambda: few)
+    monkeypatch.setattr(demo, "PAGES_A_STEP", 1)
     return few
 
 
-def test_parts_are_a_partition_with_every_digit_in_each(digits: demo.Digits) -> None:
+def paper(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_parts_are_a_partition_with_every_digit_in_each(parts: dict[str, pages.Digits]) -> None:
     # An image in two parts would make the test accuracy a memory test.
-    parts = (digits.train, digits.validation, digits.test)
-    assert [len(part.x) for part in parts] == [1167, 270, 360]
-    rows = np.concatenate([part.x.flatten(1).numpy() for part in parts])
-    everything = load_digits().data.astype(np.float32)
+    assert [len(part.labels) for part in parts.values()] == [1167, 270, 360]
+    rows = np.concatenate([part.ink.flatten(1).numpy() for part in parts.values()])
+    everything = load_digits().data.astype(np.float32) / 16
     assert np.array_equal(rows[np.lexsort(rows.T)], everything[np.lexsort(everything.T)])
-    for part in parts:
+    for part in parts.values():
         counts = part.labels.bincount(minlength=10) / len(part.labels)
         assert counts.min() > 0.09  # ten classes of nearly equal size
         assert counts.max() < 0.11
 
 
-def test_normalisation_comes_from_the_training_images(digits: demo.Digits) -> None:
-    # Statistics of all images would let the test images into training.
-    x = digits.train.x.double()
-    # Sums of integers below 2^24 are exact in float32 in any order: a mean has two roundings.
-    assert abs(x.mean() - digits.mean) <= 2 * unit_roundoff(torch.float32) * x.mean()
-    assert abs(x.std() - digits.std) <= walk(x.numel(), torch.float32) * x.std()
-    # In the size that the network is made for, enlarged with weights that keep the mean.
-    prepared = demo.prepare(digits.train.x, digits)
-    assert prepared.shape[1:] == (1, 32, 32)
-    assert prepared.is_contiguous(memory_format=torch.channels_last)
-    exact, sizes = (
-        F.interpolate(t / digits.std, scale_factor=4, mode="bilinear")
-        for t in (x - digits.mean, x + digits.mean)
-    )
-    # Centred, divided, multiplied by four weights of four roundings each.
-    assert_rounded("prepared", prepared, exact, walk(16, torch.float32) * sizes)
-    assert abs(exact.mean()) <= 2 * unit_roundoff(torch.float32) * x.mean() / digits.std
-    assert abs(demo.prepare(digits.test.x, digits).mean().item()) > 1e-4
-
-
-def test_shift_moves_each_image_by_at_most_one_pixel() -> None:
-    x = torch.rand(500, 1, 8, 8) + 1  # no zeros of its own: those that came in are visible
-    shifted = demo.shift(x, seeded(0))
+def test_each_digit_lies_whole_in_its_cell_with_its_class(parts: dict[str, pages.Digits]) -> None:
+    digits = pages.Digits(*(t[:1000] for t in parts["train"]))
+    page = pages.lay_out(digits, paper())
+    assert page.x.shape == (28, 1, 128, 128)  # 36 a page, the last of 28
+    assert page.x.is_contiguous(memory_format=torch.channels_last)
+    cells = pages.cells(page.classes).numpy()
     seen = set()
-    for image, moved in zip(x[:, 0].numpy(), shifted[:, 0].numpy(), strict=True):
-        frame = np.pad(image, 1)
-        places = [(i, j) for i in range(3) for j in range(3)]
-        (place,) = [(i, j) for i, j in places if np.array_equal(frame[i : i + 8, j : j + 8], moved)]
-        seen.add(place)
-    assert len(seen) == 9  # every direction, and staying
+    enlarged = F.interpolate(digits.ink[:, None], scale_factor=2, mode="bilinear")[:, 0].numpy()
+    for cell, ink, label in zip(cells, enlarged, digits.labels.tolist(), strict=False):
+        classes = np.where(ink > 0.25, label + 1, 0)
+        places = [(i, j) for i in range(5) for j in range(5)]
+        fits = [(i, j) for i, j in places if np.array_equal(cell[i : i + 16, j : j + 16], classes)]
+        assert fits
+        assert (cell > 0).sum() == (classes > 0).sum()  # and nothing beside it
+        seen |= set(fits)
+    assert len(seen) == 25
+    assert not cells[1000:].any()  # cells that are left
+    # Nothing but cells: the margin is paper.
+    assert (page.classes > 0).sum() == int((cells > 0).sum())
+
+
+def test_ink_is_darker_than_the_paper_around_it(
+    parts: dict[str, pages.Digits], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "NOISE", 0.0)
+    blank = pages.Digits(torch.zeros(36, 8, 8), torch.zeros(36, dtype=torch.int64))
+    written = pages.lay_out(pages.Digits(*(t[:36] for t in parts["test"])), paper())
+    empty = pages.lay_out(blank, paper())
+    difference = (empty.x - written.x)[:, 0]  # the same seed: the same paper
+    rounding = unit_roundoff(torch.float32)
+    assert difference[written.classes > 0].min() > 0.4 * 0.25 - rounding
+    assert difference.max() < 0.6 + rounding
+    assert empty.x.min() > 0.6 - rounding
+    assert not empty.classes.any()
+
+
+class Says(torch.nn.Module):
+    """Predicts the classes that it was made with, whatever the page."""
+
+    def __init__(self, classes: torch.Tensor) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.one_hot(self.classes, pages.CLASSES).permute(0, 3, 1, 2).float()
+
+
+def test_evaluation_counts_digits_and_intersections(parts: dict[str, pages.Digits]) -> None:
+    digits = pages.Digits(*(t[:20] for t in parts["test"]))
+    page = pages.lay_out(digits, paper())
+    perfect = {"digits_read": 1.0, "mean_iou": 1.0}
+    assert demo.evaluate(Says(page.classes), digits, page) == perfect
+    # Half of the pixels right by a coin: no digit's outcome is the other's, and IoU is sklearn's.
+    guess = torch.where(torch.rand(page.classes.shape, generator=paper(1)) < 0.5, page.classes, 3)
+    found = demo.evaluate(Says(guess), digits, page)
+    truth, guessed = page.classes.flatten().numpy(), guess.flatten().numpy()
+    present = np.union1d(truth, guessed)
+    expected = jaccard_score(truth, guessed, labels=present, average="macro")
+    # Of 11 quotients in float64.
+    assert abs(found["mean_iou"] - expected) <= 32 * unit_roundoff(torch.float64)
+    right = 0
+    for cell, said in zip(pages.cells(page.classes), pages.cells(guess), strict=True):
+        hits = [a == b for a, b in zip(cell.flatten().tolist(), said.flatten().tolist()) if a]  # noqa: B905
+        right += sum(hits) > len(hits) / 2
+    assert found["digits_read"] == right / 20
+    assert 0 < right < 20
+
+
+def test_both_start_alike_and_take_turns(
+    few: dict[str, pages.Digits], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = demo.start(4, seed=0)
+    ours, eager = (both[name].model for name in demo.NAMES)
+    assert any(isinstance(module, Converted) for module in ours.modules())
+    assert not any(isinstance(module, Converted) for module in eager.modules())
+    for mine, other in zip(ours.state_dict().values(), eager.state_dict().values(), strict=True):
+        assert torch.equal(mine, other)
+        assert mine.data_ptr() != other.data_ptr()
+    calls: list[tuple[str, int]] = []
+
+    def noted(trained: demo.Trained, page: pages.Pages) -> float:
+        calls.append((next(n for n in both if both[n] is trained), id(page)))
+        kept.append(page)
+        return 1.0
+
+    kept: list[pages.Pages] = []  # alive, so that their ids differ
+    monkeypatch.setattr(demo, "step", noted)
+    demo.train_epoch(both, few["train"], paper())
+    assert [name for name, _ in calls] == ["fastcnn", "eager", "eager", "fastcnn"]
+    assert calls[0][1] == calls[1][1] != calls[2][1] == calls[3][1]
+
+
+@pytest.mark.parametrize("by", [["AMX"], []])
+def test_the_type_is_the_processor_s(
+    by: list[str], few: dict[str, pages.Digits], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "fast_bfloat16", lambda: by)
+    summary = demo.run(tmp_path, epochs=1, console=Console(file=io.StringIO()))
+    assert summary["dtype"] == ("bfloat16" if by else "float32")
+    with demo.autocast():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == getattr(torch, summary["dtype"])
+    # Counted, hence the same on every machine: a chain keeps its input and its convolutions'
+    # outputs, where eager also keeps the activations, and what was upsampled and concatenated.
+    kept = [summary[f"activation_bytes_{name}"] for name in demo.NAMES]
+    assert summary["activation_memory_ratio"] == kept[0] / kept[1]
+    assert summary["activation_memory_ratio"] < 0.8
 
 
 def test_command_writes_summary_and_curves(
-    few: demo.Digits, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    few: dict[str, pages.Digits],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    drawn: list[str] = []
+    text = Axes.text
+
+    def noted(self: Axes, x: float, y: float, s: str, **how: object) -> object:
+        drawn.append(s)
+        return text(self, x, y, s, **how)
+
+    monkeypatch.setattr(Axes, "text", noted)
+    monkeypatch.setenv("COLUMNS", "120")
     out = tmp_path / "new" / "folder"
     arguments = ["--out", str(out), "--epochs", "1", "--seed", "3", "--threads", "1"]
     assert cli.main(["demo", *arguments]) == 0
 
     summary = json.loads((out / "summary.json").read_text())
-    assert 0 <= summary["test_accuracy"] <= 1
-    assert summary["seconds_training"] > 0
+    for name in demo.NAMES:
+        assert 0 <= summary[f"test_digits_read_{name}"] <= 1
+        assert 0 <= summary[f"test_mean_iou_{name}"] <= 1
+        assert summary[f"seconds_training_{name}"] > 0
+        assert len(summary["history"][name]["train_loss"]) == 1
     assert summary["train_step_speedup"] > 0
     assert (summary["epochs"], summary["seed"], summary["threads"]) == (1, 3, 1)
-    assert summary["parameters"] == 269_434  # ResNet-20's 269,722 less two of three input planes
-    assert summary["images"] == {"train": 20, "validation": 20, "test": 20}
-    assert len(summary["history"]["train_loss"]) == 1
+    assert summary["digits"] == {"train": 73, "validation": 10, "test": 10}
     assert summary["date"].endswith("+00:00")
-    # Counted, hence the same on every machine: a block keeps x and two convolution outputs, where
-    # eager also keeps the activation between them.
-    kept = [summary[f"activation_bytes_{name}"] for name in ("fastcnn", "eager")]
-    assert summary["activation_memory_ratio"] == kept[0] / kept[1]
-    assert summary["activation_memory_ratio"] < 0.83
 
     curves = png.imread(out / "curves.png")
     assert curves.shape[0] > 300
@@ -120,48 +208,54 @@ def test_command_writes_summary_and_curves(
 
     printed = capsys.readouterr().out
     assert "\x1b" not in printed  # a log file gets no control codes
-    assert printed.startswith("epoch 1/1  loss ")
-    assert f"{summary['train_step_speedup']:.2f}x" in printed  # shown also where it is a loss
-    assert f"{summary['activation_memory_ratio']:.2f}x" in printed
+    assert printed.startswith("epoch 1/1  fastcnn: loss ")
+    # Every number is written once, and shown also where it is a loss.
+    for _, ours, eager, ratio in demo.shown(summary):
+        assert {ours, eager} <= set(re.split(r"\s*[│\n]\s*", printed))
+        assert ratio in printed
+        assert not ratio or {ours, eager} <= set(drawn)
+    assert f"{summary['train_step_speedup']:.2f}x as fast" in printed
+    assert f"{summary['activation_memory_ratio']:.2f}x the memory" in printed
 
 
-def test_terminal_gets_a_live_bar_instead_of_lines(few: demo.Digits) -> None:
+def test_what_is_said_of_other_hardware_was_measured() -> None:
+    performance = (ROOT / "docs" / "performance.md").read_text()
+    for number in re.findall(r"[\d.]+x(?!\d)", demo.ELSEWHERE):
+        assert number in performance
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.01234, "0.0123"), (1.0, "1.00"), (12.345, "12.3"), (456.7, "457"), (98765.0, "98765")],
+)
+def test_amounts_have_three_digits(value: float, text: str) -> None:
+    assert demo.three(value) == text
+
+
+def test_terminal_gets_a_live_bar_instead_of_lines(few: dict[str, pages.Digits]) -> None:
     terminal = io.StringIO()
-    console = Console(file=terminal, force_terminal=True, width=100)
+    console = Console(file=terminal, force_terminal=True, width=160)
     demo.fit(few, epochs=2, seed=0, console=console)
     printed = terminal.getvalue()
     assert "━" in printed
     assert "2/2" in printed
     assert "loss" in printed
-    assert "validation" in printed
+    assert "reads" in printed
     assert "epoch 1/2" not in printed
 
 
-def test_kept_weights_are_those_of_the_best_validation_epoch(
-    few: demo.Digits, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Of two equals the later one; neither the last epoch nor the first best.
-    validation = [0.5, 0.9, 0.9, 0.7]
-    weights: list[torch.Tensor] = []
-
-    def scripted(model: torch.nn.Module, *_: object) -> float:
-        weights.append(model.state_dict()["layer3.0.conv1.weight"].clone())
-        return validation[len(weights) - 1]
-
-    monkeypatch.setattr(demo, "accuracy", scripted)
-    trained = demo.fit(few, epochs=4, seed=0, console=Console(file=io.StringIO()))
-    assert trained.best_epoch == 3
-    assert torch.equal(trained.model.state_dict()["layer3.0.conv1.weight"], weights[2])
-    assert not torch.equal(weights[2], weights[3])
-
-
-def test_comparison_leaves_the_trained_weights_alone(few: demo.Digits) -> None:
-    # It trains, too; predictions afterwards must be the tested ones.
-    model = demo.resnet20(num_classes=10, in_chans=1)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    demo.compare(model, few)
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key]), key
+def test_comparison_leaves_the_trained_networks_alone(few: dict[str, pages.Digits]) -> None:
+    both = demo.start(2, seed=0)
+    before = {
+        name: {key: value.clone() for key, value in trained.model.state_dict().items()}
+        for name, trained in both.items()
+    }
+    for trained in both.values():
+        trained.steps = [1.0]
+    demo.compare(both, few)
+    for name, trained in both.items():
+        for key, value in trained.model.state_dict().items():
+            assert torch.equal(value, before[name][key]), key
 
 
 @pytest.mark.parametrize(
@@ -189,6 +283,13 @@ def test_wrong_values_are_named_before_anything_runs(
     assert message in capsys.readouterr().err
 
 
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next import of the demo be the first."""
+    for name in ("demo", "pages", "picture"):
+        monkeypatch.delitem(sys.modules, f"fastcnn.train.{name}")
+        monkeypatch.delattr(fastcnn.train, name)
+
+
 @pytest.mark.parametrize("module", ["sklearn.datasets", "matplotlib.figure", "rich.console"])
 def test_missing_extra_is_one_sentence_with_the_command(
     module: str,
@@ -196,8 +297,7 @@ def test_missing_extra_is_one_sentence_with_the_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.delitem(sys.modules, "fastcnn.train.demo")
-    monkeypatch.delattr(fastcnn.train, "demo")
+    forget(monkeypatch)
     monkeypatch.setitem(sys.modules, module, None)  # Python's own way to say: not importable
     with pytest.raises(SystemExit) as exit_:
         cli.main(["demo", "--out", str(tmp_path)])
@@ -210,8 +310,7 @@ def test_missing_extra_is_one_sentence_with_the_command(
 def test_a_broken_installation_is_not_taken_for_a_missing_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "fastcnn.train.demo")
-    monkeypatch.delattr(fastcnn.train, "demo")
+    forget(monkeypatch)
     monkeypatch.setitem(sys.modules, "fastcnn.models", None)
     with pytest.raises(ModuleNotFoundError, match=r"fastcnn\.models"):
         cli.main(["demo", "--out", str(tmp_path)])
@@ -234,10 +333,12 @@ def test_help_needs_no_extra(
 
 @pytest.mark.slow
 def test_the_recipe_reaches_its_goal(tmp_path: Path) -> None:
-    # Sixteen seeds (0 to 15) got 1 to 5 of the 360 test images wrong, 45 in all. A count whose mean
-    # is known from that, up to a gamma distribution, is above 16 once in 1.6e7 (the negative
-    # binomial's tail: scipy.stats.nbinom.sf(16, 45.5, 16 / 17)).
+    # Sixteen seeds, even ones in bfloat16 and odd ones in float32, read 3 to 13 of the 360 test
+    # digits wrong, 122 in all. A count whose mean is known from that, up to a gamma distribution,
+    # is above 27 once in 1.9e7 (the negative binomial's tail:
+    # scipy.stats.nbinom.sf(27, 122.5, 16 / 17)). Eager has the same network with other roundings.
     assert cli.main(["demo", "--out", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["test_accuracy"] >= 1 - 16 / 360
+    for name in demo.NAMES:
+        assert summary[f"test_digits_read_{name}"] >= 1 - 27 / 360
     assert summary["activation_memory_ratio"] < 0.8
