@@ -188,7 +188,9 @@ def fit(parts: dict[str, Digits], epochs: int, seed: int, console: Console) -> d
                 f"{name}: loss {three(trained.loss[-1])}, reads {percent(trained.read[-1])}"
                 for name, trained in both.items()
             )
-            progress.update(task, advance=1, description=status)
+            # A terminal of 80 columns has room for this much beside the bar.
+            reads = " | ".join(f"{name} reads {percent(of.read[-1])}" for name, of in both.items())
+            progress.update(task, advance=1, description=reads)
             if not console.is_terminal:
                 console.print(f"epoch {epoch}/{epochs}  {status}", highlight=False, soft_wrap=True)
     return both
