@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="teach a U-Net to read in under a minute, and compare with plain PyTorch",
+        help="teach a U-Net to read, and compare with the same in plain PyTorch",
         description="Trains a U-Net to read pages of scikit-learn's digits, and the same network "
         "in plain PyTorch in turns with it; compares accuracy, time and memory of both, and writes "
         "summary.json and curves.png.",
