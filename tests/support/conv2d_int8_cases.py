@@ -56,6 +56,7 @@ CASES = [
     Case((1, 3, 14, 1), 51, 2, "groups of one channel, where oneDNN errs", (1, 2), (0, 3), 1, 3),
     Case((1, 64, 2, 8), 64, 2, "depthwise with windows that read padding only", 3, 8, 1, 64),
     Case((1, 4, 5, 1), 8, 2, "windows that read padding only", (1, 2), 3, 2),
+    Case((1, 33, 1, 5), 1, 5, "rows of windows that do", (3, 1), (5, 6), 2),
     Case((1, 1100, 3, 3), 5, 3, "9900 terms: sums that float32 does not hold", padding=1),
 ]
 

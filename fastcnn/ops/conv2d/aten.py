@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.common.conv_geometry import ConvGeometry, Pool
-from fastcnn.ops.conv2d.onednn_workarounds import onednn_overruns, with_columns
+from fastcnn.ops.conv2d.onednn_workarounds import onednn_overruns, with_border
 from fastcnn.ops.conv2d.weight_grad import conv2d_bwd_weight, has_conv2d_bwd_weight
 
 _convolution = torch.ops.aten.convolution.default
@@ -18,7 +18,7 @@ _max_pool_backward = torch.ops.aten.max_pool2d_with_indices_backward.default
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
     """Return conv2d(x, weight, bias)."""
-    x, g = with_columns(x, weight, g)
+    x, g = with_border(x, weight, g)
     return _convolution(x, weight, bias, g.stride, g.padding, g.dilation, False, (0, 0), g.groups)
 
 

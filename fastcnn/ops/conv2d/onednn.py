@@ -7,7 +7,7 @@ from fastcnn.common.activation import eager_activation
 from fastcnn.common.checks import check_like, memory_format_of
 from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.ops.conv2d.aten import convolve
-from fastcnn.ops.conv2d.onednn_workarounds import with_columns
+from fastcnn.ops.conv2d.onednn_workarounds import with_border
 
 _convolution_pointwise = torch.ops.mkldnn._convolution_pointwise
 _convolution_pointwise_ = torch.ops.mkldnn._convolution_pointwise_
@@ -57,7 +57,7 @@ def convolve_onednn(
 
     into: write it into the residual, where the kernel that adds can.
     """
-    x, g = with_columns(x, weight, g)
+    x, g = with_border(x, weight, g)
     arguments = (weight, bias, g.padding, g.stride, g.dilation, g.groups)
     if torch.compiler.is_compiling():
         # It fuses plain operations by itself, and knows only half of what oneDNN's returns.

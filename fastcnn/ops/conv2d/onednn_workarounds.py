@@ -19,12 +19,16 @@ def onednn_overruns(weight: Tensor, stride: Sequence[int]) -> bool:
     return weight.device.type == "cpu" and narrow and max(stride) > 1
 
 
-def with_columns(x: Tensor, weight: Tensor, g: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
-    """Return x and g, with zeros in place of padding where onednn_crashes()."""
-    if not onednn_crashes(x, weight, g.stride, g.padding, g.dilation):
+def with_border(x: Tensor, weight: Tensor, g: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
+    """Return x and g, with zeros in place of the padding for which onednn_crashes().
+
+    Not of the other side too: on AMX oneDNN errs in some convolutions of one column.
+    """
+    rows, columns = _padding_only(x, weight, g.stride, g.padding, g.dilation)
+    if not rows and not columns:
         return x, g
-    columns = g.padding[1]
-    return F.pad(x, (columns, columns)), g._replace(padding=(g.padding[0], 0))
+    h, w = g.padding[0] * rows, g.padding[1] * columns
+    return F.pad(x, (w, w, h, h)), g._replace(padding=(g.padding[0] - h, g.padding[1] - w))
 
 
 def onednn_crashes(
@@ -34,14 +38,32 @@ def onednn_crashes(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> bool:
-    """Whether every output column reads padding only, and no column of x.
+    """Whether every output row, or every output column, reads padding only, and nothing of x.
 
-    oneDNN 3.12 has made no kernel then, and calls it for what follows the sum: the bias of a
-    convolution with groups, any epilogue.
+    oneDNN 3.12 has made no kernel then, and calls it for what follows the sum: of columns the bias
+    of a convolution with groups and any epilogue, on AMX of rows too, in bfloat16 and 8 bits.
     """
-    w, k, s, p, d = x.shape[3], weight.shape[3], stride[1], padding[1], dilation[1]
-    # A wider x has a column under every window that is not left or right of it.
-    if x.device.type != "cpu" or w == 0 or w >= max(s, d):
+    return any(_padding_only(x, weight, stride, padding, dilation))
+
+
+def _padding_only(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[bool, bool]:
+    """Say it of rows and of columns."""
+    if x.device.type != "cpu":
+        return False, False
+    sides = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    rows, columns = (_reads_padding_only(*side) for side in sides)
+    return rows, columns
+
+
+def _reads_padding_only(size: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
+    # A larger image has a pixel under every window that does not lie before or behind it.
+    if size == 0 or size >= max(stride, dilation):
         return False
-    first = range(-p, w + p - d * (k - 1), s)  # each window's first column
-    return not any(0 <= at + i * d < w for at in first for i in range(k))
+    first = range(-padding, size + padding - dilation * (kernel - 1), stride)
+    return not any(0 <= at + i * dilation < size for at in first for i in range(kernel))
