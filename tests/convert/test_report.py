@@ -235,6 +235,7 @@ LINES: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("where", ["in the working directory", "elsewhere"])
+@pytest.mark.filterwarnings("ignore:fastcnn.convert. nothing in")
 @pytest.mark.parametrize("name", LINES)
 def test_what_does_not_trace_names_the_line(
     name: str, where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -13,8 +13,9 @@ MESSAGES = re.findall(r"^`(.+)`$", TEXT, re.MULTILINE)
 @functools.cache
 def sources() -> str:
     """All sources, neighbouring literals joined as the compilers do, and CMake's strings too."""
-    paths = [ROOT / "CMakeLists.txt", ROOT / "tools" / "find_torch.py"]
-    for folder, pattern in (("fastcnn", "*.py"), ("csrc", "*.cpp"), ("csrc", "*.h")):
+    paths = [ROOT / "CMakeLists.txt"]
+    tools = ("tools", "*.py"), ("tools", "*.cmake")
+    for folder, pattern in (("fastcnn", "*.py"), ("csrc", "*.cpp"), ("csrc", "*.h"), *tools):
         paths += (ROOT / folder).rglob(pattern)
     return "\n".join(re.sub(r'"\s+f?"', "", path.read_text()) for path in sorted(paths))
 
