@@ -120,6 +120,16 @@ def report(model: nn.Module | None = None, verbose: bool = False) -> list[Any]:
 
     Raises:
         TypeError: a model that is no Module.
+
+    Example:
+        >>> layers = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()
+        >>> model = fastcnn.convert(torch.nn.Sequential(*layers))
+        >>> rows = fastcnn.report(model)
+        Sequential: 1 of 1 place runs fused, by oneDNN through PyTorch + C++
+        ...
+        0 .. 2  conv-bn-relu
+        >>> rows[0].fused
+        True
     """
     if model is None:
         return list(plan.report())
