@@ -93,9 +93,11 @@ def convert(
     parts = decide(model, options)
     _refuse_what_is_left(model, parts, strict)
     if not _give_classes(model, parts, options):
-        why = "fastcnn.report(model) says why"
+        why = "it holds no layer that fastcnn has a kernel for"
         if mode == "train" and infer_fuses(model, parts):
-            why = 'mode="infer" fuses its convolutions with their activations'
+            why = 'for inference mode="infer" fuses its convolutions with their activations'
+        elif rows_of(model, parts):
+            why = "fastcnn.report(model) says why"
         message = f"fastcnn.convert: nothing in {type(model).__name__} runs fused: {why}"
         warnings.warn(message, stacklevel=2)
     return model

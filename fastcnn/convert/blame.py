@@ -123,7 +123,7 @@ def _wrong(layer: nn.Module, x: Any, fused: bool = False) -> str | None:
 
 def _error(error: Exception, path: str, words: str | None) -> Exception | None:
     said = str(error)
-    if said.startswith(path):  # by a converted layer itself
+    if said.startswith((f"{path}: ", f"{path}.")):  # by a converted layer itself
         return None
     kind: Callable[[str], Exception] = type(error)
     return kind(f"{path}: {words or said}")

@@ -27,7 +27,7 @@ from fastcnn.convert import blame
 from fastcnn.convert.codegen import runtime
 from fastcnn.convert.fused_forward import FusedForward, trace_and_fuse
 from fastcnn.convert.graph.layers import Layer, Layers
-from fastcnn.convert.graph.trace import Untraceable, arguments_of
+from fastcnn.convert.graph.trace import Untraceable, arguments_of, tracing
 from fastcnn.convert.options import Options
 
 # By module: why its forward is not replaced.
@@ -92,7 +92,7 @@ class Conversion:
         return found
 
     def apply(self, module: Any) -> None:
-        """Give a prepared module its class."""
+        """Give an attached module its class."""
         original, runs, name = type(module), self.forwards, self.name
         required, optional = arguments_of(original.forward)
         alone = self.options.mode == "infer"  # folded weights are of this module's own
@@ -119,9 +119,12 @@ class Conversion:
                 return runs[at].run(self, *inputs)
             except (TypeError, ValueError, RuntimeError) as error:
                 told = blame.named(error, runs[at], self, name)
-                if told is None:
-                    raise
-                raise told from error
+                try:
+                    if told is None:
+                        raise
+                    raise told from error
+                finally:
+                    del told  # a frame that holds its own error keeps all activations
 
         _give_class(module, self, forward)
 
@@ -143,14 +146,13 @@ class Conversion:
 
     def words(self) -> str:
         """Return what a print says: the pattern that runs as one call, or how many there are."""
-        flagged = (f for f in self.forwards if all(m.training == flag for m, flag in f.flags))
-        made = next(flagged, None)
-        if made is None:  # a print traces nothing
-            return "traced when it is called"
-        if made.guard.changed() is not None:
-            return "no longer, see fastcnn.report"
-        found = [call.words for call in made.patterns]
-        return found[0] if len(found) == 1 else f"{len(found)} calls"
+        at = self._known()  # a print traces nothing
+        if at is None:
+            return "traced when called by itself"
+        if at < 0 or self.forwards[at].guard.changed() is not None:
+            return "not now, see fastcnn.report"
+        found = [call.words for call in self.forwards[at].patterns]
+        return found[0] if len(found) == 1 else f"{len(found)} calls" if found else "nothing now"
 
     def changed(self) -> str | None:
         """Say what has changed since the conversion, if anything."""
@@ -177,16 +179,25 @@ class Conversion:
 
     def _find(self, layers: Layers | None = None) -> int:
         """Return the place of what runs with the flags as they are, made where it is not there."""
+        at = self._known()
+        if at is None:
+            with tracing:  # meanwhile other threads see the modules' original classes
+                at = self._known()
+                at = self._made(Layers() if layers is None else layers) if at is None else at
+        return at
+
+    def _known(self) -> int | None:
+        """Return it if it is known, -1 where there is none."""
         for at, made in enumerate(self.forwards):
             if all(m.training == flag for m, flag in made.flags):
                 return at
-        flags = self._flags()
-        if flags in self._without:
-            return -1
+        return -1 if self._flags() in self._without else None
+
+    def _made(self, layers: Layers) -> int:
         try:
-            self._add(Layers() if layers is None else layers)
+            self._add(layers)
         except Untraceable as error:
-            self._without[flags] = str(error)
+            self._without[self._flags()] = str(error)
             return -1
         return len(self.forwards) - 1
 
@@ -246,9 +257,12 @@ class LayerConversion:
                 return call(self, inputs[0])
             except (TypeError, ValueError, RuntimeError) as error:
                 told = blame.named_layer(error, self, name, inputs[0])
-                if told is None:
-                    raise
-                raise told from error
+                try:
+                    if told is None:
+                        raise
+                    raise told from error
+                finally:
+                    del told  # a frame that holds its own error keeps all activations
 
         _give_class(module, self, forward)
 

@@ -110,7 +110,7 @@ class _Decision:
         """
         below = {path: m for path, m in module.named_modules() if path and self._opens(m)}
         conversion, why = None, None
-        closed = {path for path, m in below.items() if has_hooks(m)}
+        closed = {path for path, m in below.items() if has_hooks(m) or "forward" in m.__dict__}
         while True:
             leaves = closed
             made = Conversion(self._names[module], self._options, sorted(leaves))
@@ -119,14 +119,16 @@ class _Decision:
                 conversion, why = made, None
             except Untraceable as error:
                 why, closed = str(error), leaves | self._to_close(module, below, error.at)
+                if closed == leaves:
+                    closed = leaves | self._to_close(module, below, None)
             if conversion is not None or closed == leaves:
                 break
-        fuses = conversion is not None and conversion.fuses()
-        self.parts[module] = Part(self._layers[module], conversion if fuses else None, why)
+        found = conversion if conversion is not None and conversion.fuses() else None
+        self.parts[module] = Part(self._layers[module], found, why)
+        called = {below[path] for path in leaves}
         for path, fuses in conversion.opened().items() if conversion is not None else ():
             if path and below[path] not in self.parts:
-                inside = [p.removeprefix(f"{path}.") for p in leaves if p.startswith(f"{path}.")]
-                self.parts[below[path]] = self._when_called(below[path], inside, fuses)
+                self.parts[below[path]] = self._when_called(below[path], called, fuses)
 
     def _to_close(
         self, module: nn.Module, below: dict[str, nn.Module], at: nn.Module | None
@@ -141,12 +143,14 @@ class _Decision:
             self._add(m)
         return {p for p, m in of_kind.items() if m is at or self.parts[m].why is not None}
 
-    def _when_called(self, module: nn.Module, leaves: list[str], fuses: bool) -> Part:
+    def _when_called(self, module: nn.Module, called: set[nn.Module], fuses: bool) -> Part:
         """Return the part of a module that a trace has opened: traced itself when it is called."""
+        leaves = [path for path, m in module.named_modules() if path and m in called]
         conversion = Conversion(self._names[module], self._options, sorted(leaves))
         fuses = fuses and conversion.attach(module, self._layers)
         return Part(self._layers[module], conversion if fuses else None, None)
 
     def _opens(self, module: nn.Module) -> bool:
         """Whether a module has a forward that may become part of a trace."""
-        return not self._layers[module].leaf and type(module).forward is not nn.Module.forward
+        own = "forward" in module.__dict__ or type(module).forward is not nn.Module.forward
+        return own and not self._layers[module].leaf

@@ -40,10 +40,11 @@ class Summary(NamedTuple):
 def summary_of(model: nn.Module, parts: Parts, found: Sequence[ConversionRow]) -> Summary:
     """Sum up a model whose modules are converted so."""
     fused = [row for row in found if row.fused]
-    could = [*fused, *left(found)]
+    could, in_infer = [*fused, *left(found)], infer_fuses(model, parts)
     name, converted = type(model).__name__, [m for m in model.modules() if isinstance(m, Converted)]
     if not could:
         verdict = f"{name}: nothing in it is convertible"
+        verdict += ' with mode="train"' if in_infer else ""
     elif not converted:
         verdict = f"{name} is not converted: {_places(len(could))} could run fused"
     else:
@@ -59,7 +60,7 @@ def summary_of(model: nn.Module, parts: Parts, found: Sequence[ConversionRow]) -
     facts = [" and ".join(of) for of in (modes, dtypes, _layouts(model), devices) if of]
     facts.append("in training" if model.training else "in evaluation")
     state = ", ".join(facts)
-    return Summary(verdict, state, list(_hints(model, parts, len(could))))
+    return Summary(verdict, state, list(_hints(model, parts, len(could), in_infer)))
 
 
 def _places(count: int) -> str:
@@ -87,15 +88,15 @@ def infer_fuses(model: nn.Module, parts: Parts) -> bool:
     return any(row.fused and "conv-" in row.pattern for row in found)
 
 
-def _hints(model: nn.Module, parts: Parts, could: int) -> Iterator[Hint]:
+def _hints(model: nn.Module, parts: Parts, could: int, in_infer: bool) -> Iterator[Hint]:
     modes = {
         m._fastcnn_conversion.options.mode for m in model.modules() if isinstance(m, Converted)
     }
     infer = 'fastcnn.convert(model, mode="infer")'
     if not modes and could:
         yield Hint("fastcnn.convert(model)", "runs them fused, in place; fastcnn.revert undoes it")
-    if "infer" not in modes and infer_fuses(model, parts):
-        yield Hint(infer, "fuses convolutions without a batch norm with their activations")
+    if "infer" not in modes and in_infer:
+        yield Hint(infer, "for inference: fuses convolutions without a batch norm with activations")
     elif modes == {"train"} and not model.training and _has(parts, "batch_norm"):
         yield Hint(
             infer, "folds each batch norm into its convolution's weights, once for all calls"

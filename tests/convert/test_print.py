@@ -30,11 +30,13 @@ def test_what_is_converted_says_so_where_it_is() -> None:
     assert lines[:2] == ["Sequential(", "  fused: conv-bn + projection - relu"]
     assert lines[2:4] == ["  (0): Branch(", "    (body): Sequential("]  # it does not trace
     assert lines[at["(body)"] + 1] == "      fused: conv-bn-relu"
-    assert lines[at["(1)"] + 1] == "    fused: traced when it is called"  # by the whole until then
+    assert (
+        lines[at["(1)"] + 1] == "    fused: traced when called by itself"
+    )  # by the whole until then
     assert lines[at["(bn2)"]].endswith(", track_running_stats=True, fused: batch_norm)")
     assert lines[at["(conv2)"]].endswith("padding=(1, 1))")
     assert {type(m).__name__ for m in model.modules()} >= {"Sequential", "Branch", "BatchNorm2d"}
-    assert repr(copy.deepcopy(model)).splitlines()[1] == "  fused: traced when it is called"
+    assert repr(copy.deepcopy(model)).splitlines()[1] == "  fused: traced when called by itself"
     assert repr(revert(model)) == before
 
 
@@ -42,7 +44,7 @@ def test_several_calls_are_counted_and_changes_seen() -> None:
     model = convert(net(lambda m, x: m.relu(m.bn(m.conv(x))).tanh() + m.bn2(m.conv2(x))))
     assert repr(model).splitlines()[1] == "  fused: 2 calls"
     model.bn = nn.Identity()
-    assert repr(model).splitlines()[1] == "  fused: no longer, see fastcnn.report"
+    assert repr(model).splitlines()[1] == "  fused: not now, see fastcnn.report"
 
 
 def _drops(m: Any, x: Tensor) -> Tensor:
@@ -54,10 +56,10 @@ def test_a_print_traces_nothing() -> None:
     assert repr(model).splitlines()[1] == "  fused: 4 calls"
     model.inner.train(False)  # convert has seen all of them in training, or none
     made = len(model._fastcnn_conversion.forwards)
-    assert repr(model).splitlines()[1] == "  fused: traced when it is called"
+    assert repr(model).splitlines()[1] == "  fused: traced when called by itself"
     assert len(model._fastcnn_conversion.forwards) == made
     model(torch.randn(2, 4, 5, 5))
-    assert repr(model).splitlines()[1] != "  fused: traced when it is called"
+    assert repr(model).splitlines()[1] != "  fused: traced when called by itself"
 
 
 @pytest.mark.parametrize("make", [lambda: Own(*cbr(nn.ReLU())), bn, lambda: nn.GroupNorm(2, 4)])

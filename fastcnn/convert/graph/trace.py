@@ -38,7 +38,7 @@ _FIXED_METHODS = {"_assert", "size", "dim", "numel", "ndimension"}
 _is_inference, _is_autocast = torch.is_inference_mode_enabled, torch.is_autocast_enabled
 _real_isinstance = isinstance
 # While one thread traces, torch.fx's patches and ours are seen by all of them.
-_tracing = threading.RLock()
+tracing = threading.RLock()
 
 
 class Untraceable(Exception):
@@ -47,7 +47,9 @@ class Untraceable(Exception):
     at: the innermost module that was open, where it is the forward of one that fails.
     """
 
-    at: nn.Module | None = None
+    def __init__(self, why: str, at: nn.Module | None = None) -> None:
+        super().__init__(why)
+        self.at = at
 
 
 def arguments_of(forward: Callable[..., Any]) -> tuple[list[str], dict[str, Any]]:
@@ -86,7 +88,7 @@ def trace(module: nn.Module, leaves: set[nn.Module], layers: Layers) -> Traced:
     """
     if "forward" in module.__dict__:
         raise Untraceable("has a forward of its own, which its class does not know")
-    with _tracing, _without_gc():
+    with tracing, _without_gc():
         return _trace(module, leaves, layers)
 
 
@@ -99,9 +101,8 @@ def _trace(module: nn.Module, leaves: set[nn.Module], layers: Layers) -> Traced:
     except Exception as error:  # whatever somebody's forward raises on meeting a proxy
         lines = str(error).strip().splitlines() or [""]
         kind = "" if isinstance(error, Untraceable) else f"{type(error).__name__}: "
-        found = Untraceable(f"{kind}{lines[0]} ({_stopped_at(error, module)})")
-        found.at = tracer.failed
-        raise found from error
+        why = f"{kind}{lines[0]} ({_stopped_at(error, module)})"
+        raise Untraceable(why, tracer.failed) from error
     finally:
         changed = before.restore()
     if changed is not None:

@@ -1,0 +1,105 @@
+"""What a parent's trace opens is traced by itself when something calls it alone."""
+
+import copy
+import threading
+import warnings
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from support.conversion_cases import Branch, bn, cbr, net
+from support.conversions import images, prepared
+from support.tolerance import assert_same
+from torch import nn
+
+from fastcnn import convert
+from fastcnn.convert import converted
+from fastcnn.convert.converted import Converted
+
+
+def conversion(module: Any) -> Any:
+    return module._fastcnn_conversion
+
+
+def test_a_part_is_traced_when_it_is_called() -> None:
+    model = convert(nn.Sequential(cbr(nn.ReLU()), nn.Sequential(cbr(nn.ReLU()))))
+    assert len(conversion(model).forwards) == 1
+    assert [conversion(model[i]).forwards for i in (0, 1)] == [[], []]
+    model(images(2, 4, 8, 8).float())
+    assert conversion(model[1]).forwards == []
+    model[1](images(2, 4, 8, 8).float())
+    assert [call.words for call in conversion(model[1]).forwards[0].patterns] == ["conv-bn-relu"]
+
+
+@pytest.mark.parametrize("kind", [nn.ModuleList, nn.Sequential])
+def test_a_forward_of_the_instance_is_called(kind: Any) -> None:
+    # As YOLO's fuse() and accelerate's hooks set one: its class does not know what it does.
+    inner = kind([cbr(nn.ReLU())]) if kind is nn.ModuleList else kind(cbr(nn.ReLU()))
+    model = prepared(nn.Sequential(cbr(nn.ReLU()), inner)).eval()
+    inner.forward = lambda x: 2 * inner[0](x)
+    x = images(2, 4, 8, 8)
+    before = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(convert(model)(x), before)
+    assert isinstance(model, Converted)
+    assert conversion(model).holds()
+    assert isinstance(inner[0], Converted)
+
+
+def test_a_shared_part_that_does_not_trace() -> None:
+    class Around(nn.Module):
+        def __init__(self, bad: nn.Module) -> None:
+            super().__init__()
+            self.body, self.bad = cbr(nn.ReLU()), bad
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.bad(self.body(x))
+
+    bad = Branch(body=cbr(nn.ReLU()))
+    model = convert(nn.Sequential(Around(bad), Around(bad)))
+    for part in model:
+        part(images(2, 4, 8, 8).float())
+        assert len(conversion(part).forwards[0].patterns) == 1
+
+
+def test_a_first_call_from_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = copy.deepcopy(convert(prepared(cbr(nn.ReLU()))))
+    trace, traced = converted.trace_and_fuse, []
+    entered, both = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        traced.append(None)
+        entered.set()
+        both.wait()
+        second.join(0.2)  # which waits for this trace, or meets classes that are not its own
+        return trace(*arguments)
+
+    monkeypatch.setattr(converted, "trace_and_fuse", slow)
+    first, second = (threading.Thread(target=conversion(model).current) for _ in range(2))
+    first.start()
+    entered.wait()
+    second.start()
+    both.set()
+    first.join()
+    second.join()
+    assert len(traced) == len(conversion(model).forwards) == 1
+    assert not conversion(model)._without
+
+
+@pytest.mark.parametrize("make", [lambda: cbr(nn.ReLU()), bn])
+def test_an_error_keeps_no_tensors(make: Any) -> None:
+    model = convert(make())
+    x = torch.randn(2, 7, 8, 8)
+    gone = weakref.ref(x)
+    with pytest.raises(ValueError, match="channels"):
+        model(x)
+    del x
+    assert gone() is None  # without garbage collection
+
+
+def test_a_layer_that_is_named_as_an_error_begins() -> None:
+    model = convert(net(lambda m, x: m.relu(m.bn(m.conv(x)))))
+    with pytest.raises(ValueError, match=r"^conv: input: expected 4 channels, got 7"):
+        model(torch.randn(2, 7, 8, 8))
