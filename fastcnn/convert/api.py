@@ -93,7 +93,7 @@ def convert(
     parts = decide(model, options)
     _refuse_what_is_left(model, parts, strict)
     if not _give_classes(model, parts, options):
-        why = "it holds no layer that fastcnn has a kernel for"
+        why = f'it holds nothing that mode="{mode}" fuses'
         if mode == "train" and infer_fuses(model, parts):
             why = 'for inference mode="infer" fuses its convolutions with their activations'
         elif rows_of(model, parts):

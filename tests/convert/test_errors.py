@@ -138,14 +138,14 @@ def test_on_the_meta_device() -> None:
 
 def test_models_without_anything_to_convert() -> None:
     for model in (nn.Linear(3, 3), nn.Sequential(), nn.ModuleList([nn.ReLU()]), nn.Identity()):
-        with pytest.warns(UserWarning, match=r"nothing in \w+ runs fused: it holds no layer that"):
+        with pytest.warns(UserWarning, match=r"nothing in \w+ runs fused: it holds nothing that"):
             assert convert(model) is model
         assert not isinstance(model, Converted)
         convert(model)  # says so once
 
 
 def test_convolutions_without_a_norm_are_told_of_inference() -> None:
-    model = nn.Sequential(conv(4, 4), nn.ReLU())
+    model = nn.Sequential(conv(4, 4), nn.ReLU(), conv(4, 4), nn.ReLU())
     with pytest.warns(
         UserWarning, match=r'Sequential runs fused: for inference mode="infer" fuses'
     ):

@@ -110,11 +110,11 @@ def test_what_would_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_convolutions_without_a_norm_are_fused_in_inference() -> None:
-    model = nn.Sequential(conv(4, 4), nn.ReLU(), nn.Dropout())
+    model = nn.Sequential(conv(4, 4), nn.ReLU(), conv(4, 4), nn.ReLU(), nn.Dropout())
     assert hints(model) == ["fastcnn.convert(model)", INFER, LAST]
     convert(model)
     assert hints(model) == [INFER, LAST]
-    patches = nn.Sequential(conv(4, 4), nn.LayerNorm(8), nn.Dropout())  # no activation to fuse
+    patches = nn.Sequential(conv(4, 4), nn.LayerNorm(8), conv(4, 4), nn.Dropout())  # no activation
     assert hints(patches) == ["fastcnn.convert(model)", LAST]
 
 
