@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from between_marks import write_between
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -28,8 +29,7 @@ def main() -> None:
     """Write both."""
     found = json.loads(RESULTS.read_text())
     draw(found, CHART)
-    before, rest = README.read_text().split(BEGIN)
-    README.write_text(f"{before}{BEGIN}{table(found)}{END}{rest.split(END)[1]}")
+    write_between(README, BEGIN, END, table(found))
 
 
 def named(row: Row) -> str:

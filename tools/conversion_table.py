@@ -6,6 +6,8 @@
 import pathlib
 import sys
 
+from between_marks import write_between
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -17,10 +19,7 @@ BEGIN, END = "<!-- table: tools/conversion_table.py -->\n", "<!-- end of the tab
 
 def main() -> None:
     """Replace what is between the marks."""
-    before, rest = FILE.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    table = "\n".join([HEADER, *map(line, NAMES)])
-    FILE.write_text(f"{before}{BEGIN}{table}\n{END}{after}")
+    write_between(FILE, BEGIN, END, "\n".join([HEADER, *map(line, NAMES), ""]))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pathlib
 from unittest.mock import patch
 
 import torch
+from between_marks import write_between
 
 import fastcnn
 
@@ -18,8 +19,7 @@ BEGIN, END = "<!-- report: tools/readme_report.py -->\n", "<!-- end of the repor
 
 def main() -> None:
     """Replace what is between the marks."""
-    before, rest = FILE.read_text().split(BEGIN)
-    FILE.write_text(f"{before}{BEGIN}{block()}{END}{rest.split(END)[1]}")
+    write_between(FILE, BEGIN, END, block())
 
 
 def block() -> str:

@@ -8,7 +8,7 @@ import re
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,16 @@ def named_layer(error: Exception, layer: nn.Module, name: str, x: Any) -> Except
         return None
     words = _wrong(layer, x) or _BY_AN_OP.sub("", str(error))
     return _error(error, name or type(layer).__name__, words)
+
+
+def raise_again(error: Exception, told: Exception | None) -> NoReturn:
+    """Raise an error that passes as it was told, as it is where there is nothing to tell."""
+    try:
+        if told is None:
+            raise error
+        raise told from error
+    finally:
+        del error, told  # a frame that holds its own error keeps all activations
 
 
 def _in_call(

@@ -35,7 +35,10 @@ untraceable: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 class Conversion:
-    """One module with children: a fused forward for each set of training flags met so far."""
+    """One module with children: a fused forward for each set of training flags met so far.
+
+    Traced at once by prepare(), or after attach() when it is called.
+    """
 
     def __init__(self, name: str, options: Options, leaves: Sequence[str]) -> None:
         self.name, self.options, self.leaves = name, options, tuple(leaves)
@@ -118,13 +121,7 @@ class Conversion:
             try:  # not while compiling: dynamo cannot go on behind a graph break within it
                 return runs[at].run(self, *inputs)
             except (TypeError, ValueError, RuntimeError) as error:
-                told = blame.named(error, runs[at], self, name)
-                try:
-                    if told is None:
-                        raise
-                    raise told from error
-                finally:
-                    del told  # a frame that holds its own error keeps all activations
+                blame.raise_again(error, blame.named(error, runs[at], self, name))
 
         _give_class(module, self, forward)
 
@@ -256,13 +253,7 @@ class LayerConversion:
             try:
                 return call(self, inputs[0])
             except (TypeError, ValueError, RuntimeError) as error:
-                told = blame.named_layer(error, self, name, inputs[0])
-                try:
-                    if told is None:
-                        raise
-                    raise told from error
-                finally:
-                    del told  # a frame that holds its own error keeps all activations
+                blame.raise_again(error, blame.named_layer(error, self, name, inputs[0]))
 
         _give_class(module, self, forward)
 

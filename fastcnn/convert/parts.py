@@ -94,10 +94,8 @@ class _Decision:
             self._add(child)
 
     def _alone(self, module: nn.Module) -> Part:
-        layer, conversion = (
-            self._layers[module],
-            LayerConversion(self._names[module], self._options),
-        )
+        layer = self._layers[module]
+        conversion = LayerConversion(self._names[module], self._options)
         if conversion.attach(module, self._layers):
             return Part(layer, conversion, None)
         why = self._layers.why_not_alone(module) if layer.stands_alone else None

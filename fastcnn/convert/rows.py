@@ -41,13 +41,14 @@ def left(found: Sequence[ConversionRow]) -> list[ConversionRow]:
 
 def table(found: Sequence[ConversionRow]) -> Iterator[str]:
     """Yield rows as lines of WIDTH columns: each reason below its row."""
-    cells = [("module", "pattern", "fused", "runs by"), *map(_cells, found)] if found else []
-    for row, text in zip((None, *found), columns(cells, (34, 26, 5, 29)), strict=False):
+    if not found:
+        return
+    cells = [("module", "pattern", "fused", "runs by"), *map(_cells, found)]
+    for row, text in zip((None, *found), columns(cells, (34, 26, 5, 29)), strict=True):
         yield from text
         if row is not None and row.reason:
-            indent = "    "
             yield from textwrap.wrap(
-                row.reason, WIDTH - 4, initial_indent=indent, subsequent_indent=indent
+                row.reason, WIDTH - 4, initial_indent="    ", subsequent_indent="    "
             )
 
 

@@ -11,6 +11,7 @@ from fastcnn.convert.converted import Converted
 from fastcnn.convert.options import Options
 from fastcnn.convert.parts import Parts, decide
 from fastcnn.convert.rows import ConversionRow, left, rows_of
+from fastcnn.plan.problem import bfloat16_instructions
 
 
 class Hint(NamedTuple):
@@ -41,27 +42,32 @@ class Summary(NamedTuple):
 def summary_of(model: nn.Module, parts: Parts, found: Sequence[ConversionRow]) -> Summary:
     """Sum up a model whose modules are converted so."""
     fused = [row for row in found if row.fused]
-    could, in_infer = [*fused, *left(found)], infer_fuses(model, parts)
-    name, converted = type(model).__name__, [m for m in model.modules() if isinstance(m, Converted)]
+    could = [*fused, *left(found)]
+    options = {m._fastcnn_conversion.options for m in model.modules() if isinstance(m, Converted)}
+    modes = {o.mode for o in options}
+    in_infer = "infer" not in modes and infer_fuses(model, parts)
+    name, layouts = type(model).__name__, _layouts(model)
     if not could:
         verdict = f"{name}: nothing in it is convertible"
         verdict += ' with mode="train"' if in_infer else ""
-    elif not converted:
+    elif not options:
         verdict = f"{name} is not converted: {_places(len(could))} could run fused"
     else:
         backends = ", ".join(dict.fromkeys(row.backend for row in fused))
         verb = "runs" if len(could) == 1 else "run"
         verdict = f"{name}: {len(fused)} of {_places(len(could))} {verb} fused"
         verdict += f", by {backends}" if fused else ""
-    options = {m._fastcnn_conversion.options for m in converted}
-    modes = [f'mode="{o.mode}", memory="{o.memory}"' for o in sorted(options, key=repr)]
+    said = [f'mode="{o.mode}", memory="{o.memory}"' for o in sorted(options, key=repr)]
     weights = [p for p in model.parameters() if p.is_floating_point()]
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in weights})
     devices = sorted({p.device.type for p in weights})
-    facts = [" and ".join(of) for of in (modes, dtypes, _layouts(model), devices) if of]
+    facts = [" and ".join(of) for of in (said, dtypes, layouts, devices) if of]
     facts.append("in training" if model.training else "in evaluation")
     state = ", ".join(facts)
-    return Summary(verdict, state, list(_hints(model, parts, len(could), in_infer)))
+    hints = [*_of_conversion(model, parts, modes, len(could), in_infer)]
+    if could and _has(parts, "conv"):
+        hints += _of_calls(model, layouts)
+    return Summary(verdict, state, hints)
 
 
 def _places(count: int) -> str:
@@ -92,22 +98,24 @@ def infer_fuses(model: nn.Module, parts: Parts) -> bool:
     return any(row.fused and "conv-" in row.pattern for row in found)
 
 
-def _hints(model: nn.Module, parts: Parts, could: int, in_infer: bool) -> Iterator[Hint]:
-    modes = {
-        m._fastcnn_conversion.options.mode for m in model.modules() if isinstance(m, Converted)
-    }
+def _of_conversion(
+    model: nn.Module, parts: Parts, modes: set[str], could: int, in_infer: bool
+) -> Iterator[Hint]:
+    """Yield what another conversion would gain."""
     infer = 'fastcnn.convert(model, mode="infer")'
     if not modes and could:
         yield Hint("fastcnn.convert(model)", "runs them fused, in place; fastcnn.revert undoes it")
-    if "infer" not in modes and in_infer:
+    if in_infer:
         yield Hint(infer, "for inference: fuses convolutions without a batch norm with activations")
     elif modes == {"train"} and not model.training and _has(parts, "batch_norm"):
         yield Hint(
             infer, "folds each batch norm into its convolution's weights, once for all calls"
         )
-    if not could or not _has(parts, "conv"):
-        return
-    if "NCHW" in _layouts(model):
+
+
+def _of_calls(model: nn.Module, layouts: list[str]) -> Iterator[Hint]:
+    """Yield what another layout, type or way of calling would gain."""
+    if "NCHW" in layouts:
         yield Hint(
             "model.to(memory_format=torch.channels_last), and the images alike",
             "convolutions run in channels_last: from NCHW each copies its input and its output",
@@ -137,5 +145,4 @@ def _device_with_bfloat16(model: nn.Module) -> tuple[str, bool]:
         return "", False
     if weight.device.type == "cuda":
         return "cuda", torch.cuda.is_bf16_supported(including_emulation=False)
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return weight.device.type, weight.device.type == "cpu" and native
+    return weight.device.type, weight.device.type == "cpu" and bool(bfloat16_instructions())

@@ -103,6 +103,15 @@ def describe(device: torch.device) -> Device:
     raise ValueError(f"device: expected cpu or a CUDA device with its index, got {device}")
 
 
+def bfloat16_instructions() -> list[str]:
+    """Return what this processor multiplies bfloat16 with, [] where it has nothing of its own."""
+    found = {
+        "AMX": torch.cpu._is_amx_tile_supported(),
+        "AVX512_BF16": torch.cpu._is_avx512_bf16_supported(),
+    }
+    return [name for name, there in found.items() if there]
+
+
 @functools.cache
 def _processor() -> str:
     try:

@@ -27,7 +27,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fastcnn
-from fastcnn.lab import describe, eager_baseline, ratio, saved_for_backward
+from fastcnn.lab import (
+    bfloat16_instructions,
+    describe,
+    eager_baseline,
+    ratio,
+    saved_for_backward,
+)
 from fastcnn.models import unet
 from fastcnn.train import pages
 from fastcnn.train.pages import Digits, Pages
@@ -73,18 +79,9 @@ class Trained:
         return self.steps[WARMUP_STEPS:] or self.steps
 
 
-def fast_bfloat16() -> list[str]:
-    """Return what this processor computes bfloat16 products with, [] where with nothing."""
-    found = {
-        "AMX": torch.cpu._is_amx_tile_supported(),
-        "AVX512_BF16": torch.cpu._is_avx512_bf16_supported(),
-    }
-    return [name for name, there in found.items() if there]
-
-
 def autocast() -> torch.autocast:
     """The type of both networks' training and testing: bfloat16 where it is fast, else float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=bool(fast_bfloat16()))
+    return torch.autocast("cpu", torch.bfloat16, enabled=bool(bfloat16_instructions()))
 
 
 def loss_of(model: nn.Module, page: Pages) -> Tensor:
@@ -323,8 +320,8 @@ def run(
         "pages_a_step": PAGES_A_STEP,
         "page_size": pages.PAGE,
         "seed": seed,
-        "dtype": "bfloat16" if fast_bfloat16() else "float32",
-        "bfloat16_by": fast_bfloat16(),
+        "dtype": "bfloat16" if bfloat16_instructions() else "float32",
+        "bfloat16_by": bfloat16_instructions(),
         "memory_format": "channels_last",
         "device": f"{processor.name}, {processor.capability}",
         "threads": torch.get_num_threads(),

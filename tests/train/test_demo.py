@@ -159,7 +159,7 @@ def test_both_start_alike_and_take_turns(
 def test_the_type_is_the_processor_s(
     by: list[str], few: dict[str, pages.Digits], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "fast_bfloat16", lambda: by)
+    monkeypatch.setattr(demo, "bfloat16_instructions", lambda: by)
     summary = demo.run(tmp_path, epochs=1, console=Console(file=io.StringIO()))
     assert summary["dtype"] == ("bfloat16" if by else "float32")
     with demo.autocast():

@@ -325,8 +325,8 @@ def _has_proxy(value: Any) -> bool:
 def _without_gc() -> Iterator[None]:
     """Let no garbage be collected, so that all that is made meanwhile stays in the youngest.
 
-    Collecting that alone takes a millisecond; the whole process took 0.2 s beside timm, and in
-    vit_tiny each of 51 traces leaves a cycle behind.
+    Collecting that takes 5 to 15 ms; the whole process took 0.2 s with timm imported, and each of
+    vit_tiny's traces leaves a cycle behind.
     """
     enabled = gc.isenabled()
     gc.disable()
