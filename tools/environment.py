@@ -244,15 +244,25 @@ def requirements(extra: str) -> list[str]:
 
 
 def install_oracles() -> None:
-    """Install those whose models the tests compare with, torchvision for the torch in .venv.
+    """Install those whose models, exporters and trainers the tests use, for the torch in .venv.
 
-    Without their dependencies, of which torch is one: they would replace a CPU build of torch.
+    Without their dependencies, of which torch is one: they would replace a CPU build of torch. What
+    they need besides, and the extras do not bring, is named here too.
     """
     minor = int(version_of_torch(VENV / "bin" / "python").split(".")[1])
     oracles = {
         "torchvision": f"torchvision==0.{minor + 15}.*",  # torch 2.11 goes with 0.26, and so on
         "timm": "timm>=1.0",
         "segmentation_models_pytorch": "segmentation-models-pytorch>=0.5",
+        "onnxscript": "onnxscript",
+        "onnx_ir": "onnx-ir",
+        "pytorch_lightning": "pytorch-lightning>=2.6.6",  # 2.6.2 and 2.6.3 were malicious
+        "lightning_utilities": "lightning-utilities",
+        "torchmetrics": "torchmetrics",
+        "accelerate": "accelerate",
+        "psutil": "psutil",
+        "monai": "monai",
+        "ignite": "pytorch-ignite",  # MONAI's trainers are its engines
     }
     ask = f"import importlib.util as u; print(*[n for n in {list(oracles)} if not u.find_spec(n)])"
     missing = [oracles[name] for name in run_python(ask).split()]

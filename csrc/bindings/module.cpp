@@ -1,5 +1,5 @@
-// fastcnn._C: what this build is, for Python, and the C library's malloc. No torch header: it
-// imports before torch is looked at, so that a wrong torch can be told apart from a broken build.
+// fastcnn._C: what this build is, the C library's malloc, and comparisons for guards. No torch header:
+// it imports before torch is looked at, so that a wrong torch can be told apart from a broken build.
 #include <pybind11/pybind11.h>
 
 #if defined(__GLIBC__)
@@ -7,6 +7,7 @@
 #endif
 
 #include "bindings/cuda_archs.h"
+#include "bindings/guard.h"
 #include "cpu/capability.h"
 
 namespace {
@@ -40,4 +41,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("missing_cuda_code", &fastcnn::missing_cuda_code, pybind11::arg("archs"),
         pybind11::arg("capability"),
         "Why code built for `archs` cannot run on a GPU of this compute capability; '' if it can.");
+  m.def("first_changed", &fastcnn::first_changed, pybind11::arg("values"),
+        pybind11::arg("missing"), pybind11::arg("start"),
+        "The first of the tuples (dictionary, name, value, ...) whose dictionary has another "
+        "object of that name; -1 if none.");
+  m.def("first_filled", &fastcnn::first_filled, pybind11::arg("dictionaries"),
+        "The first dictionary that is not empty; -1 if none.");
+  m.def("first_of_another_type", &fastcnn::first_of_another_type, pybind11::arg("objects"),
+        pybind11::arg("types"), pybind11::arg("start"),
+        "The first object that is not of its type; -1 if none.");
 }

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from torch import nn
 
 from fastcnn.convert.codegen.fit import HAS_CUDA
-from fastcnn.convert.converted import Converted, original_class
+from fastcnn.convert.converted import Converted, discard
 from fastcnn.convert.options import Options, check_module
 from fastcnn.convert.parts import Parts, apply, decide, parts_of
 from fastcnn.convert.rows import left, rows_of, table
@@ -151,7 +151,7 @@ def revert(model: Model) -> Model:
     _done.pop(model, None)
     for module in model.modules():
         if isinstance(module, Converted):
-            module.__class__ = original_class(module)
+            discard(module)
     return model
 
 

@@ -6,32 +6,46 @@
 so that parameters, buffers, names, hooks, flags and isinstance are what they were, and taking the
 class away again is a revert to the bit. Copies (deepcopy, pickle, torch.save) are made as of the
 original class and converted once more.
+
+Who keeps whom: a class is freed by the garbage collector alone, so it keeps nothing of its module.
+What a module runs is in `_conversions` as long as the module lives; it keeps the module's
+descendants, and never the module. So `del model` frees all weights at once, as without fastcnn.
 """
 
 import copy
 import copyreg
 import functools
+import sys
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastcnn.common.constant_result import constant_result
 from fastcnn.convert import blame
 from fastcnn.convert.codegen import runtime
 from fastcnn.convert.fused_forward import FusedForward, trace_and_fuse
+from fastcnn.convert.graph.describe import Left
 from fastcnn.convert.graph.layers import Layer, Layers
-from fastcnn.convert.graph.trace import Untraceable, arguments_of, tracing
+from fastcnn.convert.graph.trace import (
+    Untraceable,
+    arguments_of,
+    check_class_runs,
+    tensors_of,
+    tracing,
+)
 from fastcnn.convert.options import Options
 
 # By module: why its forward is not replaced.
 untraceable: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+# And where a trace of it has nothing to fuse: what is convertible in it, and why it is not fused.
+left_alone: WeakKeyDictionary[nn.Module, Sequence[Left]] = WeakKeyDictionary()
 
 
 class Conversion:
@@ -46,21 +60,16 @@ class Conversion:
         self._without: dict[tuple[bool, ...], str] = {}  # flags, and why it has no trace with them
         self._warned: set[str] = set()
         self._module: Any = None
-        self._containers: list[nn.Module] = []
 
-    def attach(self, module: nn.Module, layers: Layers) -> bool:
+    def attach(self, module: nn.Module, _: Layers) -> None:
         """Make a module's conversion, whose forwards are traced when they are called.
 
-        Says whether the module takes arguments that a trace can have.
+        Raises:
+            Untraceable: the forward is the module's own, or no trace can have its arguments.
         """
         self._module = weakref.ref(module)
-        with as_original(list(module.modules())):
-            self._containers = [m for m in module.modules() if not layers[m].leaf]
-            forward = type(module).forward
-        try:
-            return bool(arguments_of(forward)[0])
-        except Untraceable:
-            return False
+        check_class_runs(module)
+        tensors_of(original_class(module).forward)
 
     def prepare(self, module: nn.Module, layers: Layers) -> None:
         """Fuse for the training flags as they are, and for those of training and evaluation.
@@ -68,16 +77,17 @@ class Conversion:
         Raises:
             Untraceable: the first cannot be made.
         """
-        self.attach(module, layers)
+        self._module = weakref.ref(module)
         self._add(layers)
-        now = self._flags()
+        parts = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        now = [m.training for m in parts]
         try:
             for flag in (True, False):
-                for m in self._containers:
+                for m in parts:
                     m.training = flag
                 self._find(layers)
         finally:
-            for m, flag in zip(self._containers, now, strict=True):
+            for m, flag in zip(parts, now, strict=True):
                 m.training = flag
 
     def fuses(self) -> bool:
@@ -96,13 +106,14 @@ class Conversion:
 
     def apply(self, module: Any) -> None:
         """Give an attached module its class."""
-        original, runs, name = type(module), self.forwards, self.name
+        original, name, handle = original_class(module), self.name, weakref.ref(self)
         required, optional = arguments_of(original.forward)
         alone = self.options.mode == "infer"  # folded weights are of this module's own
 
         @constant_result
         def select(training: bool) -> int:
-            return self._select()
+            conversion = handle()
+            return -1 if conversion is None or _is_exporting() else conversion._select()
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             at = select(self.training)
@@ -114,14 +125,15 @@ class Conversion:
                 or (alone and _is_replica(self))
             ):
                 return original.forward(self, *args, **kwargs)
+            made = handle().forwards[at]  # type: ignore[union-attr]
             if torch.compiler.is_compiling():
-                if not runs[at].holds(self):
+                if not made.holds(self):
                     return original.forward(self, *args, **kwargs)
-                return runs[at].run(self, *inputs)
+                return made.run(self, *inputs)
             try:  # not while compiling: dynamo cannot go on behind a graph break within it
-                return runs[at].run(self, *inputs)
+                return made.run(self, *inputs)
             except (TypeError, ValueError, RuntimeError) as error:
-                blame.raise_again(error, blame.named(error, runs[at], self, name))
+                blame.raise_again(error, blame.named(error, made, self, name))
 
         _give_class(module, self, forward)
 
@@ -153,7 +165,8 @@ class Conversion:
 
     def changed(self) -> str | None:
         """Say what has changed since the conversion, if anything."""
-        return next(filter(None, (made.guard.changed() for made in self.forwards)), None)
+        found = filter(None, (made.guard.changed() for made in self.forwards))
+        return next((why for _, why in found), None)
 
     def holds(self) -> bool:
         """Whether nothing has changed since the conversion."""
@@ -161,14 +174,15 @@ class Conversion:
 
     def _select(self, warn: bool = True) -> int:
         at = self._find()
-        why = None if at < 0 else self.forwards[at].guard.changed()
-        if why is None:
+        changed = None if at < 0 else self.forwards[at].guard.changed()
+        if changed is None:
             return at
-        if warn and why not in self._warned:
-            self._warned.add(why)
-            where = self.name or "the model"
+        where, why = changed
+        if warn and where not in self._warned:
+            self._warned.add(where)
+            name = self.name or "the model"
             warnings.warn(
-                f"fastcnn.convert: {where} has changed since it was converted ({why}): it runs as "
+                f"fastcnn.convert: {name} has changed since it was converted ({why}): it runs as "
                 f"written, its children by themselves; convert it again",
                 stacklevel=3,
             )
@@ -186,9 +200,9 @@ class Conversion:
     def _known(self) -> int | None:
         """Return it if it is known, -1 where there is none."""
         for at, made in enumerate(self.forwards):
-            if all(m.training == flag for m, flag in made.flags):
+            if made.is_for_flags():
                 return at
-        return -1 if self._flags() in self._without else None
+        return -1 if self._without and self._flags() in self._without else None
 
     def _made(self, layers: Layers) -> int:
         try:
@@ -199,7 +213,7 @@ class Conversion:
         return len(self.forwards) - 1
 
     def _flags(self) -> tuple[bool, ...]:
-        return tuple([m.training for m in self._containers])
+        return tuple([m.training for m in self._module().modules()])
 
     def _add(self, layers: Layers) -> None:
         module = self._module()
@@ -219,10 +233,16 @@ class LayerConversion:
         self.name, self.options = name, options
         self._layer: Layer | None = None
 
-    def attach(self, module: nn.Module, layers: Layers) -> bool:
-        """Make a layer's conversion; says whether there is a kernel for it."""
+    def attach(self, module: nn.Module, layers: Layers) -> None:
+        """Make a layer's conversion.
+
+        Raises:
+            Untraceable: there is no kernel for it.
+        """
         self._layer = layers[module]
-        return self._layer.stands_alone and layers.why_not_alone(module) is None
+        why = layers.why_not_alone(module)
+        if why is not None:
+            raise Untraceable(why)
 
     def holds(self) -> bool:
         """Whether nothing has changed since the conversion."""
@@ -235,7 +255,7 @@ class LayerConversion:
 
     def apply(self, module: Any) -> None:
         """Give a layer its class."""
-        original, name, options = type(module), self.name, self.options
+        original, name, options = original_class(module), self.name, self.options
         required, optional = arguments_of(original.forward)
         assert self._layer is not None
         run = runtime.layer_call(module, self._layer)
@@ -262,18 +282,27 @@ class LayerConversion:
         return type(self), self.name, self.options
 
 
-class Converted:
-    """Marks the classes that convert makes, each with a conversion of its own."""
+# What each converted module runs.
+_conversions: WeakKeyDictionary[nn.Module, Conversion | LayerConversion] = WeakKeyDictionary()
 
-    _fastcnn_conversion: Any
+
+class Converted:
+    """Marks the classes that convert makes, one for each module."""
+
     _fastcnn_class: type[nn.Module]
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Keep the classes made here from the registries that original classes may have."""
 
+    @property
+    def _fastcnn_conversion(self) -> Any:
+        return _conversions.get(self)  # type: ignore[call-overload] # None: nn.DataParallel's replica
+
     def extra_repr(self) -> str:
         """Return what the original class says, and what runs fused."""
         said = self._fastcnn_class.extra_repr(self)  # type: ignore[arg-type]
+        if self._fastcnn_conversion is None:
+            return said
         separator = "\n" if "\n" in said else ", "
         return f"{said}{separator if said else ''}fused: {self._fastcnn_conversion.words()}"
 
@@ -298,19 +327,49 @@ class Converted:
             make = _new
         return make, arguments, state, None, None, functools.partial(_restore, recipe)
 
+    def __prepare_scriptable__(self) -> Any:
+        """Return what torch.jit.script compiles in place of the module: the module as written."""
+        written: Any = object.__new__(original_class(self))
+        own = self.__dict__ | {"_modules": dict(self.__dict__["_modules"])}  # script writes there
+        written.__dict__.update(own)
+        prepare = getattr(written, "__prepare_scriptable__", None)
+        return written if prepare is None else prepare()
+
+
+class _ConvertedGraph(Converted):
+    """Of a torch.fx GraphModule, whose recompile() gives its class another forward."""
+
+    def recompile(self) -> Any:
+        """Recompile it, and convert what it is then."""
+        recipe = self._fastcnn_conversion.recipe()
+        self.__class__ = original_class(self)
+        code = self.recompile()
+        convert_copy(recipe, self)
+        return code
+
+
+class _MadeClass(type):
+    """The class of converted modules' classes, which stand for the original ones."""
+
+    _fastcnn_class: type[nn.Module]
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make another module of the original class, as in type(model)(...)."""
+        return cls._fastcnn_class(*args, **kwargs)
+
 
 # By the classes that others have derived from converted modules' classes: the same of the original.
 _derived: WeakKeyDictionary[type, type] = WeakKeyDictionary()
 
 
-def original_class(module: Any) -> type:
+def original_class(module: Any) -> Any:
     """Return the class that a converted module would have now if it had not been converted.
 
     It is the original one, or where a parametrization has derived a class since, the same of that.
     """
     cls = type(module)
-    if "_fastcnn_class" in cls.__dict__:
-        return module._fastcnn_class
+    if not issubclass(cls, Converted) or "_fastcnn_class" in cls.__dict__:
+        return getattr(cls, "_fastcnn_class", cls)
     if cls not in _derived:
         _derived[cls] = type(cls.__name__, (module._fastcnn_class,), dict(cls.__dict__))
     return _derived[cls]
@@ -346,24 +405,43 @@ def convert_copy(recipe: Any, module: Any) -> None:
     """Convert a copy as its original was, as far as that can be done with what it is."""
     make, *arguments = recipe
     conversion = make(*arguments)
-    if conversion.attach(module, Layers()):
+    try:
+        conversion.attach(module, Layers())
+    except Untraceable as error:
+        untraceable[module] = str(error)
+    else:
         conversion.apply(module)
 
 
 def _give_class(module: Any, conversion: Any, forward: Callable[..., Any]) -> None:
-    original = type(module)
+    original = original_class(module)
     # Code of its own: torch.compile counts how often it compiles one code anew, and gives up.
     code, closure = forward.__code__.replace(), forward.__closure__
     forward = types.FunctionType(code, forward.__globals__, "forward", None, closure)
     body = {
-        "_fastcnn_conversion": conversion,
         "_fastcnn_class": original,
         "forward": functools.wraps(original.forward)(forward),
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    module.__class__ = type(original.__name__, (Converted, original), body)
+    marks = _ConvertedGraph if issubclass(original, fx.GraphModule) else Converted
+    kind: Any = type(original)
+    module.__class__ = _made_class(kind)(original.__name__, (marks, original), body)
+    _conversions[module] = conversion
+
+
+@functools.cache
+def _made_class(kind: Hashable) -> Any:
+    """Return the class of converted classes whose original ones are of a kind, as ABCMeta."""
+    assert isinstance(kind, type)
+    return _MadeClass if kind is type else type(kind.__name__, (_MadeClass, kind), {})
+
+
+def discard(module: Any) -> None:
+    """Give a converted module its original class, and free what it has run."""
+    module.__class__ = original_class(module)
+    _conversions.pop(module, None)
 
 
 def bind(
@@ -381,6 +459,12 @@ def bind(
         if name not in optional or value is not optional[name]:
             return None
     return inputs if all(isinstance(x, Tensor) for x in inputs) else None
+
+
+def _is_exporting() -> bool:
+    """Whether torch.onnx.export is at work, which knows PyTorch's operators alone."""
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
 
 
 def _is_replica(module: Any) -> bool:

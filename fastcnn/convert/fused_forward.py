@@ -6,14 +6,15 @@ take 3.5 MB.
 """
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import fx, nn
 
 from fastcnn.convert.codegen.rewrite import comparison_of, drop_identities, function_of, fuse
-from fastcnn.convert.graph.describe import Call, call_of_blocks, describe
-from fastcnn.convert.graph.guards import Guard
+from fastcnn.convert.graph.describe import Call, Left, call_of_blocks, describe, describe_left
+from fastcnn.convert.graph.guards import Guard, compared_compiled
 from fastcnn.convert.graph.layers import Layers
 from fastcnn.convert.graph.matcher import Matcher
 from fastcnn.convert.graph.trace import trace
@@ -24,17 +25,20 @@ class FusedForward(NamedTuple):
     """What runs in place of a forward, as long as the training flags that it has read are these."""
 
     run: Callable[..., Any]
-    flags: list[tuple[nn.Module, bool]]
+    flags: list[tuple[weakref.ref[nn.Module], bool]]
     guard: Guard
     holds: Callable[[Any], bool]  # the guard, as far as torch.compile needs to see it
     original: fx.Graph  # as it is written
     fused: fx.Graph  # as it runs
     calls: dict[str, Call]  # by the fused graph's nodes; residual blocks may be one
     patterns: list[Call]  # in the same order, residual blocks each
-    left: list[tuple[str, str]]  # where, and why not
-    opened: dict[
-        str, bool
-    ]  # by paths of the modules that it holds: whether a pattern has a part there
+    left: list[Left]
+    # By paths of the modules that it holds: whether a pattern has a part there.
+    opened: dict[str, bool]
+
+    def is_for_flags(self) -> bool:
+        """Whether the training flags are those that it was made for."""
+        return all(getattr(m(), "training", None) == flag for m, flag in self.flags)
 
     def children(self) -> list[str]:
         """Return the paths of the modules that it calls."""
@@ -49,7 +53,7 @@ def trace_and_fuse(
     Raises:
         Untraceable: the forward cannot be replaced.
     """
-    graph, opened, asked = trace(module, leaves, layers)
+    graph, opened, reads = trace(module, leaves, layers)
     original = copy.deepcopy(graph)
     modules = dict(module.named_modules(remove_duplicate=False))
     dropped = drop_identities(graph, modules, layers)
@@ -60,18 +64,17 @@ def trace_and_fuse(
     stacks = [n.meta.get("nn_module_stack", {}).values() for p in found for n in p.nodes]
     fusing = {path for stack in stacks for path, _ in stack}
     described = {id(p): describe(p, matcher) for p in found}
-    left = [(str(node.target), why) for node, why in matcher.left.items()]
+    left = [describe_left(node, why, matcher) for node, why in matcher.left.items()]
     calls = {}
     for node, together in fuse(graph, matcher, found, options):
         parts = [described[id(p)] for p in together]
         calls[node.name] = parts[0] if len(parts) == 1 else call_of_blocks(parts)
-    guard = Guard(opened, consumed, layers)
     paths = {m: path for path, m in reversed(modules.items())}
     return FusedForward(
         function_of(graph, name or type(module).__name__),
-        [(m, m.training) for m in asked],
-        guard,
-        comparison_of(guard, paths, f"comparison of {name}"),
+        [(weakref.ref(m), m.training) for m in reads.flags],
+        Guard(opened, consumed, reads, layers),
+        comparison_of(*compared_compiled(consumed, reads, layers), paths, f"comparison of {name}"),
         original,
         graph,
         calls,

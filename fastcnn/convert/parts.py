@@ -4,17 +4,20 @@
 is converted, `parts_of` reads the same record from what it holds.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from torch import nn
+from torch import fx, nn
 
 from fastcnn.convert.converted import (
     Conversion,
     Converted,
     LayerConversion,
     as_original,
+    left_alone,
     untraceable,
 )
+from fastcnn.convert.graph.describe import Left
 from fastcnn.convert.graph.guards import has_hooks
 from fastcnn.convert.graph.layers import Layer, Layers
 from fastcnn.convert.graph.trace import Untraceable
@@ -22,11 +25,16 @@ from fastcnn.convert.options import Options
 
 
 class Part(NamedTuple):
-    """One module; why: the reason for which it is not converted, if there is one."""
+    """One module.
+
+    why: the reason for which it is not converted, if there is one. left: what its trace holds of
+    convertible calls, where none of them is fused.
+    """
 
     layer: Layer
     conversion: Conversion | LayerConversion | None
     why: str | None
+    left: Sequence[Left] = ()
 
 
 Parts = dict[nn.Module, Part]
@@ -37,7 +45,8 @@ def decide(model: nn.Module, options: Options) -> Parts:
 
     Parents first: a trace holds all that the modules it opens do, and tells which of them have
     something to fuse by themselves, for whoever calls those alone; they are traced when that
-    happens. Only below a forward that does not trace each module is traced at once.
+    happens. Only below a forward that does not trace each module is traced at once. Layers come
+    last: those of a traced forward keep their class, which other tools may ask for.
     """
     with as_original(list(model.modules())):
         return _Decision(model, options).parts
@@ -48,8 +57,11 @@ def apply(parts: Parts) -> None:
     for module, part in parts.items():
         if not part.layer.leaf:
             untraceable.pop(module, None)
+            left_alone.pop(module, None)
             if part.why is not None:
                 untraceable[module] = part.why
+            if part.left:
+                left_alone[module] = part.left
         if part.conversion is not None:
             part.conversion.apply(module)
 
@@ -65,7 +77,8 @@ def _as_it_is(module: nn.Module, layers: Layers) -> Part:
     if isinstance(module, Converted):
         return Part(layer, module._fastcnn_conversion, None)
     alone = layer.leaf and layer.stands_alone
-    return Part(layer, None, layers.why_not_alone(module) if alone else untraceable.get(module))
+    why = layers.why_not_alone(module) if alone else untraceable.get(module)
+    return Part(layer, None, why, left_alone.get(module, ()))
 
 
 class _Decision:
@@ -76,30 +89,34 @@ class _Decision:
         self._options, self._layers = options, Layers()
         self._names = {module: name for name, module in model.named_modules()}
         self._seen: set[nn.Module] = set()
+        self._traced: set[nn.Module] = set()  # all of a forward that has a trace
         self._add(model)
+        for module, part in self.parts.items():
+            if part.layer.leaf and module not in self._traced:
+                self.parts[module] = self._alone(module)
 
     def _add(self, module: nn.Module) -> None:
         """Decide on a module and all below it."""
         if module in self._seen:
             return
         self._seen.add(module)
-        if self._opens(module):
-            if module not in self.parts:
-                self._trace(module)
-        elif self._layers[module].leaf:
-            self.parts[module] = self._alone(module)
-        else:
+        if not self._opens(module):
             self.parts[module] = Part(self._layers[module], None, None)
+        elif module not in self.parts:
+            self._trace(module)
         for child in module.children():
             self._add(child)
 
     def _alone(self, module: nn.Module) -> Part:
         layer = self._layers[module]
+        if not layer.stands_alone:
+            return Part(layer, None, None)
         conversion = LayerConversion(self._names[module], self._options)
-        if conversion.attach(module, self._layers):
-            return Part(layer, conversion, None)
-        why = self._layers.why_not_alone(module) if layer.stands_alone else None
-        return Part(layer, None, why)
+        try:
+            conversion.attach(module, self._layers)
+        except Untraceable as error:
+            return Part(layer, None, str(error))
+        return Part(layer, conversion, None)
 
     def _trace(self, module: nn.Module) -> None:
         """Fuse a module's forward; without a pattern or a trace it stays as it is.
@@ -108,7 +125,7 @@ class _Decision:
         """
         below = {path: m for path, m in module.named_modules() if path and self._opens(m)}
         conversion, why = None, None
-        closed = {path for path, m in below.items() if has_hooks(m) or "forward" in m.__dict__}
+        closed = {path for path, m in below.items() if has_hooks(m) or _is_compiled_again(m)}
         while True:
             leaves = closed
             made = Conversion(self._names[module], self._options, sorted(leaves))
@@ -121,10 +138,16 @@ class _Decision:
                     closed = leaves | self._to_close(module, below, None)
             if conversion is not None or closed == leaves:
                 break
-        found = conversion if conversion is not None and conversion.fuses() else None
-        self.parts[module] = Part(self._layers[module], found, why)
+        layer = self._layers[module]
+        if conversion is None:
+            self.parts[module] = Part(layer, None, why)
+            return
+        fuses = conversion.fuses()
+        left = () if fuses else conversion.forwards[0].left
+        self.parts[module] = Part(layer, conversion if fuses else None, None, left)
         called = {below[path] for path in leaves}
-        for path, fuses in conversion.opened().items() if conversion is not None else ():
+        self._traced |= set(_within(module, called))
+        for path, fuses in conversion.opened().items():
             if path and below[path] not in self.parts:
                 self.parts[below[path]] = self._when_called(below[path], called, fuses)
 
@@ -143,12 +166,31 @@ class _Decision:
 
     def _when_called(self, module: nn.Module, called: set[nn.Module], fuses: bool) -> Part:
         """Return the part of a module that a trace has opened: traced itself when it is called."""
+        layer = self._layers[module]
+        if not fuses:
+            return Part(layer, None, None)
         leaves = [path for path, m in module.named_modules() if path and m in called]
         conversion = Conversion(self._names[module], self._options, sorted(leaves))
-        fuses = fuses and conversion.attach(module, self._layers)
-        return Part(self._layers[module], conversion if fuses else None, None)
+        try:
+            conversion.attach(module, self._layers)
+        except Untraceable as error:
+            return Part(layer, None, str(error))
+        return Part(layer, conversion, None)
 
     def _opens(self, module: nn.Module) -> bool:
         """Whether a module has a forward that may become part of a trace."""
         own = "forward" in module.__dict__ or type(module).forward is not nn.Module.forward
         return own and not self._layers[module].leaf
+
+
+def _within(module: nn.Module, called: set[nn.Module]) -> Iterator[nn.Module]:
+    """Yield what a module's trace may run: all below it but for what it calls."""
+    for child in module.children():
+        if child not in called:
+            yield child
+            yield from _within(child, called)
+
+
+def _is_compiled_again(module: nn.Module) -> bool:
+    """Whether a module's class gets another forward time and again, as torch.fx's recompile()."""
+    return isinstance(module, fx.GraphModule)

@@ -10,6 +10,7 @@ from torch import nn
 from fastcnn.common.text_table import WIDTH, columns
 from fastcnn.convert.codegen import fit
 from fastcnn.convert.converted import Conversion, LayerConversion
+from fastcnn.convert.graph.describe import Left
 from fastcnn.convert.parts import Part, Parts
 from fastcnn.ops.backends import BACKENDS
 
@@ -70,13 +71,16 @@ class _Walk:
         first = next((t for ts in (model.parameters(), model.buffers()) for t in ts), None)
         self._device = "cpu" if first is None else first.device.type
 
-    def rows(self, module: nn.Module, path: str) -> Iterator[ConversionRow]:
+    def rows(
+        self, module: nn.Module, path: str, alone: str = "not converted"
+    ) -> Iterator[ConversionRow]:
+        """Yield the rows of a module; alone: why a layer that has a kernel does not run by it."""
         if module in self._seen:
             return
         self._seen.add(module)
         part = self._parts[module]
         if part.layer.leaf:
-            yield from self._layer(module, part, path)
+            yield from self._layer(module, part, path, alone)
             return
         assert not isinstance(part.conversion, LayerConversion)
         current = None if part.conversion is None else part.conversion.current()
@@ -86,11 +90,16 @@ class _Walk:
         for call in current.patterns:
             note = None if call.ends_in is None else fit.notes.get(call.ends_in)
             yield self._fused(place(path, call.where), call.words, note)
-        for what, why in current.left:
-            words = self._convertible(module, what)
-            yield ConversionRow(place(path, _plain(what)), words, False, "PyTorch", why)
+        yield from self._left(module, path, current.left)
         for called in dict.fromkeys(current.children()):
             yield from self.rows(module.get_submodule(called), child_path(path, called))
+
+    def _left(self, module: nn.Module, path: str, left: Sequence[Left]) -> Iterator[ConversionRow]:
+        """Yield the rows of what a trace leaves alone, which its layers need not say again."""
+        modules = dict(module.named_modules())
+        for where, words, why in left:
+            self._seen.update(filter(None, [modules.get(where)]))
+            yield ConversionRow(place(path, where), words, False, "PyTorch", why)
 
     def _as_written(self, module: nn.Module, part: Part, path: str) -> Iterator[ConversionRow]:
         why = None if part.why is None else f"its forward does not trace: {part.why}"
@@ -99,15 +108,20 @@ class _Walk:
         if why is not None:
             inside = ", ".join(dict.fromkeys(self._own_layers(module)))
             yield ConversionRow(path or type(module).__name__, inside, False, "PyTorch", why)
+        yield from self._left(module, path, part.left)
+        alone = "not converted" if part.conversion is None else "its forward runs as written"
+        alone = "its forward does not call it" if part.left else alone
         for name, child in module.named_children():
-            yield from self.rows(child, child_path(path, name))
+            yield from self.rows(child, child_path(path, name), alone)
 
-    def _layer(self, module: nn.Module, part: Part, path: str) -> Iterator[ConversionRow]:
+    def _layer(
+        self, module: nn.Module, part: Part, path: str, alone: str
+    ) -> Iterator[ConversionRow]:
         words = str(part.layer.kind)
         if part.conversion is not None:
             yield self._fused(path, words, fit.notes.get(module))
         elif part.layer.stands_alone or words in UNKNOWN:
-            why = UNKNOWN.get(words) or part.why or "not converted"
+            why = UNKNOWN.get(words) or part.why or alone
             yield ConversionRow(path, words, False, "PyTorch", why)
 
     def _fused(self, where: str, words: str, note: str | None) -> ConversionRow:
@@ -128,23 +142,12 @@ class _Walk:
             elif isinstance(child, (nn.ModuleList, nn.ModuleDict)):
                 yield from self._own_layers(child)
 
-    def _convertible(self, module: nn.Module, what: str) -> str:
-        try:
-            return self._parts[module.get_submodule(what)].layer.kind or "call"
-        except AttributeError:
-            return _plain(what)
-
 
 def _op(words: str) -> str:
     kinds = re.split(r"[- ]+", words)
     if "conv" in kinds:
         return "conv_bn_act"
     return _OPS.get(kinds[0], "group_norm_act")
-
-
-def _plain(what: str) -> str:
-    """Return a function's name of what str() says of it."""
-    return what.removeprefix("<").split(" at ")[0].split()[-1].removesuffix(">")
 
 
 def child_path(path: str, name: str) -> str:

@@ -6,14 +6,12 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from onnx.reference import ReferenceEvaluator
 from support.chains import LEVELS
 from support.conversion_cases import cbr, net
-from support.conversions import assert_inferred, images, patterns, prepared, results
+from support.conversions import images, patterns, prepared, results
 from support.oracles import torchvision
 from support.tolerance import assert_same
 from torch import Tensor, nn
@@ -195,18 +193,6 @@ def test_reverted_models_export_plain_graphs(x: Tensor) -> None:
     targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
     assert targets
     assert all(t.startswith("aten.") for t in targets), targets
-
-
-@pytest.mark.filterwarnings("ignore")  # the exporter's own
-def test_reverted_models_go_to_onnx(x: Tensor) -> None:
-    model = nn.Sequential(cbr(nn.ReLU()), torchvision.models.resnet.BasicBlock(4, 4)).eval()
-    revert(convert(model))
-    file = io.BytesIO()
-    torch.onnx.export(model, (x.float(),), file, dynamo=False)
-    graph = onnx.load_from_string(file.getvalue())
-    assert {node.domain for node in graph.graph.node} == {""}
-    (got,) = ReferenceEvaluator(graph).run(None, {graph.graph.input[0].name: x.float().numpy()})
-    assert_inferred(torch.from_numpy(got), model.double(), x.float())
 
 
 def small_resnet(memory: str) -> models.ResNet:

@@ -243,7 +243,7 @@ def test_a_list_of_inputs_is_traced_from_above(x: Tensor) -> None:
     assert assert_converts(model, x) == ["batch_norm-relu"]
     # By itself it runs as it was traced for a tensor, and as written for a list.
     one = torch.cat([x, x], 1)
-    assert torch.equal(model.dense(one), model.dense([x, x]))
+    assert_same(model.dense(one), model.dense([x, x]))
 
 
 def test_writing_into_an_input_is_seen(x: Tensor) -> None:

@@ -140,4 +140,4 @@ def reasons(model: nn.Module) -> list[str]:
     """Return why parts of a model's forward were left alone."""
     assert isinstance(model, Converted)
     made = model._fastcnn_conversion.current()
-    return [] if made is None else [why for _, why in made.left]
+    return [] if made is None else [one.why for one in made.left]

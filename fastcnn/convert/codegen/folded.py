@@ -4,6 +4,7 @@ In training, and where a gradient is required, the steps run as runtime.py's.
 """
 
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ def folded_chain(
         added = residual if shortcut is None else _through(x, beside)
         return _through(x, main, added, residual_dies or bool(beside))
 
-    return _named(run)
+    return run
 
 
 def folded_upsampled_chain(
@@ -82,13 +83,27 @@ def folded_upsampled_chain(
         y = y if pool is None else pool(y)
         return y if rest is None else rest(y, residual)
 
-    return _named(run)
-
-
-def _named(run: Any) -> Any:
-    """Give a function a name of its own, by which generated code calls it."""
-    run.__name__ = run.__qualname__ = f"folded_chain_{next(_numbers)}"
     return run
+
+
+class Kept:
+    """A function as a graph has it, with a name of its own by which generated code calls it.
+
+    The graph keeps it until somebody else does.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.__name__ = self.__qualname__ = f"folded_chain_{next(_numbers)}"
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the function."""
+        return self._function(*args)
+
+    def given_up(self) -> Callable[..., Any]:
+        """Return the function, which the caller keeps from here on."""
+        function, self._function = self._function, weakref.proxy(self._function)
+        return function
 
 
 def _converts_layout(x: Tensor, weight: Tensor) -> bool:

@@ -1,17 +1,20 @@
 """From a traced graph and its patterns to the Python function that runs instead of a forward."""
 
 import itertools
+import keyword
 import linecache
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
+from unittest.mock import patch
 
+import torch.fx.graph
 import torch.nn.functional as F
 from torch import fx, nn
 
 from fastcnn.convert.codegen import fit, runtime
-from fastcnn.convert.codegen.folded import folded_chain, folded_upsampled_chain
-from fastcnn.convert.graph.guards import Guard, has_hooks
+from fastcnn.convert.codegen.folded import Kept, folded_chain, folded_upsampled_chain
+from fastcnn.convert.graph.guards import has_hooks
 from fastcnn.convert.graph.layers import Layers
 from fastcnn.convert.graph.matcher import Matcher
 from fastcnn.convert.graph.patterns import (
@@ -103,6 +106,8 @@ class _Emitter:
             kind = self._matcher.layer(p.norm).kind
             arguments = (x, self._module(p.norm), kind, p.act, second, options)
             return call(runtime.run_norm_act, arguments)
+        if isinstance(p, DropPattern) and p.drop.op == "call_module":
+            return call(runtime.run_dropout_layer, (x, self._module(p.drop), options))
         if isinstance(p, DropPattern):
             plain = p.drop.target is F.dropout
             function = runtime.run_dropout if plain else runtime.run_dropout2d
@@ -124,7 +129,7 @@ class _Emitter:
             how = self._module(p.resize.resize) if module else self._resizing(p.resize)
             if folds:
                 run = folded_upsampled_chain(self._modules(p.steps), beside[1], options)
-                return call(run, (x, beside[0], how, residual))
+                return call(Kept(run), (x, beside[0], how, residual))
             arguments = (x, *beside, how, self._steps(p.steps), residual, options)
             return call(runtime.run_upsampled_chain, arguments)
         x = self._value(p.input)
@@ -132,9 +137,8 @@ class _Emitter:
             # What converted code has made itself nobody else has seen.
             dies = p.residual_dies and (residual or x) in self._calls.values()
             shortcut = self._modules(p.residual) if isinstance(p.residual, tuple) else None
-            return call(
-                folded_chain(self._modules(p.steps), shortcut, dies, options), (x, residual)
-            )
+            run = folded_chain(self._modules(p.steps), shortcut, dies, options)
+            return call(Kept(run), (x, residual))
         added = self._steps(p.residual) if isinstance(p.residual, tuple) else residual
         return call(runtime.run_chain, (x, self._steps(p.steps), added, options))
 
@@ -175,11 +179,16 @@ class _Emitter:
         return self._graph.create_node("get_attr", str(node.target))
 
 
-def comparison_of(guard: Guard, paths: dict[nn.Module, str], name: str) -> Callable[[Any], bool]:
-    """Return a function that compares a module with a guard's values in plain Python.
+def comparison_of(
+    kinds: Iterable[nn.Module],
+    attributes: Iterable[tuple[nn.Module, str, Any]],
+    paths: dict[nn.Module, str],
+    name: str,
+) -> Callable[[Any], bool]:
+    """Return a function that compares a module's parts with what they are now, in plain Python.
 
     For torch.compile, which takes what the guard says for a constant: so it compiles anew where one
-    of these values changes.
+    of these classes or attributes changes.
     """
     values: dict[str, Any] = {}
     lines = ["def holds(self):"]
@@ -188,35 +197,46 @@ def comparison_of(guard: Guard, paths: dict[nn.Module, str], name: str) -> Calla
         values[f"value_{len(values)}"] = value
         lines.append(f"    if not ({found} {how} value_{len(values) - 1}): return False")
 
-    for module in guard.kinds_compiled:
-        # Its own class, which it may get a converted one for.
+    for module in kinds:  # its own class, which it may get a converted one for
         found = _path_of(paths[module])
         compare(f"getattr(type({found}), '_fastcnn_class', type({found}))", type(module), "is")
-    for module, attribute, value in guard.seen_compiled:
-        compare(f"{_path_of(paths[module])}.{attribute}", value, "==")
-    return _executed("\n".join([*lines, "    return True"]), values, name)["holds"]
+    for module, attribute, value in attributes:
+        if module in paths:
+            compare(_path_of(paths[module], attribute), value, "==")
+    return _function("holds", "\n".join([*lines, "    return True"]), values, name)
 
 
-def _path_of(path: str) -> str:
-    found = "self"
-    for part in path.split(".") if path else ():
-        found = f"{found}.{part}" if part.isidentifier() else f"getattr({found}, {part!r})"
+def _path_of(path: str, attribute: str = "", base: str = "self") -> str:
+    """Return code that gets a module by its path from a base, or an attribute of it."""
+    found = base
+    for part in (*filter(None, path.split(".")), *filter(None, [attribute])):
+        plain = part.isidentifier() and not keyword.iskeyword(part)
+        found = f"{found}.{part}" if plain else f"getattr({found}, {part!r})"
     return found
 
 
 def function_of(graph: fx.Graph, name: str) -> Callable[..., Any]:
-    """Compile a graph into a function of a module and its forward's arguments."""
-    code = graph.python_code("self")
-    return _executed(code.src, code.globals, name)["forward"]
+    """Compile a graph into a function of a module and its forward's arguments.
+
+    The function alone keeps what its calls hold, as folded weights: a graph is made of cycles, and
+    would keep them until a collection.
+    """
+    # torch.fx would write a child called "global" as self.global.
+    with patch.object(
+        torch.fx.graph, "_format_target", lambda base, path: _path_of(path, "", base)
+    ):
+        code = graph.python_code("self")
+    values = {name: v.given_up() if isinstance(v, Kept) else v for name, v in code.globals.items()}
+    return _function("forward", code.src, values, name)
 
 
-def _executed(source: str, values: dict[str, Any], name: str) -> dict[str, Any]:
-    """Run source that defines one function, and return the names in it."""
+def _function(made: str, source: str, values: dict[str, Any], name: str) -> Callable[..., Any]:
+    """Run source that defines one function, and return it."""
     # A file name of its own, whose text tracebacks and torch.compile's logs can show.
     file = f"<fastcnn.convert {name} {next(_numbers)}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     namespace: dict[str, Any] = dict(values)
     exec(compile(source, file, "exec"), namespace)
-    function = namespace.get("forward", namespace.get("holds"))
+    function = namespace.pop(made)  # out of its own globals, which would be a cycle
     weakref.finalize(function, linecache.cache.pop, file, None)
-    return namespace
+    return cast(Callable[..., Any], function)

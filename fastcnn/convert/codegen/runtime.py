@@ -126,7 +126,8 @@ def run_norm_act(
     if why is not None:
         refuse(norm, why, options)
         y = norm(x)
-        return eager_activation(y if residual is None else y + residual, act)
+        y = y if residual is None else y + residual
+        return eager_activation(y, act) if act_inside(norm) == "none" else y
     return run_norm(x, norm, kind, act, residual)
 
 
@@ -192,25 +193,37 @@ def run_dropout(
     x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, options: Options
 ) -> Tensor:
     """Run F.dropout."""
-    return _dropout(x, p, training, inplace, False, options)
+    return _dropout(x, p, training, inplace, False, options, None)
 
 
 def run_dropout2d(
     x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, options: Options
 ) -> Tensor:
     """Run F.dropout2d."""
-    return _dropout(x, p, training, inplace, True, options)
+    return _dropout(x, p, training, inplace, True, options, None)
+
+
+def run_dropout_layer(x: Tensor, layer: nn.Dropout | nn.Dropout2d, options: Options) -> Tensor:
+    """Run a Dropout or Dropout2d module."""
+    per_channel = isinstance(layer, nn.Dropout2d)
+    return _dropout(x, layer.p, layer.training, layer.inplace, per_channel, options, layer)
 
 
 def _dropout(
-    x: Tensor, p: float, training: bool, inplace: bool, per_channel: bool, options: Options
+    x: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    per_channel: bool,
+    options: Options,
+    layer: nn.Module | None,
 ) -> Tensor:
     if not training:
         return x
     why = unfit(x, options, dims=4 if per_channel else None)
     if why is None:
         return functional.dropout(x, p, training, inplace, per_channel=per_channel)
-    refuse(None, why, options)
+    refuse(layer, why, options)
     return (F.dropout2d if per_channel else F.dropout)(x, p, training, inplace)
 
 
@@ -274,8 +287,7 @@ def layer_call(module: nn.Module, layer: Layer) -> Callable[[Tensor, Any], Tenso
     """Return what runs a layer by itself on an input that fits."""
     kind, act = layer.kind, layer.act or "none"
     if kind == "dropout":
-        per_channel = isinstance(module, nn.Dropout2d)
-        return lambda x, m: _dropout(x, m.p, m.training, m.inplace, per_channel, Options())
+        return lambda x, m: run_dropout_layer(x, m, Options())
     if kind == "upsample":
         return lambda x, m: run_upsample(x, m, None, False, Options())
     assert kind is not None

@@ -29,7 +29,9 @@ class Call(NamedTuple):
 def describe(pattern: Pattern, matcher: Matcher) -> Call:
     """Return a pattern's call: where it is by its first module and its last."""
     layers = [str(n.target) for n in pattern.nodes if n.op == "call_module"]
-    where = " .. ".join(dict.fromkeys((layers[0], layers[-1]))) if layers else _owned(pattern)
+    where = (
+        " .. ".join(dict.fromkeys((layers[0], layers[-1]))) if layers else _owned(pattern.nodes[0])
+    )
     ends_in, reads = None, []
     paths: dict[str, str] = {}
     if isinstance(pattern, ChainPattern):
@@ -42,6 +44,8 @@ def describe(pattern: Pattern, matcher: Matcher) -> Call:
     elif isinstance(pattern, NormPattern):
         ends_in = matcher.module(pattern.norm)
         reads = [str(pattern.norm.target)]
+    elif isinstance(pattern, DropPattern) and layers:
+        ends_in = matcher.module(pattern.drop)
     words, last = _words(pattern, matcher), matcher.last_of(pattern).name
     return Call(where, words, last, ends_in, paths, tuple(reads))
 
@@ -59,9 +63,24 @@ def call_of_blocks(calls: list[Call]) -> Call:
     return last._replace(where=where, words=words, layers=layers, reads=first.reads)
 
 
-def _owned(pattern: Pattern) -> str:
-    """Return the name of a pattern without layers, within the module whose forward it is in."""
-    node = pattern.nodes[0]
+class Left(NamedTuple):
+    """Something convertible that is not fused: where it is, what, and why not."""
+
+    where: str
+    words: str
+    why: str
+
+
+def describe_left(node: fx.Node, why: str, matcher: Matcher) -> Left:
+    """Return what a node is that is left alone."""
+    if node.op == "call_module":
+        return Left(str(node.target), matcher.layer(node).kind or "call", why)
+    words = node.target if isinstance(node.target, str) else node.target.__name__
+    return Left(_owned(node), words, why)
+
+
+def _owned(node: fx.Node) -> str:
+    """Return the name of a function's call, within the module whose forward it is in."""
     owner = next(reversed(node.meta.get("nn_module_stack") or {"": None}))
     return f"{owner}.{node.name}" if owner else node.name
 
@@ -70,7 +89,7 @@ def _words(p: Pattern, matcher: Matcher) -> str:
     if isinstance(p, ChainPattern):
         *before, last = [_step(step) for step in p.steps]
         if p.resize is not None:
-            before.insert(0, _words(p.resize, matcher))
+            before.insert(0, "interpolate" if p.resize.skip is None else "interpolate-cat")
         if p.residual is None:
             return " > ".join([*before, last])
         beside = {fx.Node: "residual", tuple: "projection"}.get(type(p.residual), "residual")
@@ -83,7 +102,8 @@ def _words(p: Pattern, matcher: Matcher) -> str:
         added = " + residual" if p.residual is not None else ""
         return f"{kind}{added}" + (f"-{p.act}" if p.act != "none" else "")
     if isinstance(p, ResizePattern):
-        return "interpolate" if p.skip is None else "interpolate-cat"
+        by_layer = p.skip is None and p.resize.op == "call_module"
+        return "upsample" if by_layer else "interpolate" if p.skip is None else "interpolate-cat"
     assert isinstance(p, DropPattern)
     return "dropout"
 

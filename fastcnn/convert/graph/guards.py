@@ -1,18 +1,19 @@
 """What a trace took for granted, compared with the modules at every call.
 
-A trace reads the modules' classes, their plain attributes and those of their configurations, which
-children there are and which are None, and calls no hooks of what it opened. If any of this is
-different at a call, the forward runs as written.
+A trace holds what the forward has read of its modules (`reads.py`), their classes' forwards, and
+what the layers are that fused calls run without calling them; and it calls no hooks of what it
+opened. If any of this is different at a call, the forward runs as written.
 """
 
-import dataclasses
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
+from fastcnn import _C
 from fastcnn.convert.graph.layers import NORMS, Layers, class_of
+from fastcnn.convert.graph.reads import MISSING, PLAIN, Reads, Value, is_same
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [
@@ -24,12 +25,9 @@ _GLOBAL_HOOKS = [
         "_global_backward_pre_hooks",
     )
 ]
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.Size)
-_MISSING = object()
-_NOT_STATE = {*nn.Module().__dict__}  # training flags, and what has checks of its own
-# What fused calls do not read at each call, so that torch.compile would not compare it.
+_READ_AT_CALLS = {**dict.fromkeys(NORMS, ("eps", "momentum")), "dropout": ("p", "inplace")}
+# Layers that fused calls do not read at each call, so that torch.compile would not compare them.
 _COMPARED_COMPILED = {"act", "identity", "max_pool", "upsample"}
-_READ_AT_CALLS = {"eps", "momentum"}  # of norms
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -38,109 +36,124 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 class Guard:
-    """Compares a root and what its trace opened with how they were.
+    """Compares the modules of a trace with how they were.
 
     opened: modules whose forward is part of the trace, the root first. consumed: the layers that
-    fused calls run without calling them, and the identities that are gone.
+    fused calls run without calling them, and the identities that are gone. The root itself is not
+    kept, which lives as long as nobody else keeps it.
     """
 
     def __init__(
-        self, opened: Sequence[nn.Module], consumed: Iterable[nn.Module], layers: Layers
+        self,
+        opened: Sequence[nn.Module],
+        consumed: Iterable[nn.Module],
+        reads: Reads,
+        layers: Layers,
     ) -> None:
         consumed = list(consumed)
-        norms = {m for m in consumed if layers[m].kind in NORMS}
-        fixed = {id(m) for m in (*opened, *consumed)}
         inner = [*opened[1:], *consumed]
-        self._hooks = [(getattr(m, name), m) for m in inner for name in _HOOKS]
-        self._values = [value for m in (*opened, *consumed) for value in _values(m, m in norms)]
+        self._inner = inner
+        self._hooks = [getattr(m, name) for m in inner for name in _HOOKS]
+        fixed = {*opened, *consumed, *reads.asked}  # others are called, whatever they are then
+        self._values = [
+            value
+            for value in (*reads.values.values(), *_inside(consumed))
+            if not isinstance(value.value, nn.Module) or value.value in fixed
+        ]
+        self._values += map(_forward_of, inner)
+        self._values += [value for m in consumed for value in _options_of(m, layers)]
+        self._of_classes = [(*key, value) for key, value in reads.of_classes.items()]
+        self._nones = list(reads.nones.values())
+        self._children = [(m._modules, names, _name(m)) for m, names in reads.children.items()]
         # A class's forward may be replaced for all its modules, a module's class for it alone.
-        self._classes = [(m, class_of(m), class_of(m).forward) for m in (*opened, *consumed)]
-        self._children = [
-            (m._modules, name, child, m)
-            for m in (*opened, *consumed)
-            for name, child in m._modules.items()
-            if child is None or id(child) in fixed
-        ]
-        self.kinds_compiled = [m for m in consumed if layers[m].kind in _COMPARED_COMPILED]
-        self.seen_compiled = [
-            (m, name, value)
-            for m in (*opened, *self.kinds_compiled)
-            for _, name, value, where in _values(m, m in norms)
-            if where == _name(m) and isinstance(value, _PLAIN)
-        ]
-        self._counts = [(m._modules, len(m._modules), m) for m in opened]
-        self._own = [(m.__dict__, m) for m in inner]
+        self._classes = [class_of(m) for m in inner]
+        self._types = [type(m) for m in inner]  # of now: a converted module has one of its own
+        classes = dict.fromkeys(class_of(m) for m in (*opened, *consumed))
+        self._forwards = [(cls, cls.forward) for cls in classes]
 
-    def changed(self) -> str | None:
-        """Say what is no longer as it was traced, if anything."""
+    def changed(self) -> tuple[str, str] | None:
+        """Return where something is no longer as it was traced, and say what, if anything."""
         if any(_GLOBAL_HOOKS):
-            return "hooks on all modules are registered"
-        for hooks, module in self._hooks:
-            if hooks:
-                return f"a {_name(module)} has hooks now"
-        for values, name, value, where in self._values:
-            now = values.get(name, _MISSING)
-            if now is not value and (not _same_type(now, value) or now != value):
-                return f"{where}.{name} was {value!r} and is {now!r} now"
-        for module, cls, forward in self._classes:
-            if class_of(module) is not cls or cls.forward is not forward:
-                return f"a {cls.__name__} has another class or forward now"
-        for children, name, child, module in self._children:
-            if children.get(name) is not child:
-                return f"{_name(module)}.{name} is another module now"
-        for children, count, module in self._counts:
-            if len(children) != count:
-                return f"{_name(module)} has {len(children)} children and had {count}"
-        for values, module in self._own:
-            if "forward" in values:
-                return f"a {_name(module)} has a forward of its own now"
+            return "", "hooks on all modules are registered"
+        at = _C.first_filled(self._hooks)
+        if at >= 0:
+            name = _name(self._inner[at // len(_HOOKS)])
+            return name, f"a {name} has hooks now"
+        at = -1
+        while (at := _C.first_changed(self._values, MISSING, at + 1)) >= 0:
+            holder, name, value, where = self._values[at]
+            now = holder.get(name, MISSING)
+            if not is_same(now, value):
+                return where, _difference(where, value, now)
+        at = -1
+        while (at := _C.first_of_another_type(self._inner, self._types, at + 1)) >= 0:
+            module, cls = self._inner[at], self._classes[at]
+            if class_of(module) is not cls:
+                return cls.__name__, f"a {cls.__name__} has another class now"
+            self._types[at] = type(module)
+        for cls, name, value in self._of_classes:
+            now = getattr(cls, name, MISSING)
+            if now is not value and not is_same(now, value):
+                where = f"{cls.__name__}.{name}"
+                return where, _difference(where, value, now)
+        for holder, name, none, where in self._nones:
+            if (holder.get(name) is None) is not none:
+                return where, f"{where} is {'a tensor' if none else 'None'} now"
+        for cls, forward in self._forwards:
+            if cls.forward is not forward:
+                return cls.__name__, f"{cls.__name__} has another forward now"
+        for holder, names, where in self._children:
+            if tuple(holder) != names:
+                return where, f"{where} has other children now"
         return None
+
+
+def compared_compiled(
+    consumed: Iterable[nn.Module], reads: Reads, layers: Layers
+) -> tuple[list[nn.Module], list[tuple[nn.Module, str, Any]]]:
+    """Return what torch.compile has to see compared, as it keeps a guard's answer.
+
+    The modules whose classes are to be those of now, and modules' attributes with their values.
+    """
+    kinds = [m for m in consumed if layers[m].kind in _COMPARED_COMPILED]
+    values = [(module, name, value) for (module, name), value in reads.plain.items()]
+    for m in kinds:
+        own = _options_of(m, layers)
+        values += [(m, name, value) for _, name, value, _ in own if isinstance(value, PLAIN)]
+    return kinds, values
 
 
 def _name(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def _same_type(now: Any, then: Any) -> bool:
-    """Whether two values are of one type; copies of lists and dictionaries are plain ones."""
-    kinds = (list, dict)
-    return type(now) is type(then) or (isinstance(then, kinds) and isinstance(now, type(then)))
+def _inside(layers: Iterable[nn.Module]) -> Iterator[Value]:
+    """Yield the children of layers, such as the activation inside a norm."""
+    for m in layers:
+        for name, child in m._modules.items():
+            yield Value(m._modules, name, child, f"{_name(m)}.{name}")
 
 
-def _values(module: nn.Module, is_norm: bool) -> Iterator[tuple[dict[str, Any], str, Any, str]]:
-    """Yield where a module's plain values are, each with its name and what it is now."""
-    read_later = _READ_AT_CALLS if is_norm else set()
-    for name, value in module.__dict__.items():
-        if name in _NOT_STATE or name in read_later:
-            continue
-        if _is_plain(value):
-            yield module.__dict__, name, _copied(value), _name(module)
-        elif _is_configuration(value):
-            for key, one in vars(value).items():
-                if _is_plain(one):
-                    yield vars(value), key, _copied(one), f"{_name(module)}.{name}"
+def _forward_of(module: nn.Module) -> Value:
+    """Return the forward of an instance's own, which most have not."""
+    own = module.__dict__
+    return Value(own, "forward", own.get("forward", MISSING), f"{_name(module)}.forward")
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(map(_is_plain, (*value.keys(), *value.values())))
-    return isinstance(value, _PLAIN)
+def _options_of(layer: nn.Module, layers: Layers) -> list[Value]:
+    """Return the values that a layer was made with, and that are not read at each call."""
+    later = _READ_AT_CALLS.get(str(layers[layer].kind), ())
+    names = [n for n in getattr(layer, "__constants__", ()) if n not in later]
+    own = layer.__dict__
+    return [Value(own, n, own[n], f"{_name(layer)}.{n}") for n in names if n in own]
 
 
-def _copied(value: Any) -> Any:
-    """Copy what can be written into."""
-    if isinstance(value, list):
-        return [_copied(one) for one in value]
-    if isinstance(value, dict):
-        return {key: _copied(one) for key, one in value.items()}
-    return value
-
-
-def _is_configuration(value: Any) -> bool:
-    """Whether an object holds options: a namespace, a dataclass, or a class that says so."""
-    if isinstance(value, (nn.Module, torch.Tensor, type)) or not hasattr(value, "__dict__"):
-        return False
-    named = type(value).__name__.lower().endswith(("config", "namespace"))
-    return named or dataclasses.is_dataclass(value)
+def _difference(where: str, then: Any, now: Any) -> str:
+    if then is MISSING:
+        return f"{where} was not there and is now"
+    if now is MISSING:
+        return f"{where} is gone"
+    if isinstance(then, nn.Module) or isinstance(now, nn.Module):
+        return f"{where} is another module now"
+    was, is_now = reprlib.repr(then), reprlib.repr(now)
+    return f"{where} was {was} and is {is_now} now" if was != is_now else f"{where} has changed"

@@ -1,8 +1,8 @@
 """What convert knows: the layers and functions that its patterns are made of.
 
-A module counts as what its class says, exactly: a subclass may compute anything. The exceptions are
-classes of torchvision and timm that are one of torch's layers in another spelling, known by name,
-since neither package needs to be there.
+A module counts as what its class says. A subclass may compute anything, and counts only where it
+adds nothing to what its layer does. Classes of torchvision and timm that are one of torch's layers
+in another spelling are known by name, since neither package needs to be there.
 """
 
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ _ELSEWHERE = {
     ("timm", "LayerNorm"): "layer_norm",
     ("timm", "LayerNorm2d"): "layer_norm_2d",
     ("timm", "BatchNormAct2d"): "batch_norm",
+    ("timm", "SyncBatchNormAct"): "batch_norm",
     ("timm", "GroupNormAct"): "group_norm",
     ("timm", "LayerNormAct2d"): "layer_norm_2d",
 }
@@ -57,7 +58,21 @@ _ACT_FUNCTIONS: dict[Any, str] = {
     F.sigmoid: "sigmoid", torch.sigmoid: "sigmoid", F.leaky_relu: "leaky_relu",
     "relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "sigmoid_": "sigmoid",
 }  # fmt: skip
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CONTAINERS = (
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.DataParallel,
+    nn.parallel.DistributedDataParallel,
+)
+# What a subclass may have of its own, and still compute what its layer does.
+_HARMLESS = {
+    *vars(type("Empty", (nn.Module,), {"__annotations__": {}})),
+    "__init__", "__repr__", "extra_repr", "reset_parameters", "train", "__constants__", "_version",
+    "_save_to_state_dict", "_load_from_state_dict", "__orig_bases__", "__parameters__",
+    "__firstlineno__", "__static_attributes__", "__abstractmethods__", "_abc_impl",
+}  # fmt: skip
+_READ = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "training"}
 RESIZES = ("nearest", "bilinear", "nearest-exact")
 
 
@@ -92,6 +107,8 @@ class Layers(dict[nn.Module, Layer]):
     def why_not_alone(self, module: Any) -> str | None:
         """Say why there is no kernel for a layer by itself, None where there is one."""
         layer = self[module]
+        if not layer.stands_alone:
+            return "there is no kernel for it by itself"
         if layer.differs is not None:
             return f"it has {layer.differs}"
         if layer.kind == "upsample" and module.mode not in RESIZES:
@@ -106,15 +123,32 @@ def _classify(module: nn.Module) -> Layer:
     cls, parametrized = class_of(module), "parametrizations" in module._modules
     if cls.__name__.startswith("Parametrized") and parametrized:
         cls = cls.__bases__[0]
-    kind = _KINDS.get(cls) or _ELSEWHERE.get((cls.__module__.split(".")[0], cls.__name__))
-    act = None
+    cls = _layer_class(cls)
+    kind, act = _kind_of(cls), None
     if kind == "dropout" and module.p == 0:
         kind, act = "identity", "none"  # it returns its input itself
     elif kind in ("act", "identity"):
-        act = _act_of_module(module)
+        act = _act_of_module(module, cls)
     elif kind in NORMS:
         act = act_inside(module)
     return Layer(kind, act, differs(module, cls), _is_leaf(module, cls, kind), parametrized)
+
+
+def _kind_of(cls: type[nn.Module]) -> str | None:
+    return _KINDS.get(cls) or _ELSEWHERE.get((cls.__module__.split(".")[0], cls.__name__))
+
+
+def _layer_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of a layer that is known, of what adds nothing to it; else the class."""
+    known = next((k for k in cls.__mro__ if _kind_of(k) is not None), None)
+    if known is None:
+        return cls
+    read = {*_READ, *getattr(known, "__constants__", ())}
+    for k in cls.__mro__[: cls.__mro__.index(known)]:
+        for name in vars(k).keys() - _HARMLESS:
+            if name in read or hasattr(known, name):
+                return cls
+    return known
 
 
 def _is_leaf(module: nn.Module, cls: type[nn.Module], kind: str | None) -> bool:
@@ -131,15 +165,15 @@ def class_of(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_fastcnn_class", type(module))
 
 
-def _act_of_module(module: nn.Module) -> str | None:
-    """Return the name of an activation module's kernel, "none" for nn.Identity."""
-    if isinstance(module, nn.Identity):
+def _act_of_module(module: Any, cls: type[nn.Module]) -> str | None:
+    """Return the name of the kernel of an activation of a class, "none" for nn.Identity."""
+    if cls is nn.Identity:
         return "none"
-    if type(module) is nn.LeakyReLU:
+    if cls is nn.LeakyReLU:
         return "leaky_relu" if module.negative_slope == _SLOPE else None
-    if type(module) is nn.GELU:
+    if cls is nn.GELU:
         return "gelu" if module.approximate == "none" else None
-    return _ACTS.get(type(module))
+    return _ACTS.get(cls)
 
 
 def act_inside(norm: nn.Module) -> str | None:
@@ -148,7 +182,7 @@ def act_inside(norm: nn.Module) -> str | None:
     drop, act = (m if isinstance(m, nn.Module) else nn.Identity() for m in inside)
     if type(drop) is not nn.Identity or differs(drop, type(drop)) or differs(act, class_of(act)):
         return None
-    return _act_of_module(act)
+    return _act_of_module(act, _layer_class(class_of(act)))
 
 
 def called(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:

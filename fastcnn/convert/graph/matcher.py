@@ -22,6 +22,7 @@ from fastcnn.convert.graph.patterns import (
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _IN_PLACE_ADDS = {operator.iadd, "add_"}
+_NORM_FUNCTIONS = {F.batch_norm, F.group_norm, F.instance_norm}
 _CATS = {torch.cat, torch.concat, torch.concatenate}
 
 
@@ -223,13 +224,19 @@ class Matcher:
 
     def _norms(self) -> Iterator[NormPattern]:
         for node in self._graph.nodes:
+            if node.target in _NORM_FUNCTIONS:
+                self.left[node] = "called as a function: norms are fused where they are layers"
             if node in self._used or self._kind(node) not in NORMS or not node.args:
                 continue
-            layer = self.layer(node)
-            if layer.differs is not None:
-                self.left[node] = f"{node.target} has {layer.differs}"
+            act = self.layer(node).act
+            why = self._no_layer(node)
+            if why is None and act is None:
+                why = f"the activation inside {node.target} has no kernel"
+            if why is not None:
+                self.left[node] = why
                 continue
-            if layer.act != "none":
+            if act != "none":
+                yield NormPattern(node, str(act), [node])
                 continue
             nodes, residual, last = [node], None, node
             then = self._then(node)
@@ -243,15 +250,15 @@ class Matcher:
                     nodes.append(then)
                     last = then
             behind = self._act_behind(last)
-            if behind is not None:
-                yield NormPattern(node, behind[0], [*nodes, behind[1]], residual)
-            elif residual is not None:
+            if behind is None:
                 yield NormPattern(node, "none", nodes, residual)
+            else:
+                yield NormPattern(node, behind[0], [*nodes, behind[1]], residual)
 
     def _resizes(self) -> Iterator[ResizePattern]:
         for node in self._graph.nodes:
             made = None if node in self._used else self._resize(node)
-            if made is not None and (made.skip is not None or node.target is F.interpolate):
+            if made is not None:
                 yield made
 
     def _resize(self, node: fx.Node) -> ResizePattern | None:
@@ -260,7 +267,10 @@ class Matcher:
             mode = dict(zip(INTERPOLATE, node.args, strict=False), **node.kwargs).get(
                 "mode", "nearest"
             )
-            if not node.args or node.kwargs.get("antialias") or len(node.args) > len(INTERPOLATE):
+            if not node.args or len(node.args) > len(INTERPOLATE):
+                return None
+            if node.kwargs.get("antialias"):
+                self.left[node] = "there is no kernel for antialias=True"
                 return None
         elif self._kind(node) == "upsample":
             mode, why = self.module(node).mode, self._no_layer(node)
@@ -270,6 +280,7 @@ class Matcher:
         else:
             return None
         if mode not in RESIZES:
+            self.left[node] = f"there is no kernel for mode={mode!r}"
             return None
         cat = next(iter(node.users)) if len(node.users) == 1 else None
         parts = [] if cat is None or cat in self._used else _concatenated(cat)
@@ -280,6 +291,12 @@ class Matcher:
 
     def _drops(self) -> Iterator[DropPattern]:
         for node in self._graph.nodes:
+            if self._kind(node) == "dropout":
+                why = self._no_layer(node)
+                if why is None:
+                    yield DropPattern(node, [node])
+                else:
+                    self.left[node] = why
             if node.target not in (F.dropout, F.dropout2d) or not node.args:
                 continue
             if node.kwargs.get("p", node.args[1] if len(node.args) > 1 else None) != 0:

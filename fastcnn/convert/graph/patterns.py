@@ -3,12 +3,12 @@
     ChainPattern     (conv, batch norm, activation, max pool) steps, with what is added before the
                      last activation: a tensor, the chain's own input, or steps on that input. Where
                      they are folded, for inference, convolutions without a batch norm are steps too
-    NormPattern      a norm layer with an activation behind it; a batch norm also with an addition
-    ResizePattern    F.interpolate, or any resizing whose output is concatenated with one tensor
-    DropPattern      F.dropout, F.dropout2d
+    NormPattern      a norm layer, with an activation behind it; a batch norm also with an addition
+    ResizePattern    a resizing, also one whose output is concatenated with one tensor
+    DropPattern      a dropout
 
-A layer by itself (BatchNorm2d, GroupNorm, Dropout, Upsample, ...) is no pattern: it is converted
-where it is. Nodes of one pattern are consumed by nobody outside it but the last.
+Each stands for layers, which then keep their own class, or for functions. Nodes of one pattern are
+consumed by nobody outside it but the last.
 """
 
 from dataclasses import dataclass, field

@@ -6,8 +6,8 @@ random number or a computed tensor becomes a constant, a counter stays where it 
 is `Untraceable`, with the reason; it keeps running as it is written, and its children are converted
 by themselves.
 
-What Python may read is its arguments' defaults and the modules' own plain attributes and flags,
-which `guards.py` compares at every call.
+What Python may read is its arguments' defaults and the modules' attributes and flags: `reads.py`
+notes them, and `guards.py` compares them at every call.
 """
 
 import builtins
@@ -29,6 +29,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fastcnn.convert.graph.layers import Layers
+from fastcnn.convert.graph.reads import Reads, recorded
 from fastcnn.convert.graph.side_effects import Snapshot
 
 # Of a parameter or buffer: all that cannot change without the module changing.
@@ -70,12 +71,34 @@ def arguments_of(forward: Callable[..., Any]) -> tuple[list[str], dict[str, Any]
     return required, optional
 
 
+def tensors_of(forward: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments that a trace has tensors for: those without a default.
+
+    Raises:
+        Untraceable: there are none, or any number of them.
+    """
+    required, _ = arguments_of(forward)
+    if not required:
+        raise Untraceable("forward has no arguments")
+    return required
+
+
+def check_class_runs(module: nn.Module) -> None:
+    """Check that a module runs its class's forward.
+
+    Raises:
+        Untraceable: it has one of its own, which its class, and so ours, does not know.
+    """
+    if "forward" in module.__dict__:
+        raise Untraceable("has a forward of its own, which its class does not know")
+
+
 class Traced(NamedTuple):
     """A forward's graph, and what it took from the modules."""
 
     graph: fx.Graph
     opened: list[nn.Module]  # whose forward is part of it, the module itself first
-    asked: list[nn.Module]  # whose flag `training` it has read
+    reads: Reads
 
 
 def trace(module: nn.Module, leaves: set[nn.Module], layers: Layers) -> Traced:
@@ -86,17 +109,19 @@ def trace(module: nn.Module, leaves: set[nn.Module], layers: Layers) -> Traced:
     Raises:
         Untraceable: the forward does what a trace would not repeat.
     """
-    if "forward" in module.__dict__:
-        raise Untraceable("has a forward of its own, which its class does not know")
-    with tracing, _without_gc():
-        return _trace(module, leaves, layers)
-
-
-def _trace(module: nn.Module, leaves: set[nn.Module], layers: Layers) -> Traced:
+    check_class_runs(module)
     tracer = _Tracer(module, leaves, layers)
+    try:
+        with tracing, _without_gc():
+            return _trace(module, tracer)
+    finally:
+        vars(tracer).clear()  # it is part of cycles, which would keep the module until a collection
+
+
+def _trace(module: nn.Module, tracer: "_Tracer") -> Traced:
     before = Snapshot(module)
     try:
-        with _NoTensorsOfItsOwn(), _no_questions(), _flags_read() as asked:
+        with _NoTensorsOfItsOwn(), _no_questions(), recorded() as reads:
             graph = tracer.trace(module)
     except Exception as error:  # whatever somebody's forward raises on meeting a proxy
         lines = str(error).strip().splitlines() or [""]
@@ -109,7 +134,7 @@ def _trace(module: nn.Module, leaves: set[nn.Module], layers: Layers) -> Traced:
         raise Untraceable(f"{changed} ({_defined_at(module)})")
     if tracer.keeps():
         raise Untraceable(f"keeps a tensor outside its modules ({_defined_at(module)})")
-    return Traced(graph, tracer.opened, [m for m in tracer.opened if m in asked])
+    return Traced(graph, tracer.opened, reads)
 
 
 def _stopped_at(error: Exception, module: nn.Module) -> str:
@@ -246,9 +271,7 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        names, _ = arguments_of(root_fn)
-        if not names:
-            raise Untraceable("forward has no arguments")
+        names = tensors_of(root_fn)
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
         return root_fn, [self.root, *proxies]
 
@@ -357,19 +380,3 @@ def _no_questions() -> Iterator[None]:
         patch.object(builtins, "isinstance", _isinstance),
     ):
         yield
-
-
-@contextmanager
-def _flags_read() -> Iterator[set[nn.Module]]:
-    """Note whose flag `training` is read: a property of the class comes before an attribute."""
-    asked: set[nn.Module] = set()
-
-    def get(module: nn.Module) -> Any:
-        asked.add(module)
-        return module.__dict__["training"]
-
-    def put(module: nn.Module, value: bool) -> None:
-        module.__dict__["training"] = value
-
-    with patch.object(nn.Module, "training", property(get, put), create=True):
-        yield asked

@@ -1,0 +1,21 @@
+// What convert's guards compare at each call of a model, thousands of objects by identity: 7 to 10 ns
+// each here, 80 in Python (fastcnn/convert/graph/guards.py, which compares further what differs).
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fastcnn {
+
+// The place of the first tuple (dictionary, name, value, ...) from `start` on whose dictionary has
+// another object of that name, `missing` standing for none; -1 where there is no such tuple.
+Py_ssize_t first_changed(const pybind11::list& values, const pybind11::object& missing,
+                         Py_ssize_t start);
+
+// The place of the first dictionary that is not empty, -1 where there is none.
+Py_ssize_t first_filled(const pybind11::list& dictionaries);
+
+// The place of the first object from `start` on that is not of its type, -1 where there is none.
+Py_ssize_t first_of_another_type(const pybind11::list& objects, const pybind11::list& types,
+                                 Py_ssize_t start);
+
+}  // namespace fastcnn

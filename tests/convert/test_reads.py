@@ -1,0 +1,211 @@
+"""What a trace has read of the modules is compared at each call, and nothing else is."""
+
+import enum
+import functools
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.conversion_cases import bn, cbr, net
+from support.conversions import images, patterns, prepared, results
+from support.tolerance import assert_same
+from torch import Tensor, nn
+
+from fastcnn import convert
+from fastcnn.convert.converted import Converted
+
+
+class Way(enum.Enum):
+    """An option."""
+
+    PLAIN = 1
+    DOUBLED = 2
+
+
+class Reader(nn.Module):
+    """Reads in as many ways as there are."""
+
+    doubles = False  # of the class, as ultralytics' Detect.export
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([cbr(nn.ReLU()), cbr(nn.ReLU())])
+        self.rest = nn.Sequential(cbr(), nn.ReLU())
+        self.drop = nn.Dropout(0.0)
+        self.act: Any = torch.tanh
+        self.way, self.taken = Way.PLAIN, {"a"}
+        self.options = SimpleNamespace(inner=SimpleNamespace(scale=1.0))
+        self.scale = functools.partial(torch.mul, other=1.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            x = stage(x)
+        for layer in self.rest:
+            x = layer(x)
+        x = F.dropout(x, self.drop.p, self.drop.training) * self.options.inner.scale
+        x = x * 2 if self.doubles or hasattr(self, "late") else x
+        x = x * 2 if self.way is Way.DOUBLED or "b" in self.taken else x
+        return self.scale(self.act(x))
+
+
+def _another(m: Any) -> nn.Module:
+    torch.manual_seed(5)
+    return cbr(nn.ReLU()).to(next(m.parameters()).dtype)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a stage more": lambda m: m.stages.append(_another(m)),
+    "a stage before": lambda m: m.stages.insert(0, _another(m)),
+    "another stage": lambda m: m.stages.__setitem__(1, _another(m)),
+    "a stage less": lambda m: m.stages.__delitem__(0),
+    "another list": lambda m: setattr(m, "stages", nn.ModuleList([_another(m)])),
+    "a layer more": lambda m: m.rest.append(nn.Sigmoid()),
+    "another layer": lambda m: m.rest.__setitem__(1, nn.Sigmoid()),
+    "the other order": lambda m: m.rest._modules.update({"0": m.rest._modules.pop("0")}),
+    "a function": lambda m: setattr(m, "act", torch.sigmoid),
+    "an enumeration": lambda m: setattr(m, "way", Way.DOUBLED),
+    "a set": lambda m: m.taken.add("b"),
+    "an object's object": lambda m: setattr(m.options.inner, "scale", 3.0),
+    "a value that hides the class's": lambda m: setattr(m, "doubles", True),
+    "a value that was not there": lambda m: setattr(m, "late", 0),
+    "a partial": lambda m: setattr(m, "scale", functools.partial(torch.mul, other=2.5)),
+    "a dropout's p": lambda m: setattr(m.drop, "p", 1.0),
+}
+
+
+def _pair() -> list[Any]:
+    return [prepared(Reader()).train() for _ in range(2)]
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_what_was_read_takes_effect(name: str) -> None:
+    model, eager = _pair()
+    convert(model)
+    assert len(patterns(model)) == 1
+    for m in (model, eager):
+        CHANGES[name](m)
+    x = images(2, 4, 5, 5)
+    with pytest.warns(UserWarning, match="has changed since it was converted"):
+        assert_same(results(model, x), results(eager, x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one warning is enough
+        assert_same(results(model, x), results(eager, x))
+        assert_same(results(convert(model), x), results(eager, x))
+
+
+def test_a_change_of_the_class_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, eager = _pair()
+    convert(model)
+    monkeypatch.setattr(Reader, "doubles", True)
+    x = images(2, 4, 5, 5)
+    with pytest.warns(UserWarning, match=r"Reader\.doubles was False and is True now"):
+        assert_same(results(model, x), results(eager, x))
+
+
+def test_a_child_s_training_flag_is_read_at_each_call() -> None:
+    model = prepared(net(lambda m, x: F.dropout(m.conv(x), 1.0, m.drop.training), drop=bn())).eval()
+    convert(model)
+    x = images(2, 4, 5, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model(x).abs().sum() > 0
+        model.drop.train()
+        assert model(x).abs().sum() == 0
+
+
+UNREAD: dict[str, Callable[[Any, Any], Any]] = {
+    "a log": lambda m, y: m.logs.append(y.sum().item()),
+    "a dictionary": lambda m, y: m.metrics.update(loss=y.sum().item() + len(m.logs)),
+    "a counter": lambda m, y: setattr(m, "calls", m.calls + 1),
+    "another metric": lambda m, y: setattr(m, "metric", nn.Linear(1, 1)),
+    "an attribute of a layer": lambda m, y: setattr(m.conv, "flops", y.sum().item()),
+    "a new head": lambda m, y: setattr(m, "head", nn.Conv2d(4, 4, 1).to(y.dtype)),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_a_forward_does_not_read_may_change(name: str) -> None:
+    """As logs, meters and attention caches do, at each step."""
+    model = prepared(net(lambda m, x: m.head(m.relu(m.bn(m.conv(x)))), head=nn.Conv2d(4, 4, 1)))
+    model.logs, model.metrics, model.calls = [], {}, 0
+    convert(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            UNREAD[name](model, model(images(2, 4, 5, 5)))
+    assert patterns(model) == ["conv-bn-relu"]
+
+
+def test_what_was_read_and_changes_at_each_step_warns_once() -> None:
+    model = prepared(net(lambda m, x: m.relu(m.bn(m.conv(x))) * m.table.get("scale", 1)))
+    model.table = {}
+    convert(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(5):
+            model.table[f"step {step}" * 99] = step
+            model(images(2, 4, 5, 5))
+    assert len(caught) == 1
+    assert len(str(caught[0].message)) < 400
+
+
+def test_a_forward_of_an_instance_s_own_is_traced_by_its_parent() -> None:
+    """As YOLO's fuse() and timm's FasterNet set one."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), bn()
+            self.forward: Any = self.plain
+
+        def plain(self, x: Tensor) -> Tensor:
+            return torch.relu(self.bn(self.conv(x)))
+
+        def doubled(self, x: Tensor) -> Tensor:
+            return 2 * self.plain(x)
+
+    model, eager = (prepared(nn.Sequential(Block(), Block())) for _ in range(2))
+    convert(model)
+    x = images(2, 4, 5, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(results(model, x), results(eager, x))
+    assert patterns(model) == ["conv-bn-relu > conv-bn-relu"]
+    for m in (model, eager):
+        block: Any = m[1]
+        block.forward = block.doubled
+    with pytest.warns(UserWarning, match=r"Block\.forward"):
+        assert_same(results(model, x), results(eager, x))
+
+
+def test_children_may_have_any_name() -> None:
+    model, eager = (prepared(nn.Sequential(cbr(nn.ReLU()), cbr())) for _ in range(2))
+    for m in (model, eager):
+        m._modules = {"global": m[0], "is": m[1]}
+    assert_same(results(convert(model), images(2, 4, 5, 5)), results(eager, images(2, 4, 5, 5)))
+    assert patterns(model) == ["conv-bn-relu > conv-bn"]
+
+
+def test_a_class_makes_models_of_its_original() -> None:
+    model = convert(cbr(nn.ReLU()))
+    made = type(model)(nn.Linear(2, 3))
+    assert type(made) is nn.Sequential
+    assert made(torch.ones(1, 2)).shape == (1, 3)
+
+
+def test_layers_of_a_traced_forward_keep_their_class() -> None:
+    """Quantisation, FLOP counters and others ask `type(m) is nn.BatchNorm2d`."""
+    layers = [nn.GroupNorm(2, 4), nn.Dropout(), nn.Upsample(scale_factor=2), nn.BatchNorm2d(4)]
+    model = convert(prepared(nn.Sequential(cbr(nn.ReLU()), *layers)))
+    x = images(2, 4, 5, 5)
+    model(x)
+    assert [type(m) for m in model[1:]] == [
+        nn.GroupNorm, nn.Dropout, nn.Upsample, nn.BatchNorm2d,
+    ]  # fmt: skip
+    assert [type(m) for m in model[0]] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    assert patterns(model) == ["conv-bn-relu", "group_norm", "dropout", "upsample", "batch_norm"]
+    assert isinstance(convert(nn.BatchNorm2d(4)), Converted)  # who calls it itself?
