@@ -179,7 +179,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         ),
         ["interpolate-cat"],
     ),
-    "bicubic": (lambda: net(lambda m, x: F.interpolate(x, scale_factor=2.0, mode="bicubic")), []),
+    "bicubic": (
+        lambda: net(lambda m, x: F.interpolate(m.bn(m.conv(x)), scale_factor=2.0, mode="bicubic")),
+        ["conv-bn"],
+    ),
 }  # fmt: skip
 
 
