@@ -328,3 +328,27 @@ def test_what_cannot_be_verified() -> None:
     single = Forward(lambda m, x: m.body(x.float()), body=cbr(3, 4))
     with pytest.raises(ValueError, match="the model does not run in float64"):
         verify(convert(single), X)
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_a_float64_model_in_evaluation(mode: Any) -> None:
+    """Its truth is a run of itself, whose backward does not depend on the input's roundings."""
+    with torch.random.fork_rng():
+        seed_all(0)
+        model = torchvision_resnet.resnet18().double().eval()
+        x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    assert verify(convert(model, mode=mode), x).ok
+
+
+def test_a_model_that_keeps_a_tensor_for_its_next_call() -> None:
+    """As attention biases are in evaluation: of a graph that is gone when the next run comes."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        if "scale" not in m.kept:
+            m.kept["scale"] = m.weight.exp()
+        return m.body(x) * m.kept["scale"]
+
+    model = Forward(run, body=cbr(3, 4))
+    model.weight, model.kept = nn.Parameter(torch.zeros(1)), {}
+    assert verify(convert(model), X).ok
+    assert model.kept == {}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcnn.convert.converted import Converted, as_original, convert_copy
+from fastcnn.convert.graph.side_effects import Snapshot
 from fastcnn.convert.options import check_inputs, check_module
 from fastcnn.convert.verify.capture import Log, Map, Place, map_of, watch
 from fastcnn.convert.verify.determinism import Comparable, without_dropout
@@ -179,12 +180,12 @@ def _run(
     nudge: int = 0,
     back: bool = True,
 ) -> _Run:
-    """Run a copy forward and, with gradients, backward, and put its buffers back.
+    """Run a copy forward and, with gradients, backward, and put back its buffers and attributes.
 
     beside: the copy is in float64. nudge: change the inputs by a rounding, each in its way.
     """
     log, mode = Log(), Comparable(beside, other_side)
-    before = {name: b.clone() for name, b in model.named_buffers()}
+    before, attributes = {name: b.clone() for name, b in model.named_buffers()}, Snapshot(model)
     random.seed(_SEED)
     torch.manual_seed(_SEED)
     leaves: list[Tensor] = []
@@ -197,7 +198,7 @@ def _run(
             stack.enter_context(torch.autocast(kind, enabled=False))
         with mode:
             outputs = list(_named(model(*mine), "output"))
-        _backward(outputs)
+        _backward(outputs, nudge)
     results = {name: y.detach().clone() for name, y in outputs if y.is_floating_point()}
     for i, leaf in enumerate(leaves):
         if leaf.grad is not None:
@@ -209,14 +210,20 @@ def _run(
             results[f"buffer {name}"] = b.detach().clone()
         if name in before:
             b.detach().copy_(before[name])
+    attributes.restore()  # a cache may hold a tensor of this run's graph
     return _Run(results, log, mode.seen, mode.near)
 
 
-def _backward(outputs: Sequence[tuple[str, Tensor]]) -> None:
-    """Go back from gradients that every dtype holds exactly, the same ones in each run."""
+def _backward(outputs: Sequence[tuple[str, Tensor]], nudge: int) -> None:
+    """Go back from gradients that every dtype holds exactly, the same ones in each run.
+
+    But of a float64 model, whose truth is a run of itself: backward in evaluation may not depend on
+    the input at all, and would have no error where its own gradients have none.
+    """
     roots = [y for _, y in outputs if y.requires_grad]
     generator = torch.Generator().manual_seed(_SEED)
     drawn = [torch.randn(y.shape, generator=generator).bfloat16().to(y) for y in roots]
+    drawn = [_nudged(dy, nudge) if dy.dtype is torch.float64 else dy for dy in drawn]
     if roots:
         torch.autograd.backward(roots, drawn)
 
@@ -226,11 +233,7 @@ def _moved(value: Any, exact: bool, nudge: int, leaves: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             return value.clone()
-        value = value.detach().clone()
-        if nudge:
-            generator = torch.Generator().manual_seed(nudge)
-            signs = torch.rand(value.shape, generator=generator).sub(0.5).sign().to(value)
-            value += signs * value.abs() * torch.finfo(value.dtype).eps
+        value = _nudged(value.detach().clone(), nudge)
         leaves.append((value.double() if exact else value).requires_grad_())
         return leaves[-1]
     if isinstance(value, (list, tuple)):
@@ -238,6 +241,15 @@ def _moved(value: Any, exact: bool, nudge: int, leaves: list[Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: _moved(one, exact, nudge, leaves) for key, one in value.items()}
     return value
+
+
+def _nudged(value: Tensor, nudge: int) -> Tensor:
+    """Return a tensor changed by a rounding, each nudge in its way and 0 in none."""
+    if not nudge:
+        return value
+    generator = torch.Generator().manual_seed(nudge)
+    signs = torch.rand(value.shape, generator=generator).sub(0.5).sign().to(value)
+    return value + signs * value.abs() * torch.finfo(value.dtype).eps
 
 
 def _named(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
