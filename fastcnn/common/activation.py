@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastcnn.common.checks import check_choice
+
 Activation = Literal["none", "relu", "relu6", "leaky_relu", "silu", "gelu", "sigmoid", "hardswish"]
 
 # csrc/common/activation.h holds the same table.
@@ -24,10 +26,8 @@ def derivative_needs_only_y(act: int) -> bool:
 
 def act_number(op: str, act: str) -> int:
     """Return the schema's number of an activation, or raise ValueError naming those there are."""
-    number = ACT_NUMBER.get(act) if isinstance(act, str) else None
-    if number is None:
-        raise ValueError(f"{op}: act: expected one of {', '.join(ACT_NUMBER)}, got {act!r}")
-    return number
+    check_choice(op, "act", act, ACT_NUMBER)
+    return ACT_NUMBER[act]
 
 
 def activation(z: Tensor, act: str) -> Tensor:

@@ -4,13 +4,27 @@ These checks run before dispatch, so that a mistake is a TypeError or ValueError
 argument, what was expected and what came. Memory is protected once more below, in C++.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
+
+
+def check_choice(op: str, name: str, value: object, choices: Collection[str]) -> None:
+    """Check that an option is one of several."""
+    if not isinstance(value, str) or value not in choices:
+        plain = value is None or isinstance(value, (str, int, float))  # a tensor would fill pages
+        got = repr(value) if plain else f"a {type(value).__name__}"
+        raise ValueError(f"{op}: {name}: expected one of {', '.join(choices)}, got {got}")
+
+
+def check_flag(op: str, name: str, value: object) -> None:
+    """Check True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name}: expected True or False, got {type(value).__name__}")
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format | None:

@@ -1,7 +1,7 @@
 """A convolution's geometry: how its window moves, and the size of its output."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 Pair = tuple[int, int]
 Pool = tuple[Pair, Pair, Pair]  # a pooling: kernel, stride, padding
@@ -26,6 +26,29 @@ def pair(op: str, name: str, value: int | tuple[int, ...]) -> Pair:
     if len(numbers) not in (1, 2) or not all(isinstance(number, int) for number in numbers):
         raise ValueError(f"{op}: {name}: expected an integer or a pair of them, got {value!r}")
     return numbers[0], numbers[-1]
+
+
+def refuse_window(
+    op: str,
+    sizes: Sequence[int],
+    window: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> NoReturn:
+    """Raise of a convolution without an output that no geometry has these numbers, or none fits."""
+    for name, numbers, least in (
+        ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)
+    ):  # fmt: skip
+        if min(numbers) < least:
+            raise ValueError(
+                f"{op}: {name}: expected integers from {least} up, got {tuple(numbers)}"
+            )
+    raise ValueError(
+        f"{op}: weight: expected a kernel that fits into the padded input, got kernel "
+        f"{list(window)}, stride {tuple(stride)}, padding {tuple(padding)}, dilation "
+        f"{tuple(dilation)} for an input of {list(sizes)}"
+    )
 
 
 def output_size(

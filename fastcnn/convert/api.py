@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
+from fastcnn.common.checks import check_choice, check_flag
 from fastcnn.convert.codegen.fit import HAS_CUDA
 from fastcnn.convert.converted import Converted, discard
 from fastcnn.convert.options import Options, check_module
@@ -63,7 +64,7 @@ def convert(
         The model itself.
 
     Raises:
-        TypeError: a model that is no Module, or a ScriptModule.
+        TypeError: a model that is no Module, or a ScriptModule; a strict that is no bool.
         ValueError: an unknown mode, backend or memory; a backend that this build does not have;
             with strict=True, what was not converted, as report's table; the model is then left as
             it was.
@@ -78,8 +79,9 @@ def convert(
         ...
     """
     check_module("convert", model)
-    _check("mode", mode, get_args(Mode))
-    _check("backend", backend, get_args(Backend))
+    check_choice("convert", "mode", mode, get_args(Mode))
+    check_choice("convert", "backend", backend, get_args(Backend))
+    check_flag("convert", "strict", strict)
     check_memory("convert", memory)
     if backend == "cuda" and not HAS_CUDA:
         raise ValueError(
@@ -153,11 +155,6 @@ def revert(model: Model) -> Model:
         if isinstance(module, Converted):
             discard(module)
     return model
-
-
-def _check(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"convert: {name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
 # By converted model: the modules that were in it, those that were converted, what was asked for.

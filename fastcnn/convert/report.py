@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastcnn import plan
+from fastcnn.common.checks import check_flag
 from fastcnn.common.text_table import WIDTH, columns
 from fastcnn.convert.converted import Converted
 from fastcnn.convert.options import Options, check_module
@@ -119,7 +120,7 @@ def report(model: nn.Module | None = None, verbose: bool = False) -> list[Any]:
         The rows, a list that shows itself as a table in a notebook.
 
     Raises:
-        TypeError: a model that is no Module.
+        TypeError: a model that is no Module, a verbose that is no bool.
 
     Example:
         >>> layers = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()
@@ -131,6 +132,7 @@ def report(model: nn.Module | None = None, verbose: bool = False) -> list[Any]:
         >>> rows[0].fused
         True
     """
+    check_flag("report", "verbose", verbose)
     if model is None:
         return list(plan.report())
     check_module("report", model)

@@ -105,9 +105,12 @@ def create_model(
 
 def architecture(name: str, **options: Any) -> Network:
     """Return the layers of the network `name` alone: for networks that are made of it."""
+    if not isinstance(name, str):
+        raise TypeError(f"create_model: name: expected a str, got {type(name).__name__}")
     if name not in _ARCHITECTURES:
-        close = list_models(f"*{name.split('_')[0].rstrip('0123456789')}*")
-        raise ValueError(f"name: {name!r} is no model; {', '.join(close or list_models())} are")
+        stem = name.split("_")[0].rstrip("0123456789").lower()
+        close = list_models(f"*{stem}*") or list_models()
+        raise ValueError(f"create_model: name: expected one of {', '.join(close)}, got {name!r}")
     _check_options(options)
     return _ARCHITECTURES[name](**options)
 
@@ -125,6 +128,10 @@ def list_models(filter: str | Sequence[str] = "") -> list[str]:
         >>> fastcnn.list_models(["resnet1*", "plain2*"])
         ['plain20', 'resnet18', 'resnet101', 'resnet110', 'resnet152']
     """
+    several = isinstance(filter, Sequence) and all(isinstance(one, str) for one in filter)
+    if not several:
+        got = type(filter).__name__
+        raise TypeError(f"list_models: filter: expected a str or several, got {got}")
     patterns = [filter] if isinstance(filter, str) else filter
     names = {n for p in patterns for n in fnmatch.filter(_ARCHITECTURES, p or "*")}
     # resnet18 before resnet101: digits by value.

@@ -77,7 +77,8 @@ def run(problem: Problem, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
     Raises:
         ValueError, RuntimeError: as choose, and what the candidate raises.
     """
-    return OPS[problem.op].candidates[choose(problem)].run(problem, *tensors)
+    name = choose(problem)  # says what is wrong with a problem
+    return OPS[problem.op].candidates[name].run(problem, *tensors)
 
 
 def rows() -> list[Row]:

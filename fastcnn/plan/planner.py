@@ -128,6 +128,8 @@ class Planner:
             return self._passing | self._plans
 
     def _decide(self, problem: Problem, busy: str | None) -> Plan:
+        if not isinstance(problem, Problem):
+            raise TypeError(f"plan: problem: expected a Problem, got {type(problem).__name__}")
         if problem.op not in self._ops:
             expected = ", ".join(self._ops) or "none, as none is registered"
             raise ValueError(f"op: expected one of {expected}, got {problem.op}")

@@ -1,5 +1,6 @@
 """convert and revert: what a user may get wrong, and where they are called."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -64,6 +65,9 @@ def test_a_second_derivative_says_where(recwarn: pytest.WarningsRecorder) -> Non
         ({"mode": "eval"}, "mode: expected one of train, infer, got 'eval'"),
         ({"backend": "triton"}, "backend: expected one of auto, cpu, cuda, got 'triton'"),
         ({"memory": "none"}, "memory: expected one of default, low, lowest, got 'none'"),
+        # verify's second argument is x.
+        ({"mode": torch.ones(2, 4, 8, 8)}, "mode: expected one of train, infer, got a Tensor$"),
+        ({"memory": ["low"]}, "memory: expected one of default, low, lowest, got a list$"),
     ],
 )
 def test_unknown_words(options: dict[str, Any], words: str) -> None:
@@ -71,6 +75,26 @@ def test_unknown_words(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         convert(model, **options)
     assert not isinstance(model, Converted)
+
+
+@pytest.mark.parametrize("flag", ["yes", 1, None, torch.ones(2, 4, 8, 8)])
+def test_flags_are_true_or_false(flag: Any) -> None:
+    kind = type(flag).__name__
+    with pytest.raises(TypeError, match=f"^convert: strict: expected True or False, got {kind}$"):
+        convert(cbr(), strict=flag)
+    with pytest.raises(TypeError, match=f"^report: verbose: expected True or False, got {kind}$"):
+        report(cbr(), flag)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_a_converted_model_is_not_scripted() -> None:
+    """torch.jit compiles the forwards of PyTorch's classes, and finds none of them here."""
+    model = nn.Sequential(nn.Identity(), convert(prepared(cbr(nn.ReLU()))))
+    words = r"^torch\.jit\.script: expected an unconverted model, got one with a converted "
+    with pytest.raises(TypeError, match=words + r"Sequential; script fastcnn\.revert\(copy"):
+        torch.jit.script(model)
+    x = images(2, 4, 5, 5)
+    assert_same(torch.jit.script(revert(copy.deepcopy(model)))(x), revert(model)(x))
 
 
 def test_strict_raises_with_what_is_left_and_changes_nothing() -> None:

@@ -320,6 +320,22 @@ def test_the_other_side_of_a_jump(name: str) -> None:
         assert_same(x.grad, torch.tensor(expected, dtype=torch.float64))
 
 
+def test_what_is_not_finite_is_not_compared() -> None:
+    """Not a word of rounding where there is no number to compare."""
+    x = X.clone()
+    x[0, 0, 0, 0] = float("nan")
+    found = verify(convert(four()), x)
+    unknown = [row for row in found.rows if not row.torch < float("inf")]
+    compared = len(found.rows) - len(unknown)
+    assert unknown
+    words = (
+        f"no difference above rounding in {compared} values; dropout ran with p=0; of "
+        f"{len(unknown)} more nothing can be said, the first at {unknown[0].place}: PyTorch's are "
+        "not finite"
+    )
+    assert str(found).replace("\n  ", " ").startswith(words)
+
+
 def test_what_cannot_be_verified() -> None:
     with pytest.raises(TypeError, match=r"verify: model: expected a torch\.nn\.Module, got str"):
         verify("resnet18", X)  # type: ignore[arg-type]

@@ -201,10 +201,26 @@ def test_parameter_counts_are_the_documented() -> None:
 
 
 def test_unknown_model() -> None:
-    with pytest.raises(ValueError, match=r"name: 'resnet51' is no model; .*resnet50.* are"):
-        models.create_model("resnet51")
-    with pytest.raises(ValueError, match=r"name: 'vit_b' is no model; alexnet, .* are"):
-        models.create_model("vit_b")
+    for name in ("resnet51", "ResNet50"):  # those that are called alike
+        with pytest.raises(
+            ValueError, match=rf"name: expected one of fcn_resnet50, .*resnet50, .*, got '{name}'$"
+        ):
+            models.create_model(name)
+    for name in ("vit_b", ""):
+        with pytest.raises(
+            ValueError, match=rf"name: expected one of alexnet, .*, wide_resnet101_2, got '{name}'$"
+        ):
+            models.create_model(name)
+    with pytest.raises(TypeError, match=r"^create_model: name: expected a str, got int$"):
+        models.create_model(50)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [3, None, ["resnet*", 3]])
+def test_a_filter_that_is_no_pattern(given: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"^list_models: filter: expected a str or several, got (int|NoneType|list)"
+    ):
+        models.list_models(given)
 
 
 @pytest.mark.parametrize("count", [0, -1, "10", 2.0])

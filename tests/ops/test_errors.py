@@ -67,6 +67,8 @@ BATCH_NORM_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sync": 1}, TypeError, r"sync: expected a bool, got int"),
     ({"act": "swish"}, ValueError, r"act: expected one of none, relu, .*, hardswish, got 'swish'"),
     ({"act": None}, ValueError, r"act: expected one of none, relu, .*, hardswish, got None"),
+    ({"act": X}, ValueError, r"act: expected one of none, relu, .*, hardswish, got a Tensor$"),
+    ({"act": ["relu"]}, ValueError, r"act: expected one of none, .*, hardswish, got a list$"),
 ]
 
 
@@ -100,6 +102,7 @@ INTERPOLATE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"recompute_scale_factor: expected a scale_factor .*, got size=8",
     ),
     ({"mode": "bicubic"}, ValueError, r"mode: expected one of nearest, nearest-exact, bilinear,"),
+    ({"mode": X}, ValueError, r"mode: expected one of nearest, .*, bilinear, got a Tensor$"),
     ({"mode": "nearest", "align_corners": False}, ValueError, r"align_corners: expected None"),
     ({"antialias": True}, ValueError, r"antialias: expected False"),
     ({"concat": 1}, TypeError, r"concat: expected a Tensor, got int"),

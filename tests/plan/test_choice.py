@@ -9,6 +9,7 @@ from support.plan_cases import H200, Clock, candidate, planner, problem
 from support.seeds import seed_all
 from torch import Tensor
 
+from fastcnn import plan
 from fastcnn.plan.plan_file import Entry
 from fastcnn.plan.planner import measured
 from fastcnn.plan.problem import Problem
@@ -210,6 +211,14 @@ def test_a_new_candidate_is_tuned_and_a_lost_one_replaced(tmp_path: Path) -> Non
     assert planner("tune", clock, tmp_path, a, b).choose(problem()).name == "b"
     assert planner("read", clock, tmp_path, a).choose(problem()).source == "model"
     assert planner("tune", clock, tmp_path, a).choose(problem())[:2] == ("a", "tuned")
+
+
+def test_what_is_no_problem() -> None:
+    for call in (plan.choose, plan.run):
+        with pytest.raises(TypeError, match=r"^plan: problem: expected a Problem, got str$"):
+            call("conv_bn_act")
+        with pytest.raises(ValueError, match=r"^op: expected one of .*conv_bn_act.*, got conv3d$"):
+            call(problem(op="conv3d"))
 
 
 def test_an_unknown_op() -> None:

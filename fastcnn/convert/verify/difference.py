@@ -44,7 +44,12 @@ class Difference(NamedTuple):
     @property
     def ok(self) -> bool:
         """Whether the error is rounding; where PyTorch's is not finite, nothing can be said."""
-        return self.ours <= self.limit or not self.torch < float("inf")
+        return self.ours <= self.limit or not self.comparable
+
+    @property
+    def comparable(self) -> bool:
+        """Whether PyTorch's error is finite."""
+        return self.torch < float("inf")
 
 
 class Verification(NamedTuple):
@@ -145,7 +150,15 @@ def _sizes(row: Difference | None) -> tuple[str, str, str]:
 def _verdict(result: Verification) -> str:
     first = result.first
     if first is None:
-        return f"no difference above rounding in {len(result.rows)} values; dropout ran with p=0"
+        unknown = [row for row in result.rows if not row.comparable]
+        compared = len(result.rows) - len(unknown)
+        said = f"no difference above rounding in {compared} values; dropout ran with p=0"
+        if unknown:
+            said += (
+                f"; of {len(unknown)} more nothing can be said, the first at {unknown[0].place}: "
+                "PyTorch's are not finite"
+            )
+        return said
     where = " or ".join(dict.fromkeys(first.suspects)) or first.place
     return (
         f"the first difference above rounding arises in {where}: {first.what} at {first.place}: "

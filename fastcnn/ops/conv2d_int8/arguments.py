@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.common.checks import memory_format_of
-from fastcnn.common.conv_geometry import output_size
+from fastcnn.common.conv_geometry import output_size, refuse_window
 
 OP = "conv2d_int8"
 
@@ -149,11 +149,7 @@ def check_call(call: Call) -> list[int]:
     sides = output_size(x.shape[2:], window, *geometry) if min(call.stride) > 0 else [0]
     small = min(call.padding) < 0 or min(call.dilation) < 1 or min(x.shape[2:]) < 1
     if small or min(sides) < 1 or max(map(max, geometry)) >= 2**20:
-        raise ValueError(
-            f"{OP}: weight: expected a kernel that fits into the padded input, got kernel "
-            f"{list(window)}, stride {call.stride}, padding {call.padding}, dilation "
-            f"{call.dilation} for an input of {list(x.shape)}"
-        )
+        refuse_window(OP, x.shape, window, *geometry)
     out = [x.shape[0], c_out, *sides]
     if residual is not None:
         _check_residual(residual, out, out_dtype, x)

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.common.activation import ACT_NUMBER
-from fastcnn.common.checks import check_storage
+from fastcnn.common.checks import check_choice, check_storage
 from fastcnn.common.conv_geometry import pair
 from fastcnn.common.library import declare
 from fastcnn.ops.conv2d_int8.arguments import OP, Call, check_call, check_types, float32, quotient
@@ -192,8 +192,7 @@ def conv2d_int8(
         out_dtype,
     )
     check_grad({"weight_scale": scale, "bias": bias, "residual": residual})
-    if act not in ("none", "relu", "relu6"):
-        raise ValueError(f"{OP}: act: expected one of none, relu, relu6, got {act!r}")
+    check_choice(OP, "act", act, ("none", "relu", "relu6"))
     geometry = [
         pair(OP, *item)
         for item in (("stride", stride), ("padding", padding), ("dilation", dilation))

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastcnn.common.activation import act_number
-from fastcnn.common.checks import check_parameters
-from fastcnn.common.conv_geometry import ConvGeometry, Pool, output_size, pair
+from fastcnn.common.checks import check_choice, check_parameters
+from fastcnn.common.conv_geometry import ConvGeometry, Pool, output_size, pair, refuse_window
 from fastcnn.common.process_group import Group, group_of
 
 Memory = Literal["default", "low", "lowest"]
@@ -110,10 +110,7 @@ class BlockSettings(NamedTuple):
 
 def check_memory(op: str, memory: str) -> None:
     """Check the name of a memory level."""
-    if memory not in get_args(Memory):
-        raise ValueError(
-            f"{op}: memory: expected one of {', '.join(get_args(Memory))}, got {memory!r}"
-        )
+    check_choice(op, "memory", memory, get_args(Memory))
 
 
 def check_step(
@@ -144,11 +141,7 @@ def check_step(
     )
     sides = [] if min(g.stride) < 1 else g.output_size(sizes[2:], kernel)
     if not sides or min(sides) < 1 or min(g.padding) < 0 or min(g.dilation) < 1:
-        raise ValueError(
-            f"{op}: weight: expected a kernel that fits into the padded input, got kernel "
-            f"{list(kernel)}, stride {step.stride}, padding {step.padding}, dilation "
-            f"{step.dilation} for an input of {sizes}"
-        )
+        refuse_window(op, sizes, kernel, *g[:3])
     out = [sizes[0], c_out, *sides]
     check_parameters(
         op, out, x, step.bn_weight, step.bn_bias, step.running_mean, step.running_var,

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcnn.common.checks import check_choice
+
 OP = "interpolate"
 
 # csrc/common/resample.h holds the same table: by mode and align_corners.
@@ -79,8 +81,7 @@ def _pair(name: str, value: Any, kind: str, types: tuple[Any, ...]) -> tuple[Any
 
 def sampling_number(op: str, mode: str, align_corners: bool | None) -> int:
     """Return the schema's number of mode and align_corners, or raise ValueError."""
-    if mode not in MODES:
-        raise ValueError(f"{op}: mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    check_choice(op, "mode", mode, MODES)
     if mode != "bilinear" and align_corners is not None:
         raise ValueError(
             f"{op}: align_corners: expected None beside mode={mode!r}, since only bilinear has "
