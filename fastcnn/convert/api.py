@@ -136,7 +136,8 @@ def revert(model: Model) -> Model:
     Parameters, buffers and flags are those of now. A model that is not converted stays as it is.
 
     Args:
-        model: any.
+        model: any. Of a part of a converted model only calls of the part itself are given back: the
+            model around it still runs it fused.
 
     Returns:
         The model itself.
