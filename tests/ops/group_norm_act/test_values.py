@@ -49,6 +49,14 @@ def test_every_combination(dtype: torch.dtype, layout: str) -> None:
         check(make_case((5, 6, 9, 11), groups, dtype, layout, act))
 
 
+@pytest.mark.every_level
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_more_channels_than_a_chunk_holds(layout: str) -> None:
+    # Of a pixel's channels in channels_last: 32 KB, and one more (csrc/cpu/moments.h).
+    for dtype, channels in ((torch.float32, 8193), (torch.bfloat16, 16385)):
+        check(make_case((1, channels, 1, 3), PIXELS, dtype, layout, "relu"))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_parameters_beside_half_images(dtype: torch.dtype) -> None:
     # The usual state of mixed precision: gradients of parameters must then be float32 too. PyTorch
