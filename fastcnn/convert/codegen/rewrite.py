@@ -91,9 +91,8 @@ class _Emitter:
             call = self._blocks(run) if len(run) > 1 else self._call(run[0])
         last.replace_all_uses_with(call)
         self._calls[last] = call
-        for node in reversed(list(self._graph.nodes)):
-            if any(node in pattern.nodes for pattern in run):
-                self._graph.erase_node(node)
+        for node in reversed(self._matcher.nodes_of(run)):
+            self._graph.erase_node(node)
         return call
 
     def _call(self, p: Pattern) -> fx.Node:

@@ -5,6 +5,7 @@ and its last, nobody else may write into those inputs; what is unknown counts as
 writing.
 """
 
+import functools
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -44,10 +45,15 @@ class Aliasing:
         self._modules, self._layers = modules, layers
         self._order = {node: i for i, node in enumerate(graph.nodes)}
         self._nodes = list(graph.nodes)
-        self._roots: dict[fx.Node, frozenset[fx.Node]] = {}
+
+    @functools.cached_property
+    def _roots(self) -> dict[fx.Node, frozenset[fx.Node]]:
+        """The nodes whose memory each may share: most graphs are not asked, transformers' never."""
+        roots: dict[fx.Node, frozenset[fx.Node]] = {}
         for node in self._nodes:
             below = [] if self._is_fresh(node) else arguments(node)
-            self._roots[node] = frozenset([node]).union(*(self._roots[n] for n in below))
+            roots[node] = frozenset([node]).union(*(roots[n] for n in below))
+        return roots
 
     def shares(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether two nodes' values may be in the same memory."""
@@ -96,6 +102,10 @@ class Aliasing:
                 ):
                     return False
         return True
+
+    def in_order(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        """Return nodes as they follow each other."""
+        return sorted(nodes, key=self._order.__getitem__)
 
     def first_of(self, nodes: Iterable[fx.Node]) -> fx.Node:
         """Return the node that comes first."""

@@ -48,6 +48,10 @@ class Matcher:
         order = {node: i for i, node in enumerate(self._graph.nodes)}
         return sorted(found, key=lambda p: order[self.last_of(p)])
 
+    def nodes_of(self, patterns: Sequence[Pattern]) -> list[fx.Node]:
+        """Return the nodes of patterns, as they follow each other."""
+        return self._aliasing.in_order({node for p in patterns for node in p.nodes})
+
     def last_of(self, pattern: Pattern) -> fx.Node:
         """Return where a pattern's call stands."""
         return self._aliasing.last_of(pattern.nodes)

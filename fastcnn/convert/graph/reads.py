@@ -27,6 +27,7 @@ from fastcnn.convert.graph.layers import class_of
 MISSING = object()
 PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.Size, torch.device)
 _OWN = {*vars(nn.Module), *vars(nn.Module())}  # what a subclass's forward does not depend on
+_QUIET = {*_OWN, "__class__"} - {"training", "_modules", "__dict__"}
 _DEPTH = 3  # of objects within objects
 
 
@@ -118,9 +119,10 @@ class Reads:
 def recorded() -> Iterator[Reads]:
     """Record what the calling thread reads of modules."""
     reads, thread = Reads(), threading.get_ident()
+    look_up, this_thread = object.__getattribute__, threading.get_ident
 
     def read(module: nn.Module, name: str) -> Any:
-        if threading.get_ident() == thread:
+        if name not in _QUIET and this_thread() == thread:
             if name not in _OWN and not name.startswith("__"):
                 reads.note(module, name)
             elif name == "training":
@@ -129,7 +131,7 @@ def recorded() -> Iterator[Reads]:
                 reads.note_children(module)
                 if name == "__dict__":
                     reads.note_all(module)
-        return object.__getattribute__(module, name)
+        return look_up(module, name)
 
     with patch.object(nn.Module, "__getattribute__", read, create=True):
         yield reads
@@ -138,6 +140,8 @@ def recorded() -> Iterator[Reads]:
 def _is_asked_for() -> bool:
     """Whether somebody's code, or a container's method, asks for a module's children."""
     frame = sys._getframe(2)
+    if frame.f_code is _LOOKUP:  # most of all
+        return False
     while (name := frame.f_globals.get("__name__", "")) == "torch.nn.modules.module":
         if frame.f_code.co_name in _LOOKUPS or frame.f_back is None:
             return False
@@ -146,6 +150,7 @@ def _is_asked_for() -> bool:
     return not inside or name == "torch.nn.modules.container"
 
 
+_LOOKUP = nn.Module.__getattr__.__code__
 _LOOKUPS = ("__getattr__", "__setattr__", "__delattr__", "_call_impl", "_wrapped_call_impl")
 
 

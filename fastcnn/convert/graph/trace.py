@@ -215,7 +215,7 @@ def _isinstance(value: Any, classes: Any) -> bool:
     the proxy's memory as a tensor's (torch.zeros(x) of a traced x).
     """
     kind = type(value)
-    if not issubclass(kind, fx.Proxy):
+    if fx.Proxy not in kind.__mro__:
         return _real_isinstance(value, classes)
     if issubclass(kind, _TensorProxy):
         return _real_isinstance(value, classes) or issubclass(kind.stands_for, classes)
@@ -237,7 +237,8 @@ class _Tracer(fx.Tracer):
         self.failed = root  # the innermost that an exception has left
         self._thread = threading.get_ident()
         self._proxies: list[weakref.ref[fx.Proxy]] = []
-        self._own = {id(t) for t in (*root.parameters(), *root.buffers())}
+        own = (*root.named_parameters(), *root.named_buffers())
+        self._own = {id(t): name for name, t in own}
         self._modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -250,9 +251,14 @@ class _Tracer(fx.Tracer):
         return any(ref() is not None for ref in self._proxies)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread or not _real_isinstance(attr_val, Tensor):
             return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+        name = self._own.get(id(attr_val))  # torch.fx would search among all of the root's
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self._thread:
