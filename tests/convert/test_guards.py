@@ -141,12 +141,18 @@ def _counts(m: Any, x: Tensor) -> Tensor:
     return m.part(x) * m.config.calls
 
 
+def _prints(m: Any, x: Tensor) -> Tensor:
+    print(x.shape)
+    return m.part(x)
+
+
 ODD: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "dtype": (lambda m, x: m.part(x.to(next(m.parameters()).dtype)), "reads dtype"),
     "numpy": (lambda m, x: m.part(x) + 0 * np.random.rand(), "random numbers"),  # noqa: NPY002
     "generator": (lambda m, x: m.part(x) + 0 * m.rng.random(), "random numbers"),
     "kept": (_keeps, "keeps a tensor"),
     "counter": (_counts, "Namespace.calls"),
+    "print": (_prints, "prints"),
 }
 
 

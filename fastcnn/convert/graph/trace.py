@@ -368,14 +368,14 @@ def _without_gc() -> Iterator[None]:
 
 @contextmanager
 def _no_questions() -> Iterator[None]:
-    """Refuse questions about modes that may have another answer at the next call."""
-    thread = threading.get_ident()
+    """Refuse questions about modes that may have another answer at the next call, and prints."""
+    thread, why = threading.get_ident(), "asks whether gradients or autocast are on"
 
-    def refusing(question: Callable[..., Any]) -> Callable[..., Any]:
-        def refuse(*args: Any) -> Any:
+    def refusing(function: Callable[..., Any], why: str = why) -> Callable[..., Any]:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != thread:
-                return question(*args)
-            raise Untraceable("asks whether gradients or autocast are on")
+                return function(*args, **kwargs)
+            raise Untraceable(why)
 
         return refuse
 
@@ -384,5 +384,6 @@ def _no_questions() -> Iterator[None]:
         patch.object(torch, "is_autocast_enabled", refusing(torch.is_autocast_enabled)),
         patch.object(torch, "is_inference_mode_enabled", refusing(_is_inference)),
         patch.object(builtins, "isinstance", _isinstance),
+        patch.object(builtins, "print", refusing(print, "prints, which a trace would not repeat")),
     ):
         yield
