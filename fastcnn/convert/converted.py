@@ -21,7 +21,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -305,14 +305,6 @@ class Converted:
             return said
         separator = "\n" if "\n" in said else ", "
         return f"{said}{separator if said else ''}fused: {self._fastcnn_conversion.words()}"
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        """Refuse torch.jit.script, which asks this of each module: it has no source to compile."""
-        raise TypeError(
-            "torch.jit.script: expected an unconverted model, got one with a converted "
-            f"{self._fastcnn_class.__name__}; script fastcnn.revert(copy.deepcopy(model)), or use "
-            "torch.compile or torch.export"
-        )
 
     def __copy__(self) -> Any:
         with as_original([self]):

@@ -86,17 +86,6 @@ def test_flags_are_true_or_false(flag: Any) -> None:
         report(cbr(), flag)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-def test_a_converted_model_is_not_scripted() -> None:
-    """torch.jit compiles the forwards of PyTorch's classes, and finds none of them here."""
-    model = nn.Sequential(nn.Identity(), convert(prepared(cbr(nn.ReLU()))))
-    words = r"^torch\.jit\.script: expected an unconverted model, got one with a converted "
-    with pytest.raises(TypeError, match=words + r"Sequential; script fastcnn\.revert\(copy"):
-        torch.jit.script(model)
-    x = images(2, 4, 5, 5)
-    assert_same(torch.jit.script(revert(copy.deepcopy(model)))(x), revert(model)(x))
-
-
 def test_strict_raises_with_what_is_left_and_changes_nothing() -> None:
     model = nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU()))
     assert convert(model, strict=True) is model
