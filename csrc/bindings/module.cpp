@@ -1,6 +1,8 @@
-// fastcnn._C: what this build is, the C library's malloc, and comparisons for guards. No torch header:
-// it imports before torch is looked at, so that a wrong torch can be told apart from a broken build.
+// fastcnn._C: what this build is, for Python, the C library's malloc, comparisons for guards, and
+// snapshots of memory. No torch header: it imports before torch is looked at, so that a wrong torch
+// can be told apart from a broken build.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #if defined(__GLIBC__)
 #include <malloc.h>
@@ -9,6 +11,7 @@
 #include "bindings/cuda_archs.h"
 #include "bindings/guard.h"
 #include "cpu/capability.h"
+#include "cpu/snapshot.h"
 
 namespace {
 
@@ -50,4 +53,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("first_of_another_type", &fastcnn::first_of_another_type, pybind11::arg("objects"),
         pybind11::arg("types"), pybind11::arg("start"),
         "The first object that is not of its type; -1 if none.");
+  using fastcnn::Snapshot;
+  pybind11::class_<Snapshot>(m, "Snapshot",
+                             "Dense memory as it was, by address: csrc/cpu/snapshot.h")
+      .def(pybind11::init<const std::vector<Snapshot::Block>&, uintptr_t, size_t, size_t, size_t>(),
+           pybind11::arg("vectors"), pybind11::arg("filters_at"), pybind11::arg("filters"),
+           pybind11::arg("size"), pybind11::arg("element_bytes"))
+      .def("is_current", &Snapshot::is_current,
+           "Whether nothing has been written, as far as one call looks. The memory must be there.");
 }

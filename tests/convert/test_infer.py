@@ -117,3 +117,33 @@ def test_autocast_in_bfloat16() -> None:
     assert y.dtype is want.dtype is torch.bfloat16
     assert_inferred(y, eager.double(), x, torch.bfloat16)
     assert patterns(model) == ["conv-bn-relu > conv-bn-relu"]
+
+
+def test_a_shared_model_runs_on() -> None:
+    # What torch.multiprocessing's queues and processes do to a model that they are given.
+    model = nn.Sequential(nn.Conv2d(512, 1024, 1), bn(1024), nn.ReLU()).eval()
+    x = torch.randn(1, 512, 4, 4)
+    convert(model, mode="infer")
+    with torch.no_grad():
+        before = model(x)
+        model.share_memory()
+        assert torch.equal(model(x), before)
+
+
+def test_pruning_and_recalibration_without_a_counter_are_seen() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), bn(32), nn.ReLU()).eval()
+    x = torch.randn(1, 3, 8, 8)
+    edits: list[Any] = [
+        lambda: model[0].weight.data[5].zero_(),
+        lambda: model[0].weight.detach().numpy().__imul__(0.5),
+        lambda: model[1].running_mean.data[3].add_(5),
+        lambda: model[1].running_var.numpy().__setitem__(7, 2.0),
+    ]
+    convert(model, mode="infer")
+    with torch.no_grad():
+        for edit in edits:
+            before = model(x)
+            edit()
+            y, anew = model(x), convert(revert(copy.deepcopy(model)), mode="infer")(x)
+            assert torch.equal(y, anew)
+            assert not torch.equal(y, before)

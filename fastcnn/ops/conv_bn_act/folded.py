@@ -11,12 +11,15 @@ weights at every call, and oneDNN lays them out anew; here both are kept:
     CUDA                 the folded weight, for the plan that wants it folded
 
 The modules are read at every call. What was kept goes where one of their tensors is another one,
-has other memory (.to(), load_state_dict(assign=True)) or was written to, which its version counter
-tells (an optimizer's step, load_state_dict). Writes through tensor.data or a NumPy view leave the
-counter as it is: on the CPU three numbers of each tensor are compared, elsewhere refresh() is for
-those. Tensors made in inference mode have no counter: they are
-folded at every call. So is what torch.compile, torch.export, torch.func, subclasses of Tensor and
-calls that want a gradient see: all these by conv_bn_act's own way.
+has other memory (.to(), load_state_dict(assign=True), share_memory()) or was written to, which its
+version counter tells (an optimizer's step, load_state_dict). Writes through tensor.data or a NumPy
+view leave the counter as it is. On the CPU the values are compared for those: at each call every
+vector of one number a channel, and one element of each filter, the next call another one. Edits of
+a whole channel or filter are seen at once; of single elements after at most as many calls as a
+filter has. Elsewhere nothing is read back, and refresh() is for those. Tensors made in inference
+mode have no counter, and what is not dense is not compared: they are folded at every call. So is
+what torch.compile, torch.export, torch.func, subclasses of Tensor and calls that want a gradient
+see: all these by conv_bn_act's own way.
 """
 
 from typing import Any
@@ -38,7 +41,13 @@ from fastcnn.ops.conv_bn_act.interface import OP, conv_bn_act
 from fastcnn.ops.conv_bn_act.problem import is_planned
 from fastcnn.ops.conv_bn_act.step import ConvBnActBlock, ConvBnActStep, StepSettings
 from fastcnn.ops.conv_bn_act.validate import check_block
-from fastcnn.ops.conv_bn_act.weight_cache import Run, State, Tensors, parameter_of
+from fastcnn.ops.conv_bn_act.weight_cache import (
+    Run,
+    State,
+    Tensors,
+    is_comparable,
+    parameter_of,
+)
 
 _PLAIN = (Tensor, nn.Parameter)
 reorder = torch.ops.mkldnn._reorder_convolution_weight
@@ -118,7 +127,8 @@ class FoldedConv2d:
             return None
         state = self._state
         if state is None or not state.is_of(tensors, numbers):
-            state = self._state = State(tensors, numbers)
+            state = State(tensors, numbers) if is_comparable(tensors) else None
+            self._state = state
         return state
 
     def read(self) -> tuple[Tensors, tuple[Any, ...]]:

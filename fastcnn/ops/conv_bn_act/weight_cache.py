@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcnn._C import Snapshot
+from fastcnn.common.checks import check_storage
+
 Tensors = tuple[Tensor | None, ...]  # weight, bias, mean, var, weight and bias of the batch norm
 Run = Callable[[Tensor, Tensor | None, bool], Tensor]  # x, residual, whether that dies
 
@@ -14,49 +17,57 @@ _MOST_SIZES = 4  # of inputs, that packed weights are kept for
 
 
 class Seen:
-    """A tensor as it was. alias holds its memory, so that no other one gets this address."""
+    """A tensor as it was. Holds its storage, so that no other one gets this address."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.alias, self.version = tensor, tensor.detach(), tensor._version
-        self._bits = _bits_of(self.alias)
-        self._were = self._samples()
+        self.tensor, self._version = tensor, tensor._version
+        self._storage = tensor.untyped_storage()
+        self._place = self._place_of(tensor)
 
     def is_still(self, t: Tensor | None) -> bool:
+        return t is self.tensor and t._version == self._version and self._place_of(t) == self._place
+
+    def _place_of(self, t: Tensor) -> tuple[Any, ...]:
+        """Which memory t is, and how much there is: share_memory() and resize_() move a storage."""
+        storage = self._storage
         return (
-            t is self.tensor
-            and t._version == self.version
-            and t.data_ptr() == self.alias.data_ptr()
-            and t.dtype is self.alias.dtype
-            and self._samples() == self._were
-        )
-
-    def _samples(self) -> tuple[int, ...]:
-        """A few numbers' bits: `t.data.mul_(0.99)` changes them, and no counter."""
-        bits = self._bits
-        if bits is None:
-            return ()
-        last = len(bits) - 1
-        return bits.item(0), bits.item(last // 3), bits.item(last)
+            t.data_ptr(), t.dtype, t.shape, t.stride(), storage.data_ptr(), storage.nbytes()
+        )  # fmt: skip
 
 
-def _bits_of(t: Tensor) -> Any:
-    """Return a dense CPU tensor's memory as integers in NumPy, None for any other."""
-    if t.device.type != "cpu" or t.numel() == 0:
-        return None
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
-    dense = t.is_contiguous() or (
+def is_comparable(tensors: Tensors) -> bool:
+    """Whether writes to these that change no version counter can be seen.
+
+    On the CPU in dense memory; on other devices nothing is read back, refresh() is for those.
+    """
+    return all(t is None or t.device.type != "cpu" or _is_dense(t) for t in tensors)
+
+
+def _is_dense(t: Tensor) -> bool:
+    return t.is_contiguous() or (
         t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
     )
-    if not dense:
+
+
+def _snapshot(tensors: Tensors) -> Snapshot | None:
+    """Return the values as they are: all of the vectors, a checksum of each place in a filter."""
+    weight, *rest = tensors
+    if weight is None or weight.device.type != "cpu":
         return None
-    return t.as_strided((t.numel(),), (1,)).view(whole).numpy()
+    vectors = [t for t in rest if t is not None and t.device.type == "cpu"]
+    blocks = [(t.data_ptr(), t.numel() * t.element_size()) for t in vectors]
+    filters, size = weight.shape[0], weight[:1].numel()
+    return Snapshot(blocks, weight.data_ptr(), filters, size, weight.element_size())
 
 
 class State:
     """What was made of tensors and numbers that have not changed since."""
 
     def __init__(self, tensors: Tensors, numbers: tuple[Any, ...]) -> None:
+        names = ("weight", "bias", "running_mean", "running_var", "bn_weight", "bn_bias")
+        check_storage("conv_bn_act", **dict(zip(names, tensors, strict=True)))
         self.seen = [None if t is None else Seen(t) for t in tensors]
+        self._snapshot = _snapshot(tensors)
         self.numbers = numbers
         self.runs: dict[Any, tuple[Run, list[int]]] = {}  # with the sizes of y
         self._lock = threading.Lock()
@@ -66,7 +77,9 @@ class State:
         for seen, t in zip(self.seen, tensors, strict=True):
             if t is not None if seen is None else not seen.is_still(t):
                 return False
-        return self.numbers == numbers
+        if self.numbers != numbers:
+            return False
+        return self._snapshot is None or self._snapshot.is_current()
 
     def keep(self, key: Any, run: Run, sizes: list[int]) -> tuple[Run, list[int]]:
         """Keep what inputs of a kind run, and the sizes of what they give."""

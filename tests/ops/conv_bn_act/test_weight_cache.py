@@ -4,6 +4,7 @@ import copy
 import itertools
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from support.conv2d_folded_cases import Pair, kept, operators, pair
@@ -12,6 +13,7 @@ from support.shapes import LAYOUTS
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from fastcnn.ops.conv2d.onednn import folds
 from fastcnn.ops.conv_bn_act import folded as conv2d_folded, inference_candidates
 
 pytestmark = pytest.mark.skipif(
@@ -71,19 +73,97 @@ def test_changes_are_noticed(name: str) -> None:
             assert torch.equal(after, model.step(x))
 
 
-def test_writes_without_a_counter_are_noticed_by_three_numbers() -> None:
+def vectors(model: Pair) -> list[torch.Tensor]:
+    norm = model.norm
+    return [model.conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias]
+
+
+@pytest.mark.parametrize("how", [".data", "NumPy"])
+def test_edits_of_one_channel_or_filter_are_seen_at_once_without_a_counter(how: str) -> None:
+    model, x = pair(), torch.randn(2, 4, 9, 8)
+    with torch.no_grad():
+        for channel, t in itertools.product(range(6), [model.conv.weight, *vectors(model)]):
+            before = model(x)
+            if how == ".data":
+                t.data[channel] += 1.5
+            else:
+                t.detach().numpy()[channel] += 1.5
+            assert kept(lambda: model.folded(x)) is False
+            assert torch.equal(model(x), model.step(x))
+            assert not torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_edits_of_one_weight_are_seen_after_as_many_calls_as_a_filter_has(layout: str) -> None:
+    model, x = pair().to(memory_format=LAYOUTS[layout]), torch.randn(2, 4, 9, 8)
+    with torch.no_grad():
+        for place in range(model.conv.weight[0].numel()):
+            model(x)
+            at = (place % 6, *np.unravel_index(place, model.conv.weight.shape[1:]))
+            model.conv.weight.data[at] += 1.5
+            assert sum(not kept(lambda: model(x)) for _ in range(36)) == 1
+            assert torch.equal(model(x), model.step(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_signs_and_not_a_number_are_seen(dtype: torch.dtype) -> None:
+    model, x = pair().to(dtype), torch.randn(2, 4, 9, 8, dtype=dtype)
+    if not folds(x):
+        pytest.skip("oneDNN has no bfloat16 on this processor")
+    nan, zero = torch.tensor([float("nan"), 0.0], dtype=dtype)
+    with torch.no_grad():
+        model(x)
+        for value, is_kept in ((zero, False), (-zero, False), (nan, False), (nan, True)):
+            for t in (model.conv.weight, model.norm.bias):
+                t.data[3] = value
+                assert kept(lambda: model(x)) == is_kept
+
+
+def test_memory_that_has_moved_is_noticed() -> None:
+    # Large, so that what held the old values goes back to the system, and a read of it is a signal.
+    model, x = pair(512, 1024), torch.randn(1, 512, 2, 2)
+    with torch.no_grad():
+        before = model(x)
+        model.share_memory()  # as a queue, Process(args=...) and a DataLoader that spawns do
+        assert not kept(lambda: model(x))
+        assert torch.equal(model(x), before)
+        assert kept(lambda: model(x))
+        # Another process writes into it.
+        model.norm.running_mean.data.add_(1)
+        assert torch.equal(model(x), model.step(x))
+
+
+def test_storage_that_was_freed_is_refused() -> None:
     model, x = pair(), torch.randn(2, 4, 9, 8)
     with torch.no_grad():
         before = model(x)
-        model.conv.weight.data.mul_(1.5)
-        changed = model(x)
-        assert torch.equal(changed, model.step(x))
-        assert not torch.equal(changed, before)
-        model.conv.weight.data.view(-1)[1] += 1.5  # none of the three
-        assert torch.equal(model(x), changed)
-        model.folded.refresh()
+        storage = model.conv.weight.untyped_storage()
+        values = model.conv.weight.detach().clone()
+        storage.resize_(0)
+        with pytest.raises(ValueError, match="conv_bn_act: weight: expected a storage of at least"):
+            model(x)
+        storage.resize_(values.nbytes)
+        model.conv.weight.data.copy_(values)
+        assert torch.equal(model(x), before)
+
+
+def test_other_sizes_and_strides_of_the_same_memory_are_noticed() -> None:
+    model, x = pair(6, 6, kernel_size=1, padding=0), torch.randn(2, 6, 9, 8)
+    with torch.no_grad():
+        before = model(x)
+        model.conv.weight.data = model.conv.weight.data.transpose(0, 1)
         assert torch.equal(model(x), model.step(x))
-        assert not torch.equal(model(x), changed)
+        assert not torch.equal(model(x), before)
+
+
+def test_what_is_not_dense_is_folded_at_every_call() -> None:
+    model, x = pair(), torch.randn(2, 4, 9, 8)
+    model.norm.weight = nn.Parameter(torch.ones(12)[::2], requires_grad=False)
+    with torch.no_grad():
+        for _ in range(2):
+            assert not kept(lambda: model(x))
+            model.norm.weight.data[4] += 1
+            assert torch.equal(model(x), model.step(x))
 
 
 def test_tensors_of_inference_mode_are_folded_at_every_call() -> None:
