@@ -172,7 +172,7 @@ def conv2d_int8(
 ) -> Tensor:
     """Check and apply: see fastcnn.functional.conv2d_int8."""
     if isinstance(weight, PackedConv2dInt8):
-        weight = weight.weight
+        weight = weight.found_by_address()
     tensors = {"x": x, "weight": weight}
     if isinstance(weight_scale, (int, float)):
         scale, number = None, weight_scale

@@ -42,13 +42,28 @@ class PackedConv2dInt8:
         self._parts: dict[Any, list[tuple[Tensor, int]]] = {}
         self._version = self.weight._version
         self._lock = threading.Lock()
+        self._address = self._registered()
+
+    def _registered(self) -> int:
+        address = self.weight.data_ptr()
         if self.weight.device.type != "meta":
-            _PACKED[self.weight.data_ptr()] = self
+            _PACKED[address] = self
+        return address
 
     def to(self, device: torch.device | str | int) -> "PackedConv2dInt8":
         """Return it packed on a device: itself where it is there already."""
         moved = self.weight.to(device)
         return self if moved is self.weight else PackedConv2dInt8(moved)
+
+    def found_by_address(self) -> Tensor:
+        """Return the weight, by whose address the operator finds what has packed it.
+
+        share_memory_() moves it, as a queue of torch.multiprocessing does, and `weight.data = t`.
+        """
+        if not torch.compiler.is_compiling() and self.weight.data_ptr() != self._address:
+            with self._lock:
+                self._address, self._version = self._registered(), -1  # whose values are others
+        return self.weight
 
     def _look_for_changes(self) -> None:
         if self._version != self.weight._version:  # somebody wrote into it

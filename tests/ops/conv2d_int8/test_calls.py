@@ -61,6 +61,17 @@ def test_packed_weights_are_prepared_once_a_size(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(conv2d_int8(**given), expected)
 
 
+def test_packed_weights_that_move_are_still_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = problem(PLAIN)
+    expected, packed = conv2d_int8(**given), pack_conv2d_int8(given["weight"])
+    given["weight"] = packed
+    assert torch.equal(conv2d_int8(**given), expected)
+    packed.weight.share_memory_()  # as a queue of torch.multiprocessing does
+    for _ in range(2):
+        assert torch.equal(conv2d_int8(**given), expected)
+        monkeypatch.setattr(conv2d_int8_sums, "_prepack", None)  # packed once more, and no more
+
+
 def pickled(packed: PackedConv2dInt8) -> Any:
     return pickle.loads(pickle.dumps(packed))
 
