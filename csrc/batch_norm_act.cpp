@@ -19,7 +19,7 @@ BatchNormActFwdParams fwd_params(const Check& check, const Tensor& x,
   p.shape = check.shape();
   p.dtype = check.dtype();
   p.act = check.act(act);
-  p.eps = eps;
+  p.eps = check.eps(eps);
   p.x = x.const_data_ptr();
   p.residual = check.image("residual", residual);
   p.weight = check.channels("weight", weight);
@@ -105,6 +105,9 @@ void update_running(Tensor running_mean, Tensor running_var, const Tensor& mean,
   dense("mean", mean, mean);
   dense("var", var, mean);
   if (total) numbers("total", *total, 1, mean);
+  if (!(momentum >= 0 && momentum <= 1)) {
+    fail(kOp, "momentum: expected a number from 0 to 1, got ", momentum);
+  }
   if (!total && count < 2) fail(kOp, "count: expected at least 2 values a channel, got ", count);
   BatchNormRunningParams p{};
   p.c = running_mean.size(0);

@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> run_fwd(const char* op, const Tensor& x,
   p.dtype = check.dtype();
   p.act = check.act(act);
   p.groups = per_pixel ? 1 : check_groups(op, "groups", groups, p.shape);
-  p.eps = eps;
+  p.eps = check.eps(eps);
   const int64_t statistics = per_pixel ? p.shape.hw : groups;
   Tensor y = torch::stable::empty_like(x);
   Tensor mean = check.new_matrix(p.shape.n, statistics);
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> run_bwd(const char* op, const Tensor& dy, con
     fail(op, "mean: expected a matrix [", p.shape.n, ", groups], got sizes ", sizes_of(mean));
   }
   p.groups = per_pixel ? 1 : check_groups(op, "mean: size 1", mean.size(1), p.shape);
-  p.eps = eps;
+  p.eps = check.eps(eps);
   const int64_t statistics = per_pixel ? p.shape.hw : p.groups;
   p.dy = check.image("dy", dy);
   p.x = x.const_data_ptr();

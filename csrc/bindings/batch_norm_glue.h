@@ -17,7 +17,7 @@ inline BatchNormActBwdParams bwd_params(const Check& check, const Tensor& dy, co
   p.shape = check.shape();
   p.dtype = check.dtype();
   p.act = check.act(act);
-  p.eps = eps;
+  p.eps = check.eps(eps);
   p.training = true;
   p.dy = check.image("dy", dy);
   p.x = x.const_data_ptr();

@@ -57,16 +57,26 @@ inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
   }
 }
 
-// Somebody may have shrunk the storage under a tensor, whose sizes do not show it.
+// The storage must hold what offset, sizes and strides reach: somebody may have shrunk it, or taken
+// its memory, since the tensor was made, and neither sizes nor strides show it.
 inline void check_storage(const char* op, const char* name, const Tensor& t) {
   if (t.numel() == 0) return;
-  int64_t elements = t.storage_offset() + 1;
-  for (int64_t d = 0; d < t.dim(); ++d) elements += (t.size(d) - 1) * t.stride(d);
-  int64_t bytes = 0;
+  int64_t end = t.storage_offset(), needed = 0, bytes = 0;  // end: the furthest element
+  bool overflows = false;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    int64_t reach = 0;
+    overflows |= __builtin_mul_overflow(t.size(d) - 1, t.stride(d), &reach);
+    overflows |= __builtin_add_overflow(end, reach, &end);
+  }
+  overflows |= __builtin_add_overflow(end, 1, &end);
+  overflows |= __builtin_mul_overflow(end, static_cast<int64_t>(t.element_size()), &needed);
+  if (overflows) fail(op, name, ": expected less than 2^63 bytes, got sizes ", sizes_of(t));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
-  const int64_t needed = elements * static_cast<int64_t>(t.element_size());
   if (bytes < needed) {
     fail(op, name, ": expected a storage of at least ", needed, " bytes, got ", bytes);
+  }
+  if (t.const_data_ptr() == nullptr) {
+    fail(op, name, ": expected a tensor with memory, got sizes ", sizes_of(t), " without");
   }
 }
 
@@ -158,6 +168,12 @@ class Check {
            torch::headeronly::toString(t.scalar_type()));
     }
     return t.const_data_ptr();
+  }
+
+  // What is added to a variance, whose root is taken.
+  double eps(double eps) const {
+    if (!(eps >= 0)) fail(op_, "eps: expected at least 0, got ", eps);
+    return eps;
   }
 
   Act act(int64_t act) const {

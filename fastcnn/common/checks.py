@@ -227,3 +227,7 @@ def check_storage(op: str, **tensors: Tensor | None) -> None:
                 f"{op}: {name}: expected a storage of at least {end * t.element_size()} bytes, "
                 f"got {t.untyped_storage().nbytes()}"
             )
+        if t.data_ptr() == 0:
+            raise ValueError(
+                f"{op}: {name}: expected a tensor with memory, got sizes {list(t.shape)} without"
+            )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastcnn import _C
+from fastcnn.common.checks import check_storage
 
 # Kernels read memory in the order that the strides of tracing time promised.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -136,8 +137,13 @@ def distinct(*tensors: Any) -> tuple[Any, ...]:
     return tuple(seen)
 
 
+def _clone(t: Tensor) -> Tensor:
+    check_storage("clone_no_cse", t=t)
+    return t.clone()
+
+
 declare("clone_no_cse(Tensor t) -> Tensor", torch.empty_like)
-torch.library.impl("fastcnn::clone_no_cse", ("cpu", "cuda"))(torch.clone)
+torch.library.impl("fastcnn::clone_no_cse", ("cpu", "cuda"))(_clone)
 
 
 def clone_no_cse(t: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ time and several at once.
 
 import itertools
 import random
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -17,104 +16,18 @@ from typing import Any
 import pytest
 import torch
 from support.device import DEVICE, cuda_operators, on_gpu
-from support.operator_arguments import OPERATORS, good_arguments
+from support.invalid_arguments import ANY, CHANNELS, IMAGE, IMAGES, STORAGE, numbers
+from support.operator_arguments import OPERATORS, PYTORCHS_OWN, good_arguments
 from support.shapes import LAYOUTS
 from torch import Tensor
 
-
-def without_storage(t: Tensor, kept: float, offset: int = 0) -> Tensor:
-    """t's sizes and strides over a storage that has shrunk since."""
-    storage = torch.cat([t.new_zeros(offset), t.flatten()]).untyped_storage()
-    view = t.new_empty(0).set_(storage, offset, t.shape, t.stride())
-    storage.resize_(int(storage.nbytes() * kept))
-    return view
-
-
-ANY: dict[str, Callable[[Tensor], Any]] = {
-    "None": lambda t: None,
-    "no tensor": lambda t: "x",
-    "a number": lambda t: 1.0,
-    "int64": lambda t: t.long(),
-    "bool": lambda t: t.bool(),
-    "complex": lambda t: t.to(torch.complex64),
-    "other float": lambda t: t.half() if t.dtype == torch.float64 else t.double(),
-    "another half": lambda t: t.half() if t.dtype == torch.bfloat16 else t.bfloat16(),
-    "meta": lambda t: t.to("meta"),
-    "on the CPU": lambda t: t.cpu(),
-    "sparse": lambda t: t.to_sparse(),
-    "expanded": lambda t: t.flatten()[0].expand(t.shape),
-    "huge strides": lambda t: t.new_zeros(t.numel() * 64).as_strided(
-        t.shape, [64 * s for s in t.stride()]
-    ),
-    "empty": lambda t: t[:0],
-    "shorter": lambda t: t[:1],
-    "longer": lambda t: torch.cat([t, t]),
-    "another dimension": lambda t: t[None],
-    "a dimension less": lambda t: t[0],
-    "no dimension": lambda t: t.flatten()[0],
-    "storage freed": lambda t: without_storage(t, 0),
-    "storage freed behind an offset": lambda t: without_storage(t, 0, 5),
-    "storage halved": lambda t: without_storage(t, 0.5),
-}
-IMAGE: dict[str, Callable[[Tensor], Any]] = {
-    "overlapping": lambda t: t.as_strided(t.shape, (1, 1, 1, 1)),
-    "channel less": lambda t: t[:, 1:].clone(),
-    "column less": lambda t: t[..., 1:].clone(),
-    "transposed": lambda t: t.mT,
-    "permuted": lambda t: t.permute(0, 2, 1, 3),
-    "the other layout": lambda t: t.contiguous(
-        memory_format=LAYOUTS["channels_last" if t.is_contiguous() else "nchw"]
-    ),
-}
-CHANNELS: dict[str, Callable[[Tensor], Any]] = {"strided": lambda t: t.repeat_interleave(2)[::2]}
-NUMBERS: dict[str, list[Any]] = {
-    "act": [-1, 8, 2**31, -(2**63), 2**63 - 1, None, "relu"],
-    "count": [1, 0, -5, -(2**63), None, "x"],  # without a total
-    **{key: [None, "x"] for key in ("eps", "in_eps", "out_eps")},
-    **{key: [-1, 8, 2**31, 2**62, None, "x"] for key in ("in_act", "out_act")},
-    "groups": [0, -1, 4, 7, 2**62, -(2**63), None, "x"],
-    "momentum": [None, "x"],
-    "total": [torch.ones(2), torch.ones(()), torch.ones(1, dtype=torch.int64), "x"],
-    "p": [-0.1, 1.1, float("nan"), float("inf"), None, "x"],
-    "h": [0, -1, 3, 2**31, 2**62, None, "x"],
-    "w": [0, -1, 3, 2**31, 2**62, None, "x"],
-    "scale_h": [0.0, -1.0, 0.3, float("nan"), float("inf"), "x"],
-    "scale_w": [0.0, -2.0, 2.6, float("nan"), float("inf"), "x"],
-    "sampling": [-1, 4, 2**40, None, "x"],
-    **{
-        key: [0, -1, 2, 2**21, 2**62, None, "x"]
-        for key in ("kernel_h", "kernel_w", "stride_h", "stride_w", "dilation_h", "dilation_w")
-    },
-    **{key: [-1, 2, 2**21, 2**62, None, "x"] for key in ("padding_h", "padding_w")},
-    **{
-        key: [0.0, -1.0, float("nan"), float("inf"), "x"] for key in ("out_scale", "residual_scale")
-    },
-    "x_scale": [0.0, -1.0, float("nan"), float("inf"), None, "x"],
-    **{key: [-1, 256, 2**62, None, "x"] for key in ("x_zero_point", "out_zero_point")},
-    **{key: [-1, 256, 2**62, None, "x"] for key in ("residual_zero_point", "zero_point")},
-    "cap": [0.0, -1.0, float("nan"), None, "x"],
-    "out_dtype": [torch.int32, torch.float64, None, "x"],
-    **{key: [[0, 1], [1], [2**40, 1], None, "x"] for key in ("stride", "dilation")},
-    "padding": [[-1, 1], [1], [2**40, 1], None, "x"],
-    "channels_last": ["x"],  # None is False to the dispatcher
-}
-# Of one operator's, where others see sense in these.
-NUMBERS_OF: dict[tuple[str, str], list[Any]] = {
-    **{
-        (op, size): [0, -1, 2**62, None, "x"] for op in ("augment", "augment_mask") for size in "hw"
-    },
-    ("augment", "dtype"): [-1, 3, 2**31, None, "x"],
-    ("augment_mask", "fill"): [None],
-    ("conv2d_int8_epilogue", "residual_scale"): [0.0, -1.0, float("nan"), None, "x"],
-}
 SAME_NUMBER = ("expanded", "huge strides", "shorter", "strided")  # of a vector of one
 # One int64 in any shape and with any strides is a seed.
 SEED = ["None", "no tensor", "a number", "bool", "complex", "other float", "another half", "meta"]
 SEED += ["sparse", "empty", "longer", "storage freed", "storage freed behind an offset"]
-SEED += ["storage halved"]
+SEED += ["storage halved", "storage without its last byte"]
 OPTIONAL = ("residual", "saved", "weight", "bias", "skip", "add")  # total is None already
 OPTIONAL += ("in_weight", "in_bias", "out_weight", "out_bias")
-IMAGES = ("x", "z", "residual", "saved", "dy", "skip", "y", "acc", "add", "in_raw", "out_raw")
 ALONE = {"other float", "another half", "meta", "empty", "shorter", "longer"}
 ALONE |= {"channel less", "column less", "the other layout"}
 SOUND_STRIDES = {"expanded", "huge strides", "strided"}
@@ -215,10 +128,6 @@ def accepted_invalid_arguments(
     return calls, accepted
 
 
-def numbers(op: str, name: str) -> list[Any]:
-    return NUMBERS_OF.get((op, name), NUMBERS.get(name, []))
-
-
 def kinds(op: str, name: str, good: Any) -> list[str]:
     if not isinstance(good, Tensor):
         return [str(i) for i in range(len(numbers(op, name)))]
@@ -239,8 +148,8 @@ def test_every_operator_is_here() -> None:
     # One that is registered later and not named above would go without invalid arguments unnoticed.
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.split("::")[1] for name in names if name.startswith("fastcnn::")}
-    # clone_no_cse and conv2d_relu are PyTorch's own; conv2d_bwd_weight is not on all machines.
-    assert registered - set(OPERATORS) <= {"clone_no_cse", "conv2d_relu", "conv2d_bwd_weight"}
+    # conv2d_bwd_weight is not on all machines.
+    assert registered - set(OPERATORS) <= {*PYTORCHS_OWN, "conv2d_bwd_weight"}
     assert set(OPERATORS) <= registered
 
 
@@ -268,6 +177,19 @@ def test_invalid_arguments_raise(
             pytest.fail(f"{type(error).__name__}: {error}: in {log.read_text()}")
     assert calls > 1000
     assert not accepted, f"{len(accepted)} of {calls} calls did not raise:\n" + "\n".join(accepted)
+
+
+@pytest.mark.parametrize("op", PYTORCHS_OWN)
+@pytest.mark.parametrize("kind", STORAGE)
+def test_pytorch_s_own_operators_ask_for_storage(op: str, kind: str) -> None:
+    # PyTorch's kernels do not: they end the process, where the next page cannot be read.
+    good = good_arguments(op, torch.float32, "nchw")
+    run = getattr(torch.ops.fastcnn, op)
+    run(*good.values())
+    for name, t in good.items():
+        if isinstance(t, Tensor):
+            with pytest.raises(ValueError, match=f"{op}: {name}: expected a storage of at least"):
+                run(*{**good, name: STORAGE[kind](t)}.values())
 
 
 # upsample_taps_fwd and _bwd are the CPU's alone; augment takes a number for its dtype.

@@ -17,6 +17,7 @@ OPERATORS = [
     "dropout_apply_", "group_norm_act_fwd", "group_norm_act_bwd", "pixel_norm_act_fwd",
     "pixel_norm_act_bwd",
 ]  # fmt: skip
+PYTORCHS_OWN = ["clone_no_cse", "conv2d_relu"]  # under another name, with its checks
 OPERATORS += ["conv2d_bwd_weight"] * _C.has_bf16_dot()  # elsewhere it raises in any case
 
 
@@ -83,6 +84,13 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str, w: int = 4) -> dict
             return {"dy": image(), "h": 4, "w": w // 2, **how}
         tall = image()[..., : w // 2].contiguous(memory_format=LAYOUTS[layout])
         return {"x": tall, "skip": image(), "h": 4, "w": w, **how, "skip_last": True}
+    if op == "clone_no_cse":
+        return {"t": image()}
+    if op == "conv2d_relu":
+        how = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}
+        weight = torch.ones(6, 6, 3, 3, dtype=dtype)
+        return {"x": image(), "weight": weight, "bias": weight[:, 0, 0, 0].clone(),
+                "residual": image(), **how}  # fmt: skip
     if op == "conv2d_bwd_weight":
         dtype, layout = torch.bfloat16, "channels_last"
         how = {"kernel_h": 3, "kernel_w": 3, "stride_h": 1, "stride_w": 1}

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastcnn.common.checks import check_storage
 from fastcnn.common.library import declare
 
 
@@ -20,6 +21,7 @@ def _relu_fake(
 def _relu_cuda(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *geometry: Any
 ) -> Tensor:
+    check_storage("conv2d_relu", x=x, weight=weight, bias=bias, residual=residual)
     if residual is None:
         return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *geometry)
     return torch.ops.aten.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
@@ -28,6 +30,7 @@ def _relu_cuda(
 def _relu_cpu(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *geometry: Any
 ) -> Tensor:
+    check_storage("conv2d_relu", x=x, weight=weight, bias=bias, residual=residual)
     y = F.conv2d(x, weight, bias, *geometry)
     return F.relu_(y if residual is None else y.add_(residual))
 

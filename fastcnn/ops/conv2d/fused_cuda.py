@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.common.batch_norm_params import Norm
-from fastcnn.common.checks import check_storage
+from fastcnn.common.checks import check_eps, check_storage
 from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.common.conv_operands import Gradient, Input, Output, Sums
 from fastcnn.common.library import by_name
@@ -79,6 +79,7 @@ def _norm(given: Given, name: str) -> Norm | None:
         None if t is None else t.contiguous() for t in (given[f"{name}_{key}"] for key in keys)
     )
     if mean is not None and var is not None:
+        check_eps(f"conv2d_fused: {name}", given[f"{name}_eps"], of_batch=False)
         return Norm(mean, var, weight, bias, given[f"{name}_eps"])
     if any(t is not None for t in (mean, var, weight, bias)):
         raise ValueError(f"conv2d_fused: {name}: expected mean and var, or no batch norm at all")
