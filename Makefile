@@ -13,7 +13,7 @@ help:
 	@echo "make test   lint, then the tests, the most telling first"
 	@echo "make test-all         and what takes long: foreign models, the whole demo, fuzz"
 	@echo "make test-processors  all of it on each instruction set that is here, from five seeds"
-	@echo "make fuzz   N random calls of the ops, N=20000, against PyTorch in float64; SEED=... again"
+	@echo "make fuzz   N random calls of the ops, N=20000, against float64, and N invalid ones; SEED=... again"
 	@echo "make bench  the kernels and whole networks compared with PyTorch, interleaved in one process"
 	@echo "make chart  docs/networks.svg and README's table of networks, from benchmarks/results/"
 	@echo "make gpu    with a GPU: build, test, sanitize, tune, bench into RESULTS=dir; STAGES=test,bench"

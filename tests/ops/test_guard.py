@@ -3,9 +3,7 @@
 Each input ends where a page without access begins: a read of one byte too many ends the process.
 """
 
-import ctypes
 import itertools
-import mmap
 import os
 import subprocess
 import sys
@@ -13,24 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.guarded import guarded
 from support.paths import TESTS
 from torch import Tensor
 
 from fastcnn import _C
 
-PAGE = mmap.PAGESIZE
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (3, 20, 3, 3), (1, 257, 1, 1), (5, 16, 9, 9), (2, 64, 7, 7)]
-
-
-def guarded(values: Tensor) -> Tensor:
-    """A copy of a dense tensor that ends at the end of its page; the next page is forbidden."""
-    size = values.numel() * values.element_size()
-    pages = -(-size // PAGE) * PAGE
-    area = mmap.mmap(-1, pages + PAGE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + pages), PAGE, 0) == 0
-    flat = torch.frombuffer(area, dtype=values.dtype, count=values.numel(), offset=pages - size)
-    return flat.as_strided(values.size(), values.stride()).copy_(values)
 
 
 def run_all() -> None:
@@ -129,5 +116,5 @@ def test_nothing_beyond_an_input_is_read(level: str) -> None:
 
 def test_the_guard_guards() -> None:
     # One element beyond the end: without this, the test above would pass with a guard that is none.
-    read = "t.ctypes.string_at(t.guarded(t.torch.ones(8)).data_ptr(), 33)"
+    read = "import ctypes; ctypes.string_at(t.guarded(t.torch.ones(8)).data_ptr(), 33)"
     assert in_a_process(read, "baseline").returncode < 0
