@@ -21,14 +21,8 @@ def declare(schema: str, fake: Callable[..., Any]) -> None:
     name = f"fastcnn::{schema[: schema.index('(')]}"
     torch.library.define(name, schema[schema.index("(") :], tags=_TAGS)
 
-    arguments = schema[schema.index("(") + 1 : schema.rindex(") ->")].split(", ")
-    required = [i for i, a in enumerate(arguments) if a.startswith(("Tensor ", "Tensor("))]
-
     def checked_fake(*args: Any) -> Any:
-        # The dispatcher takes None for any tensor; kernels refuse it by themselves.
-        for i in required:
-            if not isinstance(args[i], Tensor):
-                raise RuntimeError(f"{name}: {arguments[i]}: expected a tensor, got None")
+        _check_required(name, args)
         # Not only tracing comes here: the dispatcher sends a call to the fake as soon as one tensor
         # is on meta, and the others may hold data, for which there is no result.
         devices = {str(t.device) for t in args if isinstance(t, Tensor)}
@@ -37,6 +31,31 @@ def declare(schema: str, fake: Callable[..., Any]) -> None:
         return fake(*args)
 
     torch.library.register_fake(name, checked_fake)
+
+
+def implement(operator: str, devices: str | Sequence[str], kernel: Callable[..., Any]) -> None:
+    """Register a kernel in Python for a declared operator."""
+    name = f"fastcnn::{operator}"
+
+    def checked(*args: Any) -> Any:
+        _check_required(name, args)
+        return kernel(*args)
+
+    torch.library.impl(name, devices)(checked)
+
+
+def _check_required(name: str, args: Sequence[Any]) -> None:
+    # The dispatcher takes None for any tensor; kernels in C++ refuse it by themselves.
+    for i, argument in _required(name):
+        if not isinstance(args[i], Tensor):
+            raise RuntimeError(f"{name}: {argument}: expected a tensor, got None")
+
+
+@functools.cache
+def _required(name: str) -> list[tuple[int, str]]:
+    """Return an operator's tensors that may not be left out, by place and name."""
+    arguments = getattr(torch.ops.fastcnn, name.removeprefix("fastcnn::")).default._schema.arguments
+    return [(i, a.name) for i, a in enumerate(arguments) if str(a.type) == "Tensor"]
 
 
 def by_name(operator: Any, args: Sequence[Any]) -> dict[str, Any]:
@@ -143,7 +162,7 @@ def _clone(t: Tensor) -> Tensor:
 
 
 declare("clone_no_cse(Tensor t) -> Tensor", torch.empty_like)
-torch.library.impl("fastcnn::clone_no_cse", ("cpu", "cuda"))(_clone)
+implement("clone_no_cse", ("cpu", "cuda"), _clone)
 
 
 def clone_no_cse(t: Tensor) -> Tensor:

@@ -179,6 +179,20 @@ def test_invalid_arguments_raise(
     assert not accepted, f"{len(accepted)} of {calls} calls did not raise:\n" + "\n".join(accepted)
 
 
+IN_PYTHON = ["conv2d_relu", "conv2d_int8", *(op for op in OPERATORS if "fused" in op)]
+
+
+@pytest.mark.parametrize("op", IN_PYTHON)
+def test_operators_in_python_name_a_tensor_that_is_none(op: str) -> None:
+    good = good_arguments(op, torch.float32, "nchw")
+    schema = getattr(torch.ops.fastcnn, op).default._schema
+    required = [a.name for a in schema.arguments if str(a.type) == "Tensor"]
+    assert len(required) >= 2
+    for name in required:
+        with pytest.raises(RuntimeError, match=f"{op}: {name}: expected a tensor, got None"):
+            getattr(torch.ops.fastcnn, op)(*{**good, name: None}.values())
+
+
 @pytest.mark.parametrize("op", PYTORCHS_OWN)
 @pytest.mark.parametrize("kind", STORAGE)
 def test_pytorch_s_own_operators_ask_for_storage(op: str, kind: str) -> None:

@@ -111,8 +111,10 @@ def run(log: Path, seed: int, first: int, last: int) -> None:
         try:
             with _limited_memory():
                 getattr(torch.ops.fastcnn, call.op)(*call.arguments.values())
-        except Exception as error:
+        except (RuntimeError, ValueError, TypeError, MemoryError) as error:
             print(type(error).__name__, flush=True)
+        except Exception as error:  # which says something about this code, and not about the call
+            print(f"{type(error).__name__}, {number}: {text}", flush=True)
         else:
             print(f"ran, and must not, {number}: {text}" if call.refused else "ran", flush=True)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcnn.common.checks import check_storage
-from fastcnn.common.library import declare
+from fastcnn.common.library import declare, implement
 
 
 def _relu_fake(
@@ -41,7 +41,7 @@ declare(
     "int[2] padding, int[2] dilation, int groups) -> Tensor",
     _relu_fake,
 )
-torch.library.impl("fastcnn::conv2d_relu", "cuda")(_relu_cuda)
-torch.library.impl("fastcnn::conv2d_relu", "cpu")(_relu_cpu)
+implement("conv2d_relu", "cuda", _relu_cuda)
+implement("conv2d_relu", "cpu", _relu_cpu)
 
 conv2d_relu = torch.ops.fastcnn.conv2d_relu.default

@@ -25,7 +25,7 @@ from torch import Tensor
 from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.conv_geometry import ConvGeometry, output_size
 from fastcnn.common.conv_operands import Gradient, Input, Output
-from fastcnn.common.library import by_name, declare
+from fastcnn.common.library import by_name, declare, implement
 
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 
@@ -112,7 +112,7 @@ def _when_called(name: str) -> Callable[..., Any]:
 
 
 for _name in ("conv2d_fused", "conv2d_fused_bwd_input", "conv2d_fused_bwd_weight"):
-    torch.library.impl(f"fastcnn::{_name}", ("cpu", "cuda"))(_when_called(_name))
+    implement(_name, ("cpu", "cuda"), _when_called(_name))
 
 
 def _norm(norm: Norm | None) -> tuple[Any, ...]:

@@ -43,7 +43,7 @@ from torch import Tensor
 from fastcnn.common.activation import ACT_NUMBER
 from fastcnn.common.checks import check_choice, check_storage
 from fastcnn.common.conv_geometry import pair
-from fastcnn.common.library import declare
+from fastcnn.common.library import declare, implement
 from fastcnn.ops.conv2d_int8.arguments import OP, Call, check_call, check_types, float32, quotient
 from fastcnn.ops.conv2d_int8.packed_weight import (
     PackedConv2dInt8,
@@ -141,8 +141,8 @@ declare(
     "int[2] dilation, int groups, int act, float? weight_scale_number=None) -> Tensor",
     _fake,
 )
-torch.library.impl("fastcnn::conv2d_int8", "cpu")(_cpu)
-torch.library.impl("fastcnn::conv2d_int8", "cuda")(_cuda)
+implement("conv2d_int8", "cpu", _cpu)
+implement("conv2d_int8", "cuda", _cuda)
 declare(
     "conv2d_int8_epilogue(Tensor(a!) y, Tensor acc, Tensor multiplier, Tensor? bias, "
     "Tensor? residual, float residual_scale, int residual_zero_point, int act, float cap, "
