@@ -9,7 +9,6 @@
 namespace fastcnn {
 namespace {
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::toString;
 
 constexpr int64_t kMaxSide = 1 << 24;  // integers that a float holds
@@ -78,11 +77,7 @@ Tensor augment(const Tensor& images, const Tensor& reals, const Tensor& integers
       table(kOp, "channels", channels, images, ScalarType::Float, p.c, kAugmentChannelReals));
   static constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16,
                                           ScalarType::Half};
-  const int64_t sizes[] = {p.n, p.c, h, w};
-  Tensor y =
-      torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes, 4), kTypes[dtype],
-                           std::nullopt, images.device(), std::nullopt,
-                           channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor y = empty_image(images, kTypes[dtype], p.n, p.c, h, w, channels_last);
   p.y = y.mutable_data_ptr();
   if (p.n > 0) launch(kOp, p, images);
   return y;

@@ -60,17 +60,17 @@ Tensor conv2d_bwd_weight(const Tensor& dy, const Tensor& x, int64_t kernel_h, in
   p.dilation_h = dilation_h, p.dilation_w = dilation_w;
   check_direction("h", p.h, p.h_out, kernel_h, stride_h, padding_h, dilation_h);
   check_direction("w", p.w, p.w_out, kernel_w, stride_w, padding_w, dilation_w);
-  // channels_last: made as [c_out, kernel_h, kernel_w, c_in].
-  Tensor rows = torch::stable::new_empty(x, {p.c_out, kernel_h, kernel_w, p.c_in});
+  Tensor dweight =
+      empty_image(x, x.scalar_type(), p.c_out, p.c_in, kernel_h, kernel_w, /*channels_last=*/true);
   if (x.numel() == 0 || dy.numel() == 0) {
-    torch::stable::zero_(rows);
+    torch::stable::zero_(dweight);
   } else {
-    p.dweight = static_cast<uint16_t*>(rows.mutable_data_ptr());
+    p.dweight = static_cast<uint16_t*>(dweight.mutable_data_ptr());
 #if defined(__x86_64__)
     avx512_bf16::conv2d_bwd_weight_cpu(p);
 #endif
   }
-  return torch::stable::transpose(torch::stable::transpose(rows, 1, 3), 2, 3);
+  return dweight;
 }
 
 }  // namespace

@@ -65,13 +65,6 @@ UpsampleShape shape_of(const char* op, int64_t n, int64_t c, int64_t h_in, int64
   return s;
 }
 
-Tensor new_image(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w,
-                 bool channels_last) {
-  if (!channels_last) return torch::stable::new_empty(like, {n, c, h, w});
-  const Tensor t = torch::stable::new_empty(like, {n, h, w, c});
-  return torch::stable::transpose(torch::stable::transpose(t, 2, 3), 1, 2);
-}
-
 // -> y
 template <auto launch>
 Tensor fwd(const Tensor& x, const OptionalTensor& skip, int64_t h, int64_t w, OptionalScale scale_h,
@@ -95,7 +88,7 @@ Tensor fwd(const Tensor& x, const OptionalTensor& skip, int64_t h, int64_t w, Op
   }
   (skip_last ? p.skip_at : p.x_at) = skip_last ? p.shape.c : p.c_skip;
   const int64_t c = p.c_skip + p.shape.c;
-  Tensor y = new_image(x, p.shape.n, c, h, w, channels_last);
+  Tensor y = empty_image(x, x.scalar_type(), p.shape.n, c, h, w, channels_last);
   p.shape.image = c * h * w;
   p.shape.pixel = channels_last ? c : 1;
   p.x = x.const_data_ptr();
@@ -133,7 +126,7 @@ Tensor bwd(const Tensor& dy, int64_t h, int64_t w, OptionalScale scale_h, Option
   p.dtype = dtype_of(kOp, "dy", dy);
   p.shape = shape_of(kOp, dy.size(0), dy.size(1), h, w, dy.size(2), dy.size(3), scale_h, scale_w,
                      sampling, channels_last);
-  Tensor dx = new_image(dy, p.shape.n, p.shape.c, h, w, channels_last);
+  Tensor dx = empty_image(dy, dy.scalar_type(), p.shape.n, p.shape.c, h, w, channels_last);
   if (dx.numel() == 0) return dx;
   gradient_strides(kOp, dy, p.shape);
   p.dy = dy.const_data_ptr();

@@ -43,11 +43,6 @@ void read(const char* op, const char* name, const Tensor& t, int64_t sampling,
   p.from = t.const_data_ptr();
 }
 
-Tensor new_image(const Tensor& like, int64_t c, int64_t h, int64_t w) {
-  const Tensor t = torch::stable::new_empty(like, {like.size(0), h, w, c});
-  return torch::stable::transpose(torch::stable::transpose(t, 2, 3), 1, 2);
-}
-
 // -> y
 Tensor fwd(const Tensor& z, int64_t h, int64_t w, OptionalScale scale_h, OptionalScale scale_w,
            int64_t sampling) {
@@ -60,7 +55,7 @@ Tensor fwd(const Tensor& z, int64_t h, int64_t w, OptionalScale scale_h, Optiona
   p.c = z.size(1) / kTaps;
   p.rows = axis_of(kOp, "h", z.size(2), h, scale_h);
   p.columns = axis_of(kOp, "w", z.size(3), w, scale_w);
-  Tensor y = new_image(z, p.c, h, w);
+  Tensor y = empty_image(z, z.scalar_type(), p.n, p.c, h, w, true);
   p.to = y.mutable_data_ptr();
   if (y.numel() > 0) upsample_taps_fwd_cpu(p);
   return y;
@@ -76,7 +71,7 @@ Tensor bwd(const Tensor& dy, int64_t h, int64_t w, OptionalScale scale_h, Option
   p.rows = axis_of(kOp, "h", h, dy.size(2), scale_h);
   p.columns = axis_of(kOp, "w", w, dy.size(3), scale_w);
   if (p.c > INT32_MAX) fail(kOp, "dy: expected at most 2^31 - 1 channels, got ", p.c);
-  Tensor dz = new_image(dy, kTaps * p.c, h, w);
+  Tensor dz = empty_image(dy, dy.scalar_type(), p.n, kTaps * p.c, h, w, true);
   p.to = dz.mutable_data_ptr();
   if (dz.numel() > 0) upsample_taps_bwd_cpu(p);
   return dz;

@@ -15,6 +15,7 @@
 
 namespace fastcnn {
 
+using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -91,6 +92,16 @@ inline bool is_dense(const Tensor& t, bool channels_last) {
     expected *= t.size(d);
   }
   return true;
+}
+
+// An uninitialised image on a device. Made in its layout, not transposed to it: what an
+// autograd.Function returns must be no view, or nothing may write into it.
+inline Tensor empty_image(const Tensor& like, ScalarType dtype, int64_t n, int64_t c, int64_t h,
+                          int64_t w, bool channels_last) {
+  const int64_t sizes[] = {n, c, h, w};
+  return torch::stable::empty(
+      torch::headeronly::IntHeaderOnlyArrayRef(sizes, 4), dtype, std::nullopt, like.device(),
+      std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 // Checks of one operator call. Every tensor must be where x is.

@@ -1,4 +1,7 @@
-"""The accumulate type: what statistics, sums and parameters have beside an image."""
+"""New tensors beside an image, and the accumulate type of statistics, sums and parameters."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +15,12 @@ def acc_type(x: Tensor) -> torch.dtype:
 def new_channels(x: Tensor) -> Tensor:
     """Return an uninitialised number for each of x's channels."""
     return x.new_empty(x.shape[1], dtype=acc_type(x))
+
+
+def new_image(x: Tensor, sizes: Sequence[Any], channels_last: bool) -> Tensor:
+    """Return uninitialised numbers of x's dtype on its device in a layout."""
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=format)
 
 
 def as_acc(x: Tensor, t: Tensor | None) -> Tensor | None:

@@ -15,13 +15,14 @@ from torch import Tensor
 from fastcnn import _C
 from fastcnn.common.constant_result import constant_result
 from fastcnn.common.conv_geometry import ConvGeometry
+from fastcnn.common.dtypes import new_image
 from fastcnn.common.library import declare
 
 _TILE = 32  # channels that the kernel below works on at a time
 
 
 def _bwd_weight_fake(dy: Tensor, x: Tensor, kernel_h: int, kernel_w: int, *_: int) -> Tensor:
-    return x.new_empty(dy.shape[1], kernel_h, kernel_w, x.shape[1]).permute(0, 3, 1, 2)
+    return new_image(x, (dy.shape[1], x.shape[1], kernel_h, kernel_w), channels_last=True)
 
 
 declare(

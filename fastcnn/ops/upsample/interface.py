@@ -21,13 +21,9 @@ import torch
 from torch import Tensor
 
 from fastcnn.common.checks import check_image, memory_format_of
+from fastcnn.common.dtypes import new_image
 from fastcnn.common.library import apply, declare, distinct, once_differentiable, positional
 from fastcnn.ops.upsample.arguments import OP, output_size, sampling_number
-
-
-def _new_image(like: Tensor, sizes: Sequence[Any], channels_last: bool) -> Tensor:
-    format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(sizes, dtype=like.dtype, device=like.device, memory_format=format)
 
 
 def _fwd_fake(
@@ -42,11 +38,11 @@ def _fwd_fake(
     skip_last: bool,
 ) -> Tensor:
     c = x.shape[1] if skip is None else skip.shape[1] + x.shape[1]
-    return _new_image(x, (x.shape[0], c, h, w), channels_last)
+    return new_image(x, (x.shape[0], c, h, w), channels_last)
 
 
 def _bwd_fake(dy: Tensor, h: int, w: int, *args: Any) -> Tensor:
-    return _new_image(dy, (dy.shape[0], dy.shape[1], h, w), args[-1])
+    return new_image(dy, (dy.shape[0], dy.shape[1], h, w), args[-1])
 
 
 declare(

@@ -17,21 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcnn.common.dtypes import new_image
 from fastcnn.common.library import declare
 
 TAPS = 9
 
 
-def _image(like: Tensor, c: int, h: int, w: int) -> Tensor:
-    return like.new_empty(like.shape[0], h, w, c).permute(0, 3, 1, 2)
-
-
 def _fwd_fake(z: Tensor, h: int, w: int, *_: Any) -> Tensor:
-    return _image(z, z.shape[1] // TAPS, h, w)
+    return new_image(z, (z.shape[0], z.shape[1] // TAPS, h, w), channels_last=True)
 
 
 def _bwd_fake(dy: Tensor, h: int, w: int, *_: Any) -> Tensor:
-    return _image(dy, TAPS * dy.shape[1], h, w)
+    return new_image(dy, (dy.shape[0], TAPS * dy.shape[1], h, w), channels_last=True)
 
 
 _HOW = "SymInt h, SymInt w, float? scale_h, float? scale_w, int sampling"
