@@ -9,14 +9,23 @@
 //
 // A channel with an infinity or a NaN has PyTorch's statistics: as mean its sum over its count, and
 // as variance NaN. inf - inf would make the mean NaN as well: so centers are finite, and a merged
-// mean that comes out as NaN is made anew without a difference.
+// mean that comes out as NaN is made anew without a difference. Squares beyond the type, of finite
+// values, make the variance infinite: common/variance.h.
 #pragma once
 
+#include "common/variance.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/vec.h"
 #include "cpu/spans.h"
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
+
+// variance_of for whole vectors.
+template <class S>
+inline Vec<S> variances_of(Vec<S> mean, Vec<S> var) {
+  const Vec<S> infinite = splat(static_cast<S>(__builtin_inff()));
+  return var == var ? var : mean - mean == Vec<S>{} ? infinite : var;
+}
 
 // Sum and squares around the mean of `count` values; merged by Chan's formula.
 template <class S>
@@ -33,7 +42,7 @@ struct Moments {
   }
   void write(S* mean_out, S* var_out) const {
     *mean_out = static_cast<S>(mean);
-    *var_out = static_cast<S>(m2 / count);
+    *var_out = variance_of(*mean_out, static_cast<S>(m2 / count));
   }
 };
 
@@ -263,8 +272,10 @@ void batch_moments(const T* x, const WideRows& w, Acc<T>* mean_out, Acc<T>* var_
       const Wide<S> delta = widen<S>(load(rest + i, count)) - center;
       squares += delta * delta;
     }
-    store(mean_out + j, __builtin_convertvector(center, Vec<S>), count);
-    store(var_out + j, __builtin_convertvector(squares * inverse, Vec<S>), count);
+    const Vec<S> mean = __builtin_convertvector(center, Vec<S>);
+    const Vec<S> var = __builtin_convertvector(squares * inverse, Vec<S>);
+    store(mean_out + j, mean, count);
+    store(var_out + j, variances_of<S>(mean, var), count);
   });
 }
 

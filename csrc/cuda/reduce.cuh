@@ -3,6 +3,7 @@
 // those.
 #pragma once
 
+#include "common/variance.h"
 #include "cuda/columns.cuh"
 #include "cuda/shared_memory.cuh"
 
@@ -31,6 +32,7 @@ struct Moments {
     m2 += other_m2 + delta * delta * count * share;
     count = total;
   }
+  __device__ float var() const { return variance_of(mean, m2 / count); }
 };
 
 // What the backward of a normalisation adds up.

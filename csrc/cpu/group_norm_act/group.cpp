@@ -220,7 +220,7 @@ void merge_columns(const SampleRows<T>& rows, const Norm<S>& norm, int64_t sampl
     });
     const int64_t statistic = sample * norm.groups + g;
     norm.mean[statistic] = static_cast<S>(center);
-    norm.var[statistic] = static_cast<S>(squares / norm.count);
+    norm.var[statistic] = variance_of(norm.mean[statistic], static_cast<S>(squares / norm.count));
   }
 }
 

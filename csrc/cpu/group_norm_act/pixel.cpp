@@ -71,7 +71,7 @@ void fwd_rows(const GroupNormActFwdParams& p) {
       if (c <= kChunkElements<T>) {  // no double and no division: a row is soon done
         const ChunkMoments<S> moments = chunk_moments(x, c);
         *mean = moments.center + moments.drift;
-        *var = moments.m2 * inverse;
+        *var = variance_of(*mean, moments.m2 * inverse);
       } else {
         range_moments(x, c).write(mean, var);
       }
@@ -206,8 +206,9 @@ void fwd_tiles(const GroupNormActFwdParams& p) {
       for_each_vector<S>(pixels, [&](int64_t i, int64_t count) {
         const Vec<S> drift = load(dev + i) * inverse;
         store(mean + i, load(mean + i) + drift);
+        const Vec<S> var = (load(sq + i) - load(dev + i) * drift) * inverse;
         store(mean_out + i, load(mean + i), count);
-        store(var_out + i, (load(sq + i) - load(dev + i) * drift) * inverse, count);
+        store(var_out + i, variances_of<S>(load(mean + i), var), count);
       });
       for (int64_t i = 0; i < pixels; ++i) rstd[i] = rstd_of(var_out[i], p.eps);
       for (int64_t j = 0; j < c; ++j) {

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads)
   const Moments total = merge_splits(partial, plan.splits, c, channel, MergeMoments{}, plan.repeat);
   if (threadIdx.x < kFinalizeColumns && channel < c) {
     static_cast<float*>(p.mean)[channel] = total.mean;
-    static_cast<float*>(p.var)[channel] = total.m2 / total.count;
+    static_cast<float*>(p.var)[channel] = total.var();
   }
 }
 

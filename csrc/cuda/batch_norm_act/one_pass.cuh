@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   for (int s = 0; s < kCount; ++s) {
     const float drift = around[s].dz * inverse;
     const float mean = drift == drift ? k.mean[s] + drift : k.mean[s];
-    const float var = (around[s].dzx - around[s].dz * drift) * inverse;
+    const float var = variance_of(mean, (around[s].dzx - around[s].dz * drift) * inverse);
     k.set(p, s, channels[s], mean, var);
     if (writes_channel(plan, walk.channel + s, channels[s])) {
       static_cast<float*>(p.mean)[channels[s]] = mean;

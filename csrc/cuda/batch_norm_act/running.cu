@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) batch_norm_merge_kernel(BatchNormMer
     }
     // Of no values: as of an empty batch.
     static_cast<float*>(p.mean)[j] = moments.mean;
-    static_cast<float*>(p.var)[j] = moments.count == 0 ? 1.f : moments.m2 / moments.count;
+    static_cast<float*>(p.var)[j] = moments.count == 0 ? 1.f : moments.var();
   } else if (j == p.c) {
     float total = 0;
     for (int64_t rank = 0; rank < p.ranks; ++rank) total += gathered[rank * length + 2 * p.c];

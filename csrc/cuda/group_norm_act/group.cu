@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads)
   merge_lanes(total, finalize.columns(), finalize.lanes, MergeMoments{});
   if (finalize.lane() == 0 && statistic < plan.statistics()) {
     static_cast<float*>(p.mean)[statistic] = total[0].mean;
-    static_cast<float*>(p.var)[statistic] = total[0].m2 / total[0].count;
+    static_cast<float*>(p.var)[statistic] = total[0].var();
   }
 }
 

@@ -64,8 +64,9 @@ __global__ void __launch_bounds__(kOnePassThreads, 1)
   }
   deviations = sum_of_tile(deviations, lanes, sums);
   const float drift = deviations * inverse;
-  const float var = (sum_of_tile(squares, lanes, sums) - deviations * drift) * inverse;
   const float mean = center + drift;
+  const float var =
+      variance_of(mean, (sum_of_tile(squares, lanes, sums) - deviations * drift) * inverse);
   const float rstd = rstd_of(var, p.eps);
   if (active && lane == 0) {
     static_cast<float*>(p.mean)[tile] = mean;

@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int v = 0; v < kVector; ++v) {
     const float drift = deviations[v] * inverse;
     mean[v] += drift;
-    var[v] = (var[v] - deviations[v] * drift) * inverse;
+    var[v] = variance_of(mean[v], (var[v] - deviations[v] * drift) * inverse);
     rstd[v] = rstd_of(var[v], p.eps);
     if (active && plan.lane() == 0) {
       static_cast<float*>(p.mean)[statistic + v] = mean[v];

@@ -284,3 +284,24 @@ def test_running_statistics_of_float64_are_refused() -> None:
         cases.append(Case("running", numbers, inputs=inputs, updated=double))
     results = run_cases("batch_norm_act", cases)
     assert [result.error for result in results] == [INVALID_VALUE] * 2
+
+
+@pytest.mark.parametrize("shared_bytes", PATHS)
+@pytest.mark.parametrize("channels_last", LAYOUTS)
+def test_squares_beyond_float32(channels_last: bool, shared_bytes: int) -> None:
+    # Of finite values: the variance is infinite, as PyTorch's is, and y the bias.
+    shapes = [(2, 8, 8, 8), (3, 4, 5, 7), (1, 3, 64, 65)]
+    calls = [
+        Call(torch.float32, shape, ("none", False, True, True, True), shared_bytes=shared_bytes)
+        for shape in shapes
+    ]
+    for call in calls:
+        call.x.mul_(1e30)
+    cases = [call.forward(channels_last) for call in calls]
+    for call, result in zip(calls, run_cases("batch_norm_act", cases), strict=True):
+        assert result.tensors["var"].isposinf().all(), call.shape
+        assert result.tensors["mean"].isfinite().all(), call.shape
+        assert call.bias is not None
+        expected = call.bias[:, None, None].expand(call.shape)
+        expected = expected.permute(0, 2, 3, 1) if channels_last else expected
+        assert torch.equal(result.tensors["y"], expected), call.shape

@@ -191,3 +191,24 @@ def test_an_infinite_mean(channels_last: bool) -> None:
             2 * shape[0] - 1
         )
         assert result.tensors["var"].isnan().equal(result.tensors["mean"].isinf())
+
+
+@pytest.mark.parametrize("channels_last", LAYOUTS)
+def test_squares_beyond_float32(channels_last: bool) -> None:
+    # Of finite values: the variance is infinite, as PyTorch's is, and y the bias. On the chip, and
+    # in several passes with one split and with several; by pixels.
+    for op, groups in (("group_norm_act", 2), ("pixel_norm_act", None)):
+        calls = [
+            Call(torch.float32, shape, groups, ("none", True, True), sm_count=sm_count)
+            for sm_count, shape in ((3, (2, 8, 16, 16)), (132, (1, 8, 16, 64)), (3, (2, 6, 5, 7)))
+        ]
+        for call in calls:
+            call.x.mul_(1e30)
+        cases = [call.cases(channels_last)[0] for call in calls]
+        for call, result in zip(calls, run_cases(op, cases), strict=True):
+            assert result.tensors["var"].isposinf().all(), (op, call.shape)
+            assert result.tensors["mean"].isfinite().all(), (op, call.shape)
+            assert call.bias is not None
+            expected = call.bias[:, None, None].expand(call.shape)
+            expected = expected.permute(0, 2, 3, 1) if channels_last else expected
+            assert torch.equal(result.tensors["y"], expected), (op, call.shape)
