@@ -8,6 +8,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastcnn.common.activation import Activation
+from fastcnn.common.overrides import (
+    has_override_inside,
+    has_torch_function_variadic,
+    overridden,
+)
 from fastcnn.ops import dropout as _dropout, group_norm_act as _group_norm_act
 from fastcnn.ops.augment import interface as _augment
 from fastcnn.ops.augment.parameters import AugmentParameters
@@ -109,6 +114,8 @@ def augment(
         >>> fastcnn.functional.augment(images, drawn, size=(24, 24), mean=0.5, std=0.25).shape
         torch.Size([2, 3, 24, 24])
     """
+    if has_torch_function_variadic(images, parameters, masks):
+        return overridden(augment, locals())
     return _augment.augment(
         images=images, parameters=parameters, masks=masks, size=size, mean=mean, std=std,
         dtype=dtype, memory_format=memory_format, fill=fill, mask_fill=mask_fill,
@@ -181,6 +188,8 @@ def batch_norm_act(
         >>> mean.abs().min() > 0  # it has moved towards the batch's
         tensor(True)
     """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
+        return overridden(batch_norm_act, locals())
     return _batch_norm_act.batch_norm_act(
         input=input, running_mean=running_mean, running_var=running_var, weight=weight,
         bias=bias, training=training, momentum=momentum, eps=eps, residual=residual,
@@ -269,6 +278,8 @@ def conv2d_int8(
         >>> y.shape, y.dtype
         (torch.Size([1, 4, 4, 4]), torch.uint8)
     """
+    if has_torch_function_variadic(x, weight, weight_scale, bias, residual):
+        return overridden(conv2d_int8, locals())
     return _conv2d_int8.conv2d_int8(
         x=x, weight=weight, weight_scale=weight_scale, x_scale=x_scale,
         x_zero_point=x_zero_point, bias=bias, stride=stride, padding=padding,
@@ -359,6 +370,10 @@ def conv_bn_act(
         >>> fastcnn.functional.conv_bn_act(torch.randn(2, 8, 6, 6), [step], residual=()).shape
         torch.Size([2, 8, 6, 6])
     """
+    if has_torch_function_variadic(input, residual) or has_override_inside(
+        ConvBnActStep, (steps, residual)
+    ):
+        return overridden(conv_bn_act, locals())
     return _conv_bn_act.conv_bn_act(x=input, steps=steps, residual=residual, memory=memory)
 
 
@@ -394,6 +409,8 @@ def conv_bn_act_blocks(
         >>> fastcnn.functional.conv_bn_act_blocks(x, [block, block], memory="low").shape
         torch.Size([2, 8, 6, 6])
     """
+    if has_torch_function_variadic(input) or has_override_inside(ConvBnActStep, (blocks,)):
+        return overridden(conv_bn_act_blocks, locals())
     return _conv_bn_act.conv_bn_act_blocks(x=input, blocks=blocks, memory=memory)
 
 
@@ -441,6 +458,8 @@ def group_norm_act(
         >>> fastcnn.functional.group_norm_act(x, num_groups=4, act="silu").shape
         torch.Size([2, 8, 4, 4])
     """
+    if has_torch_function_variadic(input, weight, bias):
+        return overridden(group_norm_act, locals())
     y, _, _ = _group_norm_act.group_norm_act(
         input=input, num_groups=num_groups, weight=weight, bias=bias, eps=eps, act=act
     )
@@ -469,8 +488,8 @@ def interpolate(
     nearest modes, two shares in bilinear. With ``scale_factor`` the output has
     ``floor(size * scale_factor)`` pixels, and coordinates are computed with the factor itself;
     with ``recompute_scale_factor=True`` with the ratio of the sizes. An axis that keeps its size
-    is copied, whatever the factor, as PyTorch does on the CPU. Differentiable once, in
-    reverse mode.
+    is copied, whatever the factor; PyTorch's "nearest" does so on the CPU up to h + w = 128, and
+    shifts larger images by a pixel. Differentiable once, in reverse mode.
 
     Args:
         input: [n, c, h, w], dense in NCHW or channels_last; float32, bfloat16, float16, and on the
@@ -503,6 +522,8 @@ def interpolate(
         >>> fastcnn.functional.interpolate(x, scale_factor=2, mode="bilinear", concat=skip).shape
         torch.Size([2, 11, 8, 8])
     """
+    if has_torch_function_variadic(input, concat):
+        return overridden(interpolate, locals())
     return _upsample.interpolate(
         input=input, size=size, scale_factor=scale_factor, mode=mode,
         align_corners=align_corners, recompute_scale_factor=recompute_scale_factor,
@@ -565,6 +586,8 @@ def dropout(
         >>> y.unique()
         tensor([0., 2.])
     """
+    if has_torch_function_variadic(input, residual):
+        return overridden(dropout, locals())
     return _dropout.dropout(
         input=input, p=p, training=training, inplace=inplace, residual=residual,
         per_channel=per_channel, generator=generator,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastcnn import _C
 from fastcnn.common.checks import check_storage
+from fastcnn.common.overrides import plain_tensors
 
 # Kernels read memory in the order that the strides of tracing time promised.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -101,11 +102,14 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     op = backward.__module__.removeprefix("fastcnn.ops.").split(".")[0]
 
     def run(ctx: Any, *dys: Tensor | None) -> Any:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return backward(ctx, *dys)
-        saved = ctx.saved_tensors  # create_graph=True; backward may let go of them
-        with torch.no_grad():
+        again = torch.is_grad_enabled()  # create_graph=True
+        saved = ctx.saved_tensors if again else ()  # backward may let go of them
+        with torch.no_grad(), plain_tensors():
             grads = backward(ctx, *dys)
+        if not again:
+            return grads
         sizes = " and ".join(str(list(dy.shape)) for dy in dys if dy is not None)
         call = f"{op} with an output of {sizes}"
         return _Refused.apply(call, len(grads), *grads, *dys, *saved)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastcnn.common.checks import check_dense, check_like, memory_format_of
 from fastcnn.common.library import apply, declare, distinct, positional
+from fastcnn.common.overrides import plain_tensors
 
 OP = "dropout"
 
@@ -89,8 +90,11 @@ class DropoutFunction(torch.autograd.Function):
             args = dy.contiguous(memory_format=ctx.layout), None, seed, ctx.p, ctx.per_channel
             # Through the Function, so that it can be differentiated again; Dynamo takes no Function
             # inside another one's backward, and torch.compile has no double backward.
-            compiling = torch.compiler.is_compiling()
-            dx = _apply(*args) if compiling else DropoutFunction.apply(*args, False)
+            if torch.compiler.is_compiling():
+                dx = _apply(*args)
+            else:
+                with plain_tensors():
+                    dx = DropoutFunction.apply(*args, False)
         return dx, dy if ctx.needs_input_grad[1] else None, None, None, None, None
 
     @staticmethod

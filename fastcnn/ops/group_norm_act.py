@@ -23,6 +23,7 @@ from fastcnn.common.activation import act_number
 from fastcnn.common.checks import check_channels, check_eps, check_image, memory_format_of
 from fastcnn.common.dtypes import acc_type, as_acc
 from fastcnn.common.library import apply, declare, distinct, once_differentiable, positional
+from fastcnn.common.overrides import has_torch_function_variadic, overridden
 
 OP = "group_norm_act"
 
@@ -177,6 +178,8 @@ def pixel_norm_act(
     act: str,
 ) -> Tensor:
     """Normalise each pixel over its channels: the computation of fastcnn.nn.LayerNorm2d, `op`."""
+    if has_torch_function_variadic(input, weight, bias):
+        return overridden(pixel_norm_act, locals())
     number = check_norm(op, input, weight, bias, eps, act, channels)
     tensors = distinct(input, weight, bias)
     y, _, _ = apply(GroupNormActFunction, *tensors, None, float(eps), number)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastcnn.common.checks import check_parameters
 from fastcnn.common.library import apply, distinct
+from fastcnn.common.overrides import has_torch_function_variadic, overridden
 from fastcnn.ops.group_norm_act import GroupNormActFunction, check_norm
 
 _update_running = torch.ops.fastcnn.batch_norm_update_running.default
@@ -26,6 +27,8 @@ def instance_norm_act(
     They move towards the mean over the batch of the samples' statistics, each variance made
     unbiased, as in torch.nn.functional.instance_norm: the computation of `op`.
     """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
+        return overridden(instance_norm_act, locals())
     number = check_norm(op, input, weight, bias, eps, act)
     n, c, h, w = input.shape
     if h * w == 1:

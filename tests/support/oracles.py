@@ -39,9 +39,11 @@ def _optional(name: str) -> ModuleType | _Absent:
     return importlib.import_module(name) if importlib.util.find_spec(name) else _Absent(name)
 
 
+monai: Any = _optional("monai")
 segmentation_models_pytorch: Any = _optional("segmentation_models_pytorch")
 
 __all__ = [
+    "monai",
     "segmentation_models_pytorch",
     "timm",
     "torchvision",

@@ -25,6 +25,7 @@ from fastcnn.common.autocast import autocast_dtype, cast
 from fastcnn.common.checks import check_image, memory_format_of
 from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.common.library import apply, once_differentiable, positional
+from fastcnn.common.overrides import has_torch_function_variadic, overridden
 from fastcnn.ops.conv2d.aten import convolve, convolve_bwd
 from fastcnn.ops.conv2d.onednn import convolve_onednn, folds
 from fastcnn.ops.upsample.arguments import output_size, sampling_number
@@ -140,6 +141,8 @@ def upsample_conv2d(
     Raises:
         TypeError, ValueError: what those refuse.
     """
+    if has_torch_function_variadic(x, weight, bias, concat):
+        return overridden(upsample_conv2d, locals())
     dtype = autocast_dtype(x)
     x, concat, weight, bias = (cast(t, dtype) for t in (x, concat, weight, bias))
     how = (size, scale_factor, mode, align_corners, recompute_scale_factor)
