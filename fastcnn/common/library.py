@@ -145,6 +145,22 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return function.apply(*args)
 
 
+def apply_moving(
+    function: type[torch.autograd.Function], *args: Any, move: Callable[[Any], None]
+) -> Any:
+    """Return function.apply(*args, move), where move(output) moves running statistics.
+
+    In setup_context, before autograd saves a tensor: activation checkpointing ends its second
+    forward with the last one that is saved, and PyTorch's kernels have moved the statistics by
+    then. Behind the Function where it is traced or transformed, which takes no effects within.
+    """
+    inside = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    output = apply(function, *args, move if inside else None)
+    if not inside:
+        move(output)
+    return output
+
+
 def distinct(*tensors: Any) -> tuple[Any, ...]:
     """Return the tensors, under torch.compile with a view in place of each that came before.
 

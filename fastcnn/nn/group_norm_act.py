@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.common.activation import Activation, act_number
-from fastcnn.functional import batch_norm_act, group_norm_act
+from fastcnn.functional import group_norm_act
 from fastcnn.ops.group_norm_act import pixel_norm_act
 from fastcnn.ops.instance_norm_act import instance_norm_act
 
@@ -172,15 +172,11 @@ class InstanceNormAct2d(torch.nn.InstanceNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return act(instance_norm(input))."""
-        if self.training or not self.track_running_stats:
-            momentum = 0.0 if self.momentum is None else self.momentum
-            return instance_norm_act(
-                "InstanceNormAct2d", input, self.running_mean, self.running_var, self.weight,
-                self.bias, momentum, self.eps, self.act,
-            )  # fmt: skip
-        return batch_norm_act(
-            input, self.running_mean, self.running_var, self.weight, self.bias,
-            False, 0.0, self.eps, act=self.act,
+        of_input = self.training or not self.track_running_stats
+        momentum = 0.0 if self.momentum is None else self.momentum
+        return instance_norm_act(
+            "InstanceNormAct2d", input, self.running_mean, self.running_var, self.weight, self.bias,
+            of_input, momentum, self.eps, self.act,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

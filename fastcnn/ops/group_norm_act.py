@@ -14,6 +14,7 @@ what is normalised together stays in a cache from one pass to the next; pixel_no
 Saved for backward: x, mean, var and the parameters. y is not saved: z is recomputed from x.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ class GroupNormActFunction(torch.autograd.Function):
         groups: int | None,
         eps: float,
         act: int,
+        move: Callable[[Any], None] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         parameters = as_acc(x, weight), as_acc(x, bias)
         if groups is None:
@@ -94,8 +96,10 @@ class GroupNormActFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, weight, bias, groups, ctx.eps, ctx.act = inputs
+        x, weight, bias, groups, ctx.eps, ctx.act, move = inputs
         _, mean, var = output
+        if move is not None:
+            move(output)
         ctx.per_pixel = groups is None
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
@@ -105,7 +109,7 @@ class GroupNormActFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 6
+            return (None,) * 7
         x, weight, bias, mean, var = ctx.saved_tensors
         dy = dy.contiguous(memory_format=memory_format_of(x) or torch.contiguous_format)
         bwd = _pixel_bwd if ctx.per_pixel else _group_bwd
@@ -116,6 +120,7 @@ class GroupNormActFunction(torch.autograd.Function):
             dx,
             None if weight is None else dweight.to(weight.dtype),
             None if bias is None else dbias.to(bias.dtype),
+            None,
             None,
             None,
             None,
@@ -164,7 +169,7 @@ def group_norm_act(
             f"sizes {[n, c, h, w]} with {num_groups} groups"
         )
     tensors = distinct(input, weight, bias)
-    y, mean, var = apply(GroupNormActFunction, *tensors, num_groups, float(eps), number)
+    y, mean, var = apply(GroupNormActFunction, *tensors, num_groups, float(eps), number, None)
     return y, mean, var
 
 
@@ -182,5 +187,5 @@ def pixel_norm_act(
         return overridden(pixel_norm_act, locals())
     number = check_norm(op, input, weight, bias, eps, act, channels)
     tensors = distinct(input, weight, bias)
-    y, _, _ = apply(GroupNormActFunction, *tensors, None, float(eps), number)
+    y, _, _ = apply(GroupNormActFunction, *tensors, None, float(eps), number, None)
     return y

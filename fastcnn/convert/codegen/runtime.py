@@ -143,15 +143,11 @@ def run_norm(x: Tensor, norm: Any, kind: str, act: Any, residual: Tensor | None 
     if kind == "layer_norm_2d":
         channels = norm.normalized_shape[0]
         return pixel_norm_act("LayerNorm2d", x, channels, norm.weight, norm.bias, norm.eps, act)
-    if norm.training or not norm.track_running_stats:
-        momentum = 0.0 if norm.momentum is None else norm.momentum
-        return instance_norm_act(
-            "InstanceNorm2d", x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
-            momentum, norm.eps, act,
-        )  # fmt: skip
-    return functional.batch_norm_act(
-        x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps,
-        act=act,
+    of_input = norm.training or not norm.track_running_stats
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    return instance_norm_act(
+        "InstanceNorm2d", x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
+        of_input, momentum, norm.eps, act,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from x.
 The operators: fastcnn/ops/batch_norm_act/operators.py; over several processes: sync.py there.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,12 +24,19 @@ from torch import Tensor
 
 from fastcnn.common.activation import act_number
 from fastcnn.common.checks import check_image, check_like, check_parameters
-from fastcnn.common.library import apply, distinct, once_differentiable, positional
+from fastcnn.common.library import (
+    apply,
+    apply_moving,
+    distinct,
+    once_differentiable,
+    positional,
+)
 from fastcnn.common.process_group import Group, group_of
 from fastcnn.ops.batch_norm_act.operators import (
     batch_norm_act_apply,
     batch_norm_act_bwd,
     batch_norm_act_fwd,
+    fixed_statistics,
     image_to_save,
     update_running,
 )
@@ -51,6 +59,7 @@ class BatchNormActFunction(torch.autograd.Function):
         eps: float,
         act: int,
         group: Group | None,
+        move: Callable[[Any], None] | None,
     ) -> tuple[Tensor, ...] | Tensor:
         if mean is None or var is None:
             return batch_norm_act_fwd(x, residual, weight, bias, eps, act, group)
@@ -58,7 +67,9 @@ class BatchNormActFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, residual, weight, bias, mean, var, ctx.eps, ctx.act, ctx.group = inputs
+        x, residual, weight, bias, mean, var, ctx.eps, ctx.act, ctx.group, move = inputs
+        if move is not None:
+            move(output)
         ctx.training = mean is None
         total = None
         if ctx.training:
@@ -76,7 +87,7 @@ class BatchNormActFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 9
+            return (None,) * 10
         x, saved, weight, bias, mean, var, total = ctx.saved_tensors
         want_dx, want_dresidual, want_dweight, want_dbias = ctx.needs_input_grad[:4]
         dx, dresidual, dweight, dbias = batch_norm_act_bwd(
@@ -84,7 +95,7 @@ class BatchNormActFunction(torch.autograd.Function):
             ctx.has_residual and want_dresidual, want_dx, want_dweight or want_dbias, total,
             ctx.group,
         )  # fmt: skip
-        return dx, dresidual, dweight, dbias, None, None, None, None, None
+        return dx, dresidual, dweight, dbias, None, None, None, None, None, None
 
 
 def batch_norm_act(
@@ -111,11 +122,16 @@ def batch_norm_act(
     )  # fmt: skip
     if residual is not None:
         check_like(OP, "residual", residual, input)
-    fixed = (None, None) if training else (running_mean, running_var)
-    tensors = distinct(input, residual, weight, bias, *fixed)
     if not training:
-        return apply(BatchNormActFunction, *tensors, eps, number, None)
-    y, mean, var, *total = apply(BatchNormActFunction, *tensors, eps, number, group)
-    count = input.shape[0] * input.shape[2] * input.shape[3]
-    update_running(running_mean, running_var, mean, var, momentum, count, *total)
+        fixed = fixed_statistics(running_mean, running_var)
+        tensors = distinct(input, residual, weight, bias, *fixed)
+        return apply(BatchNormActFunction, *tensors, eps, number, None, None)
+
+    def move(output: tuple[Tensor, ...]) -> None:
+        _, mean, var, *total = output
+        count = input.shape[0] * input.shape[2] * input.shape[3]
+        update_running(running_mean, running_var, mean, var, momentum, count, *total)
+
+    tensors = distinct(input, residual, weight, bias, None, None)
+    y, *_ = apply_moving(BatchNormActFunction, *tensors, eps, number, group, move=move)
     return y

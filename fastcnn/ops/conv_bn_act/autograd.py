@@ -2,9 +2,10 @@
 
 Its arguments are flat, since autograd sees only tensors among them: x, an outside residual, the
 blocks' settings, then six tensors for each step in the order in which the steps run (a block's
-shortcut before its steps). Its outputs are y, and for each step in that order its raw convolution
-output (unless `recompute`) and, in training, mean and var (and their count where processes share
-them): what backward keeps must be an input or an output for torch.func. These have no gradient.
+shortcut before its steps), and what moves the running statistics (library.apply_moving). Its
+outputs are y, and for each step in that order its raw convolution output (unless `recompute`) and,
+in training, mean and var (and their count where processes share them): what backward keeps must be
+an input or an output for torch.func. These have no gradient.
 """
 
 from collections.abc import Iterator
@@ -89,9 +90,9 @@ class ConvBnActFunction(torch.autograd.Function):
     @staticmethod
     @positional
     def forward(
-        x: Tensor, residual: Tensor | None, blocks: tuple[BlockSettings, ...], *args: Tensor | None
+        x: Tensor, residual: Tensor | None, blocks: tuple[BlockSettings, ...], *args: Any
     ) -> tuple[Tensor, ...]:
-        tensors = iter(args)
+        tensors = iter(args[:-1])
         kept: list[Tensor] = []
         for block in blocks:
             added = residual
@@ -104,8 +105,10 @@ class ConvBnActFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, residual, ctx.blocks, *tensors = inputs
+        x, residual, ctx.blocks, *tensors, move = inputs
         y, *kept = output
+        if move is not None:
+            move(output)
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
         ctx.has_residual = residual is not None

@@ -31,19 +31,20 @@ runs them forward and backward, running.py moves the running statistics.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from torch import Tensor
 
 from fastcnn.common.autocast import autocast_dtype, cast
 from fastcnn.common.checks import check_image, check_image_of
-from fastcnn.common.library import apply, distinct
+from fastcnn.common.library import apply_moving, distinct
 from fastcnn.ops.conv2d.onednn import folds
 from fastcnn.ops.conv_bn_act.autograd import ConvBnActFunction
 from fastcnn.ops.conv_bn_act.inference import convolve_folded, is_inference
 from fastcnn.ops.conv_bn_act.inference_candidates import convolve_planned
 from fastcnn.ops.conv_bn_act.planning import plan_blocks
 from fastcnn.ops.conv_bn_act.problem import is_planned
-from fastcnn.ops.conv_bn_act.running import fixed_statistics, update_running_statistics
+from fastcnn.ops.conv_bn_act.running import statistics_of, update_running_statistics
 from fastcnn.ops.conv_bn_act.step import ConvBnActBlock, ConvBnActStep, check_memory
 from fastcnn.ops.conv_bn_act.validate import CheckedBlock, CheckedStep, check_block, steps_of
 
@@ -106,11 +107,11 @@ def _run(
     tensors: list[Tensor | None] = []
     for step in steps:
         tensors += step.weight, step.conv_bias, step.given.bn_weight, step.given.bn_bias
-        tensors += fixed_statistics(step)
+        tensors += statistics_of(step)
     image, added, *tensors = distinct(x, residual, *tensors)
     settings = tuple(block.settings() for block in checked)
-    y, *kept = apply(ConvBnActFunction, image, added, settings, *tensors)
-    update_running_statistics(steps, kept)
+    move = partial(update_running_statistics, steps)
+    y, *_ = apply_moving(ConvBnActFunction, image, added, settings, *tensors, move=move)
     return y
 
 

@@ -4,23 +4,25 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastcnn.ops.batch_norm_act.operators import update_running
+from fastcnn.ops.batch_norm_act.operators import fixed_statistics, update_running
 from fastcnn.ops.conv_bn_act.passes import leaves_out_bias
 from fastcnn.ops.conv_bn_act.validate import CheckedStep
 
 
-def fixed_statistics(checked: CheckedStep) -> tuple[Tensor | None, Tensor | None]:
+def statistics_of(checked: CheckedStep) -> tuple[Tensor | None, Tensor | None]:
     """Return the fixed mean and variance of a step's convolution, None in training."""
     step = checked.given
-    mean, var = (None, None) if step.training else (step.running_mean, step.running_var)
+    if step.training:
+        return None, None
+    mean, var = fixed_statistics(step.running_mean, step.running_var)
     if mean is not None and checked.conv_bias is not None and leaves_out_bias(checked.settings):
         mean = mean - checked.conv_bias.detach()
     return mean, var
 
 
-def update_running_statistics(steps: Sequence[CheckedStep], kept: Sequence[Tensor]) -> None:
+def update_running_statistics(steps: Sequence[CheckedStep], output: Sequence[Tensor]) -> None:
     """Move the running statistics by what the Function has returned beside y."""
-    values = iter(kept)
+    values = iter(output[1:])
     for checked in steps:
         step, settings = checked.given, checked.settings
         if not settings.recompute:
