@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 
 from fastcnn import _C
 from fastcnn.common.checks import check_storage
@@ -84,6 +85,10 @@ class _Refused(torch.autograd.Function):
         ctx.call = inputs[0]
 
     @staticmethod
+    def vmap(info: Any, in_dims: Any, call: str, count: int, *tensors: Tensor | None) -> Any:
+        return _Refused.apply(call, count, *tensors), tuple(in_dims[2 : 2 + count])
+
+    @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise RuntimeError(
             f"{ctx.call}: expected to be differentiated once, got a backward of its gradient; for "
@@ -91,6 +96,54 @@ class _Refused(torch.autograd.Function):
             f"fastcnn.revert(model) gives a converted model back; within "
             f"torch.autograd.detect_anomaly() PyTorch says where it was called"
         )
+
+
+class _Retained:
+    """A ctx whose saved tensors stay for several backward passes."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+    def maybe_clear_saved_tensors(self) -> None:
+        pass
+
+
+class _Gradients(torch.autograd.Function):
+    """backward(ctx, *dys) under torch.vmap: a call for each of its samples.
+
+    There torch.func.jacrev runs it, with a row of the Jacobian's for a sample. The kernels have no
+    rules for batches of tensors, and memory formats have none at all.
+    """
+
+    @staticmethod
+    def forward(backward: Callable[..., Any], ctx: Any, *dys: Tensor | None) -> Any:
+        return backward(ctx, *dys)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*(t for t in output if t is not None))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, backward: Any, ctx: Any, *dys: Tensor | None) -> Any:
+        at = in_dims[2:]
+        grads = []
+        for i in range(info.batch_size):
+            pairs = zip(dys, at, strict=True)
+            sample = [dy if dy is None or d is None else dy.select(d, i) for dy, d in pairs]
+            grads.append(_Gradients.apply(backward, ctx, *sample))
+        stacked = [None if g[0] is None else torch.stack(g) for g in zip(*grads, strict=True)]
+        return tuple(stacked), tuple(None if t is None else 0 for t in stacked)
+
+
+def _is_vmapped() -> bool:
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    return any(i.key() == TransformType.Vmap for i in retrieve_all_functorch_interpreters())
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,7 +160,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         again = torch.is_grad_enabled()  # create_graph=True
         saved = ctx.saved_tensors if again else ()  # backward may let go of them
         with torch.no_grad(), plain_tensors():
-            grads = backward(ctx, *dys)
+            if _is_vmapped():
+                grads = _Gradients.apply(backward, _Retained(ctx), *dys)
+            else:
+                grads = backward(ctx, *dys)
         if not again:
             return grads
         sizes = " and ".join(str(list(dy.shape)) for dy in dys if dy is not None)
