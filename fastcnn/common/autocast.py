@@ -17,6 +17,11 @@ def autocast_dtype(x: Any) -> torch.dtype | None:
     return torch.get_autocast_dtype(x.device.type) if on else None
 
 
+def cast_dtype(t: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of cast(t, dtype)."""
+    return t.dtype if dtype is None or t.dtype not in _AUTOCAST_FROM else dtype
+
+
 def cast(t: Any, dtype: torch.dtype | None) -> Any:
     """Cast as autocast does for a convolution: every floating type but float64."""
     if dtype is None or not isinstance(t, Tensor) or t.dtype not in _AUTOCAST_FROM:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from support.conversion_cases import cbr, net
@@ -46,3 +47,14 @@ def test_a_concatenation_of_two_resizes_belongs_to_one() -> None:
 
     model = net(run)
     assert assert_converts(model, images(3, 4, 6, 8)) == ["interpolate", "interpolate-cat"]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [(10, 12), (70, 90)])
+@pytest.mark.filterwarnings("ignore:fastcnn.convert. an interpolate .* its factor keeps a side")
+def test_a_factor_that_keeps_the_size(size: tuple[int, int], layout: torch.memory_format) -> None:
+    # PyTorch copies small images, and shifts large ones by a pixel.
+    factors = tuple(1 + 0.5 / side for side in size)
+    model = nn.Sequential(nn.Upsample(scale_factor=factors), cbr(nn.ReLU()))
+    x = images(2, 4, *size).contiguous(memory_format=layout)
+    assert_converts(model, x)

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastcnn import _C
-from fastcnn.common.autocast import autocast_dtype
+from fastcnn.common.autocast import autocast_dtype, cast_dtype
 from fastcnn.common.checks import FLOATS, memory_format_of
 from fastcnn.common.conv_geometry import output_size, pair
 from fastcnn.convert.options import Options
@@ -69,17 +69,35 @@ def _is_transformed() -> bool:
 
 def residual_unfit(x: Tensor, steps: Sequence[StepModules], residual: Shortcut) -> str | None:
     """Say why what a chain adds cannot go with its output, if so."""
-    if residual is None or (not isinstance(residual, Tensor) and len(residual) > 0):
+    if residual is None:
         return None
-    sizes = list(x.shape)
+    if isinstance(residual, (tuple, list)):
+        return shortcuts_unfit(x, [(steps, residual)])
+    return unlike(residual, _sizes_behind(x.shape, steps), x, autocast_dtype(x))
+
+
+def shortcuts_unfit(
+    x: Tensor, blocks: Sequence[tuple[Sequence[StepModules], Sequence[StepModules]]]
+) -> str | None:
+    """Say why what the shortcuts of blocks give cannot be added by the kernels, if so."""
+    sizes: Sequence[int] = x.shape
+    for steps, shortcut in blocks:
+        added, sizes = _sizes_behind(sizes, shortcut), _sizes_behind(sizes, steps)
+        if added != sizes:  # which PyTorch may broadcast
+            return f"what is added has sizes {added} beside {sizes}"
+    return None
+
+
+def _sizes_behind(sizes: Sequence[int], steps: Sequence[StepModules]) -> list[int]:
+    """Return the sizes of what steps make of an input."""
+    sizes = list(sizes)
     for conv, _, _, pool in steps:
         kernel, *how = conv.kernel_size, conv.stride, conv.padding, conv.dilation
         sizes = [sizes[0], conv.out_channels, *_reduced(sizes[2:], kernel, *how)]
         if pool is not None:
             stride = pool.stride or pool.kernel_size
             sizes[2:] = _reduced(sizes[2:], pool.kernel_size, stride, pool.padding, 1)
-    added = residual if isinstance(residual, Tensor) else x
-    return unlike(added, sizes, x, cast=autocast_dtype(x) is not None)
+    return sizes
 
 
 def _reduced(sizes: Sequence[int], *how: Any) -> list[int]:
@@ -87,10 +105,12 @@ def _reduced(sizes: Sequence[int], *how: Any) -> list[int]:
     return output_size(sizes, *(pair("window", "size", value) for value in how))
 
 
-def unlike(t: Any, sizes: Sequence[int] | None, x: Tensor, cast: bool = False) -> str | None:
+def unlike(
+    t: Any, sizes: Sequence[int] | None, x: Tensor, dtype: torch.dtype | None = None
+) -> str | None:
     """Say why a second input cannot go with x, if so.
 
-    sizes: that it must have, if it must. cast: autocast brings both to one dtype.
+    sizes: that it must have, if it must. dtype: what autocast casts both to, if it does.
     """
     if not isinstance(t, Tensor):
         return f"what is added is a {type(t).__name__}"
@@ -98,13 +118,28 @@ def unlike(t: Any, sizes: Sequence[int] | None, x: Tensor, cast: bool = False) -
         return f"what is added has sizes {list(t.shape)} beside {list(sizes)}"
     if t.dim() != 4 or t.device != x.device:
         return f"its second input has {t.dim()} dimensions and is on {t.device}"
-    if t.dtype != x.dtype and not cast:
+    if cast_dtype(t, dtype) != cast_dtype(x, dtype):
         return f"its second input is {t.dtype} beside {x.dtype}"
     here, there = memory_format_of(t), memory_format_of(x)
     if here is None:
         return f"its second input is not dense: strides {t.stride()} of {list(t.shape)}"
     if here is not there and not t.is_contiguous(memory_format=there or torch.contiguous_format):
         return f"its second input is {here} beside {there}"
+    return None
+
+
+def resize_unfit(x: Tensor, scale_factor: Any, mode: str, recomputes: bool | None) -> str | None:
+    """Say why a resize by a factor is not the kernels', if so.
+
+    By nearest pixels with a factor just above 1, which keeps a side as it is. PyTorch's kernel on
+    the CPU copies such images up to h + w = 128, and shifts larger ones by a pixel.
+    """
+    if mode != "nearest" or scale_factor is None or recomputes:
+        return None
+    factors = scale_factor if isinstance(scale_factor, (tuple, list)) else [scale_factor] * 2
+    for side, factor in zip(x.shape[2:], factors, strict=False):
+        if 1 < factor < 2 and int(side * factor) == side:
+            return f"its factor keeps a side as it is: {factor} of {side} pixels"
     return None
 
 

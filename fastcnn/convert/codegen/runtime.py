@@ -19,6 +19,8 @@ from fastcnn.convert.codegen.fit import (
     StepModules,
     refuse,
     residual_unfit,
+    resize_unfit,
+    shortcuts_unfit,
     unfit,
     unlike,
 )
@@ -86,7 +88,7 @@ def upsamples_small(
     """Whether a convolution of an upsampled image has a kernel that reads the small one."""
     why = unfit(x, options)
     if why is None and concat is not None:
-        why = unlike(concat, None, x, cast=autocast_dtype(x) is not None)
+        why = unlike(concat, None, x, autocast_dtype(x))
     if why is not None:
         return False
     absent: dict[str, Any] = {**dict.fromkeys(_RESIZING), "mode": "nearest"}
@@ -106,7 +108,7 @@ def run_blocks(
     options: Options,
 ) -> Tensor:
     """Run residual blocks whose inputs are recomputed in backward."""
-    why = unfit(x, options)
+    why = unfit(x, options) or shortcuts_unfit(x, blocks)
     if why is not None:
         refuse(blocks[-1][0][-1][1], why, options)
         for steps, shortcut in blocks:
@@ -164,7 +166,7 @@ def run_interpolate(
     options: Options,
 ) -> Tensor:
     """Resize, and write the result beside concat's channels where there is one."""
-    why = unfit(x, options)
+    why = unfit(x, options) or resize_unfit(x, scale_factor, mode, recompute_scale_factor)
     if why is None and concat is not None:
         why = unlike(concat, None, x)
     how: Any = (size, scale_factor, mode, align_corners, recompute_scale_factor)
