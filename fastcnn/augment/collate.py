@@ -28,7 +28,7 @@ def _is_mask(target: Any) -> bool:
 
 def _is_label(target: Any) -> bool:
     try:
-        torch.tensor(target)
+        torch.tensor(target, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         return False
     return True
@@ -39,7 +39,7 @@ def _labels(targets: list[Any]) -> Tensor:
     tensors = [t for t in targets if isinstance(t, Tensor)]
     if not tensors:
         try:
-            return torch.tensor(targets)
+            return torch.tensor(targets, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             bad = next((t for t in targets if not _is_label(t)), targets[0])
             raise TypeError(
@@ -135,10 +135,13 @@ class Collate:
         self._check(samples)
         images, targets = [sample[0] for sample in samples], [sample[1] for sample in samples]
         keys = torch.tensor(
-            [_integer("key", s[2], 63) if len(s) == 3 else i for i, s in enumerate(samples)]
+            [_integer("key", s[2], 63) if len(s) == 3 else i for i, s in enumerate(samples)],
+            device="cpu",
         )
         labels = None if _is_mask(targets[0]) else _labels(targets)
-        seed = int(torch.randint(2**63 - 1, ())) if self.seed is None else self.seed
+        seed = self.seed
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, (), device="cpu"))
 
         def run(chosen: slice) -> Any:
             generator = torch.Generator().manual_seed(seed)

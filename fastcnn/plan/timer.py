@@ -34,7 +34,7 @@ class Timer(Protocol):
 class _CpuTimer:
     def __init__(self) -> None:
         # Above the 32 MiB of cache that 2 cores of an EPYC have for themselves.
-        self._flush = torch.empty(64 << 20, dtype=torch.uint8)
+        self._flush = torch.empty(64 << 20, dtype=torch.uint8, device="cpu")
         self.late = 0
 
     def synchronize(self) -> None:

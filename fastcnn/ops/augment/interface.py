@@ -188,6 +188,7 @@ def augment(
             for m, s, f, e in zip(means, stds, fills, erased, strict=True)
         ],
         dtype=torch.float32,
+        device="cpu",
     )
     rows = *pack(parameters, (h, w), out), channels
     # Not waiting for the GPU: CUDA has taken the values of pageable memory when the call returns.

@@ -96,14 +96,15 @@ def _cpu(*args: Any) -> Tensor:
     call, y = _checked(*args)
     x, bias, multiplier = call.x, call.bias, call.weight_scale
     if multiplier is None:
-        multiplier = torch.full((y.shape[1],), call.weight_scale_number or 1.0, dtype=torch.float32)
+        number = call.weight_scale_number or 1.0
+        multiplier = torch.full((y.shape[1],), number, dtype=torch.float32, device=x.device)
     multiplier = multiplier.contiguous() * float32(call.x_scale)
     if bias is not None:
         bias = bias.contiguous()
     if call.out_scale is not None:
         bias = None if bias is None else torch.round(bias / multiplier).int()
         # Divided by a tensor: divided by a number it would be a product with the reciprocal.
-        multiplier = multiplier / torch.tensor(call.out_scale, dtype=torch.float32)
+        multiplier = multiplier / torch.tensor(call.out_scale, dtype=torch.float32, device=x.device)
     if y.numel() > 0:
         added_scale, cap = call.added_scale(), quotient(6.0, call.out_scale)
         parts = min(len(x), -(-4 * y.numel() // _CHUNK_BYTES))

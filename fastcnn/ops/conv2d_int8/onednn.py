@@ -46,7 +46,7 @@ def prepack(
     groups: int,
 ) -> list[tuple[Tensor, int]]:
     """Return a weight's parts as oneDNN wants them for images of a size, with their factors."""
-    ones = torch.ones(weight.shape[0])
+    ones = torch.ones(weight.shape[0], device="cpu")
     shape = [1, weight.shape[1] * groups, *size]  # the batch makes no difference
     most = 64 if pairs_saturate() else 128  # 2 * 255 * 64 < 2^15
     return [
@@ -58,12 +58,13 @@ def prepack(
 @functools.cache
 def pairs_saturate() -> bool:
     """Whether oneDNN's sums of two products saturate on this processor, tried with the largest."""
-    x = torch.full((1, 32, 4, 4), 255, dtype=torch.uint8)
+    x = torch.full((1, 32, 4, 4), 255, dtype=torch.uint8, device="cpu")
     x = x.contiguous(memory_format=torch.channels_last)
     plain = ((1, 1), (0, 0), (1, 1), 1)
+    ones = torch.ones(16, device="cpu")
     for value in (-128, 127):
-        weight = torch.full((16, 32, 3, 3), value, dtype=torch.int8)
-        part = _prepack(weight, torch.ones(16), 1.0, 0, *plain, [1, 32, 4, 4])
+        weight = torch.full((16, 32, 3, 3), value, dtype=torch.int8, device="cpu")
+        part = _prepack(weight, ones, 1.0, 0, *plain, [1, 32, 4, 4])
         if not (by_onednn(x, 0, [(part, 1)], 16, *plain) == 32 * 9 * 255 * value).all():
             return True
     return False
@@ -80,7 +81,8 @@ def by_onednn(
     groups: int,
 ) -> Tensor:
     """Return the sums of uint8 images, channels_last: float32, or int32 of several parts."""
-    ones, zeros = torch.ones(c_out), torch.zeros(c_out, dtype=torch.int8)
+    ones = torch.ones(c_out, device="cpu")
+    zeros = torch.zeros(c_out, dtype=torch.int8, device="cpu")
 
     def convolve(part: Tensor) -> Tensor:
         return _qconv(

@@ -13,7 +13,7 @@ from support.augment_cases import EVERYTHING, SIZE, draw_everything, smooth_imag
 from support.seeds import seed_all, seeded
 from torch import Tensor
 
-from fastcnn.augment import Augment, AugmentParameters, draw as drawing
+from fastcnn.augment import Augment, AugmentParameters, Collate, draw as drawing
 from fastcnn.common.philox import words
 from fastcnn.functional import augment
 
@@ -257,6 +257,21 @@ def test_a_default_device_changes_nothing() -> None:
         for field in dataclasses.fields(expected):
             a, e = getattr(found, field.name), getattr(expected, field.name)
             assert torch.equal(a, e), field.name
+
+
+def test_a_default_device_changes_no_images() -> None:
+    # As fastcnn.augment.Collate calls it in a DataLoader's workers, with labels and keys.
+    def run() -> list[Tensor]:
+        images = torch.zeros(2, 3, *SIZE, dtype=torch.uint8, device="cpu")
+        collate = Collate(Augment((20, 30), horizontal_flip=0.5, noise=0.1, mean=0.5), seed=1)
+        y = Augment((20, 30), brightness=0.2)(images, generator=seeded(1))
+        return [y, *collate([(image, 3, i) for i, image in enumerate(images)])]
+
+    expected = run()
+    with torch.device("meta"):
+        found = run()
+    for a, e in zip(found, expected, strict=True):
+        assert torch.equal(a, e)
 
 
 def test_draw_and_forward_name_what_they_do_not_take() -> None:

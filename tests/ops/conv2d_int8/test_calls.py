@@ -198,3 +198,16 @@ def test_the_benchmarks_convolutions_are_the_model_s(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(convolution, "_convolution", count)
     resnet50()(torch.randn(1, 3, 224, 224))
     assert found == {conv._replace(times=0): conv.times for conv in RESNET50_CONVS}
+
+
+@pytest.mark.parametrize("case", [PLAIN, WIDE], ids=str)
+def test_a_default_device_changes_nothing(case: Case) -> None:
+    given = problem(case, torch.uint8, torch.int8, torch.uint8, "relu", 0)
+    given["weight_scale"] = 0.5
+    expected = conv2d_int8(**given)
+    conv2d_int8_sums.pairs_saturate.cache_clear()  # found out under the other default
+    with torch.device("meta"):
+        assert torch.equal(conv2d_int8(**given), expected)
+        assert torch.equal(
+            conv2d_int8(**given | {"weight": pack_conv2d_int8(given["weight"])}), expected
+        )
