@@ -1,6 +1,5 @@
 """convert and revert: what a user may get wrong, and where they are called."""
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any

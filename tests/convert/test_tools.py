@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from onnx.reference import ReferenceEvaluator
 from support.conversion_cases import bn, cbr, net
 from support.conversions import assert_inferred, images, patterns, prepared, results
+from support.leave_group import leave_group
 from support.oracles import timm, torchvision
 from support.tolerance import assert_same
 from torch import Tensor, fx, nn
@@ -181,7 +182,17 @@ def test_stacked_models_are_made_of_reverted_ones() -> None:
 # Wrappers, and layers in other spellings
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel])
+@pytest.fixture
+def group() -> Iterator[None]:
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
+    yield
+    leave_group()
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, nn.parallel.DistributedDataParallel])
+@pytest.mark.usefixtures("group")
 def test_a_report_of_a_wrapped_model_has_its_rows(wrap: Any) -> None:
     for model in (wrap(convert(_model())), convert(wrap(_model()))):
         assert [(r.module, r.fused) for r in rows(model) if r.pattern] == [
