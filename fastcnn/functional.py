@@ -11,6 +11,7 @@ from fastcnn.common.activation import Activation
 from fastcnn.common.overrides import (
     has_override_inside,
     has_torch_function_variadic,
+    overridable,
     overridden,
 )
 from fastcnn.ops import dropout as _dropout, group_norm_act as _group_norm_act
@@ -48,6 +49,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
+@overridable
 def augment(
     images: Tensor,
     parameters: AugmentParameters,
@@ -115,7 +117,7 @@ def augment(
         torch.Size([2, 3, 24, 24])
     """
     if has_torch_function_variadic(images, parameters, masks):
-        return overridden(augment, locals())
+        return overridden(locals())
     return _augment.augment(
         images=images, parameters=parameters, masks=masks, size=size, mean=mean, std=std,
         dtype=dtype, memory_format=memory_format, fill=fill, mask_fill=mask_fill,
@@ -123,6 +125,7 @@ def augment(
     )  # fmt: skip
 
 
+@overridable
 def batch_norm_act(
     input: Tensor,
     running_mean: Tensor | None,
@@ -189,7 +192,7 @@ def batch_norm_act(
         tensor(True)
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
-        return overridden(batch_norm_act, locals())
+        return overridden(locals())
     return _batch_norm_act.batch_norm_act(
         input=input, running_mean=running_mean, running_var=running_var, weight=weight,
         bias=bias, training=training, momentum=momentum, eps=eps, residual=residual,
@@ -197,6 +200,7 @@ def batch_norm_act(
     )  # fmt: skip
 
 
+@overridable
 def conv2d_int8(
     x: Tensor,
     weight: Tensor | PackedConv2dInt8,
@@ -279,7 +283,7 @@ def conv2d_int8(
         (torch.Size([1, 4, 4, 4]), torch.uint8)
     """
     if has_torch_function_variadic(x, weight, weight_scale, bias, residual):
-        return overridden(conv2d_int8, locals())
+        return overridden(locals())
     return _conv2d_int8.conv2d_int8(
         x=x, weight=weight, weight_scale=weight_scale, x_scale=x_scale,
         x_zero_point=x_zero_point, bias=bias, stride=stride, padding=padding,
@@ -319,6 +323,7 @@ def pack_conv2d_int8(weight: Tensor) -> PackedConv2dInt8:
     return _pack_conv2d_int8(weight)
 
 
+@overridable
 def conv_bn_act(
     input: Tensor,
     steps: Sequence[ConvBnActStep],
@@ -373,10 +378,11 @@ def conv_bn_act(
     if has_torch_function_variadic(input, residual) or has_override_inside(
         ConvBnActStep, (steps, residual)
     ):
-        return overridden(conv_bn_act, locals())
+        return overridden(locals())
     return _conv_bn_act.conv_bn_act(x=input, steps=steps, residual=residual, memory=memory)
 
 
+@overridable
 def conv_bn_act_blocks(
     input: Tensor, blocks: Sequence[ConvBnActBlock], *, memory: Memory = "default"
 ) -> Tensor:
@@ -410,10 +416,11 @@ def conv_bn_act_blocks(
         torch.Size([2, 8, 6, 6])
     """
     if has_torch_function_variadic(input) or has_override_inside(ConvBnActStep, (blocks,)):
-        return overridden(conv_bn_act_blocks, locals())
+        return overridden(locals())
     return _conv_bn_act.conv_bn_act_blocks(x=input, blocks=blocks, memory=memory)
 
 
+@overridable
 def group_norm_act(
     input: Tensor,
     num_groups: int,
@@ -459,13 +466,14 @@ def group_norm_act(
         torch.Size([2, 8, 4, 4])
     """
     if has_torch_function_variadic(input, weight, bias):
-        return overridden(group_norm_act, locals())
+        return overridden(locals())
     y, _, _ = _group_norm_act.group_norm_act(
         input=input, num_groups=num_groups, weight=weight, bias=bias, eps=eps, act=act
     )
     return y
 
 
+@overridable
 def interpolate(
     input: Tensor,
     size: int | Sequence[int] | None = None,
@@ -523,7 +531,7 @@ def interpolate(
         torch.Size([2, 11, 8, 8])
     """
     if has_torch_function_variadic(input, concat):
-        return overridden(interpolate, locals())
+        return overridden(locals())
     return _upsample.interpolate(
         input=input, size=size, scale_factor=scale_factor, mode=mode,
         align_corners=align_corners, recompute_scale_factor=recompute_scale_factor,
@@ -531,6 +539,7 @@ def interpolate(
     )  # fmt: skip
 
 
+@overridable
 def dropout(
     input: Tensor,
     p: float = 0.5,
@@ -587,7 +596,7 @@ def dropout(
         tensor([0., 2.])
     """
     if has_torch_function_variadic(input, residual):
-        return overridden(dropout, locals())
+        return overridden(locals())
     return _dropout.dropout(
         input=input, p=p, training=training, inplace=inplace, residual=residual,
         per_channel=per_channel, generator=generator,

@@ -2,16 +2,19 @@
 
 An op begins as torch's own do, and passes its arguments on by name:
 
-    if has_torch_function_variadic(input, weight):
-        return overridden(op, locals())
+    @overridable
+    def op(input, weight):
+        if has_torch_function_variadic(input, weight):
+            return overridden(locals())
 
 Within the call nothing is dispatched to them: an autograd.Function would else return a view that
 was made inside it, which nothing may write into, and each size that is read would be a call.
 """
 
-import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from types import CodeType
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.overrides import (
@@ -20,7 +23,16 @@ from torch.overrides import (
     has_torch_function_variadic,
 )
 
-__all__ = ["has_override_inside", "has_torch_function_variadic", "overridden", "plain_tensors"]
+__all__ = [
+    "has_override_inside",
+    "has_torch_function_variadic",
+    "overridable",
+    "overridden",
+    "plain_tensors",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Within it nothing is dispatched to subclasses: for a backward, which may have saved some.
 plain_tensors = torch._C.DisableTorchFunctionSubclass
@@ -37,12 +49,25 @@ def has_override_inside(kind: type[tuple[Any, ...]], values: Iterable[Any]) -> b
     return False
 
 
-def overridden(op: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """Let the __torch_function__ of an argument, or of a mode, run the op."""
-    parameters = inspect.signature(op).parameters.values()
-    args = [arguments[p.name] for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    kwargs = {p.name: arguments[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY}
-    return handle_torch_function(op, tuple(_flat(arguments.values())), *args, **kwargs)
+_ops: dict[CodeType, Callable[..., Any]] = {}
+
+
+def overridable(op: Callable[P, R]) -> Callable[P, R]:
+    """Let `overridden` know an op by its code: its name may be patched when it is called."""
+    _ops[op.__code__] = op
+    return op
+
+
+def overridden(arguments: Mapping[str, Any]) -> Any:
+    """Let the __torch_function__ of an argument, or of a mode, run the op that calls this.
+
+    arguments: its locals, of which the positional ones come first.
+    """
+    code = sys._getframe(1).f_code
+    pairs = list(arguments.items())
+    args = [value for _, value in pairs[: code.co_argcount]]
+    kwargs = dict(pairs[code.co_argcount :])
+    return handle_torch_function(_ops[code], tuple(_flat(arguments.values())), *args, **kwargs)
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:

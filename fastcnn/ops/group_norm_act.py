@@ -24,7 +24,7 @@ from fastcnn.common.activation import act_number
 from fastcnn.common.checks import check_channels, check_eps, check_image, memory_format_of
 from fastcnn.common.dtypes import acc_type, as_acc
 from fastcnn.common.library import apply, declare, distinct, once_differentiable, positional
-from fastcnn.common.overrides import has_torch_function_variadic, overridden
+from fastcnn.common.overrides import has_torch_function_variadic, overridable, overridden
 
 OP = "group_norm_act"
 
@@ -173,6 +173,7 @@ def group_norm_act(
     return y, mean, var
 
 
+@overridable
 def pixel_norm_act(
     op: str,
     input: Tensor,
@@ -184,7 +185,7 @@ def pixel_norm_act(
 ) -> Tensor:
     """Normalise each pixel over its channels: the computation of fastcnn.nn.LayerNorm2d, `op`."""
     if has_torch_function_variadic(input, weight, bias):
-        return overridden(pixel_norm_act, locals())
+        return overridden(locals())
     number = check_norm(op, input, weight, bias, eps, act, channels)
     tensors = distinct(input, weight, bias)
     y, _, _ = apply(GroupNormActFunction, *tensors, None, float(eps), number, None)

@@ -6,13 +6,14 @@ from torch import Tensor
 from fastcnn.common.activation import ACT_NUMBER
 from fastcnn.common.checks import check_parameters
 from fastcnn.common.library import apply, apply_moving, distinct
-from fastcnn.common.overrides import has_torch_function_variadic, overridden
+from fastcnn.common.overrides import has_torch_function_variadic, overridable, overridden
 from fastcnn.ops.batch_norm_act.interface import batch_norm_act
 from fastcnn.ops.group_norm_act import GroupNormActFunction, check_norm
 
 _update_running = torch.ops.fastcnn.batch_norm_update_running.default
 
 
+@overridable
 def instance_norm_act(
     op: str,
     input: Tensor,
@@ -32,7 +33,7 @@ def instance_norm_act(
     ones. `op` is what errors call it.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
-        return overridden(instance_norm_act, locals())
+        return overridden(locals())
     weight, bias = _as_now(weight), _as_now(bias)
     if not of_input:
         return batch_norm_act(

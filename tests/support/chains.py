@@ -241,8 +241,7 @@ def expected_bytes(model: Stage, x: Tensor, residual: Tensor | None = None) -> i
         widens = conv.kernel_size == (1, 1) and conv.out_channels > conv.in_channels
         if not (model.memory == "lowest" and widens):
             kept.append(raw[conv])
-        if bn.training:
-            statistics += 2 * 4 * bn.num_features  # mean and variance in float32
+        statistics += 2 * 4 * bn.num_features  # mean and variance, float32; running ones as copies
     return sum(t.nbytes for t in kept) + statistics
 
 

@@ -25,7 +25,7 @@ from fastcnn.common.autocast import autocast_dtype, cast
 from fastcnn.common.checks import check_image, memory_format_of
 from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.common.library import apply, once_differentiable, positional
-from fastcnn.common.overrides import has_torch_function_variadic, overridden
+from fastcnn.common.overrides import has_torch_function_variadic, overridable, overridden
 from fastcnn.ops.conv2d.aten import convolve, convolve_bwd
 from fastcnn.ops.conv2d.onednn import convolve_onednn, folds
 from fastcnn.ops.upsample.arguments import output_size, sampling_number
@@ -120,6 +120,7 @@ class UpsampleConv2dFunction(torch.autograd.Function):
         return dx, dskip, dweight, dbias, None, None
 
 
+@overridable
 def upsample_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -142,7 +143,7 @@ def upsample_conv2d(
         TypeError, ValueError: what those refuse.
     """
     if has_torch_function_variadic(x, weight, bias, concat):
-        return overridden(upsample_conv2d, locals())
+        return overridden(locals())
     dtype = autocast_dtype(x)
     x, concat, weight, bias = (cast(t, dtype) for t in (x, concat, weight, bias))
     how = (size, scale_factor, mode, align_corners, recompute_scale_factor)
