@@ -39,11 +39,28 @@ def _optional(name: str) -> ModuleType | _Absent:
     return importlib.import_module(name) if importlib.util.find_spec(name) else _Absent(name)
 
 
-monai: Any = _optional("monai")
 segmentation_models_pytorch: Any = _optional("segmentation_models_pytorch")
 
+
+class _Later:
+    """A trainer's package, imported when a test first asks it: some take 10 s."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_optional(self._name), name)
+
+
+accelerate, ignite, monai, pytorch_lightning = map(
+    _Later, ("accelerate", "ignite", "monai", "pytorch_lightning")
+)
+
 __all__ = [
+    "accelerate",
+    "ignite",
     "monai",
+    "pytorch_lightning",
     "segmentation_models_pytorch",
     "timm",
     "torchvision",
