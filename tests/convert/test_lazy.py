@@ -32,6 +32,24 @@ def test_a_part_is_traced_when_it_is_called() -> None:
     assert [call.words for call in conversion(model[1]).forwards[0].patterns] == ["conv-bn-relu"]
 
 
+@pytest.mark.parametrize(
+    ("layer", "name", "value"),
+    [("0.1", "momentum", None), ("0.1", "eps", 0.5), ("1", "p", 0.75), ("0.0", "calls", 1)],
+)
+def test_what_convert_asks_of_layers_is_no_read(layer: str, name: str, value: Any) -> None:
+    """A copy is traced when it is called, and its layers are classified meanwhile."""
+    model = prepared(nn.Sequential(cbr(nn.ReLU()), nn.Dropout(0.5), nn.Conv2d(4, 4, 1))).train()
+    model[0][0].calls = 0
+    copied: Any = copy.deepcopy(convert(model))
+    x = images(2, 4, 8, 8)
+    copied(x)
+    setattr(copied.get_submodule(layer), name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copied(x)
+    assert conversion(copied).holds()
+
+
 @pytest.mark.parametrize("kind", [nn.ModuleList, nn.Sequential])
 def test_a_forward_of_the_instance_is_called(kind: Any) -> None:
     # As YOLO's fuse() and accelerate's hooks set one: its class does not know what it does.

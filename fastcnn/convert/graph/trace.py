@@ -232,7 +232,9 @@ class _Tracer(fx.Tracer):
     def __init__(self, root: nn.Module, leaves: set[nn.Module], layers: Layers) -> None:
         # Not math's functions: wrapping them takes a third of a trace.
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]
-        self._leaves, self._layers = leaves, layers
+        # What classifying a layer asks of it is no read of the forward: all are, before it runs.
+        self._leaves = leaves | {m for m in root.modules() if layers[m].leaf}
+        self._layers = layers
         self.opened = [root]
         self.failed = root  # the innermost that an exception has left
         self._thread = threading.get_ident()
