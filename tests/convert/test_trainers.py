@@ -51,19 +51,17 @@ def unet() -> nn.Module:
 
 def monai_unet() -> nn.Module:
     """Residual units, convolutions that are transposed, batch norms."""
-    from monai.networks.nets import UNet
-
     torch.manual_seed(0)
-    made = UNet(2, 3, CLASSES, (8, 16, 32), (2, 2), num_res_units=2, norm="batch", act="relu")
+    made = oracles.monai.networks.nets.UNet(
+        2, 3, CLASSES, (8, 16, 32), (2, 2), num_res_units=2, norm="batch", act="relu"
+    )
     return made.double()
 
 
 def monai_basic_unet() -> nn.Module:
     """Instance norms and activations in place, as it is by default."""
-    from monai.networks.nets import BasicUNet
-
     torch.manual_seed(0)
-    return BasicUNet(2, 3, CLASSES, (8, 8, 16, 16, 16, 8)).double()
+    return oracles.monai.networks.nets.BasicUNet(2, 3, CLASSES, (8, 8, 16, 16, 16, 8)).double()
 
 
 SEGMENT = {"unet": unet, "monai_unet": monai_unet, "monai_basic_unet": monai_basic_unet}
@@ -270,13 +268,13 @@ class _Recorded(nn.Module):
 @pytest.mark.parametrize("loss", ["DiceLoss", "JaccardLoss", "FocalLoss"])
 def test_segmentation_models(loss: str, tmp_path: Path) -> None:
     smp = oracles.segmentation_models_pytorch
-    from segmentation_models_pytorch.utils.train import TrainEpoch, ValidEpoch
+    epochs = pytest.importorskip("segmentation_models_pytorch.utils.train")
 
     def train(model: Any, folder: Path) -> dict[str, Any]:
         losses: list[Tensor] = []
         recorded = _Recorded(getattr(smp.losses, loss)(mode="multiclass"), losses)
-        TrainEpoch(model, recorded, [], sgd(model), verbose=False).run(loader(segments=True))
-        ValidEpoch(model, recorded, [], verbose=False).run(loader(segments=True))
+        epochs.TrainEpoch(model, recorded, [], sgd(model), verbose=False).run(loader(segments=True))
+        epochs.ValidEpoch(model, recorded, [], verbose=False).run(loader(segments=True))
         model.save_pretrained(folder)
         return {"losses": torch.stack(losses[:STEPS]), "validation": torch.stack(losses[STEPS:])}
 
@@ -288,24 +286,21 @@ def test_segmentation_models(loss: str, tmp_path: Path) -> None:
 
 def _monai(model: Any, data: Any) -> dict[str, Any]:
     """Train by SupervisedTrainer, with a validation behind it."""
-    from ignite.engine import Events
-    from monai.engines import SupervisedEvaluator, SupervisedTrainer
-    from monai.handlers import ValidationHandler
-    from monai.losses import DiceCELoss
-
+    monai, iteration = oracles.monai, oracles.ignite.engine.Events.ITERATION_COMPLETED
     losses: list[Tensor] = []
     validated: list[Tensor] = []
-    evaluator = SupervisedEvaluator("cpu", data, model, decollate=False)
-    trainer = SupervisedTrainer(
-        "cpu", 1, data, model, sgd(model), DiceCELoss(to_onehot_y=True, softmax=True),
-        train_handlers=[ValidationHandler(1, evaluator)], decollate=False,
+    evaluator = monai.engines.SupervisedEvaluator("cpu", data, model, decollate=False)
+    trainer = monai.engines.SupervisedTrainer(
+        "cpu", 1, data, model, sgd(model),
+        monai.losses.DiceCELoss(to_onehot_y=True, softmax=True),
+        train_handlers=[monai.handlers.ValidationHandler(1, evaluator)], decollate=False,
     )  # fmt: skip
     trainer.add_event_handler(
-        Events.ITERATION_COMPLETED,
+        iteration,
         lambda e: losses.append(torch.as_tensor(e.state.output["loss"]).double()),
     )
     evaluator.add_event_handler(
-        Events.ITERATION_COMPLETED, lambda e: validated.append(e.state.output["pred"].detach())
+        iteration, lambda e: validated.append(e.state.output["pred"].detach())
     )
     trainer.run()
     return {"losses": torch.stack(losses), "validated": validated}
@@ -334,9 +329,9 @@ def test_monai(make: Callable[[], nn.Module], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [monai_unet, monai_basic_unet])
 def test_monai_s_tensors(make: Callable[[], nn.Module], tmp_path: Path) -> None:
-    from monai.data import MetaTensor
+    tensor = oracles.monai.data.MetaTensor
 
     def train(model: Any, folder: Path) -> dict[str, Any]:
-        return _monai(model, _dicts(MetaTensor))
+        return _monai(model, _dicts(tensor))
 
-    assert_trains_as_before(train, tmp_path, make, MetaTensor)
+    assert_trains_as_before(train, tmp_path, make, tensor)
