@@ -44,8 +44,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("missing_cuda_code", &fastcnn::missing_cuda_code, pybind11::arg("archs"),
         pybind11::arg("capability"),
         "Why code built for `archs` cannot run on a GPU of this compute capability; '' if it can.");
-  m.def("first_changed", &fastcnn::first_changed, pybind11::arg("values"),
-        pybind11::arg("missing"), pybind11::arg("start"),
+  m.def("first_changed", &fastcnn::first_changed, pybind11::arg("values"), pybind11::arg("missing"),
+        pybind11::arg("start"),
         "The first of the tuples (dictionary, name, value, ...) whose dictionary has another "
         "object of that name; -1 if none.");
   m.def("first_filled", &fastcnn::first_filled, pybind11::arg("dictionaries"),
