@@ -235,6 +235,7 @@ class _Tracer(fx.Tracer):
         # What classifying a layer asks of it is no read of the forward: all are, before it runs.
         self._leaves = leaves | {m for m in root.modules() if layers[m].leaf}
         self._layers = layers
+        self._by_path = dict(root.named_modules(remove_duplicate=False))
         self.opened = [root]
         self.failed = root  # the innermost that an exception has left
         self._thread = threading.get_ident()
@@ -292,11 +293,11 @@ class _Tracer(fx.Tracer):
     def _proxy(self, node: fx.Node) -> fx.Proxy:
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
-            is_parameter = name in self.root.get_submodule(owner)._parameters
+            is_parameter = name in self._by_path[owner]._parameters
             return (_ParameterProxy if is_parameter else _TensorProxy)(node, self)
         tensor = node.op == "placeholder"
         if node.op == "call_module":
-            tensor = self._layers[self.root.get_submodule(str(node.target))].leaf
+            tensor = self._layers[self._by_path[str(node.target)]].leaf
         return (_TensorProxy if tensor else _AnyProxy)(node, self)
 
     def create_arg(self, a: Any) -> Any:
