@@ -7,9 +7,10 @@ so that parameters, buffers, names, hooks, flags and isinstance are what they we
 class away again is a revert to the bit. Copies (deepcopy, pickle, torch.save) are made as of the
 original class and converted once more.
 
-Who keeps whom: a class is freed by the garbage collector alone, so it keeps nothing of its module.
-What a module runs is in `_conversions` as long as the module lives; it keeps the module's
-descendants, and never the module. So `del model` frees all weights at once, as without fastcnn.
+Who keeps whom: module, class, `Holder`, conversion, the module's descendants; never the module. A
+class is freed by the garbage collector alone, so its holder lets go of the conversion when the
+module dies. So `del model` frees all weights at once, as without fastcnn, and a model that somebody
+has tied into a cycle is collected as any other.
 """
 
 import copy
@@ -32,6 +33,7 @@ from fastcnn.convert import blame
 from fastcnn.convert.codegen import runtime
 from fastcnn.convert.fused_forward import FusedForward, trace_and_fuse
 from fastcnn.convert.graph.describe import Left
+from fastcnn.convert.graph.guards import Guard
 from fastcnn.convert.graph.layers import Layer, Layers
 from fastcnn.convert.graph.trace import (
     Untraceable,
@@ -106,13 +108,13 @@ class Conversion:
 
     def apply(self, module: Any) -> None:
         """Give an attached module its class."""
-        original, name, handle = original_class(module), self.name, weakref.ref(self)
+        original, name, holder = original_class(module), self.name, Holder(module, self)
         required, optional = arguments_of(original.forward)
         alone = self.options.mode == "infer"  # folded weights are of this module's own
 
         @constant_result
         def select(training: bool) -> int:
-            conversion = handle()
+            conversion = holder.conversion
             return -1 if conversion is None or _is_exporting() else conversion._select()
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -125,7 +127,7 @@ class Conversion:
                 or (alone and _is_replica(self))
             ):
                 return original.forward(self, *args, **kwargs)
-            made = handle().forwards[at]  # type: ignore[union-attr]
+            made = holder.conversion.forwards[at]
             if torch.compiler.is_compiling():
                 if not made.holds(self):
                     return original.forward(self, *args, **kwargs)
@@ -135,7 +137,7 @@ class Conversion:
             except (TypeError, ValueError, RuntimeError) as error:
                 blame.raise_again(error, blame.named(error, made, self, name))
 
-        _give_class(module, self, forward)
+        _give_class(module, holder, forward)
 
     def recipe(self) -> tuple[Any, ...]:
         """Return what makes an equal conversion."""
@@ -223,6 +225,9 @@ class Conversion:
             raise Untraceable(str(error)) from error
         with as_original(list(module.modules())):
             made = trace_and_fuse(module, leaves, self.options, self.name, layers)
+        changed = made.guard.changed()
+        if changed is not None:
+            raise Untraceable(f"what it reads is another thing at each call: {changed[1]}")
         self.forwards.append(made)
 
 
@@ -232,6 +237,7 @@ class LayerConversion:
     def __init__(self, name: str, options: Options) -> None:
         self.name, self.options = name, options
         self._layer: Layer | None = None
+        self._guard: Guard | None = None
 
     def attach(self, module: nn.Module, layers: Layers) -> None:
         """Make a layer's conversion.
@@ -243,10 +249,11 @@ class LayerConversion:
         why = layers.why_not_alone(module)
         if why is not None:
             raise Untraceable(why)
+        self._guard = Guard.of_layer(module, layers)
 
     def holds(self) -> bool:
         """Whether nothing has changed since the conversion."""
-        return True
+        return self._guard is not None and self._guard.changed() is None
 
     def words(self) -> str:
         """Return what a print says: the layer's kind."""
@@ -258,7 +265,12 @@ class LayerConversion:
         original, name, options = original_class(module), self.name, self.options
         required, optional = arguments_of(original.forward)
         assert self._layer is not None
-        run = runtime.layer_call(module, self._layer)
+        run, holder = runtime.layer_call(module, self._layer), Holder(module, self)
+
+        @constant_result
+        def fuses() -> bool:
+            conversion = holder.conversion
+            return conversion is not None and not _is_exporting() and conversion.holds()
 
         def call(self: Any, x: Tensor) -> Any:
             fits = runtime.layer_unfit(self, x, options) is None
@@ -266,7 +278,7 @@ class LayerConversion:
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             inputs = bind(required, optional, args, kwargs)
-            if inputs is None or torch.jit._trace.is_tracing():
+            if inputs is None or torch.jit._trace.is_tracing() or not fuses():
                 return original.forward(self, *args, **kwargs)
             if torch.compiler.is_compiling():
                 return call(self, inputs[0])
@@ -275,52 +287,47 @@ class LayerConversion:
             except (TypeError, ValueError, RuntimeError) as error:
                 blame.raise_again(error, blame.named_layer(error, self, name, inputs[0]))
 
-        _give_class(module, self, forward)
+        _give_class(module, holder, forward)
 
     def recipe(self) -> tuple[Any, ...]:
         """Return what makes an equal conversion."""
         return type(self), self.name, self.options
 
 
-# What each converted module runs.
-_conversions: WeakKeyDictionary[nn.Module, Conversion | LayerConversion] = WeakKeyDictionary()
-
-
 class Converted:
     """Marks the classes that convert makes, one for each module."""
 
     _fastcnn_class: type[nn.Module]
+    _fastcnn_holder: "Holder"
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Keep the classes made here from the registries that original classes may have."""
 
     @property
     def _fastcnn_conversion(self) -> Any:
-        return _conversions.get(self)  # type: ignore[call-overload] # None: nn.DataParallel's replica
+        return self._fastcnn_holder.conversion
 
     def extra_repr(self) -> str:
         """Return what the original class says, and what runs fused."""
         said = self._fastcnn_class.extra_repr(self)  # type: ignore[arg-type]
-        if self._fastcnn_conversion is None:
-            return said
         separator = "\n" if "\n" in said else ", "
         return f"{said}{separator if said else ''}fused: {self._fastcnn_conversion.words()}"
 
     def __copy__(self) -> Any:
-        with as_original([self]):
+        with tracing, as_original([self]):
             copied = copy.copy(self)
         convert_copy(self._fastcnn_conversion.recipe(), copied)
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        with as_original([self]):
+        with tracing, as_original([self]):
             copied = copy.deepcopy(self, memo)
         convert_copy(self._fastcnn_conversion.recipe(), copied)
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         recipe = self._fastcnn_conversion.recipe()
-        with as_original([self]):
+        with tracing, as_original([self]):
             make, arguments, *rest = self.__reduce_ex__(protocol)
         state = rest[0] if rest and rest[0] is not None else {}
         if make is getattr(copyreg, "__newobj__"):  # noqa: B009 # pickle asks that it be of the object's own class
@@ -342,7 +349,7 @@ class _ConvertedGraph(Converted):
     def recompile(self) -> Any:
         """Recompile it, and convert what it is then."""
         recipe = self._fastcnn_conversion.recipe()
-        self.__class__ = original_class(self)
+        discard(self)
         code = self.recompile()
         convert_copy(recipe, self)
         return code
@@ -413,13 +420,26 @@ def convert_copy(recipe: Any, module: Any) -> None:
         conversion.apply(module)
 
 
-def _give_class(module: Any, conversion: Any, forward: Callable[..., Any]) -> None:
+class Holder:
+    """What a converted class has of its module's conversion: nothing, when the module is gone."""
+
+    def __init__(self, module: nn.Module, conversion: Any) -> None:
+        self.conversion = conversion
+        self._module = weakref.ref(module, self.release)
+
+    def release(self, _: Any = None) -> None:
+        """Let go of the conversion."""
+        self.conversion = None
+
+
+def _give_class(module: Any, holder: Holder, forward: Callable[..., Any]) -> None:
     original = original_class(module)
     # Code of its own: torch.compile counts how often it compiles one code anew, and gives up.
     code, closure = forward.__code__.replace(), forward.__closure__
     forward = types.FunctionType(code, forward.__globals__, "forward", None, closure)
     body = {
         "_fastcnn_class": original,
+        "_fastcnn_holder": holder,
         "forward": functools.wraps(original.forward)(forward),
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -427,8 +447,8 @@ def _give_class(module: Any, conversion: Any, forward: Callable[..., Any]) -> No
     }
     marks = _ConvertedGraph if issubclass(original, fx.GraphModule) else Converted
     kind: Any = type(original)
-    module.__class__ = _made_class(kind)(original.__name__, (marks, original), body)
-    _conversions[module] = conversion
+    # Not by the class's own class, which may keep a list of those that it has made.
+    module.__class__ = type.__new__(_made_class(kind), original.__name__, (marks, original), body)
 
 
 @functools.cache
@@ -440,8 +460,9 @@ def _made_class(kind: Hashable) -> Any:
 
 def discard(module: Any) -> None:
     """Give a converted module its original class, and free what it has run."""
+    holder = module._fastcnn_holder
     module.__class__ = original_class(module)
-    _conversions.pop(module, None)
+    holder.release()
 
 
 def bind(

@@ -54,6 +54,7 @@ def trace_and_fuse(
         Untraceable: the forward cannot be replaced.
     """
     graph, opened, reads = trace(module, leaves, layers)
+    opened += [m for m in reads.entered if m not in opened]
     original = copy.deepcopy(graph)
     modules = dict(module.named_modules(remove_duplicate=False))
     dropped = drop_identities(graph, modules, layers)

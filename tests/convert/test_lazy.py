@@ -50,6 +50,29 @@ def test_what_convert_asks_of_layers_is_no_read(layer: str, name: str, value: An
     assert conversion(copied).holds()
 
 
+def test_other_threads_run_models_of_pytorch_meanwhile() -> None:
+    plain, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(50))), torch.randn(1, 4)
+    errors: list[BaseException] = []
+    ends = threading.Event()
+
+    def serve() -> None:
+        try:
+            while not ends.is_set():
+                plain(x)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=serve) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        convert(nn.Sequential(cbr(nn.ReLU()), Branch(body=cbr(nn.ReLU()))))
+    ends.set()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
 @pytest.mark.parametrize("kind", [nn.ModuleList, nn.Sequential])
 def test_a_forward_of_the_instance_is_called(kind: Any) -> None:
     # As YOLO's fuse() and accelerate's hooks set one: its class does not know what it does.

@@ -1,17 +1,20 @@
 """What a trace has read of the modules is compared at each call, and nothing else is."""
 
+import copy
 import enum
 import functools
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.conversion_cases import bn, cbr, net
 from support.conversions import images, patterns, prepared, results
+from support.oracles import timm
 from support.tolerance import assert_same
 from torch import Tensor, nn
 
@@ -30,6 +33,7 @@ class Reader(nn.Module):
     """Reads in as many ways as there are."""
 
     doubles = False  # of the class, as ultralytics' Detect.export
+    shared: ClassVar[dict[str, float]] = {"scale": 1.0}
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,6 +44,8 @@ class Reader(nn.Module):
         self.way, self.taken = Way.PLAIN, {"a"}
         self.options = SimpleNamespace(inner=SimpleNamespace(scale=1.0))
         self.scale = functools.partial(torch.mul, other=1.5)
+        self.type, self.half = "plain", 1.0  # names that nn.Module has for methods
+        self.inner, self.head = cbr(nn.ReLU()), nn.Conv2d(4, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         for stage in self.stages:
@@ -48,6 +54,10 @@ class Reader(nn.Module):
             x = layer(x)
         x = F.dropout(x, self.drop.p, self.drop.training) * self.options.inner.scale
         x = x * 2 if self.doubles or hasattr(self, "late") else x
+        x = x * self.shared["scale"] * (2 if self.type == "doubled" else 1) * self.half
+        x = x * 2 if hasattr(self, "buffer") or hasattr(self, "weight") else x
+        x = self.inner.forward(x)  # by its name, without hooks
+        x = self.head(x) if isinstance(self.head, nn.Conv2d) else x
         x = x * 2 if self.way is Way.DOUBLED or "b" in self.taken else x
         return self.scale(self.act(x))
 
@@ -73,6 +83,18 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a value that hides the class's": lambda m: setattr(m, "doubles", True),
     "a value that was not there": lambda m: setattr(m, "late", 0),
     "a partial": lambda m: setattr(m, "scale", functools.partial(torch.mul, other=2.5)),
+    "a name of a method": lambda m: setattr(m, "type", "doubled"),
+    "a value with the name of one": lambda m: setattr(m, "half", 0.5),
+    "a buffer that was not there": lambda m: m.register_buffer("buffer", torch.ones(1)),
+    "a parameter that was not there": lambda m: setattr(m, "weight", nn.Parameter(torch.ones(1))),
+    "a forward called by its name": lambda m: setattr(m.inner, "forward", torch.sin),
+    "a head of another class": lambda m: setattr(m, "head", nn.Identity()),
+    "a head that is gone": lambda m: setattr(m, "head", None),
+    "a convolution's padding": lambda m: setattr(
+        m.stages[0][0],
+        "_conv_forward",
+        lambda x, weight, bias: F.conv2d(F.pad(x, (1, 1, 1, 1), "circular"), weight, bias),
+    ),
     "a dropout's p": lambda m: setattr(m.drop, "p", 1.0),
 }
 
@@ -85,7 +107,7 @@ def _pair() -> list[Any]:
 def test_a_change_of_what_was_read_takes_effect(name: str) -> None:
     model, eager = _pair()
     convert(model)
-    assert len(patterns(model)) == 1
+    assert len(patterns(model)) == 2
     for m in (model, eager):
         CHANGES[name](m)
     x = images(2, 4, 5, 5)
@@ -97,13 +119,167 @@ def test_a_change_of_what_was_read_takes_effect(name: str) -> None:
         assert_same(results(convert(model), x), results(eager, x))
 
 
-def test_a_change_of_the_class_takes_effect(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, eager = _pair()
+class Derived(Reader):
+    """Calls its parent's forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("change", ["a value", "a dictionary", "a parent's forward"])
+def test_a_change_of_the_class_takes_effect(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, eager = (prepared(Derived()) for _ in range(2))
     convert(model)
-    monkeypatch.setattr(Reader, "doubles", True)
+    if change == "a value":
+        monkeypatch.setattr(Reader, "doubles", True)
+    elif change == "a dictionary":
+        monkeypatch.setitem(Reader.shared, "scale", 3.0)
+    else:
+        monkeypatch.setattr(Reader, "forward", lambda m, x: m.head(x))
     x = images(2, 4, 5, 5)
-    with pytest.warns(UserWarning, match=r"Reader\.doubles was False and is True now"):
+    with pytest.warns(UserWarning, match="has changed since it was converted"):
         assert_same(results(model, x), results(eager, x))
+
+
+def test_hooks_in_a_new_dictionary_run() -> None:
+    """The forum's way to remove all hooks replaces the dictionary."""
+    model = prepared(net(lambda m, x: m.relu(m.bn(m.conv(x)))))
+    convert(model)
+    model.bn._forward_hooks = OrderedDict()
+    seen: list[Any] = []
+    model.bn.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.warns(UserWarning, match="BatchNorm2d"):
+        model(images(2, 4, 5, 5))
+    assert seen
+
+
+@pytest.mark.parametrize("part", [slice(0, 2), slice(1, None), slice(None, None, -1)])
+def test_lists_that_a_forward_makes(part: slice) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        for stage in m.stages[part] + nn.ModuleList([]):
+            x = stage(x)
+        return x
+
+    stages = nn.ModuleList([cbr(nn.ReLU()), cbr(nn.ReLU())])
+    model, eager = (prepared(net(run, stages=copy.deepcopy(stages))) for _ in range(2))
+    convert(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(results(model, images(2, 4, 5, 5)), results(eager, images(2, 4, 5, 5)))
+    assert len(patterns(model)) == 1
+
+
+class Refusing:
+    """Compares itself with nothing, as an array in a list does."""
+
+    def __eq__(self, other: object) -> bool:
+        raise AttributeError
+
+    __hash__ = object.__hash__
+
+
+class Odd(nn.Module):
+    """Holds what cannot be compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.value = cbr(nn.ReLU()), Refusing()
+
+    def scaled(self, x: Tensor, scale: float) -> Tensor:
+        return x * scale
+
+    doubled = functools.partialmethod(scaled, scale=2.0)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.doubled(self.body(x)) if self.value is not None else x
+
+
+def test_what_cannot_be_compared_is_another_when_it_is_another() -> None:
+    model, eager = (prepared(Odd()) for _ in range(2))
+    convert(model)
+    x = images(2, 4, 5, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(results(model, x), results(eager, x))
+    model.value = Refusing()
+    with pytest.warns(UserWarning, match=r"Odd\.value (was|has changed)"):
+        assert_same(results(model, x), results(eager, x))
+
+
+def test_a_scripted_child_may_be_asked() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1)).double())
+
+    def run(m: Any, x: Tensor) -> Any:
+        return m.scripted(m.relu(m.bn(m.conv(x)))) * len(list(m.scripted.children()))
+
+    model = prepared(net(run, scripted=scripted))
+    assert patterns(convert(model)) == ["conv-bn-relu"]
+    model(images(2, 4, 5, 5))
+
+
+ALONE: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any]]] = {
+    "a mode": (
+        lambda: nn.Upsample(scale_factor=2, mode="nearest"),
+        lambda m: setattr(m, "mode", "bicubic"),
+    ),
+    "an activation": (
+        lambda: timm.layers.BatchNormAct2d(4),
+        lambda m: setattr(m, "act", nn.SiLU()),
+    ),
+    "a slope": (
+        lambda: timm.layers.BatchNormAct2d(4, act_layer=nn.LeakyReLU),
+        lambda m: setattr(m.act, "negative_slope", 0.5),
+    ),
+    "a hook inside": (
+        lambda: timm.layers.BatchNormAct2d(4),
+        lambda m: m.act.register_forward_hook(lambda *found: found[-1] * 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_layers_by_themselves_are_compared_too(name: str) -> None:
+    make, change = ALONE[name]
+    model, eager = prepared(make()), prepared(make())
+    convert(model)
+    assert isinstance(model, Converted)
+    x = images(2, 4, 5, 5)
+    assert_same(results(model, x), results(eager, x))
+    for m in (model, eager):
+        change(m)
+    assert_same(results(model, x), results(eager, x))
+
+
+class Registry(type):
+    """Keeps a list of the classes that it has made."""
+
+    made: ClassVar[list[str]] = []
+
+    def __new__(cls, name: str, bases: Any, body: Any) -> Any:
+        if name in cls.made:
+            raise TypeError(f"{name} is there")
+        cls.made.append(name)
+        return super().__new__(cls, name, bases, body)
+
+
+class Network(nn.Module, metaclass=Registry):
+    """A body of its own class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = cbr(nn.ReLU())
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(x)
+
+
+def test_classes_with_a_registry_of_their_own() -> None:
+    model = convert(prepared(Network()))
+    assert isinstance(model, Converted)
+    assert isinstance(type(model), Registry)
+    assert Registry.made == ["Network"]
 
 
 def test_a_child_s_training_flag_is_read_at_each_call() -> None:

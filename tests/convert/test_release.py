@@ -1,6 +1,7 @@
 """`del model` frees a converted model at once, as PyTorch does: without the garbage collector."""
 
 import copy
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -32,6 +33,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 X = torch.randn(2, 4, 32, 32)
 
 
+def _tied(model: Any) -> None:
+    """Into cycles, as hooks of a model's own methods and trainers do."""
+    _called(model)
+    model.__dict__["trainer"] = {"model": model}
+    model.register_forward_hook(functools.partial(print, model))
+
+
 def _called(model: Any) -> None:
     with torch.no_grad():
         model.eval()(_input(model))
@@ -51,6 +59,17 @@ def _input(model: nn.Module) -> torch.Tensor:
 
 
 USES = [_called, _trained, _verified, report, revert, copy.deepcopy, repr]
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_in_a_cycle_is_collected(name: str, mode: Any) -> None:
+    model = MODELS[name]()
+    weights = [weakref.ref(p) for p in model.parameters()]
+    _tied(convert(model, mode=mode))
+    del model
+    gc.collect()
+    assert not any(ref() is not None for ref in weights)
 
 
 @pytest.mark.parametrize("use", USES)

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastcnn import _C
 from fastcnn.convert.graph.layers import NORMS, Layers, class_of
-from fastcnn.convert.graph.reads import MISSING, PLAIN, Reads, Value, is_same
+from fastcnn.convert.graph.reads import MISSING, PLAIN, Reads, Value, is_same, of_class
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [
@@ -25,6 +25,8 @@ _GLOBAL_HOOKS = [
         "_global_backward_pre_hooks",
     )
 ]
+# How a layer computes, where somebody may patch it: padding that wraps around, as for tiles.
+_METHODS = ("forward", "_conv_forward", "_check_input_dim")
 _READ_AT_CALLS = {**dict.fromkeys(NORMS, ("eps", "momentum")), "dropout": ("p", "inplace")}
 # Layers that fused calls do not read at each call, so that torch.compile would not compare them.
 _COMPARED_COMPILED = {"act", "identity", "max_pool", "upsample"}
@@ -54,13 +56,11 @@ class Guard:
         inner = [*opened[1:], *consumed]
         self._inner = inner
         self._hooks = [getattr(m, name) for m in inner for name in _HOOKS]
-        fixed = {*opened, *consumed, *reads.asked}  # others are called, whatever they are then
-        self._values = [
-            value
-            for value in (*reads.values.values(), *_inside(consumed))
-            if not isinstance(value.value, nn.Module) or value.value in fixed
-        ]
-        self._values += map(_forward_of, inner)
+        self._values = [*reads.values.values(), *_inside(consumed)]
+        self._values += [value for m in inner for value in _machinery_of(m)]
+        fixed = {*opened, *consumed, *reads.asked}  # others are called: one of their class will do
+        modules = [v.value for v in self._values if isinstance(v.value, nn.Module)]
+        self._called = {id(m) for m in modules if m not in fixed}
         self._values += [value for m in consumed for value in _options_of(m, layers)]
         self._of_classes = [(*key, value) for key, value in reads.of_classes.items()]
         self._nones = list(reads.nones.values())
@@ -68,8 +68,21 @@ class Guard:
         # A class's forward may be replaced for all its modules, a module's class for it alone.
         self._classes = [class_of(m) for m in inner]
         self._types = [type(m) for m in inner]  # of now: a converted module has one of its own
-        classes = dict.fromkeys(class_of(m) for m in (*opened, *consumed))
-        self._forwards = [(cls, cls.forward) for cls in classes]
+        classes = dict.fromkeys(k for m in (*opened, *consumed) for k in class_of(m).__mro__)
+        self._methods = [
+            (cls, name, vars(cls)[name])
+            for cls in classes
+            for name in _METHODS
+            if cls is not nn.Module and name in vars(cls)
+        ]
+
+    @classmethod
+    def of_layer(cls, module: nn.Module, layers: Layers) -> "Guard":
+        """Return the guard of a layer that runs by itself, with what is inside it."""
+        inside = [m for m in module.modules() if m is not module]
+        guard = cls([module], inside, Reads(), layers)
+        guard._values += [*_inside([module]), *_options_of(module, layers)]
+        return guard
 
     def changed(self) -> tuple[str, str] | None:
         """Return where something is no longer as it was traced, and say what, if anything."""
@@ -83,7 +96,10 @@ class Guard:
         while (at := _C.first_changed(self._values, MISSING, at + 1)) >= 0:
             holder, name, value, where = self._values[at]
             now = holder.get(name, MISSING)
-            if not is_same(now, value):
+            if id(value) in self._called and class_of(now) is class_of(value):
+                self._called.add(id(now))
+                self._values[at] = self._values[at]._replace(value=now)
+            elif not is_same(now, value):
                 return where, _difference(where, value, now)
         at = -1
         while (at := _C.first_of_another_type(self._inner, self._types, at + 1)) >= 0:
@@ -92,16 +108,16 @@ class Guard:
                 return cls.__name__, f"a {cls.__name__} has another class now"
             self._types[at] = type(module)
         for cls, name, value in self._of_classes:
-            now = getattr(cls, name, MISSING)
+            now = of_class(cls, name)
             if now is not value and not is_same(now, value):
                 where = f"{cls.__name__}.{name}"
                 return where, _difference(where, value, now)
         for holder, name, none, where in self._nones:
             if (holder.get(name) is None) is not none:
                 return where, f"{where} is {'a tensor' if none else 'None'} now"
-        for cls, forward in self._forwards:
-            if cls.forward is not forward:
-                return cls.__name__, f"{cls.__name__} has another forward now"
+        for cls, name, method in self._methods:
+            if vars(cls).get(name) is not method:
+                return cls.__name__, f"{cls.__name__} has another {name} now"
         for holder, names, where in self._children:
             if tuple(holder) != names:
                 return where, f"{where} has other children now"
@@ -134,10 +150,11 @@ def _inside(layers: Iterable[nn.Module]) -> Iterator[Value]:
             yield Value(m._modules, name, child, f"{_name(m)}.{name}")
 
 
-def _forward_of(module: nn.Module) -> Value:
-    """Return the forward of an instance's own, which most have not."""
+def _machinery_of(module: nn.Module) -> Iterator[Value]:
+    """Yield what runs a module, where an instance has it: methods, and where its hooks are."""
     own = module.__dict__
-    return Value(own, "forward", own.get("forward", MISSING), f"{_name(module)}.forward")
+    for name in (*_METHODS, *_HOOKS, "_modules"):
+        yield Value(own, name, own.get(name, MISSING), f"{_name(module)}.{name}")
 
 
 def _options_of(layer: nn.Module, layers: Layers) -> list[Value]:

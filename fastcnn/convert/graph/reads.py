@@ -26,8 +26,16 @@ from fastcnn.convert.graph.layers import class_of
 
 MISSING = object()
 PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.Size, torch.device)
-_OWN = {*vars(nn.Module), *vars(nn.Module())}  # what a subclass's forward does not depend on
-_QUIET = {*_OWN, "__class__"} - {"training", "_modules", "__dict__"}
+_OF_MODULES = dict(vars(nn.Module))  # what each has of its class
+# Each instance's own, and how a forward is called.
+_QUIET = {
+    *vars(nn.Module()),
+    "__class__",
+    "_call_impl",
+    "_wrapped_call_impl",
+    "_compiled_call_impl",
+}
+_QUIET -= {"training", "_modules"}
 _DEPTH = 3  # of objects within objects
 
 
@@ -45,8 +53,9 @@ class Reads:
 
     values: of instances, by dictionary and name. of_classes: of their classes. nones: whether a
     parameter or buffer was None. children: their names, of modules that were asked for all of them.
-    flags: the modules whose `training` was read. asked: whose attributes were. plain: which values
-    torch.compile compares, by module.
+    flags: the modules whose `training` was read. asked: whose attributes were. entered: whose
+    forward was called by its name. made: by the forward itself, of which nothing is noted. plain:
+    which values torch.compile compares, by module.
     """
 
     def __init__(self) -> None:
@@ -55,11 +64,15 @@ class Reads:
         self.nones: dict[tuple[int, str], tuple[dict[str, Any], str, bool, str]] = {}
         self.children: dict[nn.Module, tuple[str, ...]] = {}
         self.asked: set[nn.Module] = set()
+        self.entered: dict[nn.Module, None] = {}
+        self.made: set[nn.Module] = set()
         self.plain: dict[tuple[nn.Module, str], Any] = {}
         self.flags: dict[nn.Module, None] = {}
 
     def note(self, module: nn.Module, name: str) -> None:
         """Note what a module's attribute is, wherever Python finds it."""
+        if module in self.made or isinstance(module, torch.jit.ScriptModule):
+            return
         self.asked.add(module)
         own, cls = object.__getattribute__(module, "__dict__"), class_of(module)
         where = f"{cls.__name__}.{name}"
@@ -67,21 +80,28 @@ class Reads:
             if self._note(own, name, own[name], where) and isinstance(own[name], PLAIN):
                 self.plain[module, name] = own[name]
             return
-        found, children = getattr(cls, name, MISSING), own.get("_modules", {})
+        found, children = of_class(cls, name), own.get("_modules", {})
         if found is MISSING:
-            for tensors in (own.get("_parameters", {}), own.get("_buffers", {})):
-                if name in tensors:
-                    none = tensors[name] is None
-                    self.nones.setdefault((id(tensors), name), (tensors, name, none, where))
+            tensors = [own.get(kind, {}) for kind in ("_parameters", "_buffers")]
+            for holder in tensors:
+                if name in holder:
+                    none = holder[name] is None
+                    self.nones.setdefault((id(holder), name), (holder, name, none, where))
                     return
             self._note(children, name, children.get(name, MISSING), where)
             if name in children:
                 return
-        self.of_classes.setdefault((cls, name), found)
+            for holder in tensors:
+                self._note(holder, name, MISSING, where)
+        elif (cls, name) not in self.of_classes:
+            self._note_inside(found, where, _DEPTH)
+        self.of_classes.setdefault((cls, name), copied(found))
         self._note(own, name, MISSING, where)
 
     def note_children(self, module: nn.Module) -> None:
         """Note which children a module has: somebody has asked for all of them."""
+        if module in self.made or isinstance(module, torch.jit.ScriptModule):
+            return
         children = object.__getattribute__(module, "_modules")
         self.asked.add(module)
         self.children.setdefault(module, tuple(children))
@@ -91,7 +111,7 @@ class Reads:
     def note_all(self, module: nn.Module) -> None:
         """Note all values of an instance: somebody has asked for its dictionary."""
         for name in list(object.__getattribute__(module, "__dict__")):
-            if name not in _OWN:
+            if name not in _QUIET and name not in ("training", "_modules"):
                 self.note(module, name)
 
     def _note(self, holder: dict[str, Any], name: str, value: Any, where: str) -> bool:
@@ -123,18 +143,54 @@ def recorded() -> Iterator[Reads]:
 
     def read(module: nn.Module, name: str) -> Any:
         if name not in _QUIET and this_thread() == thread:
-            if name not in _OWN and not name.startswith("__"):
-                reads.note(module, name)
-            elif name == "training":
+            if name == "training":
                 reads.flags[module] = None
-            elif name in ("_modules", "__dict__") and _is_asked_for():
-                reads.note_children(module)
-                if name == "__dict__":
-                    reads.note_all(module)
+            elif name == "forward":
+                if not _is_torch_s(sys._getframe(1)):
+                    reads.entered[module] = None
+            elif name in ("_modules", "__dict__"):
+                if _is_asked_for():
+                    reads.note_children(module)
+                    if name == "__dict__":
+                        reads.note_all(module)
+            elif not name.startswith("__") and _is_its_own(module, name):
+                reads.note(module, name)
         return look_up(module, name)
 
-    with patch.object(nn.Module, "__getattribute__", read, create=True):
+    initialize = nn.Module.__init__
+
+    def note_made(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        initialize(module, *args, **kwargs)
+        if this_thread() == thread:
+            reads.made.add(module)
+
+    with (
+        patch.object(nn.Module, "__getattribute__", read, create=True),
+        patch.object(nn.Module, "__init__", note_made),
+    ):
         yield reads
+
+
+def _is_its_own(module: nn.Module, name: str) -> bool:
+    """Whether a name is more than what every module has under it."""
+    usual = _OF_MODULES.get(name, MISSING)
+    if usual is MISSING:
+        return True
+    own = object.__getattribute__(module, "__dict__")
+    return name in own or of_class(type(module), name) is not usual
+
+
+def of_class(cls: type, name: str) -> Any:
+    """Return what a class has under a name, as it stands there, MISSING where it has nothing."""
+    for k in cls.__mro__:
+        if name in vars(k):
+            return vars(k)[name]
+    return MISSING
+
+
+def _is_torch_s(frame: types.FrameType) -> bool:
+    """Whether code is torch's own, or that of convert."""
+    return frame.f_globals.get("__name__", "").startswith(("torch.", "fastcnn.convert."))
 
 
 def _is_asked_for() -> bool:
@@ -175,7 +231,7 @@ def is_same(now: Any, then: Any) -> bool:
         return False
     try:
         return bool(now == then)
-    except (RuntimeError, ValueError, TypeError):  # of tensors and arrays within
+    except Exception:  # of tensors and arrays within, or of anybody's __eq__
         return False
 
 
@@ -190,4 +246,5 @@ def _is_plain(value: Any) -> bool:
 def _is_helper(value: Any) -> bool:
     """Whether a value is an object with attributes of its own that a forward may ask for."""
     other = (nn.Module, torch.Tensor, type, types.ModuleType, enum.Enum)
-    return not isinstance(value, other) and not callable(value) and hasattr(value, "__dict__")
+    plain = not isinstance(value, other) and not callable(value)
+    return plain and isinstance(getattr(value, "__dict__", None), dict)

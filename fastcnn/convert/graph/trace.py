@@ -115,7 +115,7 @@ def trace(module: nn.Module, leaves: set[nn.Module], layers: Layers) -> Traced:
         with tracing, _without_gc():
             return _trace(module, tracer)
     finally:
-        vars(tracer).clear()  # it is part of cycles, which would keep the module until a collection
+        tracer.let_go()
 
 
 def _trace(module: nn.Module, tracer: "_Tracer") -> Traced:
@@ -224,6 +224,12 @@ def _isinstance(value: Any, classes: Any) -> bool:
     return _real_isinstance(value, classes)
 
 
+_OF_MODULES = (
+    "root", "opened", "failed", "submodule_paths", "tensor_attrs", "graph", "_leaves", "_layers",
+    "_by_path", "_own",
+)  # fmt: skip
+
+
 class _Tracer(fx.Tracer):
     """torch.fx's tracer, with this module's leaves and refusals."""
 
@@ -243,6 +249,14 @@ class _Tracer(fx.Tracer):
         own = (*root.named_parameters(), *root.named_buffers())
         self._own = {id(t): name for name, t in own}
         self._modes = _modes()
+
+    def let_go(self) -> None:
+        """Forget the modules: a tracer is part of cycles, which only a collection ends.
+
+        Other threads may still come through torch.fx's patches, and ask what thread this is of.
+        """
+        for name in _OF_MODULES:
+            vars(self).pop(name, None)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self._leaves or self._layers[m].leaf
