@@ -22,7 +22,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -118,6 +118,8 @@ class Conversion:
             return -1 if conversion is None or _is_exporting() else conversion._select()
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(self, made_class):  # a copy, to which deepcopy has bound it
+                return type(self).forward(self, *args, **kwargs)
             at = select(self.training)
             inputs = bind(required, optional, args, kwargs)
             if (
@@ -137,7 +139,7 @@ class Conversion:
             except (TypeError, ValueError, RuntimeError) as error:
                 blame.raise_again(error, blame.named(error, made, self, name))
 
-        _give_class(module, holder, forward)
+        made_class = _give_class(module, holder, forward)
 
     def recipe(self) -> tuple[Any, ...]:
         """Return what makes an equal conversion."""
@@ -277,6 +279,8 @@ class LayerConversion:
             return run(x, self) if fits else original.forward(self, x)
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(self, made_class):  # a copy, to which deepcopy has bound it
+                return type(self).forward(self, *args, **kwargs)
             inputs = bind(required, optional, args, kwargs)
             if inputs is None or torch.jit._trace.is_tracing() or not fuses():
                 return original.forward(self, *args, **kwargs)
@@ -287,7 +291,7 @@ class LayerConversion:
             except (TypeError, ValueError, RuntimeError) as error:
                 blame.raise_again(error, blame.named_layer(error, self, name, inputs[0]))
 
-        _give_class(module, holder, forward)
+        made_class = _give_class(module, holder, forward)
 
     def recipe(self) -> tuple[Any, ...]:
         """Return what makes an equal conversion."""
@@ -432,7 +436,8 @@ class Holder:
         self.conversion = None
 
 
-def _give_class(module: Any, holder: Holder, forward: Callable[..., Any]) -> None:
+def _give_class(module: Any, holder: Holder, forward: Callable[..., Any]) -> type[nn.Module]:
+    """Make the class whose forward this is, and give it to a module."""
     original = original_class(module)
     # Code of its own: torch.compile counts how often it compiles one code anew, and gives up.
     code, closure = forward.__code__.replace(), forward.__closure__
@@ -448,7 +453,9 @@ def _give_class(module: Any, holder: Holder, forward: Callable[..., Any]) -> Non
     marks = _ConvertedGraph if issubclass(original, fx.GraphModule) else Converted
     kind: Any = type(original)
     # Not by the class's own class, which may keep a list of those that it has made.
-    module.__class__ = type.__new__(_made_class(kind), original.__name__, (marks, original), body)
+    made = type.__new__(_made_class(kind), original.__name__, (marks, original), body)
+    module.__class__ = made
+    return cast(type[nn.Module], made)
 
 
 @functools.cache

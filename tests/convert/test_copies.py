@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -89,6 +90,32 @@ def test_copies_are_converted_and_their_own(how: str, x: Tensor) -> None:
     assert_same(results(model, x), want)  # its statistics did not move with its copies'
     nn.init.zeros_(eager.fc.weight)
     assert not torch.equal(eager(x), model(x))
+
+
+class Auxiliary(nn.Module):
+    """Of which training runs another part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.aux = cbr(nn.ReLU()), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.aux(self.body(x)) if self.training else self.body(x)
+
+
+@pytest.mark.parametrize("make", [Auxiliary, nn.BatchNorm2d])
+def test_a_copy_does_not_run_the_forward_that_its_original_was_given(make: Any, x: Tensor) -> None:
+    """A bound forward, patched as by accelerate's prepare, is bound to the copy by deepcopy."""
+
+    def use(model: Any) -> Tensor:
+        written = type(model).forward
+        model.forward = types.MethodType(lambda self, x: 2 * written(self, x), model)
+        copied = copy.deepcopy(model).eval()
+        model.train()
+        return copied(x)
+
+    model = prepared(make(*[4] if make is nn.BatchNorm2d else []))
+    assert_same(use(convert(copy.deepcopy(model))), use(model))
 
 
 def test_copies_of_copies_and_of_parts(x: Tensor) -> None:

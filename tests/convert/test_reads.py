@@ -85,7 +85,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a partial": lambda m: setattr(m, "scale", functools.partial(torch.mul, other=2.5)),
     "a name of a method": lambda m: setattr(m, "type", "doubled"),
     "a value with the name of one": lambda m: setattr(m, "half", 0.5),
-    "a buffer that was not there": lambda m: m.register_buffer("buffer", torch.ones(1)),
+    "a buffer that was not there": lambda m: m.register_buffer(
+        "buffer", torch.ones(1, dtype=torch.float64)
+    ),
     "a parameter that was not there": lambda m: setattr(m, "weight", nn.Parameter(torch.ones(1))),
     "a forward called by its name": lambda m: setattr(m.inner, "forward", torch.sin),
     "a head of another class": lambda m: setattr(m, "head", nn.Identity()),
