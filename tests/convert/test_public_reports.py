@@ -24,6 +24,7 @@ from support.tolerance import assert_same
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -594,6 +595,48 @@ def test_a_patched_forward_is_taken_back_and_saved(x: Tensor) -> None:
     assert_same(got, want)
     assert fails == fails_too
     assert_fused(converted)
+
+
+class _Ours(TorchDispatchMode):
+    """Counts fastcnn's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += op.namespace == "fastcnn"
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "keeps",
+    [
+        True,
+        pytest.param(
+            False,
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="unwrap_model goes through __wrapped__ to the class's forward, sets it on "
+                "the instance and hides the converted one",
+            ),
+        ),
+    ],
+)
+def test_a_model_stays_fused_when_it_is_unwrapped(keeps: bool, x: Tensor) -> None:
+    model = convert(prepared(cbr(nn.ReLU())).float())
+    oracles.accelerate.state.AcceleratorState._reset_state(True)
+    try:
+        accelerator = oracles.accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+        patched = accelerator.prepare(model)
+        with _Ours() as while_patched:
+            patched(x.float())
+        assert while_patched.count > 0
+        with _Ours() as unwrapped:
+            accelerator.unwrap_model(patched, keep_fp32_wrapper=keeps)(x.float())
+        assert unwrapped.count > 0
+    finally:
+        oracles.accelerate.state.AcceleratorState._reset_state(True)
 
 
 class Two(nn.Module):
