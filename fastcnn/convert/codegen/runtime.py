@@ -164,15 +164,16 @@ def run_interpolate(
     concat: Tensor | None,
     concat_last: bool,
     options: Options,
+    layer: nn.Upsample | None = None,
 ) -> Tensor:
-    """Resize, and write the result beside concat's channels where there is one."""
+    """Resize, for a layer or a function; write the result beside concat's channels if there is one."""
     why = unfit(x, options) or resize_unfit(x, scale_factor, mode, recompute_scale_factor)
     if why is None and concat is not None:
         why = unlike(concat, None, x)
     how: Any = (size, scale_factor, mode, align_corners, recompute_scale_factor)
     if why is None:
         return functional.interpolate(x, *how, concat=concat, concat_last=concat_last)
-    refuse(None, why, options)
+    refuse(layer, why, options)
     y = F.interpolate(x, *how)
     if concat is None:
         return y
@@ -183,8 +184,8 @@ def run_upsample(
     x: Tensor, layer: nn.Upsample, concat: Tensor | None, concat_last: bool, options: Options
 ) -> Tensor:
     """Run an Upsample module, and write the result beside concat's channels."""
-    how = resizing(layer)
-    return run_interpolate(x, **how, concat=concat, concat_last=concat_last, options=options)
+    beside: Any = {"concat": concat, "concat_last": concat_last}
+    return run_interpolate(x, **resizing(layer), **beside, options=options, layer=layer)
 
 
 def run_dropout(

@@ -46,6 +46,8 @@ def describe(pattern: Pattern, matcher: Matcher) -> Call:
         reads = [str(pattern.norm.target)]
     elif isinstance(pattern, DropPattern) and layers:
         ends_in = matcher.module(pattern.drop)
+    elif isinstance(pattern, ResizePattern) and layers:
+        ends_in = matcher.module(pattern.resize)
     words, last = _words(pattern, matcher), matcher.last_of(pattern).name
     return Call(where, words, last, ends_in, paths, tuple(reads))
 
