@@ -166,7 +166,7 @@ def run_interpolate(
     options: Options,
     layer: nn.Upsample | None = None,
 ) -> Tensor:
-    """Resize, for a layer or a function; write the result beside concat's channels if there is one."""
+    """Resize, for a layer or a function, and write beside concat's channels where there is one."""
     why = unfit(x, options) or resize_unfit(x, scale_factor, mode, recompute_scale_factor)
     if why is None and concat is not None:
         why = unlike(concat, None, x)
