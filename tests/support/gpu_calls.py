@@ -198,7 +198,9 @@ def _instance_norm(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> list[
     running = weight.clone(), bias.clone()
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return instance_norm_act("InstanceNorm2d", x, *running, weight, bias, 0.1, 1e-5, "relu6")
+        return instance_norm_act(
+            "InstanceNorm2d", x, *running, weight, bias, True, 0.1, 1e-5, "relu6"
+        )
 
     return [*differentiated(forward, dy, x, weight, bias), *running]
 
