@@ -136,8 +136,10 @@ def test_compiled_in_bfloat16() -> None:
 @pytest.mark.slow
 @pytorchs_own_warnings
 def test_compiled_by_inductor() -> None:
-    # Which has passes of its own before the partitioner.
+    # Which has passes of its own before the partitioner, and saves running statistics themselves
+    # where eager saves copies.
     model, x = mixed_stage("lowest")
     compiled = torch.compile(model, fullgraph=True)
     kept = saved_for_backward(lambda: compiled(x), exclude=state(model))
-    assert kept == expected_bytes(model, x)
+    copies = sum(2 * 4 * bn.num_features for bn in model.bns if not bn.training)
+    assert kept == expected_bytes(model, x) - copies
