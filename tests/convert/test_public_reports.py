@@ -10,7 +10,7 @@ import io
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,6 +34,9 @@ from fastcnn.convert.report import rows
 Make = Callable[[], Any]
 REPORTS: dict[str, str] = {}  # the test's name by the report
 
+# Only what fastcnn says is an error: other tools warn of much.
+pytestmark = pytest.mark.filterwarnings("ignore", "error:fastcnn")
+
 
 def report(*sources: str) -> Callable[[Any], Any]:
     def note(test: Any) -> Any:
@@ -41,14 +44,6 @@ def report(*sources: str) -> Callable[[Any], Any]:
         return test
 
     return note
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message="fastcnn")
-        yield
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,14 +21,8 @@ from fastcnn import convert, revert
 from fastcnn.convert.converted import Converted
 from fastcnn.convert.report import rows
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """Let only what fastcnn says be an error: these tools warn of their own deprecation."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message="fastcnn")
-        yield
+# Only what fastcnn says is an error: other tools warn of much.
+pytestmark = pytest.mark.filterwarnings("ignore", "error:fastcnn")
 
 
 def _model() -> Any:
@@ -142,12 +135,15 @@ def test_quantisation_sees_the_layers() -> None:
 
     x = images(2, 4, 8, 8).float()
 
-    def quantised(model: Any) -> list[str]:
+    def quantised(model: Any) -> tuple[list[str], Tensor]:
         made = prepare_fx(model, get_default_qconfig_mapping("fbgemm"), (x,))
         made(x)
-        return [type(m).__name__ for m in convert_fx(made).modules()]
+        made = convert_fx(made)
+        return [type(m).__name__ for m in made.modules()], made(x)
 
-    assert quantised(convert(_model())) == quantised(_model())
+    (found, y), (expected, want) = quantised(convert(_model())), quantised(_model())
+    assert found == expected
+    assert torch.equal(y, want)  # the graph is the same, and no kernel of fastcnn in it
 
 
 def test_fusers_see_the_layers() -> None:

@@ -1,9 +1,8 @@
 """Other people's trainers run a converted model, unmodified, as they run the unconverted one."""
 
 import copy
-import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,8 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """Let only what fastcnn says be an error: trainers warn of much."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message="fastcnn")
-        yield
+# Only what fastcnn says is an error: trainers warn of much.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore", "error:fastcnn")]
 
 
 def unet() -> nn.Module:
