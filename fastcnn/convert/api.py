@@ -96,7 +96,7 @@ def convert(
     _refuse_what_is_left(model, parts, strict)
     if not _give_classes(model, parts, options):
         why = f'it holds nothing that mode="{mode}" fuses'
-        if mode == "train" and infer_fuses(model, parts):
+        if mode == "train" and infer_fuses(parts):
             why = 'for inference mode="infer" fuses its convolutions with their activations'
         elif rows_of(model, parts):
             why = "fastcnn.report(model) says why"

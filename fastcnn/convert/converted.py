@@ -47,7 +47,8 @@ from fastcnn.convert.options import Options
 # By module: why its forward is not replaced.
 untraceable: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 # And where a trace of it has nothing to fuse: what is convertible in it, and why it is not fused.
-left_alone: WeakKeyDictionary[nn.Module, Sequence[Left]] = WeakKeyDictionary()
+# And whether mode="infer" would fuse it.
+left_alone: WeakKeyDictionary[nn.Module, tuple[Sequence[Left], bool]] = WeakKeyDictionary()
 
 
 class Conversion:
@@ -95,6 +96,10 @@ class Conversion:
     def fuses(self) -> bool:
         """Whether any forward made so far has a pattern."""
         return any(made.patterns for made in self.forwards)
+
+    def in_infer(self) -> bool:
+        """Whether mode="infer" would fuse convolutions that no forward made so far does."""
+        return any(made.in_infer for made in self.forwards)
 
     def opened(self) -> dict[str, bool]:
         """Return the paths of modules that are part of a forward made so far.

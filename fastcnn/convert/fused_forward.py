@@ -33,6 +33,7 @@ class FusedForward(NamedTuple):
     calls: dict[str, Call]  # by the fused graph's nodes; residual blocks may be one
     patterns: list[Call]  # in the same order, residual blocks each
     left: list[Left]
+    in_infer: bool  # whether mode="infer" would fuse convolutions that this mode leaves alone
     # By paths of the modules that it holds: whether a pattern has a part there.
     opened: dict[str, bool]
 
@@ -58,7 +59,9 @@ def trace_and_fuse(
     original = copy.deepcopy(graph)
     modules = dict(module.named_modules(remove_duplicate=False))
     dropped = drop_identities(graph, modules, layers)
-    matcher = Matcher(graph, modules, layers, folds=options.mode == "infer")
+    folds = options.mode == "infer"
+    in_infer = not folds and Matcher(graph, modules, layers, folds=True).has_bare_chains()
+    matcher = Matcher(graph, modules, layers, folds)
     found = matcher.match()
     inside = [modules[str(n.target)] for p in found for n in p.nodes if n.op == "call_module"]
     consumed = {m: None for layer in (*inside, *dropped) for m in layer.modules()}
@@ -81,5 +84,6 @@ def trace_and_fuse(
         calls,
         list(described.values()),
         left,
+        in_infer,
         {paths[m]: paths[m] in fusing for m in opened},
     )

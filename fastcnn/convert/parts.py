@@ -28,13 +28,14 @@ class Part(NamedTuple):
     """One module.
 
     why: the reason for which it is not converted, if there is one. left: what its trace holds of
-    convertible calls, where none of them is fused.
+    convertible calls, where none of them is fused. in_infer: whether mode="infer" would fuse more.
     """
 
     layer: Layer
     conversion: Conversion | LayerConversion | None
     why: str | None
     left: Sequence[Left] = ()
+    in_infer: bool = False
 
 
 Parts = dict[nn.Module, Part]
@@ -60,8 +61,8 @@ def apply(parts: Parts) -> None:
             left_alone.pop(module, None)
             if part.why is not None:
                 untraceable[module] = part.why
-            if part.left:
-                left_alone[module] = part.left
+            if part.left or part.in_infer:
+                left_alone[module] = part.left, part.in_infer
         if part.conversion is not None:
             part.conversion.apply(module)
 
@@ -75,10 +76,11 @@ def parts_of(model: nn.Module) -> Parts:
 def _as_it_is(module: nn.Module, layers: Layers) -> Part:
     layer = layers[module]
     if isinstance(module, Converted):
-        return Part(layer, module._fastcnn_conversion, None)
+        made = module._fastcnn_conversion
+        return Part(layer, made, None, in_infer=isinstance(made, Conversion) and made.in_infer())
     alone = layer.leaf and layer.stands_alone
     why = layers.why_not_alone(module) if alone else untraceable.get(module)
-    return Part(layer, None, why, left_alone.get(module, ()))
+    return Part(layer, None, why, *left_alone.get(module, ((), False)))
 
 
 class _Decision:
@@ -144,12 +146,21 @@ class _Decision:
             return
         fuses = conversion.fuses()
         left = () if fuses else conversion.forwards[0].left
-        self.parts[module] = Part(layer, conversion if fuses else None, None, left)
+        in_infer = conversion.in_infer()
+        self.parts[module] = Part(layer, conversion if fuses else None, None, left, in_infer)
         called = {below[path] for path in leaves}
         self._traced |= set(_within(module, called))
-        for path, fuses in conversion.opened().items():
-            if path and below[path] not in self.parts:
-                self.parts[below[path]] = self._when_called(below[path], called, fuses)
+        opened = conversion.opened()
+        holding: dict[str, bool] = {}  # by path: whether anything opened there or below is fused
+        for path, fuses in opened.items():
+            while path:
+                holding[path] = holding.get(path, False) or fuses
+                path = path.rpartition(".")[0]
+        for path, m in below.items():
+            # A Sequential only calls its children, as whoever goes through them instead.
+            covered = path in opened or type(m).forward is nn.Sequential.forward
+            if covered and path in holding and m not in self.parts:
+                self.parts[m] = self._when_called(m, called, holding[path])
 
     def _to_close(
         self, module: nn.Module, below: dict[str, nn.Module], at: nn.Module | None

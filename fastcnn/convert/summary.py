@@ -1,6 +1,5 @@
 """What a model's conversion comes to, and what would make it faster: the head of report()."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -8,9 +7,8 @@ import torch
 from torch import nn
 
 from fastcnn.convert.converted import Converted
-from fastcnn.convert.options import Options
-from fastcnn.convert.parts import Parts, decide
-from fastcnn.convert.rows import ConversionRow, left, rows_of
+from fastcnn.convert.parts import Parts
+from fastcnn.convert.rows import ConversionRow, left
 from fastcnn.plan.problem import bfloat16_instructions
 
 
@@ -45,7 +43,7 @@ def summary_of(model: nn.Module, parts: Parts, found: Sequence[ConversionRow]) -
     could = [*fused, *left(found)]
     options = {m._fastcnn_conversion.options for m in model.modules() if isinstance(m, Converted)}
     modes = {o.mode for o in options}
-    in_infer = "infer" not in modes and infer_fuses(model, parts)
+    in_infer = "infer" not in modes and infer_fuses(parts)
     name, layouts = type(model).__name__, _layouts(model)
     if not could:
         verdict = f"{name}: nothing in it is convertible"
@@ -86,16 +84,12 @@ def _layouts(model: nn.Module) -> list[str]:
     return sorted(names)
 
 
-def infer_fuses(model: nn.Module, parts: Parts) -> bool:
+def infer_fuses(parts: Parts) -> bool:
     """Whether mode="infer" alone fuses something: convolutions that have no batch norm.
 
-    A single convolution, as before a transformer's blocks, is not worth the time of asking.
+    Of a model with batch norms it is not said: there it folds them, which is more.
     """
-    kinds = Counter(part.layer.kind for part in parts.values())
-    if kinds["conv"] < 2 or kinds["batch_norm"] > 0:
-        return False
-    found = rows_of(model, decide(model, Options(mode="infer")))
-    return any(row.fused and "conv-" in row.pattern for row in found)
+    return not _has(parts, "batch_norm") and any(part.in_infer for part in parts.values())
 
 
 def _of_conversion(

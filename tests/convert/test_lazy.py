@@ -13,8 +13,8 @@ from support.conversions import images, prepared
 from support.tolerance import assert_same
 from torch import nn
 
-from fastcnn import convert
-from fastcnn.convert import converted
+from fastcnn import convert, report
+from fastcnn.convert import converted, fused_forward
 from fastcnn.convert.converted import Converted
 
 
@@ -30,6 +30,48 @@ def test_a_part_is_traced_when_it_is_called() -> None:
     assert conversion(model[1]).forwards == []
     model[1](images(2, 4, 8, 8).float())
     assert [call.words for call in conversion(model[1]).forwards[0].patterns] == ["conv-bn-relu"]
+
+
+@pytest.mark.parametrize("fuses", [True, False])
+def test_a_sequential_that_a_forward_goes_through_is_part_of_its_trace(
+    fuses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = [cbr(nn.ReLU()) if fuses else nn.Sequential(nn.Conv2d(4, 4, 1)) for _ in range(3)]
+    model = net(
+        lambda m, x: m.blocks[2](m.blocks[1](m.blocks[0](x))), blocks=nn.Sequential(*blocks)
+    )
+    trace, traced = fused_forward.trace, []
+
+    def counted(module: nn.Module, *arguments: Any) -> Any:
+        traced.append(module)
+        return trace(module, *arguments)
+
+    monkeypatch.setattr(fused_forward, "trace", counted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        convert(model)
+    assert traced == [model]
+    assert isinstance(model.blocks, Converted) is fuses
+    x = images(2, 4, 8, 8).float()
+    assert_same(model.blocks(x).double(), model(x).double())
+    assert traced == [model, *[model.blocks] * fuses]
+
+
+def test_what_inference_would_fuse_is_found_in_the_same_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU())
+    trace, traced = fused_forward.trace, []
+
+    def counted(*arguments: Any) -> Any:
+        traced.append(None)
+        return trace(*arguments)
+
+    monkeypatch.setattr(fused_forward, "trace", counted)
+    with pytest.warns(UserWarning, match='for inference mode="infer" fuses its convolutions'):
+        convert(model)
+    assert 'mode="infer"' in str(report(model))
+    assert len(traced) == 2  # convert's, and report's of a model that is not converted
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,31 @@ def test_a_forward_that_counts_its_calls(x: Tensor) -> None:
     assert "changes the attribute Counting.calls" in untraceable[model]
 
 
+def test_containers_of_any_class_that_a_forward_leaves_alone(x: Tensor) -> None:
+    model = net(lambda m, x: m.a(x), a=cbr(nn.ReLU()))
+    kinds = (list, dict, set)
+    for kind in kinds:
+        setattr(model, kind.__name__, type("Own", (kind,), {})())
+    assert assert_converts(model, x) == ["conv-bn-relu"]
+
+
+@pytest.mark.parametrize("empty", [[], {}, set(), None])
+def test_what_a_trace_changes_is_put_back(empty: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        m.seen = [1] if empty is None else type(empty)([(1, 2)])
+        m.filled.append(1)
+        return m.a(x)
+
+    model = net(forward, a=cbr(nn.ReLU()))
+    held = model.filled = []
+    if empty is not None:
+        model.seen = empty
+    convert(model)
+    assert "changes the attribute" in untraceable[model]
+    assert model.filled is held == []
+    assert getattr(model, "seen", None) is empty
+
+
 def test_a_forward_of_the_module_s_own(x: Tensor) -> None:
     model = prepared(net(lambda m, x: m.relu(m.bn(m.conv(x))), part=cbr(nn.ReLU())))
     model.forward = lambda x: model.part(x) * 2

@@ -55,6 +55,15 @@ class Aliasing:
             roots[node] = frozenset([node]).union(*(roots[n] for n in below))
         return roots
 
+    @functools.cached_property
+    def _sharing(self) -> dict[fx.Node, list[fx.Node]]:
+        """By root: the nodes that may share its memory, in the order of the graph."""
+        sharing: dict[fx.Node, list[fx.Node]] = {}
+        for node, roots in self._roots.items():
+            for root in roots:
+                sharing.setdefault(root, []).append(node)
+        return sharing
+
     def shares(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether two nodes' values may be in the same memory."""
         return not self._roots[a].isdisjoint(self._roots[b])
@@ -94,13 +103,13 @@ class Aliasing:
     def dies_at(self, value: fx.Node, node: fx.Node) -> bool:
         """Whether nobody sees a value's memory after a node: within the graph, or its caller."""
         at = self._order[node]
-        for other in self._nodes[:at]:
-            if self.shares(other, value):
-                outside = other.op in ("placeholder", "get_attr")
-                if outside or any(
-                    self._order[user] > at or self._may_keep(user) for user in other.users
-                ):
-                    return False
+        others = {other for root in self._roots[value] for other in self._sharing[root]}
+        for other in others:
+            if self._order[other] < at and (
+                other.op in ("placeholder", "get_attr")
+                or any(self._order[user] > at or self._may_keep(user) for user in other.users)
+            ):
+                return False
         return True
 
     def in_order(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:

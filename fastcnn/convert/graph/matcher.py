@@ -48,6 +48,12 @@ class Matcher:
         order = {node: i for i, node in enumerate(self._graph.nodes)}
         return sorted(found, key=lambda p: order[self.last_of(p)])
 
+    def has_bare_chains(self) -> bool:
+        """Whether there is no batch norm, and a convolution is fused with what follows it."""
+        if any(self._kind(node) == "batch_norm" for node in self._graph.nodes):
+            return False
+        return any(len(p.nodes) > 1 and self.may_move([p]) for p in self._chains())
+
     def nodes_of(self, patterns: Sequence[Pattern]) -> list[fx.Node]:
         """Return the nodes of patterns, as they follow each other."""
         return self._aliasing.in_order({node for p in patterns for node in p.nodes})

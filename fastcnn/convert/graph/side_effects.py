@@ -5,11 +5,13 @@ what it has changed is put back.
 """
 
 import functools
+import operator
 import pickle
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -52,26 +54,59 @@ def _generators(module: nn.Module) -> Iterator[tuple[Callable[[], Any], Callable
             )
 
 
-# An owner's name, its attributes, and what they were.
-_State = list[tuple[str, dict[str, Any], dict[str, Any]]]
+_CONTAINERS = (list, dict, set)
 
 
-def _plain_state(module: nn.Module) -> _State:
-    """What modules and the objects in them hold, lists and dictionaries copied one level deep."""
-    copied = (list, dict, set)
-    owners: dict[int, Any] = {}
+class _Owner(NamedTuple):
+    """A module, or an object in one: its attributes, what they were, and copies of containers."""
+
+    name: str
+    now: dict[str, Any]
+    then: dict[str, Any]
+    copies: dict[str, Any]  # one level deep
+
+    def changed(self) -> list[str]:
+        """Return the names of the attributes that are not what they were."""
+        now, then = self.now, self.then
+        kept = len(now) == len(then) and all(map(operator.is_, now.values(), then.values()))
+        names = () if kept else dict.fromkeys((*then, *now))
+        plain = [k for k in names if k not in self.copies]
+        found = [k for k in plain if now.get(k, _GONE) is not then.get(k, _GONE)]
+        return found + [k for k, v in self.copies.items() if not _same(now.get(k), v)]
+
+    def restore(self, name: str) -> None:
+        """Put one attribute back."""
+        now, then = self.now, self.then
+        if name not in then:
+            del now[name]
+            return
+        now[name] = then[name]
+        if name in self.copies:
+            _refill(then[name], self.copies[name])
+
+
+_GONE = object()
+
+
+def _plain_state(module: nn.Module) -> list[_Owner]:
+    """What modules and the objects in them hold."""
+    owners: dict[int, _Owner] = {}
     for m in module.modules():
         if not isinstance(m, torch.jit.ScriptModule):  # which caches its methods
-            objects = [v for v in m.__dict__.values() if _has_state(v)]
-            owners |= {id(owner): owner for owner in (m, *objects)}
-    return [
-        (
-            type(owner).__name__,
-            owner.__dict__,
-            {k: v.copy() if isinstance(v, copied) else v for k, v in owner.__dict__.items()},
-        )
-        for owner in owners.values()
-    ]
+            owners[id(m)] = _state_of(m)
+            for value in m.__dict__.values():
+                if type(value) not in _WITHOUT_STATE and _has_state(value):
+                    owners[id(value)] = _state_of(value)
+    return list(owners.values())
+
+
+def _state_of(owner: Any) -> _Owner:
+    now = owner.__dict__
+    copies = {k: v.copy() for k, v in now.items() if isinstance(v, _CONTAINERS)}
+    return _Owner(type(owner).__name__, now, dict(now), copies)
+
+
+_WITHOUT_STATE = {bool, int, float, str, tuple, type(None), list, dict, set, OrderedDict}
 
 
 def _has_state(value: Any) -> bool:
@@ -79,38 +114,25 @@ def _has_state(value: Any) -> bool:
     return plain and isinstance(getattr(value, "__dict__", None), dict)
 
 
-def _restore(before: _State) -> str | None:
+def _restore(before: list[_Owner]) -> str | None:
     """Put the dictionaries back as they were; return the name of one entry that was not."""
     changed = None
-    for owner, new, old in before:
-        for name in old.keys() | new.keys():
-            if name in old and name in new and _same(old[name], new[name]):
-                continue
-            changed = f"{owner}.{name}"
-            if name not in old:
-                del new[name]
-            elif _is_refillable(new.get(name), old[name]):
-                _refill(new[name], old[name])
-            else:
-                new[name] = old[name]
+    for owner in before:
+        for name in owner.changed():
+            changed = f"{owner.name}.{name}"
+            owner.restore(name)
     return changed
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two attributes are one object, or hold the same objects."""
-    if a is b:
-        return True
-    if type(a) is not type(b) or not isinstance(a, (list, dict, set)) or len(a) != len(b):
+def _same(now: Any, then: Any) -> bool:
+    """Whether a container holds what a copy of it holds."""
+    if not isinstance(now, type(then)) or len(now) != len(then):
         return False
-    if isinstance(a, set):
-        return a == b
-    if isinstance(a, dict):
-        return all(k in b and b[k] is v for k, v in a.items())
-    return all(x is y for x, y in zip(a, b, strict=True))
-
-
-def _is_refillable(new: Any, old: Any) -> bool:
-    return type(new) is type(old) and isinstance(old, (list, dict, set))
+    if isinstance(then, set):
+        return bool(now == then)
+    if isinstance(then, dict):
+        return all(k in then and then[k] is v for k, v in now.items())
+    return all(map(operator.is_, now, then))
 
 
 def _refill(target: Any, source: Any) -> None:
