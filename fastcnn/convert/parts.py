@@ -97,17 +97,18 @@ class _Decision:
             if part.layer.leaf and module not in self._traced:
                 self.parts[module] = self._alone(module)
 
-    def _add(self, module: nn.Module) -> None:
-        """Decide on a module and all below it."""
+    def _add(self, module: nn.Module, within_layer: bool = False) -> None:
+        """Decide on a module and all below it; of a layer, its activation is its own."""
         if module in self._seen:
             return
         self._seen.add(module)
-        if not self._opens(module):
+        within_layer = within_layer or self._layers[module].leaf
+        if within_layer or not self._opens(module):
             self.parts[module] = Part(self._layers[module], None, None)
         elif module not in self.parts:
             self._trace(module)
         for child in module.children():
-            self._add(child)
+            self._add(child, within_layer)
 
     def _alone(self, module: nn.Module) -> Part:
         layer = self._layers[module]

@@ -15,11 +15,24 @@ from torch import nn
 
 from fastcnn import convert, report
 from fastcnn.convert import converted, fused_forward
-from fastcnn.convert.converted import Converted
+from fastcnn.convert.converted import Converted, untraceable
 
 
 def conversion(module: Any) -> Any:
     return module._fastcnn_conversion
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The modules that are traced from now on."""
+    trace, found = fused_forward.trace, []
+
+    def noted(module: nn.Module, *arguments: Any) -> Any:
+        found.append(module)
+        return trace(module, *arguments)
+
+    monkeypatch.setattr(fused_forward, "trace", noted)
+    return found
 
 
 def test_a_part_is_traced_when_it_is_called() -> None:
@@ -34,19 +47,12 @@ def test_a_part_is_traced_when_it_is_called() -> None:
 
 @pytest.mark.parametrize("fuses", [True, False])
 def test_a_sequential_that_a_forward_goes_through_is_part_of_its_trace(
-    fuses: bool, monkeypatch: pytest.MonkeyPatch
+    fuses: bool, traced: list[nn.Module]
 ) -> None:
     blocks = [cbr(nn.ReLU()) if fuses else nn.Sequential(nn.Conv2d(4, 4, 1)) for _ in range(3)]
     model = net(
         lambda m, x: m.blocks[2](m.blocks[1](m.blocks[0](x))), blocks=nn.Sequential(*blocks)
     )
-    trace, traced = fused_forward.trace, []
-
-    def counted(module: nn.Module, *arguments: Any) -> Any:
-        traced.append(module)
-        return trace(module, *arguments)
-
-    monkeypatch.setattr(fused_forward, "trace", counted)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         convert(model)
@@ -57,21 +63,31 @@ def test_a_sequential_that_a_forward_goes_through_is_part_of_its_trace(
     assert traced == [model, *[model.blocks] * fuses]
 
 
-def test_what_inference_would_fuse_is_found_in_the_same_trace(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+class Caching(nn.Sequential):
+    """Changes itself at each call, as attention that caches its biases."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.cached = x.shape
+        return super().forward(x)
+
+
+def test_only_what_changes_itself_is_left_out_of_a_trace(traced: list[nn.Module]) -> None:
+    blocks = [nn.Sequential(cbr(nn.ReLU()), Caching(cbr(nn.ReLU()))) for _ in range(3)]
+    model = nn.Sequential(*blocks)
+    convert(model)
+    changing = [block[1] for block in blocks]
+    below = [m for block in changing for m in (block, *block.children())]
+    assert traced == [model, *below, model]
+    assert all("changes the attribute Caching.cached" in untraceable[m] for m in changing)
+    assert [call.words for call in conversion(model).forwards[0].patterns] == ["conv-bn-relu"] * 3
+
+
+def test_what_inference_would_fuse_is_found_in_the_same_trace(traced: list[nn.Module]) -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU())
-    trace, traced = fused_forward.trace, []
-
-    def counted(*arguments: Any) -> Any:
-        traced.append(None)
-        return trace(*arguments)
-
-    monkeypatch.setattr(fused_forward, "trace", counted)
     with pytest.warns(UserWarning, match='for inference mode="infer" fuses its convolutions'):
         convert(model)
     assert 'mode="infer"' in str(report(model))
-    assert len(traced) == 2  # convert's, and report's of a model that is not converted
+    assert traced == [model] * 2  # convert's, and report's of a model that is not converted
 
 
 @pytest.mark.parametrize(

@@ -24,15 +24,15 @@ class Snapshot:
         self._state = _plain_state(module)
         self._generators = [(get(), get, put) for get, put in _generators(module)]
 
-    def restore(self) -> str | None:
-        """Put everything back, and say what had changed, if anything."""
+    def restore(self) -> tuple[str, nn.Module | None] | None:
+        """Put everything back; say what had changed, if anything, and of which module."""
         drawn = [pickle.dumps(get()) != pickle.dumps(old) for old, get, _ in self._generators]
         for old, _, put in self._generators:
             put(old)
         changed = _restore(self._state)
         if any(drawn):
-            return "draws random numbers outside PyTorch"
-        return None if changed is None else f"changes the attribute {changed}"
+            return "draws random numbers outside PyTorch", None
+        return changed
 
 
 def _generators(module: nn.Module) -> Iterator[tuple[Callable[[], Any], Callable[[Any], Any]]]:
@@ -61,6 +61,7 @@ class _Owner(NamedTuple):
     """A module, or an object in one: its attributes, what they were, and copies of containers."""
 
     name: str
+    module: nn.Module
     now: dict[str, Any]
     then: dict[str, Any]
     copies: dict[str, Any]  # one level deep
@@ -93,17 +94,17 @@ def _plain_state(module: nn.Module) -> list[_Owner]:
     owners: dict[int, _Owner] = {}
     for m in module.modules():
         if not isinstance(m, torch.jit.ScriptModule):  # which caches its methods
-            owners[id(m)] = _state_of(m)
+            owners[id(m)] = _state_of(m, m)
             for value in m.__dict__.values():
                 if type(value) not in _WITHOUT_STATE and _has_state(value):
-                    owners[id(value)] = _state_of(value)
+                    owners[id(value)] = _state_of(value, m)
     return list(owners.values())
 
 
-def _state_of(owner: Any) -> _Owner:
+def _state_of(owner: Any, module: nn.Module) -> _Owner:
     now = owner.__dict__
     copies = {k: v.copy() for k, v in now.items() if isinstance(v, _CONTAINERS)}
-    return _Owner(type(owner).__name__, now, dict(now), copies)
+    return _Owner(type(owner).__name__, module, now, dict(now), copies)
 
 
 _WITHOUT_STATE = {bool, int, float, str, tuple, type(None), list, dict, set, OrderedDict}
@@ -114,12 +115,12 @@ def _has_state(value: Any) -> bool:
     return plain and isinstance(getattr(value, "__dict__", None), dict)
 
 
-def _restore(before: list[_Owner]) -> str | None:
-    """Put the dictionaries back as they were; return the name of one entry that was not."""
+def _restore(before: list[_Owner]) -> tuple[str, nn.Module] | None:
+    """Put the dictionaries back as they were; return one entry that was not, and its module."""
     changed = None
     for owner in before:
         for name in owner.changed():
-            changed = f"{owner.name}.{name}"
+            changed = f"changes the attribute {owner.name}.{name}", owner.module
             owner.restore(name)
     return changed
 

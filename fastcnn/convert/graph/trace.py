@@ -131,7 +131,8 @@ def _trace(module: nn.Module, tracer: "_Tracer") -> Traced:
     finally:
         changed = before.restore()
     if changed is not None:
-        raise Untraceable(f"{changed} ({_defined_at(module)})")
+        why, owner = changed
+        raise Untraceable(f"{why} ({_defined_at(module)})", owner)
     if tracer.keeps():
         raise Untraceable(f"keeps a tensor outside its modules ({_defined_at(module)})")
     return Traced(graph, tracer.opened, reads)
