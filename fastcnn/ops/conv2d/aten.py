@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.common.conv_geometry import ConvGeometry, Pool
+from fastcnn.common.dtypes import acc_type
 from fastcnn.ops.conv2d.onednn_workarounds import onednn_overruns, with_border
 from fastcnn.ops.conv2d.weight_grad import conv2d_bwd_weight, has_conv2d_bwd_weight
 
@@ -31,25 +32,32 @@ def convolve_bwd(
     want: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return dx, dweight, dbias, with None for what is not wanted."""
-    dweight: Tensor | None = None
-    if want[1] and has_conv2d_bwd_weight(dy, x, g):
-        dweight = conv2d_bwd_weight(dy, x, weight, g)
-        want = (want[0], False, want[2])
-    elif want[1] and onednn_overruns(weight, g.stride):
-        # Cloned, since .contiguous() leaves the strides of what is both layouts as they are.
-        nchw = [t.clone(memory_format=torch.contiguous_format) for t in (dy, x, weight)]
-        dweight = _convolution_backward(
-            *nchw, None, g.stride, g.padding, g.dilation, False, (0, 0), g.groups,
-            (False, True, False),
-        )[1]  # fmt: skip
-        want = (want[0], False, want[2])
-    if not any(want):
-        return None, dweight, None
-    dx, by_torch, dbias = _convolution_backward(
+    dweight = _own_bwd_weight(dy, x, weight, g) if want[1] else None
+    dbias: Tensor | None = None
+    by_torch = (want[0], want[1] and dweight is None, want[2])
+    if want[2] and not by_torch[1]:  # oneDNN would compute the weight's gradient with it
+        dbias = dy.sum((0, 2, 3), dtype=acc_type(dy)).to(dy.dtype)
+        by_torch = (want[0], False, False)
+    if not any(by_torch):
+        return None, dweight, dbias
+    dx, *more = _convolution_backward(
         dy, x, weight, None if bias is None else list(bias.shape),
-        g.stride, g.padding, g.dilation, False, (0, 0), g.groups, want,
+        g.stride, g.padding, g.dilation, False, (0, 0), g.groups, by_torch,
     )  # fmt: skip
-    return dx, by_torch if dweight is None else dweight, dbias
+    return dx, more[0] if by_torch[1] else dweight, more[1] if by_torch[2] else dbias
+
+
+def _own_bwd_weight(dy: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor | None:
+    """Return dweight where PyTorch's own call is slower, or wrong."""
+    if has_conv2d_bwd_weight(dy, x, g):
+        return conv2d_bwd_weight(dy, x, weight, g)
+    if not onednn_overruns(weight, g.stride):
+        return None
+    # Cloned, since .contiguous() leaves the strides of what is both layouts as they are.
+    nchw = [t.clone(memory_format=torch.contiguous_format) for t in (dy, x, weight)]
+    return _convolution_backward(
+        *nchw, None, g.stride, g.padding, g.dilation, False, (0, 0), g.groups, (False, True, False)
+    )[1]
 
 
 def max_pool(x: Tensor, pool: Pool | None) -> Tensor:

@@ -19,7 +19,13 @@ from fastcnn.common.conv_operands import Gradient, Input, Sums
 from fastcnn.common.library import clone_no_cse
 from fastcnn.ops.batch_norm_act.operators import batch_norm_act_apply, batch_norm_act_bwd
 from fastcnn.ops.conv2d.aten import convolve, max_pool, max_pool_bwd
-from fastcnn.ops.conv_bn_act.passes import batch_norm_gradient, convolution_bwd, fused_raw, written
+from fastcnn.ops.conv_bn_act.passes import (
+    batch_norm_gradient,
+    bias_gradient,
+    convolution_bwd,
+    fused_raw,
+    written,
+)
 from fastcnn.ops.conv_bn_act.step import BlockSettings, StepSettings, any_by_triton
 
 # Of a step: weight, conv_bias, bn_weight, bn_bias, and the fixed mean and var, which are None where
@@ -144,6 +150,7 @@ class SavedSteps:
                     step.var, s.eps, s.act, s.training, want_dz, any(want), of_parameters,
                     step.total, s.group,
                 )  # fmt: skip
+                dbias = bias_gradient(step.conv_bias, s) if want[2] else None
             dresidual = added if last else dresidual
             grads[at + 1 : at + 4] = dbias, *dbn
             self.saved.pop()
@@ -153,10 +160,11 @@ class SavedSteps:
             if a is None:
                 a = self.input(i, x)
             added = dresidual if adds and i == 0 else None
+            want = (*want[:2], want[2] and dbias is None)
             dx, sums, grads[at], by_torch = convolution_bwd(
                 d, a, step.weight, step.conv_bias, s, want, added
             )
-            if dbias is None:
+            if want[2]:
                 grads[at + 1] = by_torch
             del a, step, d, added
             if dx is None:

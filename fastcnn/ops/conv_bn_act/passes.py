@@ -140,12 +140,10 @@ def batch_norm_gradient(
     if sums is None:
         return d, added, None, None, None
     gradient, times_xhat = sums
-    dconv_bias: Tensor | None = None
-    if conv_bias is not None and s.group is None:
-        # Statistics of the batch follow a bias: its gradient is 0; of a part of it, it is not.
+    dconv_bias = bias_gradient(conv_bias, s)
+    if conv_bias is not None and not s.training:
         dbias = gradient if norm.weight is None else gradient * norm.weight
-        dbias = torch.zeros_like(dbias) if s.training else dbias * (norm.var + norm.eps).rsqrt()
-        dconv_bias = dbias.to(conv_bias.dtype)
+        dconv_bias = (dbias * (norm.var + norm.eps).rsqrt()).to(conv_bias.dtype)
     return (
         d,
         added,
@@ -153,6 +151,16 @@ def batch_norm_gradient(
         None if norm.bias is None else gradient.to(norm.bias.dtype),
         dconv_bias,
     )
+
+
+def bias_gradient(conv_bias: Tensor | None, s: StepSettings) -> Tensor | None:
+    """Return a convolution's bias's gradient where it is 0, else None.
+
+    The statistics of the batch follow a bias; those of a batch of which this is a part do not.
+    """
+    if conv_bias is None or not s.training or s.group is not None:
+        return None
+    return torch.zeros_like(conv_bias)
 
 
 def _over_all(sums: Sums, raw: Tensor, group: Group, total: Tensor) -> Sums:
@@ -174,15 +182,13 @@ def convolution_bwd(
     """Return dx and its sums, dweight and dbias, with None for what is not wanted or not there.
 
     d: the gradient of the convolution output, written or not. With sums, dx is the gradient before
-    a.norm, else that of what the convolution read, plus `add`. dbias where batch_norm_gradient has
-    not given it.
+    a.norm, else that of what the convolution read, plus `add`.
     """
     dx: Tensor | None = None
     dweight: Tensor | None = None
     sums: Sums | None = None
     fused = want[0] and s.plan.dx, want[1] and s.plan.dw
-    dbias = want[2] and (isinstance(d, Tensor) or s.group is not None)
-    rest = (want[0] and not fused[0], want[1] and not fused[1], dbias)
+    rest = (want[0] and not fused[0], want[1] and not fused[1], want[2])
     if isinstance(d, Gradient) and any(rest):
         d = gradient_written(d)
     by_triton = d if isinstance(d, Gradient) else Gradient(d)
