@@ -354,8 +354,9 @@ def conv_bn_act(
         residual: added in the last step before its activation. A tensor of the sizes, dtype and
             layout of the last convolution's output; or steps, a chain on the same input whose
             output is added, as in a block that changes resolution; no steps add the input itself.
-        memory: "lowest" saves no output of a 1x1 convolution to more channels than it takes, and
-            recomputes it in backward. "default" and "low" are one for a single chain.
+        memory: "full" saves the activations too, and a pooling's indices, as PyTorch does, and
+            recomputes nothing. "lowest" saves no output of a 1x1 convolution to more channels than
+            it takes, and recomputes it in backward. "default" and "low" are one for a single chain.
 
     Returns:
         The last step's output [n, c_out, h_out, w_out].
@@ -389,15 +390,16 @@ def conv_bn_act_blocks(
     """Run blocks one after the other: y = conv_bn_act(x, steps, shortcut), whose x is the next y.
 
     ``memory`` says what is saved for backward, beside the convolution outputs: with "default"
-    every block's input; with "low" the first one's only, from which backward recomputes the others
+    every block's input; with "full" all activations as well, so that backward recomputes nothing;
+    with "low" the first one's only, from which backward recomputes the others
     by one elementwise pass each, for all blocks of this call at once; "lowest" as in
-    :func:`conv_bn_act`. Gradients are the same bits in "default" and "low".
+    :func:`conv_bn_act`. Gradients are the same bits in all but "lowest".
 
     Args:
         input: as conv_bn_act's.
         blocks: at least one. A block's shortcut is None for no residual, () for its input, or the
             steps of a projection of its input.
-        memory: "default", "low" or "lowest".
+        memory: "full", "default", "low" or "lowest".
 
     Returns:
         The last block's output [n, c_out, h_out, w_out].

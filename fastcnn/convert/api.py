@@ -57,7 +57,7 @@ def convert(
             there are none for it, which report says. "cpu" or "cuda": those of that device, and an
             error where they cannot run a call.
         strict: raise where anything convertible was not converted.
-        memory: what a chain saves for backward: "default", "low" or "lowest", see
+        memory: what a chain saves for backward: "full", "default", "low" or "lowest", see
             fastcnn.functional.conv_bn_act_blocks.
 
     Returns:

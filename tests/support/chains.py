@@ -230,6 +230,8 @@ def expected_bytes(model: Stage, x: Tensor, residual: Tensor | None = None) -> i
         for block in eager.blocks:
             images.append(Stage(block, fused=False).eval()(images[-1], residual))
     kept = [x, *(images[1:-1] if model.memory != "low" else [])]
+    if model.memory == "full":
+        kept += _activations(eager, x, residual)
     last = model.blocks[-1]
     act = last.steps[-1][1].act
     if act == "relu" and (last.shortcut is not None or residual is not None):
@@ -243,6 +245,23 @@ def expected_bytes(model: Stage, x: Tensor, residual: Tensor | None = None) -> i
             kept.append(raw[conv])
         statistics += 2 * 4 * bn.num_features  # mean and variance, float32; running ones as copies
     return sum(t.nbytes for t in kept) + statistics
+
+
+def _activations(eager: Stage, x: Tensor, residual: Tensor | None) -> list[Tensor]:
+    """What eager makes between convolutions, and the indices of its poolings."""
+    found = []
+    for block in eager.blocks:
+        act = block.steps[-1][1].act
+        for steps, ends in ((block.shortcut or (), act != "silu"), (block.steps, True)):
+            for i in range(len(steps)):
+                part = Stage(Block(steps[: i + 1]), fused=False).eval()
+                y = part(x)
+                if i + 1 < len(steps) or not ends:
+                    found.append(y)
+                if len(steps[i]) > 2:  # indices are 8 bytes each
+                    found.append(torch.empty_like(y, dtype=torch.int64))
+        x = Stage(block, fused=False).eval()(x, residual)
+    return found
 
 
 def state(model: nn.Module) -> list[Tensor]:

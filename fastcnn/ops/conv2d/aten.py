@@ -62,13 +62,17 @@ def _own_bwd_weight(dy: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> T
 
 def max_pool(x: Tensor, pool: Pool | None) -> Tensor:
     """Return max_pool2d(x), x without a pool."""
-    if pool is None:
-        return x
-    y, _ = _max_pool(x, *pool)
-    return y
+    return x if pool is None else max_pool_with_indices(x, pool)[0]
 
 
-def max_pool_bwd(dy: Tensor, x: Tensor, pool: Pool) -> Tensor:
-    """Return dx. The indices, 8 bytes an output, are not kept: the window is searched again."""
-    _, indices = _max_pool(x, *pool)
+def max_pool_with_indices(x: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+    """Return max_pool2d(x), and where in x each value is from: 8 bytes each."""
+    y, indices = _max_pool(x, *pool)
+    return y, indices
+
+
+def max_pool_bwd(dy: Tensor, x: Tensor, indices: Tensor | None, pool: Pool) -> Tensor:
+    """Return dx, of x's sizes; where the indices were not saved, the windows of x are searched."""
+    if indices is None:
+        _, indices = max_pool_with_indices(x, pool)
     return _max_pool_backward(dy, x, *pool, (1, 1), False, indices)

@@ -3,9 +3,8 @@
 Its arguments are flat, since autograd sees only tensors among them: x, an outside residual, the
 blocks' settings, then six tensors for each step in the order in which the steps run (a block's
 shortcut before its steps), and what moves the running statistics (library.apply_moving). Its
-outputs are y, and for each step in that order its raw convolution output (unless `recompute`) and,
-in training, mean and var (and their count where processes share them): what backward keeps must be
-an input or an output for torch.func. These have no gradient.
+outputs are y, and for each step in that order what StepSettings.saved() names: what backward keeps
+must be an input or an output for torch.func. These have no gradient.
 """
 
 from collections.abc import Iterator
@@ -23,10 +22,15 @@ from fastcnn.ops.batch_norm_act.operators import (
     batch_norm_act_fwd,
     image_to_save,
 )
-from fastcnn.ops.conv2d.aten import convolve, max_pool
-from fastcnn.ops.conv_bn_act.backward import FIRST, TENSORS, saved_blocks, saves_y
+from fastcnn.ops.conv2d.aten import convolve, max_pool_with_indices
+from fastcnn.ops.conv_bn_act.backward import FIRST, TENSORS, saved_blocks
 from fastcnn.ops.conv_bn_act.passes import batch_statistics, fused_raw, written
-from fastcnn.ops.conv_bn_act.step import BlockSettings, StepSettings, any_by_triton
+from fastcnn.ops.conv_bn_act.step import (
+    BlockSettings,
+    StepSettings,
+    any_by_triton,
+    leaves_norm,
+)
 
 Tensors = Iterator[Tensor | None]
 
@@ -44,8 +48,7 @@ def _steps_fwd(
     for i, s in enumerate(steps):
         weight, conv_bias, bn_weight, bn_bias, mean, var = (next(tensors) for _ in range(TENSORS))
         added = residual if i == len(steps) - 1 else None
-        # The next convolution applies this step's batch norm and activation itself.
-        leaves = i + 1 < len(steps) and steps[i + 1].plan.fwd and s.pool is None
+        leaves = leaves_norm(steps, i)
         assert weight is not None
         found: tuple[Tensor, ...] = ()
         if s.plan.fwd:
@@ -80,7 +83,10 @@ def _steps_fwd(
             a = Input(batch_norm_act_apply(raw, added, bn_weight, bn_bias, mean, var, s.eps, s.act))
         kept += found
         if s.pool is not None:
-            a = Input(max_pool(a.x, s.pool))
+            pooled, indices = max_pool_with_indices(a.x, s.pool)
+            a = Input(pooled)
+            kept += [indices] * s.saves_indices
+        kept += [a.x] * s.saves_output
     return a.x
 
 
@@ -116,7 +122,7 @@ class ConvBnActFunction(torch.autograd.Function):
         if last.shortcut is None:
             image = image_to_save(last.steps[-1].act, y, residual)
         else:  # a residual of its own can be had again
-            image = y if saves_y(last) else None
+            image = y if last.saves_y() else None
         ctx.save_for_backward(x, image, *tensors, *kept)
 
     @staticmethod

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.common.activation import ACT_NUMBER, derivative_needs_only_y
 from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.checks import in_format_of
 from fastcnn.common.conv_operands import Gradient, Input, Sums
@@ -38,14 +37,16 @@ FIRST = 3  # the Function's arguments before the first step's
 class SavedStep:
     """A step's tensors; raw is None where it was not kept, and again after its last use."""
 
-    raw: Tensor | None
     weight: Tensor
     conv_bias: Tensor | None
     bn_weight: Tensor | None
     bn_bias: Tensor | None
     mean: Tensor
     var: Tensor
-    total: Tensor | None
+    raw: Tensor | None = None
+    total: Tensor | None = None
+    indices: Tensor | None = None
+    output: Tensor | None = None
 
 
 class SavedSteps:
@@ -81,7 +82,7 @@ class SavedSteps:
         """Return step i's input. What is recomputed of it has the same bits, by the same kernel."""
         if i == 0:
             return Input(x)
-        if self.settings[i - 1].pool is not None:
+        if self.saved[i - 1].output is not None or self.settings[i - 1].pool is not None:
             return Input(self.output(i - 1, x))
         return Input(self.raw(i - 1, x), self.norm(i - 1), self.settings[i - 1].act)
 
@@ -93,7 +94,10 @@ class SavedSteps:
         return Norm(mean, step.var, step.bn_weight, step.bn_bias, s.eps)
 
     def output(self, i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return step i's output: its activation, pooled where it pools."""
+        """Return step i's output, saved or recomputed: its activation, pooled where it pools."""
+        saved = self.saved[i].output
+        if saved is not None:
+            return saved
         return max_pool(self.activation(i, x, residual), self.settings[i].pool)
 
     def activation(self, i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -131,7 +135,10 @@ class SavedSteps:
             a = self._run_again(i, self.input(i, x)) if step.raw is None else None
             assert step.raw is not None
             if s.pool is not None:
-                dy = max_pool_bwd(dy, self.activation(i, x), s.pool)
+                saved = step.indices is not None  # then only the sizes matter
+                dy = max_pool_bwd(
+                    dy, step.raw if saved else self.activation(i, x), step.indices, s.pool
+                )
             if image is not None:
                 image = in_format_of(image, step.raw)
             want = (input_needs, needs[at], needs[at + 1])
@@ -173,12 +180,6 @@ class SavedSteps:
         return dy, dresidual
 
 
-def saves_y(block: BlockSettings) -> bool:
-    """Whether backward needs the block's output; else, behind an activation, its residual."""
-    act = block.steps[-1].act
-    return act != ACT_NUMBER["none"] and derivative_needs_only_y(act)
-
-
 @dataclass
 class SavedBlock:
     """A block in backward; `first` is the place of its first tensor in the arguments."""
@@ -201,9 +202,11 @@ class SavedBlock:
 
     def image(self, x: Tensor, y: Tensor | None) -> Tensor | None:
         """Return image_to_save(...) of the last step, from the block's input and output."""
-        if self.shortcut is None or self.steps.settings[-1].act == ACT_NUMBER["none"]:
+        if self.shortcut is None:
             return None
-        return y if saves_y(self.settings) else self.residual(x)
+        if self.settings.needs_residual():
+            return self.residual(x)
+        return y if self.settings.saves_y() else None
 
     def output(self, x: Tensor) -> Tensor:
         """Return the block's output, recomputed from its input by elementwise passes."""
@@ -220,12 +223,10 @@ def saved_blocks(blocks: tuple[BlockSettings, ...], saved: Sequence[Any]) -> lis
         nonlocal first
         steps = SavedSteps(settings, first)
         for s in settings:
-            of_step = [next(tensors) for _ in range(TENSORS)]
-            raw = None if s.recompute else next(kept)
-            if s.training:
-                of_step[4:] = next(kept), next(kept)
-            of_step.append(None if s.group is None else next(kept))
-            steps.saved.append(SavedStep(raw, *of_step))
+            names = ("weight", "conv_bias", "bn_weight", "bn_bias", "mean", "var")
+            of_step: dict[str, Any] = {name: next(tensors) for name in names}
+            of_step |= {name: next(kept) for name in s.saved()}
+            steps.saved.append(SavedStep(**of_step))
         first += len(settings) * TENSORS
         return steps
 

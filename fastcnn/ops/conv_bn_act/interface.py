@@ -13,6 +13,8 @@ the output (it is the next block's input anyway) or, where that does not tell th
 residual that came as a tensor:
 
     memory     saved                                            recomputed in backward
+    full       each block's input, every r_i, every a_i,        nothing
+               i < last, and a pooling's indices
     default    each block's input, every r_i                    every a_i, i < last: read r_i, write
                                                                 a_i
     low        the stage's input, every r_i                     the same, and the blocks' outputs:
@@ -20,7 +22,7 @@ residual that came as a tensor:
     lowest     each block's input, the r_i but those of 1x1     the same, and those convolutions
                convolutions to more channels
 
-Eager saves every a_i beside every r_i, and a pooling's indices. What is recomputed has the same
+Eager saves what "full" does. What is recomputed has the same
 bits: the kernels that made it run again. The convolutions are PyTorch's own; on CUDA those of a
 step are Triton's where the planner finds them faster, and what stands before and behind is fused
 into them (passes.py, candidates.py). In evaluation, where no gradient is required, each step is one
@@ -46,7 +48,13 @@ from fastcnn.ops.conv_bn_act.planning import plan_blocks
 from fastcnn.ops.conv_bn_act.problem import is_planned
 from fastcnn.ops.conv_bn_act.running import statistics_of, update_running_statistics
 from fastcnn.ops.conv_bn_act.step import ConvBnActBlock, ConvBnActStep, check_memory
-from fastcnn.ops.conv_bn_act.validate import CheckedBlock, CheckedStep, check_block, steps_of
+from fastcnn.ops.conv_bn_act.validate import (
+    CheckedBlock,
+    CheckedStep,
+    check_block,
+    saving_outputs,
+    steps_of,
+)
 
 OP = "conv_bn_act"
 
@@ -103,6 +111,8 @@ def _run(
             return _evaluate(x, residual, checked, convolve_planned)
     if is_planned(x) and x.numel() > 0:
         checked = plan_blocks(checked, x)
+    if memory == "full":
+        checked = [saving_outputs(block) for block in checked]
     steps = steps_of(checked)
     tensors: list[Tensor | None] = []
     for step in steps:

@@ -25,11 +25,9 @@ def update_running_statistics(steps: Sequence[CheckedStep], output: Sequence[Ten
     values = iter(output[1:])
     for checked in steps:
         step, settings = checked.given, checked.settings
-        if not settings.recompute:
-            next(values)
+        saved = {name: next(values) for name in settings.saved()}
         if settings.training:
-            mean, var = next(values), next(values)
-            total = None if settings.group is None else next(values)
+            mean, var, total = saved["mean"], saved["var"], saved.get("total")
             if checked.conv_bias is not None and leaves_out_bias(settings):
                 mean = mean + checked.conv_bias.detach()
             moved = step.running_mean, step.running_var

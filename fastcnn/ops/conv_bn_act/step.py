@@ -6,12 +6,12 @@ from typing import Literal, NamedTuple, get_args
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastcnn.common.activation import act_number
+from fastcnn.common.activation import ACT_NUMBER, act_number, derivative_needs_only_y
 from fastcnn.common.checks import check_choice, check_parameters
 from fastcnn.common.conv_geometry import ConvGeometry, Pool, output_size, pair, refuse_window
 from fastcnn.common.process_group import Group, group_of
 
-Memory = Literal["default", "low", "lowest"]
+Memory = Literal["full", "default", "low", "lowest"]
 
 
 class MaxPool(NamedTuple):
@@ -93,7 +93,22 @@ class StepSettings(NamedTuple):
     group: Group | None = None
     pool: Pool | None = None
     recompute: bool = False  # the convolution's output is not saved: backward runs it again
+    saves_indices: bool = False  # the pooling's
+    saves_output: bool = False  # the next step's input: backward recomputes nothing of it
     plan: StepPlan = StepPlan()
+
+    def saved(self) -> list[str]:
+        """Return what the Function returns of a step for backward, in order."""
+        names = [] if self.recompute else ["raw"]
+        if self.training:
+            names += ["mean", "var"] if self.group is None else ["mean", "var", "total"]
+        names += ["indices"] * self.saves_indices
+        return names + ["output"] * self.saves_output
+
+
+def leaves_norm(steps: Sequence[StepSettings], i: int) -> bool:
+    """Whether the next convolution applies step i's batch norm and activation itself."""
+    return i + 1 < len(steps) and steps[i + 1].plan.fwd and steps[i].pool is None
 
 
 def any_by_triton(steps: Iterable[StepSettings]) -> bool:
@@ -106,6 +121,15 @@ class BlockSettings(NamedTuple):
 
     steps: tuple[StepSettings, ...]
     shortcut: tuple[StepSettings, ...] | None
+
+    def saves_y(self) -> bool:
+        """Whether backward knows the last activation's derivative from the block's output."""
+        act = self.steps[-1].act
+        return act != ACT_NUMBER["none"] and derivative_needs_only_y(act)
+
+    def needs_residual(self) -> bool:
+        """Whether it needs what is added before that activation."""
+        return self.steps[-1].act != ACT_NUMBER["none"] and not self.saves_y()
 
 
 def check_memory(op: str, memory: str) -> None:
@@ -138,6 +162,7 @@ def check_step(
         None if pool is None else _check_pool(op, pool),
         # Its output is larger than its input, and it is the cheapest convolution there is.
         recompute=memory == "lowest" and tuple(kernel) == (1, 1) and c_out > c_in,
+        saves_indices=memory == "full" and pool is not None,
     )
     sides = [] if min(g.stride) < 1 else g.output_size(sizes[2:], kernel)
     if not sides or min(sides) < 1 or min(g.padding) < 0 or min(g.dilation) < 1:

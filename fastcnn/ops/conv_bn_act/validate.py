@@ -13,6 +13,7 @@ from fastcnn.ops.conv_bn_act.step import (
     ConvBnActStep,
     StepSettings,
     check_step,
+    leaves_norm,
 )
 
 
@@ -43,6 +44,24 @@ class CheckedBlock(NamedTuple):
 def steps_of(blocks: Iterable[CheckedBlock]) -> list[CheckedStep]:
     """Return all steps in the order in which they run: a block's shortcut before its steps."""
     return [step for block in blocks for step in (*(block.shortcut or ()), *block.steps)]
+
+
+def saving_outputs(block: CheckedBlock) -> CheckedBlock:
+    """Return a block whose backward recomputes nothing: memory="full", once it is planned."""
+
+    def chain(steps: tuple[CheckedStep, ...], with_last: bool) -> tuple[CheckedStep, ...]:
+        settings = [step.settings for step in steps]
+        found = []
+        for i, (step, s) in enumerate(zip(steps, settings, strict=True)):
+            read = i + 1 < len(steps) or with_last
+            s = s._replace(saves_output=read and not leaves_norm(settings, i))
+            found.append(step._replace(settings=s))
+        return tuple(found)
+
+    shortcut = block.shortcut
+    if shortcut is not None:
+        shortcut = chain(shortcut, with_last=block.settings().needs_residual())
+    return block._replace(steps=chain(block.steps, with_last=False), shortcut=shortcut)
 
 
 def check_block(

@@ -8,7 +8,17 @@ import itertools
 
 import pytest
 import torch
-from support.chains import LEVELS, SHORTCUTS, Chain, Stage, conv_bn, expected_bytes, stage, state
+from support.chains import (
+    LEVELS,
+    SHORTCUTS,
+    Chain,
+    Operators,
+    Stage,
+    conv_bn,
+    expected_bytes,
+    stage,
+    state,
+)
 from support.shapes import LAYOUTS
 from torch import Tensor, nn
 
@@ -68,13 +78,26 @@ def expected_bytes_in_autocast(model: Stage, x: Tensor) -> int:
 
 
 @pytest.mark.parametrize("memory", LEVELS)
-def test_pooling_keeps_neither_indices_nor_its_result(memory: str) -> None:
+def test_pooling(memory: str) -> None:
     x = images(2, 4, 9, 8)
     pooled = (*conv_bn(4, 6), nn.MaxPool2d(3, 2, 1))
     for blocks in ([Block([pooled])], [Block([pooled, conv_bn(6, 8, 3)])]):
         model = Stage(*blocks, memory=memory)
         kept = saved_for_backward(lambda m=model: m(x), exclude=state(model))
         assert kept == expected_bytes(model, x)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_full_recomputes_nothing(act: str) -> None:
+    pooled = Block([(*conv_bn(4, 4, 1, act), nn.MaxPool2d(3, 2, 1)), conv_bn(4, 4, 3, act)])
+    blocks = [pooled, *stage("projection", "identity", "two steps", act=act).blocks]
+    for memory, nothing in (("full", True), ("default", False)):
+        y = Stage(*blocks, memory=memory)(images(2, 4, 17, 16))
+        with Operators() as operators:
+            y.sum().backward()
+        again = (torch.ops.fastcnn.batch_norm_act_apply, torch.ops.aten.max_pool2d_with_indices)
+        assert (sum(operators.calls[op] for op in again) == 0) is nothing, memory
+        assert operators.calls[torch.ops.aten.convolution] == 0
 
 
 def test_what_eager_keeps_for_comparison() -> None:
