@@ -2,11 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
-demo test test-all test-processors fuzz lint bench: export FASTCNN_WERROR = ON
+demo test test-all test-processors fuzz lint bench bench-models: export FASTCNN_WERROR = ON
 # Packages are installed without bytecode: the first import writes it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all test-processors fuzz lint bench chart gpu wheel clean
+.PHONY: help demo test test-all test-processors fuzz lint bench bench-models chart gpu wheel clean
 
 help:
 	@echo "make demo   teach a U-Net to read, and the same in plain PyTorch: accuracy, speed, memory"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-processors  all of it on each instruction set that is here, from five seeds"
 	@echo "make fuzz   N random calls of the ops, N=20000, against float64, and N invalid ones; SEED=... again"
 	@echo "make bench  the kernels and whole networks compared with PyTorch, interleaved in one process"
+	@echo "make bench-models     20 networks of other people vs. PyTorch and OpenVINO: hours; QUICK=1 minutes"
 	@echo "make chart  docs/networks.svg and README's table of networks, from benchmarks/results/"
 	@echo "make gpu    with a GPU: build, test, sanitize, tune, bench into RESULTS=dir; STAGES=test,bench"
 	@echo "make wheel  a wheel for this Python and CUDA, in dist/"
@@ -57,6 +58,13 @@ bench: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 bench:
 	@$(PYTHON) tools/environment.py dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+bench-models: export MALLOC_MMAP_THRESHOLD_ = 4294967296
+bench-models: export MALLOC_TRIM_THRESHOLD_ = 17179869184
+bench-models: RESULTS ?= build/models.json
+bench-models:
+	@$(PYTHON) tools/environment.py dev
+	$(BIN)/python benchmarks/models.py $(RESULTS) $(NETWORKS) $(if $(QUICK),--quick)
 
 chart:
 	@$(PYTHON) tools/environment.py train
