@@ -23,12 +23,6 @@ struct Bwd {
   const T* dy;
   T* dx;
 
-  static int64_t longest_of(const AxisTable<S>& table) {
-    int64_t longest = 0;
-    for (int64_t i = 0; i < table.in; ++i) longest = max(longest, table.length(i));
-    return longest;
-  }
-
   explicit Bwd(const UpsampleBwdParams& p)
       : places(p.shape),
         rows(p.shape.rows, p.shape.sampling, true),
@@ -37,7 +31,7 @@ struct Bwd {
             kLanes<S>, places.elements()),
         by_lanes(places.k < kLanes<S>),
         copied(!by_lanes && !rows.linear && !columns.linear),
-        longest(longest_of(columns)),
+        longest(columns.longest()),
         start(by_lanes ? places.small_row : 0),
         count(by_lanes ? places.small_row + kLanes<S> : 0),
         share(by_lanes ? longest * (places.small_row + kLanes<S>) : 0),
@@ -198,16 +192,22 @@ struct Bwd {
     const T* from = dy + places.large_plane(cut.plane(task)) + begin * places.pitch;
     T* plane = dx + cut.plane(task) * places.small_plane + first * places.k;
     const int64_t end = cut.last_row(task);
-    if (copied) {
-      for (int64_t i = cut.first_row(task); i < end; ++i) {
-        gather_copies(from, i, plane + i * places.small_row, first, last);
-      }
-      return;
-    }
     for (int64_t i = cut.first_row(task); i < end; i += kGroup) {
       const int64_t group = min(kGroup, end - i);
-      for (int64_t r = 0; r < group; ++r) add_all(from, i + r, sums + r * step, pixels);
       T* out = plane + i * places.small_row;
+      // Of far more rows than dy has, most are in none: gathered, each would cost a row of dy.
+      if (rows.begin[i] == rows.end[i + group - 1]) {
+        const auto bytes = static_cast<size_t>((last - first) * places.k) * sizeof(T);
+        for (int64_t r = 0; r < group; ++r) std::memset(out + r * places.small_row, 0, bytes);
+        continue;
+      }
+      if (copied) {
+        for (int64_t r = 0; r < group; ++r) {
+          gather_copies(from, i + r, out + r * places.small_row, first, last);
+        }
+        continue;
+      }
+      for (int64_t r = 0; r < group; ++r) add_all(from, i + r, sums + r * step, pixels);
       if (!by_lanes) {
         for (int64_t r = 0; r < group; ++r) {
           gather_pixels(sums + r * step, out + r * places.small_row, first, last);

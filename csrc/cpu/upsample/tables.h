@@ -60,6 +60,11 @@ struct AxisTable {
   }
 
   int64_t length(int64_t i) const { return end[i] - begin[i]; }
+  int64_t longest() const {
+    int64_t most = 0;
+    for (int64_t i = 0; i < in; ++i) most = max(most, length(i));
+    return most;
+  }
 };
 
 // Where the elements of a row are picked from: lane l of block b is element base[b] + at[b * lanes

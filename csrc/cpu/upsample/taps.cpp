@@ -103,20 +103,27 @@ struct Taps {
   using S = Acc<T>;
   const UpsampleTapsParams& p;
   const AxisTable<S> rows, columns;
+  // Forward: the columns of z that y is made of, all but in smaller images; the end of each one's
+  // run of neighbours; and of each column of y the place of its first source among them.
+  const Scratch<int64_t> used, run_end, place;
   const int64_t channels, blocks;  // of a task; a pixel's tasks
   int64_t pixels, tiles;           // columns of a task, on the side that is written
   int64_t band, bands, tasks, grain;
-  int64_t longest = 0;  // pixels of a tile on the other side
+  int64_t longest = 0;  // pixels that a tile needs of the other side
 
   Taps(const UpsampleTapsParams& p, bool backward)
       : p(p),
         rows(p.rows, p.sampling, backward),
         columns(p.columns, p.sampling, backward),
+        used(backward ? 0 : min(p.columns.in, 2 * p.columns.out)),
+        run_end(backward ? 0 : min(p.columns.in, 2 * p.columns.out)),
+        place(backward ? 0 : p.columns.out),
         channels(min(p.c, kChannels)),
         blocks(ceil_div(p.c, channels)) {
+    if (!backward) find_used();
     const int64_t height = backward ? p.rows.in : p.rows.out;
     const int64_t width = backward ? p.columns.in : p.columns.out;
-    const int64_t other = backward ? p.columns.out : p.columns.in;
+    const int64_t other = backward ? p.columns.out : min(p.columns.in, 2 * width);
     const int64_t held = max(8, kSums / (kTapSide * channels));  // pixels of the other side
     pixels = min(width, max(1, held * width / other));
     tiles = ceil_div(width, pixels);
@@ -132,7 +139,21 @@ struct Taps {
     }
   }
 
-  // Columns of the other side that a tile needs.
+  void find_used() {
+    int64_t count = 0;
+    for (int64_t at = 0; at < columns.out; ++at) {
+      const int64_t index = columns.sources[at].index, next = columns.sources[at].next;
+      if (count == 0 || index > used[count - 1]) used[count++] = index;
+      if (next > used[count - 1]) used[count++] = next;
+      place[at] = count - 1 - (used[count - 1] - index);
+    }
+    for (int64_t u = count - 1; u >= 0; --u) {
+      const bool ends = u + 1 == count || used[u + 1] > used[u] + 1;
+      run_end[u] = ends ? u + 1 : run_end[u + 1];
+    }
+  }
+
+  // Columns of the other side that a tile needs, forward by their places in `used`.
   void reach(int64_t tile, bool backward, int64_t& first, int64_t& last) const {
     const int64_t begin = tile * pixels,
                   end = min(begin + pixels, backward ? columns.in : columns.out);
@@ -140,8 +161,10 @@ struct Taps {
       first = max(0, columns.begin[begin] - 1);
       last = min(columns.out, columns.end[end - 1] + 1);
     } else {
-      first = columns.sources[max(0, begin - 1)].index;
-      last = columns.sources[min(columns.out - 1, end)].next + 1;
+      const int64_t low = max(0, begin - 1), high = min(columns.out - 1, end);
+      const Source<S>& source = columns.sources[high];
+      first = place[low];
+      last = place[high] + source.next - source.index + 1;
     }
   }
 
@@ -179,18 +202,19 @@ struct Taps {
           const int64_t at = q + b - 1;
           if (at < 0 || at >= columns.out) continue;
           const Source<S>& source = columns.sources[at];
-          const int64_t first = b * length - t.from;
-          along.add(q - t.first, (first + source.index) * t.channels, 1 - source.weight);
-          along.add(q - t.first, (first + source.next) * t.channels, source.weight);
+          const int64_t first = b * length - t.from + place[at];
+          along.add(q - t.first, first * t.channels, 1 - source.weight);
+          along.add(q - t.first, (first + source.next - source.index) * t.channels, source.weight);
         }
       }
-      const T* from = z + t.image * rows.in * row_of_z + t.from * pixel + t.channel;
+      const T* from = z + t.image * rows.in * row_of_z + used[t.from] * pixel + t.channel;
       // A row of y prefetches its share of the row of z that is needed next: short runs, which the
       // processor's prefetchers do not see coming. 4x64x256x256 bfloat16 from 128x128 took 13 ms
       // without and 7 with it, on a 2-core AMD EPYC. In the loop itself: see prefetch().
-      const int64_t width = t.last - t.first, runs = length * kTaps, most = rows.in * runs;
-      const int64_t each = ceil_div(runs * rows.in, rows.out * width);
-      int64_t fetched = (rows.sources[min(rows.out - 1, t.first_row + 1)].next + 1) * runs;
+      const int64_t width = t.last - t.first, taps = length * kTaps;
+      const int64_t most = run_end[t.from] >= t.to ? rows.in * taps : 0;  // one run
+      const int64_t each = ceil_div(taps * rows.in, rows.out * width);
+      int64_t fetched = (rows.sources[min(rows.out - 1, t.first_row + 1)].next + 1) * taps;
       for (int64_t row = t.first_row; row < t.last_row; ++row) {
         across.clear(0);
         for (int64_t a = 0; a < kTapSide; ++a) {
@@ -201,13 +225,17 @@ struct Taps {
           across.add(0, source.next * row_of_z + a * kTapSide * p.c, source.weight);
         }
         for (int64_t b = 0; b < kTapSide; ++b) {
-          add_up<T, S>(across, 0, from + b * p.c, pixel, sums.get() + b * length * t.channels,
-                       t.channels, t.channels, length);
+          for (int64_t u = t.from, stop; u < t.to; u = stop) {
+            stop = min(t.to, run_end[u]);
+            add_up<T, S>(across, 0, from + (used[u] - used[t.from]) * pixel + b * p.c, pixel,
+                         sums.get() + (b * length + u - t.from) * t.channels, t.channels,
+                         t.channels, stop - u);
+          }
         }
         T* out = y + ((t.image * rows.out + row) * columns.out + t.first) * p.c + t.channel;
         for (int64_t q = 0; q < width; ++q, out += p.c) {
           for (const int64_t until = min(most, fetched + each); fetched < until; ++fetched) {
-            const T* run = from + fetched / runs * row_of_z + fetched % runs * p.c;
+            const T* run = from + fetched / taps * row_of_z + fetched % taps * p.c;
             for (int64_t i = 0; i < t.channels; i += kLine) prefetch(run + i);
           }
           add_up<S, T>(along, q, sums.get(), 0, out, 0, t.channels, 1);
@@ -219,12 +247,9 @@ struct Taps {
   void bwd(int64_t begin, int64_t end) const {
     const T* dy = static_cast<const T*>(p.from);
     T* dz = static_cast<T*>(p.to);
-    int64_t most = 1;
-    for (int64_t i = 0; i < rows.in; ++i) most = max(most, rows.length(i));
-    for (int64_t j = 0; j < columns.in; ++j) most = max(most, columns.length(j));
     const int64_t row_of_dy = columns.out * p.c;
     constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-    Terms<S> across(1, most), along(kTapSide * pixels, most);
+    Terms<S> across(1, rows.longest()), along(kTapSide * pixels, columns.longest());
     Scratch<S> sums(kTapSide * longest * channels + kLanes<S>, Fill::kNothing);
     for (int64_t task = begin; task < end; ++task) {
       const Task t = task_of(task, true);
@@ -247,6 +272,7 @@ struct Taps {
       const int64_t each = ceil_div(length * rows.out, rows.in * width);
       int64_t fetched = min(rows.out, rows.end[t.first_row] + 1) * length;
       for (int64_t row = t.first_row; row < t.last_row; ++row) {
+        bool seen[kTapSide];  // of far more rows than dy has, most are in none
         for (int64_t a = 0; a < kTapSide; ++a) {
           across.clear(0);
           for (int64_t u = rows.begin[row]; u < rows.end[row]; ++u) {
@@ -254,6 +280,8 @@ struct Taps {
             if (at < 0 || at >= rows.out) continue;
             across.add(0, at * row_of_dy, rows.shares[rows.offset[row] + u - rows.begin[row]]);
           }
+          seen[a] = across.count(0) > 0;
+          if (!seen[a]) continue;
           add_up<T, S>(across, 0, from, p.c, sums.get() + a * length * t.channels, t.channels,
                        t.channels, length);
         }
@@ -265,8 +293,11 @@ struct Taps {
           }
           for (int64_t a = 0; a < kTapSide; ++a) {
             const S* across_tap = sums.get() + a * length * t.channels;
-            for (int64_t b = 0; b < kTapSide; ++b, out += p.c) {
+            for (int64_t b = 0; b < kTapSide && seen[a]; ++b, out += p.c) {
               add_up<S, T>(along, j * kTapSide + b, across_tap, 0, out, 0, t.channels, 1);
+            }
+            for (int64_t b = 0; b < kTapSide && !seen[a]; ++b, out += p.c) {
+              std::memset(out, 0, static_cast<size_t>(t.channels) * sizeof(T));
             }
           }
         }
