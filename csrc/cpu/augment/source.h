@@ -122,6 +122,10 @@ class Copying {
   bool holds_;
 };
 
+// Pixels of the source, in the rows that a band of the output sees, for each of the band's own: of
+// more a rotated band, which sees most rows and few pixels of each, reads those few one by one.
+constexpr int64_t kMostLoaded = 4;
+
 // One image, as it is sampled for the rows from `first` to before `last`.
 template <int kChannels, bool kPacked>  // kPacked: a pixel's channels lie side by side
 class Source {
@@ -131,6 +135,8 @@ class Source {
     // Copied: one row of the output, whose last vector is read whole. Sampled: the rows of the
     // source that are seen, and a word, since pixels are read in pairs.
     if (!copying_.holds()) find_rows(first, last);
+    loaded_ = rows_ * p.w_in <= kMostLoaded * (last - first) * p.w;
+    if (!copying_.holds() && !loaded_) return;
     const int64_t words = copying_.holds() ? ceil_div(p.w, kLane) * kLane : rows_ * p.w_in + 1;
     pixels_ = memory.reserve(words);
     if (copying_.holds()) return;
@@ -139,7 +145,15 @@ class Source {
     pixels_[words - 1] = 0;
   }
 
-  void read(int64_t y, const Row& out) const { copying_.holds() ? copy(y, out) : sample(y, out); }
+  void read(int64_t y, const Row& out) const {
+    if (copying_.holds()) {
+      copy(y, out);
+    } else if (loaded_) {
+      sample<true>(y, out);
+    } else {
+      sample<false>(y, out);
+    }
+  }
 
  private:
   void copy(int64_t y, const Row& out) const {
@@ -181,16 +195,29 @@ class Source {
     }
   }
 
+  // Pixels as load_pixels has them, from the source itself: index is their number in a plane.
+  Words fetch(Ints index) const {
+    const uint8_t* channel = copying_.image();
+    Words words{};
+    for (int j = 0; j < kChannels; ++j, channel += kPacked ? 1 : p_.h_in * p_.w_in) {
+      for (int k = 0; k < kLane; ++k) {
+        words[k] |= uint32_t{channel[index[k] * int64_t{kPacked ? kChannels : 1}]} << (8 * j);
+      }
+    }
+    return words;
+  }
+
   // Bilinear. The two neighbours along an axis are `left` (`top`) and the next, kept within what
   // was loaded; each weighs 1 minus its distance, at least 0, so that what is outside weighs
   // nothing, and the fill has the rest of the weight.
+  template <bool kLoaded>
   void sample(int64_t y, const Row& out) const {
     const float v = sample_.v(static_cast<float>(y));
     const int32_t width = static_cast<int32_t>(p_.w_in), above = static_cast<int32_t>(top_);
     const float last_left = static_cast<float>(max(0, p_.w_in - 2));
     const float last_top = static_cast<float>(max(top_, top_ + rows_ - 2));
     const float right = p_.w_in > 1 ? 1.f : 0.f, bottom = rows_ > 1 ? 1.f : 0.f;  // is there one?
-    const int32_t below = rows_ > 1 ? width : 0;
+    const int32_t beside = p_.w_in > 1 ? 1 : 0, below = rows_ > 1 ? width : 0;
     const Ints lane = lane_numbers();
     for (int64_t i = 0; i < p_.w; i += kLane) {
       const Floats u = sample_.u(to_float(lane + static_cast<int32_t>(i)));
@@ -204,9 +231,16 @@ class Source {
       const Floats w_bottom = at_least_zero(1.f - magnitude(from_top - 1.f)) * bottom;
       const Floats outside = 1.f - (w_left + w_right) * (w_top + w_bottom);
       Words a, b, c, d;
-      const Ints place = (top - above) * width + left;
-      gather_pairs(pixels_, place, a, b);
-      gather_pairs(pixels_, place + below, c, d);
+      const Ints place = (top - (kLoaded ? above : 0)) * width + left;
+      if constexpr (kLoaded) {
+        gather_pairs(pixels_, place, a, b);
+        gather_pairs(pixels_, place + below, c, d);
+      } else {
+        a = fetch(place);
+        b = fetch(place + beside);
+        c = fetch(place + below);
+        d = fetch(place + below + beside);
+      }
       for (int j = 0; j < kChannels; ++j) {
         const Floats upper = level_of(a, j) * w_left + level_of(b, j) * w_right;
         const Floats lower = level_of(c, j) * w_left + level_of(d, j) * w_right;
@@ -218,7 +252,8 @@ class Source {
   const AugmentParams& p_;
   const AugmentSample& sample_;
   Copying copying_;
-  uint32_t* pixels_;
+  bool loaded_;
+  uint32_t* pixels_ = nullptr;
   int64_t top_ = 0, rows_ = 0;  // of the source, in pixels_
 };
 
