@@ -9,10 +9,12 @@
 namespace fastcnn {
 namespace {
 
-// An odd factor: for each of the two arguments the function is one-to-one, so that a change of one
-// element always changes the checksum, and of several all but always.
+// For each of the two arguments the function is one-to-one, so that a change of one element always
+// changes the checksum, and of several all but always. The odd factor carries a change to higher
+// bits, the shift to lower ones: without it the signs of two doubles, both changed, cancel.
 uint64_t mixed(uint64_t checksum, uint64_t element) {
-  return (checksum ^ element) * 0x9E3779B97F4A7C15u;
+  const uint64_t product = (checksum ^ element) * 0x9E3779B97F4A7C15u;
+  return product ^ (product >> 32);
 }
 
 // Adds the elements at [first, last) of each filter to the checksums of their places.

@@ -9,10 +9,12 @@ import pytest
 import torch
 from support.conv2d_folded_cases import Pair, kept, operators, pair
 from support.roundings import Expected
+from support.seeds import seeded
 from support.shapes import LAYOUTS
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from fastcnn._C import Snapshot
 from fastcnn.ops.conv2d.onednn import folds
 from fastcnn.ops.conv_bn_act import folded as conv2d_folded, inference_candidates
 
@@ -117,6 +119,15 @@ def test_signs_and_not_a_number_are_seen(dtype: torch.dtype) -> None:
             for t in (model.conv.weight, model.norm.bias):
                 t.data[3] = value
                 assert kept(lambda: model(x)) == is_kept
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.float64])
+def test_a_change_of_every_sign_is_seen_at_once(dtype: torch.dtype) -> None:
+    weight = torch.randn(6, 35, generator=seeded(0)).mul(9).to(dtype)
+    snapshot = Snapshot([], weight.data_ptr(), *weight.shape, weight.element_size())
+    assert snapshot.is_current()
+    weight.neg_()
+    assert not snapshot.is_current()
 
 
 def test_memory_that_has_moved_is_noticed() -> None:
