@@ -3,12 +3,13 @@
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
+from torch._C._functorch import TransformType, is_legacy_batchedtensor
 
 from fastcnn import _C
 from fastcnn.common.checks import check_storage
@@ -146,6 +147,41 @@ def _is_vmapped() -> bool:
     return any(i.key() == TransformType.Vmap for i in retrieve_all_functorch_interpreters())
 
 
+def each_of_batched(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a Function's gradients row by row within torch.autograd.grad(is_grads_batched=True).
+
+    That is PyTorch's older vmap, which has no rule of a Function's and no memory formats.
+    """
+
+    def run(ctx: Any, *dys: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return backward(ctx, *dys)
+        batched = [dy is not None and is_legacy_batchedtensor(dy) for dy in dys]
+        if not any(batched):
+            return backward(ctx, *dys)
+
+        def stacks(level: int) -> list[Any]:
+            pairs = zip(dys, batched, strict=True)
+            return [torch._remove_batch_dim(dy, level, 1, 0) if its else dy for dy, its in pairs]
+
+        def is_level(level: int) -> bool:
+            return not any(map(is_legacy_batchedtensor, compress(stacks(level), batched)))
+
+        # Nothing tells how deep calls are nested here, which may be another thread than theirs.
+        level = next(filter(is_level, range(1, 64)), 1)
+        given, ctx = stacks(level), _Retained(ctx)
+        grads = [
+            backward(ctx, *(dy[i] if its else dy for dy, its in zip(given, batched, strict=True)))
+            for i in range(len(next(compress(given, batched))))
+        ]
+        return tuple(
+            None if g[0] is None else torch._add_batch_dim(torch.stack(g), 0, level)
+            for g in zip(*grads, strict=True)
+        )
+
+    return run
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Let a Function's gradients refuse to be differentiated again.
 
@@ -153,6 +189,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     that torch has looks at dy alone, and a gradient penalty would be wrong in silence.
     """
     op = backward.__module__.removeprefix("fastcnn.ops.").split(".")[0]
+    backward = each_of_batched(backward)
 
     def run(ctx: Any, *dys: Tensor | None) -> Any:
         if torch.compiler.is_compiling():

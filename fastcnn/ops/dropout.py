@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.common.checks import check_dense, check_like, memory_format_of
-from fastcnn.common.library import apply, declare, distinct, positional
+from fastcnn.common.library import apply, declare, distinct, each_of_batched, positional
 from fastcnn.common.overrides import plain_tensors
 
 OP = "dropout"
@@ -81,6 +81,7 @@ class DropoutFunction(torch.autograd.Function):
         ctx.save_for_backward(seed)
 
     @staticmethod
+    @each_of_batched
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 6
