@@ -9,8 +9,9 @@
 //
 // A channel with an infinity or a NaN has PyTorch's statistics: as mean its sum over its count, and
 // as variance NaN. inf - inf would make the mean NaN as well: so centers are finite, and a merged
-// mean that comes out as NaN is made anew without a difference. Squares beyond the type, of finite
-// values, make the variance infinite: common/variance.h.
+// mean that comes out as NaN is made anew without a difference. Where sums or squares are beyond
+// float32, statistics are made anew in double, as PyTorch's of NCHW are; a variance that is beyond
+// it is infinite: common/variance.h.
 #pragma once
 
 #include "common/variance.h"
@@ -40,11 +41,34 @@ struct Moments {
     m2 += other_m2 + delta * delta * count * other_count / total;
     count = total;
   }
+  bool is_finite() const { return mean - mean == 0 && m2 - m2 == 0; }
   void write(S* mean_out, S* var_out) const {
     *mean_out = static_cast<S>(mean);
     *var_out = variance_of(*mean_out, static_cast<S>(m2 / count));
   }
 };
+
+// Of `count` values, in double: for those alone whose sums or squares are beyond S, for which two
+// more passes are made, value by value, but up to a NaN. for_each_span(body) calls body(first
+// value, length).
+template <class T, class ForEachSpan>
+Moments<Acc<T>> moments_in_double(double count, ForEachSpan for_each_span) {
+  const auto sum_of = [&](auto term) {
+    double total = 0;
+    for_each_span([&](const T* x, int64_t length) {
+      for (int64_t i = 0; i < length && total == total; ++i) {
+        total += term(static_cast<double>(load(x + i, 1)[0]));
+      }
+    });
+    return total;
+  };
+  const double mean = sum_of([](double value) { return value; }) / count;
+  if (mean - mean != 0) return {count, mean, mean - mean};
+  return {count, mean, sum_of([&](double value) { return (value - mean) * (value - mean); })};
+}
+
+template <class S>
+constexpr bool kDoubleIsWider = sizeof(S) < sizeof(double);
 
 constexpr int64_t kCenterRows = 8;  // that make the first center
 constexpr int kCancelled = 4;       // squares over m2: beyond it a chunk is taken again
@@ -166,7 +190,12 @@ Moments<Acc<T>> plane_moments(const T* x, const Planes& planes, int64_t task) {
       if (center - center != 0) center = 0;
     }
   }
-  return moments;
+  if (!kDoubleIsWider<S> || moments.is_finite()) return moments;
+  return moments_in_double<T>(moments.count, [&](auto body) {
+    for (int64_t image = planes.first(task); image < last; ++image) {
+      body(x + planes.offset(image, channel), planes.hw);
+    }
+  });
 }
 
 // Of a chunk, read twice: its mean is center + drift, its squares around that are m2.
@@ -229,7 +258,8 @@ Moments<Acc<T>> range_moments(const T* x, int64_t length) {
     moments.merge(static_cast<double>(count), static_cast<double>(chunk.center) + chunk.drift,
                   static_cast<double>(chunk.m2));
   }
-  return moments;
+  if (!kDoubleIsWider<Acc<T>> || moments.is_finite()) return moments;
+  return moments_in_double<T>(moments.count, [&](auto body) { body(x, length); });
 }
 
 // mean[c] and the biased var[c] of a channels_last batch.
@@ -276,6 +306,13 @@ void batch_moments(const T* x, const WideRows& w, Acc<T>* mean_out, Acc<T>* var_
     const Vec<S> var = __builtin_convertvector(squares * inverse, Vec<S>);
     store(mean_out + j, mean, count);
     store(var_out + j, variances_of<S>(mean, var), count);
+    for (int64_t i = j; kDoubleIsWider<S> && i < j + count; ++i) {
+      if (mean_out[i] - mean_out[i] == 0 && var_out[i] - var_out[i] == 0) continue;
+      const auto column = [&](auto body) {
+        for (int64_t pixel = 0; pixel < w.pixels; ++pixel) body(x + pixel * w.c + i, 1);
+      };
+      moments_in_double<T>(static_cast<double>(w.pixels), column).write(mean_out + i, var_out + i);
+    }
   });
 }
 

@@ -10,6 +10,11 @@ inline S rstd_of(S var, double eps) {
   return S(1) / static_cast<S>(__builtin_sqrt(static_cast<double>(var) + eps));
 }
 
+// sum_dzx * rstd: of values beyond the type the sum may be infinite, and rstd is 0.
+inline double sum_of_dzxhat(double sum_dz, double sum_dzx, double rstd) {
+  return rstd == 0 ? sum_dz * 0 : sum_dzx * rstd;
+}
+
 // Rows of channels_last whose terms are added up one behind the other in the accumulate type. The
 // sums of longer columns are merged in double: each of n terms could cost n / 2 roundings.
 constexpr int64_t kSumRows = 256;

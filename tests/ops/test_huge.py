@@ -1,4 +1,6 @@
-"""Values whose squares are beyond float32: finite where PyTorch is, with its infinite variance."""
+"""Values whose squares or sums are beyond float32: finite where PyTorch is."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,9 +21,15 @@ NORMS = {
 }
 
 
-def huge(sizes: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    x = torch.randn(sizes, generator=seeded(sum(sizes))) * 1e30
-    return x.to(dtype).contiguous(memory_format=LAYOUTS[layout])
+def huge(sizes: tuple[int, ...], layout: str, scale: float = 1e30) -> Tensor:
+    x = torch.randn(sizes, generator=seeded(sum(sizes))) * scale
+    return x.contiguous(memory_format=LAYOUTS[layout])
+
+
+def largest(sizes: tuple[int, ...], layout: str) -> Tensor:
+    # Their sums are beyond float32, too.
+    x = torch.rand(sizes, generator=seeded(sum(sizes))) * torch.finfo(torch.float32).max
+    return x.contiguous(memory_format=LAYOUTS[layout])
 
 
 def with_bias(norm: nn.Module) -> nn.Module:
@@ -30,15 +38,16 @@ def with_bias(norm: nn.Module) -> nn.Module:
     return norm
 
 
+@pytest.mark.parametrize("values", [huge, largest])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("name", NORMS)
 def test_an_infinite_variance_gives_the_bias(
-    name: str, sizes: tuple[int, ...], layout: str
+    name: str, sizes: tuple[int, ...], layout: str, values: Callable[[tuple[int, ...], str], Tensor]
 ) -> None:
     model = nn.Sequential(with_bias(NORMS[name](sizes[1])), nn.ReLU())
     convert(model)
-    x = huge(sizes, layout).requires_grad_()
+    x = values(sizes, layout).requires_grad_()
     y = model(x)
     assert torch.equal(y, model[0].bias.relu()[:, None, None].expand(sizes))
     y.sum().backward()
@@ -47,7 +56,24 @@ def test_an_infinite_variance_gives_the_bias(
     assert (model[0].weight.grad == 0).all()
     if model[0].__dict__.get("track_running_stats"):
         assert model[0].running_var.isposinf().all()
-        assert model[0].running_mean.isfinite().all()
+        # The mean over 67 samples is taken in float32.
+        assert values is largest or model[0].running_mean.isfinite().all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes", SIZES[:2], ids=str)
+def test_a_variance_near_the_largest_number(sizes: tuple[int, ...], layout: str) -> None:
+    # About 1e37: of squares float32 can add up at most 40, each rounded three times. PyTorch's
+    # is infinite in channels_last.
+    x = huge(sizes, layout, 3e18)
+    for dims, operator, groups in (
+        ((0, 2, 3), torch.ops.fastcnn.batch_norm_act_fwd, []),
+        ((1, 3, 4), torch.ops.fastcnn.group_norm_act_fwd, [2]),
+    ):
+        exact = x.double().unflatten(1, (2, -1)).transpose(1, 2) if groups else x.double()
+        var = operator(x, None, None, *(groups or [None]), 1e-5, 0)[2]
+        expected = exact.var(dims, correction=0)
+        assert ((var.double() - expected).abs() <= 120 * 2**-24 * expected).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

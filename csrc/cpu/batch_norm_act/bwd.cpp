@@ -146,7 +146,8 @@ void finalize_channel(const BatchNormActBwdParams& p, BatchNormCoefficients<S>& 
                       double sum_dz, double sum_dzx) {
   const double rstd = rstd_of(static_cast<const S*>(p.var)[j], p.eps);
   S *dweight = static_cast<S*>(p.dweight) + j, *dbias = static_cast<S*>(p.dbias) + j;
-  double count = static_cast<double>(p.shape.per_channel()), sum_dzxhat = sum_dzx * rstd;
+  double count = static_cast<double>(p.shape.per_channel()),
+         sum_dzxhat = sum_of_dzxhat(sum_dz, sum_dzx, rstd);
   if (p.total == nullptr) {
     *dbias = static_cast<S>(sum_dz);
     *dweight = static_cast<S>(sum_dzxhat);

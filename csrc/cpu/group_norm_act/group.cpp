@@ -196,8 +196,8 @@ void set_channels(const Norm<S>& norm, int64_t sample, int64_t repeat, GroupNorm
 
 // From the columns' origin + mean and m2 to the groups': the mean, then all squares around it.
 template <class T, class S>
-void merge_columns(const SampleRows<T>& rows, const Norm<S>& norm, int64_t sample, const S* origin,
-                   const S* mean, const S* m2) {
+void merge_columns(const T* x, const SampleRows<T>& rows, const Norm<S>& norm, int64_t sample,
+                   const S* origin, const S* mean, const S* m2) {
   for (int64_t g = 0; g < norm.groups; ++g) {
     const int64_t first = g * norm.per_group, last = first + norm.per_group;
     double total = 0, squares = 0;
@@ -219,8 +219,13 @@ void merge_columns(const SampleRows<T>& rows, const Norm<S>& norm, int64_t sampl
       squares += within + between * static_cast<double>(count);
     });
     const int64_t statistic = sample * norm.groups + g;
-    norm.mean[statistic] = static_cast<S>(center);
-    norm.var[statistic] = variance_of(norm.mean[statistic], static_cast<S>(squares / norm.count));
+    Moments<S> total_moments{norm.count, center, squares};
+    if (kDoubleIsWider<S> && !total_moments.is_finite()) {
+      total_moments = moments_in_double<T>(norm.count, [&](auto body) {
+        for (int64_t i = first; i < rows.size; i += rows.c) body(x + i, norm.per_group);
+      });
+    }
+    total_moments.write(norm.mean + statistic, norm.var + statistic);
   }
 }
 
@@ -252,7 +257,8 @@ void fwd_channels_last(const GroupNormActFwdParams& p) {
     return GroupNormCoefficients<S>{p.act, k, k + rows.wide, k + 2 * rows.wide, nullptr, nullptr};
   };
   const auto merge = [&](S* space, int64_t sample) {
-    merge_columns(rows, norm, sample, space, space + array, space + 2 * array);
+    merge_columns(x + sample * rows.size, rows, norm, sample, space, space + array,
+                  space + 2 * array);
     set_channels(norm, sample, rows.repeat, coefficients(space));
   };
   const auto apply = [&](S* space, int64_t sample, int64_t part) {

@@ -139,7 +139,7 @@ struct ChannelSums {
     }
     const double rstd = norm.rstd(statistic);
     *shift = static_cast<S>(total_dz * rstd / norm.count);
-    *slope = static_cast<S>(total_dzx * rstd * rstd * rstd / norm.count);
+    *slope = static_cast<S>(sum_of_dzxhat(total_dz, total_dzx, rstd) * rstd * rstd / norm.count);
   }
 
   template <class S>
@@ -147,8 +147,10 @@ struct ChannelSums {
     for (int64_t j = 0; j < norm.c; ++j) {
       double dweight = 0, dbias = 0;
       for (int64_t sample = 0; sample < p.shape.n; ++sample) {
-        dbias += dz[sample * norm.c + j];
-        dweight += dzx[sample * norm.c + j] * norm.rstd(sample * norm.groups + j / norm.per_group);
+        const double sum_dz = dz[sample * norm.c + j];
+        dbias += sum_dz;
+        dweight += sum_of_dzxhat(sum_dz, dzx[sample * norm.c + j],
+                                 norm.rstd(sample * norm.groups + j / norm.per_group));
       }
       static_cast<S*>(p.dweight)[j] = static_cast<S>(dweight);
       static_cast<S*>(p.dbias)[j] = static_cast<S>(dbias);
