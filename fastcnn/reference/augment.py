@@ -16,7 +16,10 @@ def _affine(p: AugmentParameters, h: int, w: int) -> Tensor:
     """From output to input, [n, 3, 3]: translate @ rotate @ scale @ shear, inverted."""
 
     def matrix(*entries: Tensor | float) -> Tensor:
-        rows = [torch.as_tensor(e, dtype=torch.float64).expand(len(p)) for e in entries]
+        rows = [
+            torch.as_tensor(e, dtype=torch.float64, device=p.angle.device).expand(len(p))
+            for e in entries
+        ]
         return torch.stack(rows, 1).reshape(-1, 3, 3)
 
     a, shear = p.angle.double().deg2rad(), p.shear.double().deg2rad().tan()
@@ -39,7 +42,7 @@ def coordinates(
     top, left, crop_h, crop_w = p.crop.double().unbind(1)
 
     def cropped(out: int, start: Tensor, length: Tensor, flip: Tensor) -> Tensor:
-        at = torch.arange(out, dtype=torch.float64).expand(len(p), out)
+        at = torch.arange(out, dtype=torch.float64, device=start.device).expand(len(p), out)
         at = torch.where(flip[:, None], at.flip(1), at)
         scaled = (at + 0.5) * (length / out)[:, None] - 0.5
         return start[:, None] + scaled.clamp(min=0).minimum(length[:, None] - 1)
@@ -64,7 +67,7 @@ def _look_up(images: Tensor, x: Tensor, y: Tensor, fill: Tensor) -> Tensor:
 
 def masks(masks: Tensor, x: Tensor, y: Tensor, fill: int) -> Tensor:
     """Return masks [n, h, w] at the nearest places, halves rounded up."""
-    filled = torch.tensor([fill], dtype=masks.dtype)
+    filled = masks.new_tensor([fill])
     return _look_up(masks[:, None], (x + 0.5).floor(), (y + 0.5).floor(), filled)[:, 0]
 
 
@@ -77,13 +80,13 @@ def _hue(level: Tensor, turns: Tensor) -> Tensor:
     sixth = torch.where(high == r, (g - b) / span, sixth)
     hue = (sixth / 6 + turns[:, None, None]) % 1
     # f(n) = value - value * saturation * max(0, min(k, 4 - k, 1)), k = (n + hue / 60 deg) mod 6
-    k = (torch.tensor([5.0, 3.0, 1.0])[:, None, None] + 6 * hue[:, None]) % 6
+    k = (level.new_tensor([5, 3, 1])[:, None, None] + 6 * hue[:, None]) % 6
     return high[:, None] - (high - low)[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-def normals(seed: int, c: int, h: int, w: int) -> Tensor:
+def normals(seed: int, c: int, h: int, w: int, device: torch.device | str = "cpu") -> Tensor:
     """Return normal numbers [c, h, w] of one sample: Box and Muller's from the pixels' words."""
-    found = words(seed, torch.arange(h * w), 4)
+    found = words(seed, torch.arange(h * w, device=device), 4)
     u = 1 - (found[:, 0::2] >> 9) * 2.0**-23
     # 25 bits of the angle: the quadrant, and 23 below, around the quadrant's start.
     quarters = (found[:, 1::2] >> 7) * 2.0**-23 - 0.5
@@ -106,7 +109,7 @@ def augment(
     size = (h, w) if size is None else size
 
     def channels(value: Numbers) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64).expand(c)
+        return torch.tensor(value, dtype=torch.float64, device=images.device).expand(c)
 
     def column(t: Tensor) -> Tensor:
         return t.double()[:, None, None, None]
@@ -121,7 +124,7 @@ def augment(
         return (level * factor + towards * (1 - factor)).clamp(0, 1)
 
     x, y = coordinates(p, (h, w), size)
-    level = torch.zeros(n, c, *size, dtype=torch.float64)
+    level = images.new_zeros(n, c, *size, dtype=torch.float64)
     for dx in (0, 1):
         for dy in (0, 1):
             near_x, near_y = x.floor() + dx, y.floor() + dy
@@ -135,7 +138,7 @@ def augment(
         level = _hue(level, p.hue.double())
     for i in range(n):
         if p.noise[i] != 0:
-            noise = normals(int(p.noise_seed[i]), c, *size) * p.noise[i].double()
+            noise = normals(int(p.noise_seed[i]), c, *size, images.device) * p.noise[i].double()
             level[i] = (level[i] + noise).clamp(0, 1)
     out = (level - channels(mean)[:, None, None]) / channels(std)[:, None, None]
     for i, (top, left, height, width) in enumerate(p.erase.tolist()):

@@ -33,6 +33,6 @@ def dropout(
     shape = x.shape
     if per_channel:
         shape = torch.Size([*x.shape[:2], *(1 for _ in x.shape[2:])])
-    keep = draws(seed, torch.arange(shape.numel())).reshape(shape) < threshold(p)
+    keep = draws(seed, torch.arange(shape.numel(), device=x.device)).reshape(shape) < threshold(p)
     y = x * (keep.to(x.dtype) * (2**32 / max(threshold(p), 1)))
     return y if residual is None else y + residual

@@ -13,21 +13,22 @@ def matrix(
     mode: str,
     align_corners: bool = False,
     dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Return the float64 shares [size_out, size] of one axis, of coordinates in `dtype`.
 
     Nearest modes have float32 coordinates, whatever the dtype.
     """
-    o = torch.arange(size_out)
+    o = torch.arange(size_out, device=device)
     bilinear = mode == "bilinear"
     if size == size_out and mode != "nearest-exact":
-        return torch.eye(size, dtype=torch.float64)
+        return torch.eye(size, dtype=torch.float64, device=device)
     if mode == "nearest" and size_out == 2 * size:
         return torch.nn.functional.one_hot(o // 2, size).double()
     coordinate = dtype if bilinear else torch.float32
 
     def number(value: float) -> Tensor:
-        return torch.tensor(value, dtype=coordinate)
+        return torch.tensor(value, dtype=coordinate, device=device)
 
     step = number(1 / scale) if scale else number(size) / number(size_out)
     if bilinear and align_corners:
@@ -59,7 +60,8 @@ def upsample(
     dtype: in which the coordinates of bilinear sampling are computed.
     """
     rows, columns = (
-        matrix(x.shape[2 + d], size[d], scales[d], mode, align_corners, dtype) for d in range(2)
+        matrix(x.shape[2 + d], size[d], scales[d], mode, align_corners, dtype, x.device)
+        for d in range(2)
     )
     y = rows @ x.double() @ columns.mT
     if skip is None:

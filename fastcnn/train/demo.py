@@ -88,7 +88,7 @@ def loss_of(model: nn.Module, page: Pages) -> Tensor:
     """Cross-entropy of the pixels' classes."""
     with autocast():
         logits = model(page.x)
-    weight = torch.ones(pages.CLASSES)
+    weight = page.x.new_ones(pages.CLASSES)
     weight[0] = PAPER_WEIGHT
     return F.cross_entropy(logits.float(), page.classes, weight=weight)
 
@@ -151,7 +151,7 @@ def step(trained: Trained, page: Pages) -> float:
 
 def train_epoch(both: dict[str, Trained], digits: Digits, generator: torch.Generator) -> None:
     """Pass once over the digits in random order on new pages; the networks take turns."""
-    order = torch.randperm(len(digits.labels), generator=generator)
+    order = torch.randperm(len(digits.labels), generator=generator, device=generator.device)
     steps = steps_an_epoch(digits)
     total = dict.fromkeys(both, 0.0)
     for trained in both.values():

@@ -65,10 +65,10 @@ def lay_out(digits: Digits, generator: torch.Generator) -> Pages:
     ink = _somewhere(ink, generator)
     labels = F.pad(digits.labels, (0, empty))[:, None, None]
     classes = _join(torch.where(ink > INK, labels + 1, 0))
-    dark = 0.4 + 0.2 * torch.rand(n, 1, 1, generator=generator)
-    shades = torch.rand(n, 1, 5, 5, generator=generator)
+    dark = 0.4 + 0.2 * torch.rand(n, 1, 1, generator=generator, device=generator.device)
+    shades = torch.rand(n, 1, 5, 5, generator=generator, device=generator.device)
     paper = 0.6 + 0.4 * F.interpolate(shades, size=(PAGE, PAGE), mode="bilinear")[:, 0]
-    noise = NOISE * torch.randn(n, PAGE, PAGE, generator=generator)
+    noise = NOISE * torch.randn(n, PAGE, PAGE, generator=generator, device=generator.device)
     x = (paper - dark * _join(ink) + noise)[:, None]
     return Pages(x.contiguous(memory_format=torch.channels_last), classes)
 
@@ -91,5 +91,5 @@ def _somewhere(ink: Tensor, generator: torch.Generator) -> Tensor:
     spare = CELL - DIGIT
     # windows (m, 5, 5, 20, 20): all places in a frame of zeros, as views.
     windows = F.pad(ink, (spare,) * 4).unfold(1, CELL, 1).unfold(2, CELL, 1)
-    dy, dx = torch.randint(spare + 1, (2, len(ink)), generator=generator)
-    return windows[torch.arange(len(ink)), dy, dx]
+    dy, dx = torch.randint(spare + 1, (2, len(ink)), generator=generator, device=generator.device)
+    return windows[torch.arange(len(ink), device=ink.device), dy, dx]

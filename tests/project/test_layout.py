@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from support.paths import ROOT
+from torch.utils._device import _device_constructors
 
 import fastcnn
 from fastcnn import _C, functional, info
@@ -128,6 +129,19 @@ def test_imports_run_down() -> None:
         own = module.split(".")[1]
         used = {other.split(".")[1] for other in others if "." in other} - {own}
         assert used <= allowed[own], module
+
+
+def test_tensors_are_made_on_a_named_device() -> None:
+    # Under torch.set_default_device they would be made there. Docstrings are no code.
+    factories = {f.__name__ for f in _device_constructors()}
+    missing = []
+    for path in (ROOT / "fastcnn").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            match call:
+                case ast.Call(ast.Attribute(ast.Name("torch"), name), keywords=keywords):
+                    if name in factories and not {"device", None} & {k.arg for k in keywords}:
+                        missing.append(f"{path.relative_to(ROOT)}:{call.lineno}: torch.{name}")
+    assert not missing
 
 
 def test_sources_are_built() -> None:

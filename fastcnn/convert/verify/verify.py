@@ -222,7 +222,9 @@ def _backward(outputs: Sequence[tuple[str, Tensor]], nudge: int) -> None:
     """
     roots = [y for _, y in outputs if y.requires_grad]
     generator = torch.Generator().manual_seed(_SEED)
-    drawn = [torch.randn(y.shape, generator=generator).bfloat16().to(y) for y in roots]
+    drawn = [
+        torch.randn(y.shape, generator=generator, device="cpu").bfloat16().to(y) for y in roots
+    ]
     drawn = [_nudged(dy, nudge) if dy.dtype is torch.float64 else dy for dy in drawn]
     if roots:
         torch.autograd.backward(roots, drawn)
@@ -248,7 +250,7 @@ def _nudged(value: Tensor, nudge: int) -> Tensor:
     if not nudge:
         return value
     generator = torch.Generator().manual_seed(nudge)
-    signs = torch.rand(value.shape, generator=generator).sub(0.5).sign().to(value)
+    signs = torch.rand(value.shape, generator=generator, device="cpu").sub(0.5).sign().to(value)
     return value + signs * value.abs() * torch.finfo(value.dtype).eps
 
 
