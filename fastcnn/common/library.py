@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, is_legacy_batchedtensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from fastcnn import _C
 from fastcnn.common.checks import check_storage
@@ -230,12 +231,15 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     While compiling, where nothing asks for a gradient, its forward alone: dynamo would inline that
     too, but tells whether there is a ctx by counting the parameters of a signature, see positional.
     """
-    wanted = torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in args
-    )
-    if torch.compiler.is_compiling() and not wanted:
-        return function.forward(*args)
-    return function.apply(*args)
+    if torch.compiler.is_compiling():
+        tensors = [t for t in args if isinstance(t, Tensor)]
+        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return function.apply(*args) if wanted else function.forward(*args)
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    # Function.apply's own way there, without binding the arguments: 12 of 30 us of a chain's.
+    alive = unwrap_dead_wrappers(args)
+    return super(torch.autograd.Function, function).apply(*alive)  # type: ignore[misc]
 
 
 def apply_moving(

@@ -92,17 +92,13 @@ def _sizes_behind(sizes: Sequence[int], steps: Sequence[StepModules]) -> list[in
     """Return the sizes of what steps make of an input."""
     sizes = list(sizes)
     for conv, _, _, pool in steps:
-        kernel, *how = conv.kernel_size, conv.stride, conv.padding, conv.dilation
-        sizes = [sizes[0], conv.out_channels, *_reduced(sizes[2:], kernel, *how)]
+        window: Any = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+        sizes = [sizes[0], conv.out_channels, *output_size(sizes[2:], *window)]
         if pool is not None:
             stride = pool.stride or pool.kernel_size
-            sizes[2:] = _reduced(sizes[2:], pool.kernel_size, stride, pool.padding, 1)
+            how: Any = pool.kernel_size, stride, pool.padding
+            sizes[2:] = output_size(sizes[2:], *(pair("pool", "size", value) for value in how))
     return sizes
-
-
-def _reduced(sizes: Sequence[int], *how: Any) -> list[int]:
-    """Return height and width behind a window of a kernel, stride, padding and dilation."""
-    return output_size(sizes, *(pair("window", "size", value) for value in how))
 
 
 def unlike(

@@ -56,9 +56,11 @@ def _padding_only(
     """Say it of rows and of columns."""
     if x.device.type != "cpu":
         return False, False
-    sides = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    rows, columns = (_reads_padding_only(*side) for side in sides)
-    return rows, columns
+    (h, w), (kh, kw) = x.shape[2:], weight.shape[2:]
+    return (
+        _reads_padding_only(h, kh, stride[0], padding[0], dilation[0]),
+        _reads_padding_only(w, kw, stride[1], padding[1], dilation[1]),
+    )
 
 
 def _reads_padding_only(size: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:

@@ -223,10 +223,10 @@ def saved_blocks(blocks: tuple[BlockSettings, ...], saved: Sequence[Any]) -> lis
         nonlocal first
         steps = SavedSteps(settings, first)
         for s in settings:
-            names = ("weight", "conv_bias", "bn_weight", "bn_bias", "mean", "var")
-            of_step: dict[str, Any] = {name: next(tensors) for name in names}
-            of_step |= {name: next(kept) for name in s.saved()}
-            steps.saved.append(SavedStep(**of_step))
+            step = SavedStep(*(next(tensors) for _ in range(TENSORS)))
+            for name in s.saved():
+                setattr(step, name, next(kept))
+            steps.saved.append(step)
         first += len(settings) * TENSORS
         return steps
 

@@ -115,7 +115,9 @@ def _chain(
         if not isinstance(step, ConvBnActStep):
             raise TypeError(f"{op}: step {i}: expected a ConvBnActStep, got {type(step).__name__}")
         weight, conv_bias = cast(step.weight, dtype), cast(step.conv_bias, dtype)
-        in_type = step._replace(weight=weight, conv_bias=conv_bias)
+        in_type = step
+        if dtype is not None:
+            in_type = step._replace(weight=weight, conv_bias=conv_bias)
         settings, raw, out = check_step(f"{op}: step {i}", in_type, x, sizes, memory)
         values = raw[0] * raw[2] * raw[3]
         found.append(CheckedStep(step, weight, conv_bias, settings, sizes, values))
