@@ -1,6 +1,7 @@
 """Converted modules: a class of its own for each, whose forward runs the fused code.
 
-    m.__class__    class Bottleneck(Converted, torchvision's Bottleneck), made for this m alone
+    type(m)        class Bottleneck(Converted, torchvision's Bottleneck), made for this m alone
+    m.__class__    torchvision's Bottleneck, as it was
     m.__dict__     as it was
 
 so that parameters, buffers, names, hooks, flags and isinstance are what they were, and taking the
@@ -14,7 +15,6 @@ has tied into a cycle is collected as any other.
 """
 
 import copy
-import copyreg
 import functools
 import sys
 import types
@@ -43,6 +43,7 @@ from fastcnn.convert.graph.trace import (
     tracing,
 )
 from fastcnn.convert.options import Options
+from fastcnn.nn.conv_bn_act import own_method
 
 # By module: why its forward is not replaced.
 untraceable: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -123,7 +124,7 @@ class Conversion:
             return -1 if conversion is None or _is_exporting() else conversion._select()
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if not isinstance(self, made_class):  # a copy, to which deepcopy has bound it
+            if not issubclass(type(self), made_class):  # a copy, to which deepcopy has bound it
                 return type(self).forward(self, *args, **kwargs)
             at = select(self.training)
             inputs = bind(required, optional, args, kwargs)
@@ -284,7 +285,7 @@ class LayerConversion:
             return run(x, self) if fits else original.forward(self, x)
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if not isinstance(self, made_class):  # a copy, to which deepcopy has bound it
+            if not issubclass(type(self), made_class):  # a copy, to which deepcopy has bound it
                 return type(self).forward(self, *args, **kwargs)
             inputs = bind(required, optional, args, kwargs)
             if inputs is None or torch.jit._trace.is_tracing() or not fuses():
@@ -308,6 +309,26 @@ class Converted:
 
     _fastcnn_class: type[nn.Module]
     _fastcnn_holder: "Holder"
+
+    def _set_class(self, cls: type[nn.Module]) -> None:
+        """Give the module another class, as parametrizations derive one, and convert it anew."""
+        recipe, holder = self._fastcnn_conversion.recipe(), self._fastcnn_holder
+        _set_type(self, cls)
+        holder.release()
+        convert_copy(recipe, self)
+
+    # What the module was written for: super(self.__class__, self), or a class to derive from.
+    __class__ = property(lambda self: self._fastcnn_class, _set_class)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "forward":  # as accelerate's unwrap_model sets it
+            self._drop_method_of_class()
+
+    def _drop_method_of_class(self: Any) -> None:
+        """Take a forward from the instance that is its class's, and would hide the fused one."""
+        if own_method(self, "forward") is None:
+            self.__dict__.pop("forward", None)
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Keep the classes made here from the registries that original classes may have."""
@@ -339,8 +360,6 @@ class Converted:
         with tracing, as_original([self]):
             make, arguments, *rest = self.__reduce_ex__(protocol)
         state = rest[0] if rest and rest[0] is not None else {}
-        if make is getattr(copyreg, "__newobj__"):  # noqa: B009 # pickle asks that it be of the object's own class
-            make = _new
         return make, arguments, state, None, None, functools.partial(_restore, recipe)
 
     def __prepare_scriptable__(self) -> Any:
@@ -369,26 +388,26 @@ class _MadeClass(type):
 
     _fastcnn_class: type[nn.Module]
 
+    def __new__(cls, name: str, bases: Any, body: dict[str, Any], **options: Any) -> Any:
+        """Derive a class from the original one."""
+        originals = tuple(getattr(base, "_fastcnn_class", base) for base in bases)
+        return types.new_class(name, originals, options, lambda made: made.update(body))
+
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make another module of the original class, as in type(model)(...)."""
         return cls._fastcnn_class(*args, **kwargs)
 
+    def __instancecheck__(cls, instance: Any) -> bool:
+        """Say whether it is of the original class."""
+        return isinstance(instance, cls._fastcnn_class)
 
-# By the classes that others have derived from converted modules' classes: the same of the original.
-_derived: WeakKeyDictionary[type, type] = WeakKeyDictionary()
+
+_set_type: Callable[[Any, type], None] = vars(object)["__class__"].__set__
 
 
 def original_class(module: Any) -> Any:
-    """Return the class that a converted module would have now if it had not been converted.
-
-    It is the original one, or where a parametrization has derived a class since, the same of that.
-    """
-    cls = type(module)
-    if not issubclass(cls, Converted) or "_fastcnn_class" in cls.__dict__:
-        return getattr(cls, "_fastcnn_class", cls)
-    if cls not in _derived:
-        _derived[cls] = type(cls.__name__, (module._fastcnn_class,), dict(cls.__dict__))
-    return _derived[cls]
+    """Return the class that a converted module would have now if it had not been converted."""
+    return getattr(type(module), "_fastcnn_class", type(module))
 
 
 @contextmanager
@@ -396,16 +415,12 @@ def as_original(modules: Sequence[Any]) -> Iterator[None]:
     """Give modules their original classes for a while."""
     changed: list[Any] = [(m, type(m)) for m in modules if isinstance(m, Converted)]
     for module, _ in changed:
-        module.__class__ = original_class(module)
+        _set_type(module, original_class(module))
     try:
         yield
     finally:
         for module, cls in changed:
-            module.__class__ = cls
-
-
-def _new(cls: type, *arguments: Any) -> Any:
-    return cls.__new__(cls, *arguments)
+            _set_type(module, cls)
 
 
 def _restore(recipe: Any, module: Any, state: Any) -> None:
@@ -459,7 +474,8 @@ def _give_class(module: Any, holder: Holder, forward: Callable[..., Any]) -> typ
     kind: Any = type(original)
     # Not by the class's own class, which may keep a list of those that it has made.
     made = type.__new__(_made_class(kind), original.__name__, (marks, original), body)
-    module.__class__ = made
+    _set_type(module, made)
+    made._drop_method_of_class(module)
     return cast(type[nn.Module], made)
 
 
@@ -473,7 +489,7 @@ def _made_class(kind: Hashable) -> Any:
 def discard(module: Any) -> None:
     """Give a converted module its original class, and free what it has run."""
     holder = module._fastcnn_holder
-    module.__class__ = original_class(module)
+    _set_type(module, original_class(module))
     holder.release()
 
 

@@ -1,7 +1,7 @@
 """Chains of convolution, BatchNormAct2d and pooling modules."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -141,9 +141,23 @@ def differs(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None:
     for name in ("forward", "_conv_forward"):
         # By its class or by itself. Parametrizations make a class, too, that changes neither.
         expected = getattr(kind, name, None)
-        if name in module.__dict__ or getattr(type(module), name, None) is not expected:
+        has = own_method(module, name) is not None
+        if has or getattr(type(module), name, None) is not expected:
             return f"a {name} of its own"
     return None
+
+
+def own_method(module: torch.nn.Module, name: str) -> Any:
+    """Return what an instance has in place of its class's method, if it is another.
+
+    accelerate's unwrap_model sets the class's own forward, bound to the instance: that is none.
+    """
+    found = vars(module).get(name)
+    if getattr(found, "__self__", None) is not module:
+        return found
+    # A converted module's are its fused forward and the one that it was written with.
+    methods = [getattr(cls, name, None) for cls in (type(module), module.__class__)]
+    return None if getattr(found, "__func__", found) in methods else found
 
 
 def _step(op: str, step: Step) -> functional.ConvBnActStep:

@@ -604,20 +604,7 @@ class _Ours(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    "keeps",
-    [
-        True,
-        pytest.param(
-            False,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="unwrap_model goes through __wrapped__ to the class's forward, sets it on "
-                "the instance and hides the converted one",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("keeps", [True, False])
 def test_a_model_stays_fused_when_it_is_unwrapped(keeps: bool, x: Tensor) -> None:
     model = convert(prepared(cbr(nn.ReLU())).float())
     oracles.accelerate.state.AcceleratorState._reset_state(True)

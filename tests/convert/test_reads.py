@@ -368,13 +368,6 @@ def test_children_may_have_any_name() -> None:
     assert patterns(model) == ["conv-bn-relu > conv-bn"]
 
 
-def test_a_class_makes_models_of_its_original() -> None:
-    model = convert(cbr(nn.ReLU()))
-    made = type(model)(nn.Linear(2, 3))
-    assert type(made) is nn.Sequential
-    assert made(torch.ones(1, 2)).shape == (1, 3)
-
-
 def test_layers_of_a_traced_forward_keep_their_class() -> None:
     """Quantisation, FLOP counters and others ask `type(m) is nn.BatchNorm2d`."""
     layers = [nn.GroupNorm(2, 4), nn.Dropout(), nn.Upsample(scale_factor=2), nn.BatchNorm2d(4)]

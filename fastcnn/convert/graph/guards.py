@@ -14,6 +14,7 @@ from torch import nn
 from fastcnn import _C
 from fastcnn.convert.graph.layers import NORMS, Layers, class_of
 from fastcnn.convert.graph.reads import MISSING, PLAIN, Reads, Value, is_same, of_class
+from fastcnn.nn.conv_bn_act import own_method
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [
@@ -99,7 +100,7 @@ class Guard:
             if id(value) in self._called and class_of(now) is class_of(value):
                 self._called.add(id(now))
                 self._values[at] = self._values[at]._replace(value=now)
-            elif not is_same(now, value):
+            elif not is_same(now, value) and not _is_method_of_class(holder, name, now, value):
                 return where, _difference(where, value, now)
         at = -1
         while (at := _C.first_of_another_type(self._inner, self._types, at + 1)) >= 0:
@@ -153,8 +154,19 @@ def _inside(layers: Iterable[nn.Module]) -> Iterator[Value]:
 def _machinery_of(module: nn.Module) -> Iterator[Value]:
     """Yield what runs a module, where an instance has it: methods, and where its hooks are."""
     own = module.__dict__
-    for name in (*_METHODS, *_HOOKS, "_modules"):
+    for name in _METHODS:
+        method = own_method(module, name)
+        yield Value(own, name, MISSING if method is None else method, f"{_name(module)}.{name}")
+    for name in (*_HOOKS, "_modules"):
         yield Value(own, name, own.get(name, MISSING), f"{_name(module)}.{name}")
+
+
+def _is_method_of_class(own: dict[str, Any], name: str, now: Any, then: Any) -> bool:
+    """Whether an instance that had no method of its own has one now that is its class's."""
+    module = getattr(now, "__self__", None)
+    if then is not MISSING or not isinstance(module, nn.Module) or vars(module) is not own:
+        return False
+    return own_method(module, name) is None
 
 
 def _options_of(layer: nn.Module, layers: Layers) -> list[Value]:

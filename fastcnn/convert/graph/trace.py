@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from fastcnn.convert.graph.layers import Layers
 from fastcnn.convert.graph.reads import Reads, recorded
 from fastcnn.convert.graph.side_effects import Snapshot
+from fastcnn.nn.conv_bn_act import own_method
 
 # Of a parameter or buffer: all that cannot change without the module changing.
 _FIXED = {"shape", "ndim", "layout"}  # not dtype and device, which .to() changes
@@ -89,7 +90,7 @@ def check_class_runs(module: nn.Module) -> None:
     Raises:
         Untraceable: it has one of its own, which its class, and so ours, does not know.
     """
-    if "forward" in module.__dict__:
+    if own_method(module, "forward") is not None:
         raise Untraceable("has a forward of its own, which its class does not know")
 
 
