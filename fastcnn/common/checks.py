@@ -4,6 +4,7 @@ These checks run before dispatch, so that a mistake is a TypeError or ValueError
 argument, what was expected and what came. Memory is protected once more below, in C++.
 """
 
+import re
 from collections.abc import Collection, Sequence
 
 import torch
@@ -17,8 +18,14 @@ def check_choice(op: str, name: str, value: object, choices: Collection[str]) ->
     """Check that an option is one of several."""
     if not isinstance(value, str) or value not in choices:
         plain = value is None or isinstance(value, (str, int, float))  # a tensor would fill pages
-        got = repr(value) if plain else f"a {type(value).__name__}"
+        got = repr(value) if plain else one_of(type(value))
         raise ValueError(f"{op}: {name}: expected one of {', '.join(choices)}, got {got}")
+
+
+def one_of(cls: type) -> str:
+    """Return a class's name behind its article."""
+    name = cls.__name__
+    return f"an {name}" if re.match("(?!one|unet|uni)[aeiou]", name, re.IGNORECASE) else f"a {name}"
 
 
 def check_flag(op: str, name: str, value: object) -> None:

@@ -16,6 +16,7 @@ has tied into a cycle is collected as any other.
 
 import copy
 import functools
+import itertools
 import sys
 import types
 import warnings
@@ -30,7 +31,7 @@ from torch import Tensor, fx, nn
 
 from fastcnn.common.constant_result import constant_result
 from fastcnn.convert import blame
-from fastcnn.convert.codegen import runtime
+from fastcnn.convert.codegen import fit, runtime
 from fastcnn.convert.fused_forward import FusedForward, trace_and_fuse
 from fastcnn.convert.graph.describe import Left
 from fastcnn.convert.graph.guards import Guard
@@ -52,17 +53,23 @@ untraceable: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 left_alone: WeakKeyDictionary[nn.Module, tuple[Sequence[Left], bool]] = WeakKeyDictionary()
 
 
-class Conversion:
-    """One module with children: a fused forward for each set of training flags met so far.
+MOST_FORWARDS = 8  # as many as torch.compile keeps of one function; a resnet50's take 3.5 MB each
 
-    Traced at once by prepare(), or after attach() when it is called.
+
+class Conversion:
+    """One module with children: a fused forward for each of the last sets of training flags.
+
+    Traced at once by prepare(), or after attach() when it is called. forwards: by number; one that
+    is dropped leaves its number to no other, which torch.compile has asked for.
     """
 
     def __init__(self, name: str, options: Options, leaves: Sequence[str]) -> None:
         self.name, self.options, self.leaves = name, options, tuple(leaves)
-        self.forwards: list[FusedForward] = []
+        self.forwards: dict[int, FusedForward] = {}
+        self._numbers, self._used = itertools.count(), dict[int, int]()  # by number: at which call
+        self._calls = itertools.count()
         self._without: dict[tuple[bool, ...], str] = {}  # flags, and why it has no trace with them
-        self._warned: set[str] = set()
+        self._warned: set[Hashable] = set()
         self._module: Any = None
 
     def attach(self, module: nn.Module, _: Layers) -> None:
@@ -96,7 +103,7 @@ class Conversion:
 
     def fuses(self) -> bool:
         """Whether any forward made so far has a pattern."""
-        return any(made.patterns for made in self.forwards)
+        return any(made.patterns for made in self.forwards.values())
 
     def in_infer(self) -> bool:
         """Whether mode="infer" would fuse convolutions that no forward made so far does."""
@@ -108,7 +115,7 @@ class Conversion:
         And whether a pattern has a part in them.
         """
         found: dict[str, bool] = {}
-        for made in self.forwards:
+        for made in self.forwards.values():
             found |= {path: fuses or found.get(path, False) for path, fuses in made.opened.items()}
         return found
 
@@ -175,7 +182,7 @@ class Conversion:
 
     def changed(self) -> str | None:
         """Say what has changed since the conversion, if anything."""
-        found = filter(None, (made.guard.changed() for made in self.forwards))
+        found = filter(None, (made.guard.changed() for made in tuple(self.forwards.values())))
         return next((why for _, why in found), None)
 
     def holds(self) -> bool:
@@ -187,14 +194,14 @@ class Conversion:
         changed = None if at < 0 else self.forwards[at].guard.changed()
         if changed is None:
             return at
-        where, why = changed
-        if warn and where not in self._warned:
-            self._warned.add(where)
+        what, why = changed
+        if warn and what not in self._warned:
+            self._warned.add(what)
             name = self.name or "the model"
             warnings.warn(
                 f"fastcnn.convert: {name} has changed since it was converted ({why}): it runs as "
                 f"written, its children by themselves; convert it again",
-                stacklevel=3,
+                stacklevel=fit.caller_level(),
             )
         return -1
 
@@ -209,23 +216,25 @@ class Conversion:
 
     def _known(self) -> int | None:
         """Return it if it is known, -1 where there is none."""
-        for at, made in enumerate(self.forwards):
+        for at, made in tuple(self.forwards.items()):
             if made.is_for_flags():
+                self._used[at] = next(self._calls)
                 return at
         return -1 if self._without and self._flags() in self._without else None
 
     def _made(self, layers: Layers) -> int:
         try:
-            self._add(layers)
+            return self._add(layers)
         except Untraceable as error:
+            if len(self._without) == MOST_FORWARDS:
+                del self._without[next(iter(self._without))]
             self._without[self._flags()] = str(error)
             return -1
-        return len(self.forwards) - 1
 
     def _flags(self) -> tuple[bool, ...]:
         return tuple([m.training for m in self._module().modules()])
 
-    def _add(self, layers: Layers) -> None:
+    def _add(self, layers: Layers) -> int:
         module = self._module()
         try:
             leaves = {module.get_submodule(path) for path in self.leaves}
@@ -236,7 +245,13 @@ class Conversion:
         changed = made.guard.changed()
         if changed is not None:
             raise Untraceable(f"what it reads is another thing at each call: {changed[1]}")
-        self.forwards.append(made)
+        if len(self.forwards) == MOST_FORWARDS:
+            oldest = min(self.forwards, key=self._used.__getitem__)
+            del self.forwards[oldest], self._used[oldest]
+        at = next(self._numbers)
+        self._used[at] = next(self._calls)
+        self.forwards[at] = made
+        return at
 
 
 class LayerConversion:

@@ -111,7 +111,7 @@ def test_hooks_on_an_identity_run(x: Tensor) -> None:
     model = convert(prepared(net(lambda m, x: m.head(fused(m, x)), head=nn.Identity())))
     seen: list[Any] = []
     model.head.register_forward_hook(lambda *_: seen.append(1))
-    with pytest.warns(UserWarning, match="a Identity has hooks"):
+    with pytest.warns(UserWarning, match="an Identity has hooks"):
         model(x)
     assert seen
 

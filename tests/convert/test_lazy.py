@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.conversion_cases import Branch, bn, cbr, net
 from support.conversions import images, prepared
 from support.tolerance import assert_same
@@ -38,9 +39,9 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
 def test_a_part_is_traced_when_it_is_called() -> None:
     model = convert(nn.Sequential(cbr(nn.ReLU()), nn.Sequential(cbr(nn.ReLU()))))
     assert len(conversion(model).forwards) == 1
-    assert [conversion(model[i]).forwards for i in (0, 1)] == [[], []]
+    assert [conversion(model[i]).forwards for i in (0, 1)] == [{}, {}]
     model(images(2, 4, 8, 8).float())
-    assert conversion(model[1]).forwards == []
+    assert conversion(model[1]).forwards == {}
     model[1](images(2, 4, 8, 8).float())
     assert [call.words for call in conversion(model[1]).forwards[0].patterns] == ["conv-bn-relu"]
 
@@ -106,6 +107,36 @@ def test_what_convert_asks_of_layers_is_no_read(layer: str, name: str, value: An
         warnings.simplefilter("error")
         copied(x)
     assert conversion(copied).holds()
+
+
+@pytest.mark.filterwarnings("ignore")  # in torch.compile's own code
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_few_of_many_sets_of_training_flags_are_kept(mode: Any) -> None:
+    """As a random freeze of layers makes them: those called last stay, and all others come back."""
+    drops = {f"drop{i}": nn.Dropout(1.0) for i in range(4)}
+
+    def run(m: Any, x: torch.Tensor) -> list[torch.Tensor]:
+        y = m.relu(m.bn(m.conv(x)))
+        return [y, *(F.dropout(y, 1.0, getattr(m, name).training) for name in drops)]
+
+    model: Any = prepared(net(run, **drops)).eval()
+    eager = copy.deepcopy(model)
+    compiled, x = torch.compile(convert(model, mode=mode), backend="eager"), images(2, 4, 5, 5)
+    flags = [[bool(i >> bit & 1) for bit in range(4)] for i in range(16)]
+    kept: list[Any] = []
+    with torch.no_grad():
+        for i in [*range(16), 15, 14, 0, 14, 3]:
+            for m in (model, eager):
+                for name, flag in zip(drops, flags[i], strict=True):
+                    getattr(m, name).training = flag
+            assert_same(model(x), eager(x))
+            assert len(conversion(model).forwards) <= converted.MOST_FORWARDS
+            kept.append(conversion(model).current())
+            if i in (0, 15, 3):
+                assert_same(compiled(x), eager(x))
+    assert kept[16] is kept[15]
+    assert kept[17] is kept[19] is kept[14]
+    assert kept[18] is not kept[0]
 
 
 def test_other_threads_run_models_of_pytorch_meanwhile() -> None:

@@ -3,6 +3,7 @@
 import copy
 import enum
 import functools
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from support.tolerance import assert_same
 from torch import Tensor, nn
 
 from fastcnn import convert
+from fastcnn.common.checks import one_of
 from fastcnn.convert.converted import Converted
 
 
@@ -329,6 +331,31 @@ def test_what_was_read_and_changes_at_each_step_warns_once() -> None:
             model(images(2, 4, 5, 5))
     assert len(caught) == 1
     assert len(str(caught[0].message)) < 400
+
+
+def test_each_change_of_each_module_warns_at_the_line_of_the_call() -> None:
+    """Two blocks of one class, and two attributes of one."""
+    model: Any = prepared(nn.Sequential(Reader(), Reader())).eval()
+    convert(model)
+    x = images(2, 4, 5, 5)
+    lines = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for block, name in ((model[0], "half"), (model[1], "half"), (model[1], "type")):
+            value = getattr(block, name)
+            setattr(block, name, 2.0)
+            for _ in range(2):
+                model(x)
+                lines.append(sys._getframe().f_lineno - 1)
+            setattr(block, name, value)
+    ours = [w for w in caught if "the model has changed" in str(w.message)]
+    assert [(w.filename, w.lineno) for w in ours] == [(__file__, line) for line in lines[::2]]
+
+
+def test_articles_are_those_of_speech() -> None:
+    names = "Identity", "Upsample", "Conv2d", "UNet", "OneHot", "ELU"
+    said = [one_of(type(name, (), {})) for name in names]
+    assert said == ["an Identity", "an Upsample", "a Conv2d", "a UNet", "a OneHot", "an ELU"]
 
 
 def test_a_forward_of_an_instance_s_own_is_traced_by_its_parent() -> None:

@@ -4,6 +4,7 @@ Of a call by a module `notes` holds the reason, of a function a warning; with an
 is an error.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastcnn import _C
 from fastcnn.common.autocast import autocast_dtype, cast_dtype
-from fastcnn.common.checks import FLOATS, memory_format_of
+from fastcnn.common.checks import FLOATS, memory_format_of, one_of
 from fastcnn.common.conv_geometry import output_size, pair
 from fastcnn.convert.options import Options
 
@@ -37,10 +38,9 @@ _is_wrapper: Callable[[Any], bool] = is_traceable_wrapper_subclass
 def unfit(x: Any, options: Options, dims: int | None = 4) -> str | None:
     """Say why there is no kernel for an input, if so; dims: how many it must have, if it must."""
     if not isinstance(x, Tensor):
-        return f"its input is a {type(x).__name__}"
-    kind = type(x)
-    if kind is not Tensor and _is_wrapper(x):  # as DTensor
-        return f"its input is a {kind.__name__}"
+        return f"its input is {one_of(type(x))}"
+    if type(x) is not Tensor and _is_wrapper(x):  # as DTensor
+        return f"its input is {one_of(type(x))}"
     if not torch.compiler.is_compiling() and _is_transformed():
         return "torch.func.vmap or forward-mode differentiation is on"
     if dims is not None and x.dim() != dims:
@@ -109,7 +109,7 @@ def unlike(
     sizes: that it must have, if it must. dtype: what autocast casts both to, if it does.
     """
     if not isinstance(t, Tensor):
-        return f"what is added is a {type(t).__name__}"
+        return f"what is added is {one_of(type(t))}"
     if sizes is not None and list(t.shape) != list(sizes):
         return f"what is added has sizes {list(t.shape)} beside {list(sizes)}"
     if t.dim() != 4 or t.device != x.device:
@@ -153,5 +153,17 @@ def refuse(module: nn.Module | None, why: str, options: Options) -> None:
         _said.add(kind)
         warnings.warn(
             f"fastcnn.convert: an interpolate or a dropout runs as PyTorch's, since {why}",
-            stacklevel=4,
+            stacklevel=caller_level(),
         )
+
+
+def caller_level() -> int:
+    """Return the stacklevel, for who asks, of the code that has called a converted module.
+
+    Between them is PyTorch's code, and that of convert, whose fused forwards have no module.
+    """
+    level, frame = 1, sys._getframe(1)
+    between = ("torch.", "fastcnn.convert.")
+    while frame.f_back and frame.f_globals.get("__name__", between[1]).startswith(between):
+        level, frame = level + 1, frame.f_back
+    return level

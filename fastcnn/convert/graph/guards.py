@@ -6,12 +6,13 @@ opened. If any of this is different at a call, the forward runs as written.
 """
 
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from fastcnn import _C
+from fastcnn.common.checks import one_of
 from fastcnn.convert.graph.layers import NORMS, Layers, class_of
 from fastcnn.convert.graph.reads import MISSING, PLAIN, Reads, Value, is_same, of_class
 from fastcnn.nn.conv_bn_act import own_method
@@ -85,14 +86,14 @@ class Guard:
         guard._values += [*_inside([module]), *_options_of(module, layers)]
         return guard
 
-    def changed(self) -> tuple[str, str] | None:
-        """Return where something is no longer as it was traced, and say what, if anything."""
+    def changed(self) -> tuple[Hashable, str] | None:
+        """Return what is no longer as it was traced, each attribute another, and say it, if any."""
         if any(_GLOBAL_HOOKS):
-            return "", "hooks on all modules are registered"
+            return "hooks", "hooks on all modules are registered"
         at = _C.first_filled(self._hooks)
         if at >= 0:
-            name = _name(self._inner[at // len(_HOOKS)])
-            return name, f"a {name} has hooks now"
+            module = self._inner[at // len(_HOOKS)]
+            return (id(module), "hooks"), f"{one_of(type(module))} has hooks now"
         at = -1
         while (at := _C.first_changed(self._values, MISSING, at + 1)) >= 0:
             holder, name, value, where = self._values[at]
@@ -101,27 +102,26 @@ class Guard:
                 self._called.add(id(now))
                 self._values[at] = self._values[at]._replace(value=now)
             elif not is_same(now, value) and not _is_method_of_class(holder, name, now, value):
-                return where, _difference(where, value, now)
+                return (id(holder), name), _difference(where, value, now)
         at = -1
         while (at := _C.first_of_another_type(self._inner, self._types, at + 1)) >= 0:
             module, cls = self._inner[at], self._classes[at]
             if class_of(module) is not cls:
-                return cls.__name__, f"a {cls.__name__} has another class now"
+                return (id(module), "class"), f"{one_of(cls)} has another class now"
             self._types[at] = type(module)
         for cls, name, value in self._of_classes:
             now = of_class(cls, name)
             if now is not value and not is_same(now, value):
-                where = f"{cls.__name__}.{name}"
-                return where, _difference(where, value, now)
+                return (cls, name), _difference(f"{cls.__name__}.{name}", value, now)
         for holder, name, none, where in self._nones:
             if (holder.get(name) is None) is not none:
-                return where, f"{where} is {'a tensor' if none else 'None'} now"
+                return (id(holder), name), f"{where} is {'a tensor' if none else 'None'} now"
         for cls, name, method in self._methods:
             if vars(cls).get(name) is not method:
-                return cls.__name__, f"{cls.__name__} has another {name} now"
+                return (cls, name), f"{cls.__name__} has another {name} now"
         for holder, names, where in self._children:
             if tuple(holder) != names:
-                return where, f"{where} has other children now"
+                return (id(holder), names), f"{where} has other children now"
         return None
 
 
@@ -134,6 +134,7 @@ def compared_compiled(
     """
     kinds = [m for m in consumed if layers[m].kind in _COMPARED_COMPILED]
     values = [(module, name, value) for (module, name), value in reads.plain.items()]
+    values += [(module, "training", module.training) for module in reads.flags]
     for m in kinds:
         own = _options_of(m, layers)
         values += [(m, name, value) for _, name, value, _ in own if isinstance(value, PLAIN)]
