@@ -65,9 +65,9 @@ def convert(
 
     Raises:
         TypeError: a model that is no Module, or a ScriptModule; a strict that is no bool.
-        ValueError: an unknown mode, backend or memory; a backend that this build does not have;
-            with strict=True, what was not converted, as report's table; the model is then left as
-            it was.
+        ValueError: an unknown mode, backend or memory; a backend that this build does not have; a
+            lazy layer, as nn.LazyConv2d, that has not seen a batch yet; with strict=True, what was
+            not converted, as report's table; the model is then left as it was.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))

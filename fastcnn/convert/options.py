@@ -4,7 +4,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from fastcnn.common.checks import one_of
 from fastcnn.ops.conv_bn_act.step import Memory
 
 
@@ -30,6 +32,20 @@ def check_module(function: str, model: Any, scripted: bool = False) -> None:
         elif isinstance(model, type) and issubclass(model, nn.Module):
             got = f"the class {model.__name__}: make a model of it first, {model.__name__}(...)"
         raise TypeError(f"{function}: model: expected a torch.nn.Module, got {got}")
+    if not scripted:
+        _check_initialized(function, model)
+
+
+def _check_initialized(function: str, model: nn.Module) -> None:
+    """Check that no parameter or buffer waits for a first input, as those of nn.LazyConv2d do."""
+    for path, module in model.named_modules():
+        own = (*module._parameters.values(), *module._buffers.values())
+        if any(map(is_lazy, own)):
+            name = f"{one_of(type(module))} {path and f'({path}) '}"
+            raise ValueError(
+                f"{function}: model: expected parameters that have their sizes, got {name}whose "
+                f"first input gives them: call the model with a batch first"
+            )
 
 
 def check_inputs(function: str, x: Any) -> tuple[Any, ...]:

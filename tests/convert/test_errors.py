@@ -30,6 +30,20 @@ def test_a_class_is_no_model() -> None:
         convert(nn.ReLU)
 
 
+@pytest.mark.parametrize("call", [convert, report, lambda m: verify(m, images(2, 4, 8, 8))])
+def test_layers_that_have_no_sizes_yet(call: Callable[[Any], Any]) -> None:
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU())
+    model = nn.Sequential(cbr(), lazy)
+    words = r"expected parameters .* sizes, got a LazyConv2d \(1\.0\) whose .* with a batch first"
+    with pytest.raises(ValueError, match=words):
+        call(model)
+    assert not any(isinstance(m, Converted) for m in revert(model).modules())
+    model(images(2, 4, 8, 8).float())
+    assert patterns(convert(model)) == ["conv-bn > conv-bn-relu"]
+    with pytest.raises(ValueError, match=r"got a LazyConv2d whose"):
+        call(nn.LazyConv2d(4, 3))
+
+
 def test_a_backend_that_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "HAS_CUDA", False)
     with pytest.raises(
