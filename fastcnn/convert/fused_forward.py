@@ -78,7 +78,9 @@ def trace_and_fuse(
         function_of(graph, name or type(module).__name__),
         [(weakref.ref(m), m.training) for m in reads.flags],
         Guard(opened, consumed, reads, layers),
-        comparison_of(*compared_compiled(consumed, reads, layers), paths, f"comparison of {name}"),
+        comparison_of(
+            compared_compiled(opened, consumed, reads, layers), paths, f"comparison of {name}"
+        ),
         original,
         graph,
         calls,

@@ -18,6 +18,7 @@ from support.conversions import images, patterns, prepared, results
 from support.oracles import timm
 from support.tolerance import assert_same
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from fastcnn import convert
 from fastcnn.common.checks import one_of
@@ -143,6 +144,27 @@ def test_a_change_of_the_class_takes_effect(change: str, monkeypatch: pytest.Mon
     x = images(2, 4, 5, 5)
     with pytest.warns(UserWarning, match="has changed since it was converted"):
         assert_same(results(model, x), results(eager, x))
+
+
+@pytest.mark.slow  # each is compiled twice
+@pytest.mark.filterwarnings("ignore")  # in torch.compile's own code, and "has changed"
+@pytest.mark.parametrize("name", [*CHANGES, "the class's value", "the class's dictionary"])
+def test_a_change_is_seen_by_compiled_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile takes the comparison's answer for a constant: it has to see what changes."""
+    model, eager = _pair()
+    model.eval(), eager.eval()
+    graphs, x = CompileCounter(), images(2, 4, 5, 5)
+    compiled = torch.compile(convert(model), backend=graphs, fullgraph=True)
+    for _ in range(2):
+        assert_same(compiled(x), eager(x))
+    assert graphs.frame_count == 1
+    if name == "the class's value":
+        monkeypatch.setattr(Reader, "doubles", True)
+    elif name == "the class's dictionary":
+        monkeypatch.setitem(Reader.shared, "scale", 3.0)
+    else:
+        CHANGES[name](model), CHANGES[name](eager)
+    assert_same(compiled(x), eager(x))
 
 
 def test_hooks_in_a_new_dictionary_run() -> None:

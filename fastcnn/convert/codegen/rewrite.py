@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from fastcnn.convert.codegen import fit, runtime
 from fastcnn.convert.codegen.folded import Kept, folded_chain, folded_upsampled_chain
-from fastcnn.convert.graph.guards import has_hooks
+from fastcnn.convert.graph.guards import Compared, has_hooks
 from fastcnn.convert.graph.layers import Layers
 from fastcnn.convert.graph.matcher import Matcher
 from fastcnn.convert.graph.patterns import (
@@ -179,36 +179,38 @@ class _Emitter:
 
 
 def comparison_of(
-    kinds: Iterable[nn.Module],
-    attributes: Iterable[tuple[nn.Module, str, Any]],
-    paths: dict[nn.Module, str],
-    name: str,
+    compared: Iterable[Compared], paths: dict[nn.Module, str], name: str
 ) -> Callable[[Any], bool]:
     """Return a function that compares a module's parts with what they are now, in plain Python.
 
     For torch.compile, which takes what the guard says for a constant: so it compiles anew where one
-    of these classes or attributes changes.
+    of these changes.
     """
     values: dict[str, Any] = {}
     lines = ["def holds(self):"]
-
-    def compare(found: str, value: Any, how: str) -> None:
-        values[f"value_{len(values)}"] = value
-        lines.append(f"    if not ({found} {how} value_{len(values) - 1}): return False")
-
-    for module in kinds:  # its own class, which it may get a converted one for
-        found = _path_of(paths[module])
-        compare(f"getattr(type({found}), '_fastcnn_class', type({found}))", type(module), "is")
-    for module, attribute, value in attributes:
-        if module in paths:
-            compare(_path_of(paths[module], attribute), value, "==")
+    for at, (module, attribute, how, value) in enumerate(compared):
+        if module not in paths:
+            continue
+        values[f"value_{at}"] = value
+        base, found = paths[module], _path_of(paths[module], attribute)
+        now = {
+            # Its own class, which it may get a converted one for.
+            "class": f"getattr(type({found}), '_fastcnn_class', type({found}))",
+            "equal": found,
+            "is None": f"({found} is None)",
+            "has": f"hasattr({_path_of(base)}, {''.join(attribute)!r})",
+            "children": f"tuple({found}._modules.keys())",
+        }[how]
+        lines.append(
+            f"    if {now} {'is not' if how == 'class' else '!='} value_{at}: return False"
+        )
     return _function("holds", "\n".join([*lines, "    return True"]), values, name)
 
 
-def _path_of(path: str, attribute: str = "", base: str = "self") -> str:
+def _path_of(path: str, attribute: Sequence[str] = (), base: str = "self") -> str:
     """Return code that gets a module by its path from a base, or an attribute of it."""
     found = base
-    for part in (*filter(None, path.split(".")), *filter(None, [attribute])):
+    for part in (*filter(None, path.split(".")), *attribute):
         plain = part.isidentifier() and not keyword.iskeyword(part)
         found = f"{found}.{part}" if plain else f"getattr({found}, {part!r})"
     return found
@@ -222,7 +224,7 @@ def function_of(graph: fx.Graph, name: str) -> Callable[..., Any]:
     """
     # torch.fx would write a child called "global" as self.global.
     with patch.object(
-        torch.fx.graph, "_format_target", lambda base, path: _path_of(path, "", base)
+        torch.fx.graph, "_format_target", lambda base, path: _path_of(path, (), base)
     ):
         code = graph.python_code("self")
     values = {name: v.given_up() if isinstance(v, Kept) else v for name, v in code.globals.items()}

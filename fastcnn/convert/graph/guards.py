@@ -6,15 +6,25 @@ opened. If any of this is different at a call, the forward runs as written.
 """
 
 import reprlib
+import types
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from fastcnn import _C
 from fastcnn.common.checks import one_of
 from fastcnn.convert.graph.layers import NORMS, Layers, class_of
-from fastcnn.convert.graph.reads import MISSING, PLAIN, Reads, Value, is_same, of_class
+from fastcnn.convert.graph.reads import (
+    _DEPTH,
+    MISSING,
+    Reads,
+    Value,
+    _is_helper,
+    _is_plain,
+    is_same,
+    of_class,
+)
 from fastcnn.nn.conv_bn_act import own_method
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -125,20 +135,81 @@ class Guard:
         return None
 
 
-def compared_compiled(
-    consumed: Iterable[nn.Module], reads: Reads, layers: Layers
-) -> tuple[list[nn.Module], list[tuple[nn.Module, str, Any]]]:
-    """Return what torch.compile has to see compared, as it keeps a guard's answer.
+class Compared(NamedTuple):
+    """What torch.compile has to see compared, as it keeps a guard's answer.
 
-    The modules whose classes are to be those of now, and modules' attributes with their values.
+    attribute: of a module, and of what that is. how: what is asked of it: "class", "equal" (to the
+    value), "is None", "has" (the module none of that name), "children" (their names). value: the
+    answer.
     """
-    kinds = [m for m in consumed if layers[m].kind in _COMPARED_COMPILED]
-    values = [(module, name, value) for (module, name), value in reads.plain.items()]
-    values += [(module, "training", module.training) for module in reads.flags]
-    for m in kinds:
-        own = _options_of(m, layers)
-        values += [(m, name, value) for _, name, value, _ in own if isinstance(value, PLAIN)]
-    return kinds, values
+
+    module: nn.Module
+    attribute: tuple[str, ...]
+    how: str
+    value: Any
+
+
+def compared_compiled(
+    opened: Sequence[nn.Module], consumed: Iterable[nn.Module], reads: Reads, layers: Layers
+) -> Iterator[Compared]:
+    """Yield what torch.compile is to see: what it would have seen in the forward as written.
+
+    It compares what it has met: all of a plain value, the function or class that another one is.
+    """
+    consumed = list(consumed)
+    for m in reads.flags:
+        yield Compared(m, ("training",), "equal", m.training)
+    for m, names in reads.children.items():
+        yield Compared(m, (), "children", names)
+    for m in consumed:
+        if layers[m].kind in _COMPARED_COMPILED:
+            yield Compared(m, (), "class", type(m))
+            for _, name, value, _ in _options_of(m, layers):
+                if _is_plain(value):
+                    yield Compared(m, (name,), "equal", value)
+    for m in (*opened[1:], *consumed):
+        for name in _METHODS:
+            if hasattr(m, name):
+                yield Compared(m, (name,), "is None", False)
+    # By the dictionaries that are read, what has them. An attribute of a class is one of a module.
+    holders = {id(vars(m)): (m, tuple[str, ...]()) for m in reads.asked}
+    tensors = {id(d): m for m in reads.asked for d in (m._parameters, m._buffers)}
+    children = {id(m._modules): m for m in reads.asked}
+    for holder, name, none, _ in reads.nones.values():
+        if id(holder) in tensors:
+            yield Compared(tensors[id(holder)], (name,), "is None", none)
+    for holder, name, value, _ in reads.values.values():
+        if id(holder) in children and value is not MISSING:
+            yield Compared(children[id(holder)], (name,), "is None", value is None)
+        if id(holder) not in holders:
+            continue
+        module, attribute = holders[id(holder)][0], (*holders[id(holder)][1], name)
+        found = of_class(class_of(module), name) if value is MISSING else value
+        if found is MISSING:
+            yield from [] if hasattr(module, name) else [Compared(module, attribute, "has", False)]
+        elif _is_plain(found):
+            yield Compared(module, attribute, "equal", found)
+        elif value is not MISSING or _is_kept(found):
+            yield Compared(module, attribute, "is None", False)
+            _add_helpers(holders, found, module, attribute)
+
+
+def _is_kept(found: Any) -> bool:
+    """Whether asking an instance for what its class has computes nothing, as a property does."""
+    return isinstance(found, types.FunctionType) or not hasattr(type(found), "__get__")
+
+
+def _add_helpers(
+    holders: dict[int, tuple[nn.Module, tuple[str, ...]]],
+    value: Any,
+    module: nn.Module,
+    attribute: tuple[str, ...],
+) -> None:
+    """Add the attributes of an object that is an attribute of a module, as Reads notes them."""
+    if len(attribute) <= _DEPTH and _is_helper(value):
+        holders[id(vars(value))] = module, attribute
+        for name, one in vars(value).items():
+            _add_helpers(holders, one, module, (*attribute, name))
 
 
 def _name(module: nn.Module) -> str:

@@ -54,8 +54,7 @@ class Reads:
     values: of instances, by dictionary and name. of_classes: of their classes. nones: whether a
     parameter or buffer was None. children: their names, of modules that were asked for all of them.
     flags: the modules whose `training` was read. asked: whose attributes were. entered: whose
-    forward was called by its name. made: by the forward itself, of which nothing is noted. plain:
-    which values torch.compile compares, by module.
+    forward was called by its name. made: by the forward itself, of which nothing is noted.
     """
 
     def __init__(self) -> None:
@@ -66,7 +65,6 @@ class Reads:
         self.asked: set[nn.Module] = set()
         self.entered: dict[nn.Module, None] = {}
         self.made: set[nn.Module] = set()
-        self.plain: dict[tuple[nn.Module, str], Any] = {}
         self.flags: dict[nn.Module, None] = {}
 
     def note(self, module: nn.Module, name: str) -> None:
@@ -77,8 +75,7 @@ class Reads:
         own, cls = object.__getattribute__(module, "__dict__"), class_of(module)
         where = f"{cls.__name__}.{name}"
         if name in own:
-            if self._note(own, name, own[name], where) and isinstance(own[name], PLAIN):
-                self.plain[module, name] = own[name]
+            self._note(own, name, own[name], where)
             return
         found, children = of_class(cls, name), own.get("_modules", {})
         if found is MISSING:
@@ -114,13 +111,11 @@ class Reads:
             if name not in _QUIET and name not in ("training", "_modules"):
                 self.note(module, name)
 
-    def _note(self, holder: dict[str, Any], name: str, value: Any, where: str) -> bool:
+    def _note(self, holder: dict[str, Any], name: str, value: Any, where: str) -> None:
         """Note a value where it is the first of that name, and what is in it."""
-        if (id(holder), name) in self.values:
-            return False
-        self.values[id(holder), name] = Value(holder, name, copied(value), where)
-        self._note_inside(value, where, _DEPTH)
-        return True
+        if (id(holder), name) not in self.values:
+            self.values[id(holder), name] = Value(holder, name, copied(value), where)
+            self._note_inside(value, where, _DEPTH)
 
     def _note_inside(self, value: Any, where: str, depth: int) -> None:
         if depth == 0 or not _is_helper(value):
