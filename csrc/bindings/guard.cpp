@@ -18,12 +18,17 @@ Py_ssize_t first_changed(const pybind11::list& values, const pybind11::object& m
   return -1;
 }
 
-Py_ssize_t first_filled(const pybind11::list& dictionaries) {
-  const Py_ssize_t count = PyList_Size(dictionaries.ptr());
+Py_ssize_t first_filled(const pybind11::list& dictionaries, const pybind11::tuple& names) {
+  const Py_ssize_t count = PyList_Size(dictionaries.ptr()), wide = PyTuple_Size(names.ptr());
   for (Py_ssize_t at = 0; at < count; ++at) {
-    const Py_ssize_t size = PyDict_Size(PyList_GetItem(dictionaries.ptr(), at));
-    if (size < 0) throw pybind11::error_already_set();
-    if (size > 0) return at;
+    PyObject* holder = PyList_GetItem(dictionaries.ptr(), at);
+    for (Py_ssize_t i = 0; i < wide; ++i) {
+      PyObject* inner = PyDict_GetItemWithError(holder, PyTuple_GetItem(names.ptr(), i));
+      if (inner == nullptr && PyErr_Occurred() == nullptr) return at;
+      const Py_ssize_t size = inner == nullptr ? -1 : PyDict_Size(inner);
+      if (size < 0) throw pybind11::error_already_set();
+      if (size > 0) return at;
+    }
   }
   return -1;
 }

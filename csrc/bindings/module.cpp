@@ -49,7 +49,8 @@ PYBIND11_MODULE(_C, m) {
         "The first of the tuples (dictionary, name, value, ...) whose dictionary has another "
         "object of that name; -1 if none.");
   m.def("first_filled", &fastcnn::first_filled, pybind11::arg("dictionaries"),
-        "The first dictionary that is not empty; -1 if none.");
+        pybind11::arg("names"),
+        "The first dictionary with no empty dictionary under one of the names; -1 if none.");
   m.def("first_of_another_type", &fastcnn::first_of_another_type, pybind11::arg("objects"),
         pybind11::arg("types"), pybind11::arg("start"),
         "The first object that is not of its type; -1 if none.");

@@ -67,9 +67,13 @@ class Guard:
         consumed = list(consumed)
         inner = [*opened[1:], *consumed]
         self._inner = inner
-        self._hooks = [getattr(m, name) for m in inner for name in _HOOKS]
+        self._own = [vars(m) for m in inner]
         self._values = [*reads.values.values(), *_inside(consumed)]
-        self._values += [value for m in inner for value in _machinery_of(m)]
+        self._values += [value for m in inner for value in _methods_of(m)]
+        holders = [*opened[1:], *(m for m in consumed if m._modules)]
+        self._values += [
+            Value(vars(m), "_modules", m._modules, f"{_name(m)}._modules") for m in holders
+        ]
         fixed = {*opened, *consumed, *reads.asked}  # others are called: one of their class will do
         modules = [v.value for v in self._values if isinstance(v.value, nn.Module)]
         self._called = {id(m) for m in modules if m not in fixed}
@@ -100,9 +104,9 @@ class Guard:
         """Return what is no longer as it was traced, each attribute another, and say it, if any."""
         if any(_GLOBAL_HOOKS):
             return "hooks", "hooks on all modules are registered"
-        at = _C.first_filled(self._hooks)
+        at = _C.first_filled(self._own, _HOOKS)
         if at >= 0:
-            module = self._inner[at // len(_HOOKS)]
+            module = self._inner[at]
             return (id(module), "hooks"), f"{one_of(type(module))} has hooks now"
         at = -1
         while (at := _C.first_changed(self._values, MISSING, at + 1)) >= 0:
@@ -223,14 +227,13 @@ def _inside(layers: Iterable[nn.Module]) -> Iterator[Value]:
             yield Value(m._modules, name, child, f"{_name(m)}.{name}")
 
 
-def _machinery_of(module: nn.Module) -> Iterator[Value]:
-    """Yield what runs a module, where an instance has it: methods, and where its hooks are."""
-    own = module.__dict__
+def _methods_of(module: nn.Module) -> Iterator[Value]:
+    """Yield the methods that run a module, of which an instance may have its own."""
     for name in _METHODS:
-        method = own_method(module, name)
-        yield Value(own, name, MISSING if method is None else method, f"{_name(module)}.{name}")
-    for name in (*_HOOKS, "_modules"):
-        yield Value(own, name, own.get(name, MISSING), f"{_name(module)}.{name}")
+        if hasattr(type(module), name):
+            own = own_method(module, name)
+            then = MISSING if own is None else own
+            yield Value(vars(module), name, then, f"{_name(module)}.{name}")
 
 
 def _is_method_of_class(own: dict[str, Any], name: str, now: Any, then: Any) -> bool:
