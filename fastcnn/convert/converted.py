@@ -107,7 +107,7 @@ class Conversion:
 
     def in_infer(self) -> bool:
         """Whether mode="infer" would fuse convolutions that no forward made so far does."""
-        return any(made.in_infer for made in self.forwards)
+        return any(made.in_infer for made in self.forwards.values())
 
     def opened(self) -> dict[str, bool]:
         """Return the paths of modules that are part of a forward made so far.
@@ -142,7 +142,9 @@ class Conversion:
                 or (alone and _is_replica(self))
             ):
                 return original.forward(self, *args, **kwargs)
-            made = holder.conversion.forwards[at]
+            made = holder.conversion.forwards.get(at)
+            if made is None:  # dropped by other threads' calls meanwhile
+                return original.forward(self, *args, **kwargs)
             if torch.compiler.is_compiling():
                 if not made.holds(self):
                     return original.forward(self, *args, **kwargs)

@@ -16,12 +16,12 @@ from fastcnn import _C
 from fastcnn.common.checks import one_of
 from fastcnn.convert.graph.layers import NORMS, Layers, class_of
 from fastcnn.convert.graph.reads import (
-    _DEPTH,
+    DEPTH,
     MISSING,
     Reads,
     Value,
-    _is_helper,
-    _is_plain,
+    is_helper,
+    is_plain,
     is_same,
     of_class,
 )
@@ -169,7 +169,7 @@ def compared_compiled(
         if layers[m].kind in _COMPARED_COMPILED:
             yield Compared(m, (), "class", type(m))
             for _, name, value, _ in _options_of(m, layers):
-                if _is_plain(value):
+                if is_plain(value):
                     yield Compared(m, (name,), "equal", value)
     for m in (*opened[1:], *consumed):
         for name in _METHODS:
@@ -191,7 +191,7 @@ def compared_compiled(
         found = of_class(class_of(module), name) if value is MISSING else value
         if found is MISSING:
             yield from [] if hasattr(module, name) else [Compared(module, attribute, "has", False)]
-        elif _is_plain(found):
+        elif is_plain(found):
             yield Compared(module, attribute, "equal", found)
         elif value is not MISSING or _is_kept(found):
             yield Compared(module, attribute, "is None", False)
@@ -210,7 +210,7 @@ def _add_helpers(
     attribute: tuple[str, ...],
 ) -> None:
     """Add the attributes of an object that is an attribute of a module, as Reads notes them."""
-    if len(attribute) <= _DEPTH and _is_helper(value):
+    if len(attribute) <= DEPTH and is_helper(value):
         holders[id(vars(value))] = module, attribute
         for name, one in vars(value).items():
             _add_helpers(holders, one, module, (*attribute, name))

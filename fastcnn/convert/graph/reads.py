@@ -36,7 +36,7 @@ _QUIET = {
     "_compiled_call_impl",
 }
 _QUIET -= {"training", "_modules"}
-_DEPTH = 3  # of objects within objects
+DEPTH = 3  # of objects within objects
 
 
 class Value(NamedTuple):
@@ -91,7 +91,7 @@ class Reads:
             for holder in tensors:
                 self._note(holder, name, MISSING, where)
         elif (cls, name) not in self.of_classes:
-            self._note_inside(found, where, _DEPTH)
+            self._note_inside(found, where, DEPTH)
         self.of_classes.setdefault((cls, name), copied(found))
         self._note(own, name, MISSING, where)
 
@@ -115,15 +115,15 @@ class Reads:
         """Note a value where it is the first of that name, and what is in it."""
         if (id(holder), name) not in self.values:
             self.values[id(holder), name] = Value(holder, name, copied(value), where)
-            self._note_inside(value, where, _DEPTH)
+            self._note_inside(value, where, DEPTH)
 
     def _note_inside(self, value: Any, where: str, depth: int) -> None:
-        if depth == 0 or not _is_helper(value):
+        if depth == 0 or not is_helper(value):
             return
         for name, one in list(vars(value).items()):
             if (id(vars(value)), name) in self.values:
                 continue
-            if _is_plain(one):
+            if is_plain(one):
                 found = Value(vars(value), name, copied(one), f"{where}.{name}")
                 self.values[id(vars(value)), name] = found
             else:
@@ -230,15 +230,16 @@ def is_same(now: Any, then: Any) -> bool:
         return False
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether a value is compared by what it says: a constant, or a container of such."""
     if isinstance(value, (tuple, list, set, frozenset)):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     if isinstance(value, dict):
-        return all(map(_is_plain, (*value.keys(), *value.values())))
+        return all(map(is_plain, (*value.keys(), *value.values())))
     return isinstance(value, (*PLAIN, enum.Enum))
 
 
-def _is_helper(value: Any) -> bool:
+def is_helper(value: Any) -> bool:
     """Whether a value is an object with attributes of its own that a forward may ask for."""
     other = (nn.Module, torch.Tensor, type, types.ModuleType, enum.Enum)
     plain = not isinstance(value, other) and not callable(value)
