@@ -357,6 +357,7 @@ def conv_bn_act(
         memory: "full" saves the activations too, and a pooling's indices, as PyTorch does, and
             recomputes nothing. "lowest" saves no output of a 1x1 convolution to more channels than
             it takes, and recomputes it in backward. "default" and "low" are one for a single chain.
+            "auto" is "full" on the CPU and "default" elsewhere.
 
     Returns:
         The last step's output [n, c_out, h_out, w_out].
@@ -399,7 +400,7 @@ def conv_bn_act_blocks(
         input: as conv_bn_act's.
         blocks: at least one. A block's shortcut is None for no residual, () for its input, or the
             steps of a projection of its input.
-        memory: "full", "default", "low" or "lowest".
+        memory: "auto", "full", "default", "low" or "lowest".
 
     Returns:
         The last block's output [n, c_out, h_out, w_out].

@@ -15,7 +15,7 @@ class Options(NamedTuple):
 
     mode: str = "train"
     backend: str = "auto"
-    memory: Memory = "default"
+    memory: Memory = "auto"
 
 
 def check_module(function: str, model: Any, scripted: bool = False) -> None:

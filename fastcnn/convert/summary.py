@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from fastcnn.convert.converted import Converted
+from fastcnn.convert.options import Options
 from fastcnn.convert.parts import Parts
 from fastcnn.convert.rows import ConversionRow, left
+from fastcnn.ops.conv_bn_act.step import level_on
 from fastcnn.plan.problem import bfloat16_instructions
 
 
@@ -55,7 +57,8 @@ def summary_of(model: nn.Module, parts: Parts, found: Sequence[ConversionRow]) -
         verb = "runs" if len(could) == 1 else "run"
         verdict = f"{name}: {len(fused)} of {_places(len(could))} {verb} fused"
         verdict += f", by {backends}" if fused else ""
-    said = [f'mode="{o.mode}", memory="{o.memory}"' for o in sorted(options, key=repr)]
+    kinds = sorted({p.device.type for p in model.parameters()})
+    said = [f'mode="{o.mode}", {_memory(o, kinds)}' for o in sorted(options, key=repr)]
     weights = [p for p in model.parameters() if p.is_floating_point()]
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in weights})
     devices = sorted({p.device.type for p in weights})
@@ -66,6 +69,12 @@ def summary_of(model: nn.Module, parts: Parts, found: Sequence[ConversionRow]) -
     if could and _has(parts, "conv"):
         hints += _of_calls(model, layouts)
     return Summary(verdict, state, hints)
+
+
+def _memory(options: Options, devices: Sequence[str]) -> str:
+    levels = {level_on(device, options.memory) for device in devices}
+    which = f" ({', '.join(sorted(levels))})" if options.memory == "auto" and levels else ""
+    return f'memory="{options.memory}"{which}'
 
 
 def _places(count: int) -> str:

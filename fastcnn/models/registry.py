@@ -32,7 +32,7 @@ def register(layers: Callable[..., Model]) -> Callable[..., Model]:
         weights: PathLike | None = None,
         weights_backbone: PathLike | None = None,
         init: str | None = None,
-        memory: Memory = "default",
+        memory: Memory = "auto",
         **options: Any,
     ) -> Model:
         if unnamed:  # torchvision's pretrained came first
@@ -57,7 +57,7 @@ def create_model(
     weights: PathLike | None = None,
     weights_backbone: PathLike | None = None,
     init: str | None = None,
-    memory: Memory = "default",
+    memory: Memory = "auto",
     **options: Any,
 ) -> Network:
     """Build the network `name`, see list_models, and convert it, see fastcnn.convert.

@@ -54,7 +54,7 @@ def conv_bn_act(
         x: [n, c, h, w], as the function's input.
         steps: at least one, (conv, bn) or (conv, bn, pool).
         residual: None, a tensor, or steps on x; no steps add x itself.
-        memory: "full", "default", "low" or "lowest".
+        memory: "auto", "full", "default", "low" or "lowest".
 
     Returns:
         The last step's output [n, c_out, h_out, w_out].
@@ -81,7 +81,7 @@ def conv_bn_act_blocks(x: Tensor, blocks: Sequence[Block], memory: Memory = "def
     Args:
         x: [n, c, h, w], as the function's input.
         blocks: at least one.
-        memory: "full", "default", "low" or "lowest".
+        memory: "auto", "full", "default", "low" or "lowest".
 
     Returns:
         The last block's output [n, c_out, h_out, w_out].

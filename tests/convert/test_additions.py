@@ -33,7 +33,7 @@ def _ordered(m: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("run", [_ordered, _swapped])
 @pytest.mark.parametrize("mode", ["train", "infer"])
-@pytest.mark.parametrize("memory", ["default", "low"])
+@pytest.mark.parametrize("memory", ["full", "default", "low"])
 @pytest.mark.parametrize("name", PROJECTIONS)
 def test_two_chains_of_one_input(name: str, memory: Any, mode: Any, run: Any) -> None:
     other = PROJECTIONS[name]
@@ -59,7 +59,7 @@ class _Identity(nn.Module):
         return torch.relu(c(x) + x)
 
 
-@pytest.mark.parametrize("memory", ["default", "low"])
+@pytest.mark.parametrize("memory", ["full", "default", "low"])
 def test_an_input_that_is_broadcast(memory: Any) -> None:
     assert_converts(_Identity(), images(2, 4, 8, 10), memory=memory)
 

@@ -95,7 +95,7 @@ def test_a_layer_by_itself() -> None:
         convert(bn())(X)
 
 
-@pytest.mark.parametrize("memory", ["default", "low"])
+@pytest.mark.parametrize("memory", ["full", "default", "low"])
 def test_a_later_layer(memory: Any, mode: Any) -> None:
     """A layer whose own tensors do not go with the others'."""
     model = convert(torchvision.models.resnet18(), mode=mode, memory=memory).eval()

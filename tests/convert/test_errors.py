@@ -77,10 +77,16 @@ def test_a_second_derivative_says_where(recwarn: pytest.WarningsRecorder) -> Non
     [
         ({"mode": "eval"}, "mode: expected one of train, infer, got 'eval'"),
         ({"backend": "triton"}, "backend: expected one of auto, cpu, cuda, got 'triton'"),
-        ({"memory": "none"}, "memory: expected one of full, default, low, lowest, got 'none'"),
+        (
+            {"memory": "none"},
+            "memory: expected one of auto, full, default, low, lowest, got 'none'",
+        ),
         # verify's second argument is x.
         ({"mode": torch.ones(2, 4, 8, 8)}, "mode: expected one of train, infer, got a Tensor$"),
-        ({"memory": ["low"]}, "memory: expected one of full, default, low, lowest, got a list$"),
+        (
+            {"memory": ["low"]},
+            "memory: expected one of auto, full, default, low, lowest, got a list$",
+        ),
     ],
 )
 def test_unknown_words(options: dict[str, Any], words: str) -> None:
@@ -136,7 +142,7 @@ def test_a_part_that_was_converted_before() -> None:
     part = convert(cbr(nn.ReLU()), memory="lowest")
     model = convert(nn.Sequential(part, cbr()))
     assert patterns(model) == ["conv-bn-relu > conv-bn"]
-    assert model[0]._fastcnn_conversion.options.memory == "default"
+    assert model[0]._fastcnn_conversion.options.memory == "auto"
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

@@ -25,7 +25,7 @@ CONV, CPP = "oneDNN through PyTorch + C++", "C++"
 
 RESNET = """
 ResNet: 5 of 5 places run fused, by oneDNN through PyTorch + C++
-mode="train", memory="default", float32, NCHW, cpu, in training
+mode="train", memory="auto" (full), float32, NCHW, cpu, in training
 faster still:
   model.to(memory_format=torch.channels_last), and the images alike
       convolutions run in channels_last: from NCHW each copies its input and its output

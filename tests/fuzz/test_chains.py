@@ -13,7 +13,15 @@ import pytest
 import torch
 from hypothesis import assume
 from support.activations import ACTS
-from support.chains import SHORTCUTS, Stage, baseline, check_float64, expected_roundings, results
+from support.chains import (
+    LEVELS,
+    SHORTCUTS,
+    Stage,
+    baseline,
+    check_float64,
+    expected_roundings,
+    results,
+)
 from support.fuzz_cases import DTYPES, FLAGS, SEEDS, fuzz
 from support.fuzz_check import same_bits
 from support.seeds import seed_all
@@ -77,7 +85,7 @@ def stages(draw: st.DrawFn, smooth: bool, pools: bool) -> dict[str, Any]:
     return {
         "c": draw(WIDTHS),
         "blocks": draw(st.lists(blocks(smooth, pools), min_size=1, max_size=2)),
-        "memory": draw(st.sampled_from(["default", "low", "lowest"])),
+        "memory": draw(st.sampled_from(LEVELS)),
     }
 
 
@@ -158,7 +166,7 @@ def check_roundings(model: Stage, x: Tensor, added: Tensor | None, mode: Callabl
             if t is not None and not t.isfinite().all():
                 del expected.exact[name]
     expected.check({name: actual[name] for name in expected.exact})
-    for level in () if mode is torch.no_grad else ("default", "low", "lowest"):
+    for level in () if mode is torch.no_grad else LEVELS:
         model.memory = level
         for name, t in run(model).items():
             same = t is None or same_bits(t, actual[name])

@@ -20,7 +20,7 @@ from fastcnn.nn import BatchNormAct2d, Block, conv_bn_act, conv_bn_act_blocks
 from fastcnn.nn.conv_bn_act import Step
 from fastcnn.ops.conv_bn_act.step import Memory
 
-LEVELS = get_args(Memory)
+LEVELS = [level for level in get_args(Memory) if level != "auto"]
 
 
 def randomize(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ the output (it is the next block's input anyway) or, where that does not tell th
 residual that came as a tensor:
 
     memory     saved                                            recomputed in backward
+    auto       as "full" on the CPU, as "default" elsewhere: step.level_on
     full       each block's input, every r_i, every a_i,        nothing
                i < last, and a pooling's indices
     default    each block's input, every r_i                    every a_i, i < last: read r_i, write
@@ -47,7 +48,13 @@ from fastcnn.ops.conv_bn_act.inference_candidates import convolve_planned
 from fastcnn.ops.conv_bn_act.planning import plan_blocks
 from fastcnn.ops.conv_bn_act.problem import is_planned
 from fastcnn.ops.conv_bn_act.running import statistics_of, update_running_statistics
-from fastcnn.ops.conv_bn_act.step import ConvBnActBlock, ConvBnActStep, check_memory
+from fastcnn.ops.conv_bn_act.step import (
+    ConvBnActBlock,
+    ConvBnActStep,
+    Memory,
+    check_memory,
+    level_on,
+)
 from fastcnn.ops.conv_bn_act.validate import (
     CheckedBlock,
     CheckedStep,
@@ -63,7 +70,7 @@ def conv_bn_act(
     x: Tensor,
     steps: Sequence[ConvBnActStep],
     residual: Tensor | Sequence[ConvBnActStep] | None,
-    memory: str,
+    memory: Memory,
 ) -> Tensor:
     """One block: see fastcnn.functional.conv_bn_act."""
     if isinstance(residual, Sequence):
@@ -76,7 +83,7 @@ def conv_bn_act(
     return _run(x, residual, {OP: ConvBnActBlock(steps)}, memory)
 
 
-def conv_bn_act_blocks(x: Tensor, blocks: Sequence[ConvBnActBlock], memory: str) -> Tensor:
+def conv_bn_act_blocks(x: Tensor, blocks: Sequence[ConvBnActBlock], memory: Memory) -> Tensor:
     """Run blocks one after the other: see fastcnn.functional.conv_bn_act_blocks."""
     if not blocks:
         raise ValueError(f"{OP}: blocks: expected at least one, got none")
@@ -91,10 +98,11 @@ def conv_bn_act_blocks(x: Tensor, blocks: Sequence[ConvBnActBlock], memory: str)
 
 
 def _run(
-    x: Tensor, residual: Tensor | None, blocks: dict[str, ConvBnActBlock], memory: str
+    x: Tensor, residual: Tensor | None, blocks: dict[str, ConvBnActBlock], memory: Memory
 ) -> Tensor:
     """Run blocks as one Function; their keys are what errors call them."""
     check_memory(OP, memory)
+    memory = level_on(x.device.type, memory) if isinstance(x, Tensor) else memory
     dtype = autocast_dtype(x)
     x, residual = cast(x, dtype), cast(residual, dtype)
     check_image(OP, "input", x)

@@ -134,7 +134,9 @@ def test_memory_levels_and_poolings_of_conv_bn_act() -> None:
         ValueError, match=r"conv_bn_act: memory: .* full, default, low, lowest, got 'high'"
     ):
         functional.conv_bn_act(X, [STEP], memory="high")
-    with pytest.raises(ValueError, match=r"resnet18: memory: .* full, default, low, lowest, got None"):
+    with pytest.raises(
+        ValueError, match=r"resnet18: memory: .* full, default, low, lowest, got None"
+    ):
         resnet18(memory=None)
     with pytest.raises(ValueError, match=r"pool: expected None in the last step of a block with a"):
         functional.conv_bn_act(X, [POOLED], residual=torch.randn(2, 4, 4, 4))

@@ -100,6 +100,15 @@ def test_full_recomputes_nothing(act: str) -> None:
         assert operators.calls[torch.ops.aten.convolution] == 0
 
 
+def test_auto_is_full_on_the_cpu() -> None:
+    x, blocks = images(2, 4, 9, 8), stage("projection", "identity").blocks
+    found = {}
+    for memory in ("auto", "full", "default"):
+        model = Stage(*blocks, memory=memory)
+        found[memory] = saved_for_backward(lambda m=model: m(x), exclude=state(model))
+    assert found["auto"] == found["full"] > found["default"]
+
+
 def test_what_eager_keeps_for_comparison() -> None:
     # The formula's other side: two steps of eager PyTorch save x, both convolutions, both outputs.
     x = images(2, 4, 9, 8)
