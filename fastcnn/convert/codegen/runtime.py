@@ -136,8 +136,10 @@ def run_norm_act(
 def run_norm(x: Tensor, norm: Any, kind: str, act: Any, residual: Tensor | None = None) -> Tensor:
     """Run a norm layer of a kind (layers.NORMS) that its input fits."""
     if kind == "batch_norm":
-        step = _batch_norm(norm)
-        return functional.batch_norm_act(x, *step, residual=residual, act=act, **_group(norm))
+        step, (sync, group) = _batch_norm(norm), _sharing(norm)
+        return functional.batch_norm_act(
+            x, *step, residual=residual, act=act, sync=sync, process_group=group
+        )
     if kind == "group_norm":
         return functional.group_norm_act(
             x, norm.num_groups, norm.weight, norm.bias, norm.eps, act=act
@@ -248,16 +250,13 @@ def _steps(steps: Sequence[StepModules]) -> list[functional.ConvBnActStep]:
 def _step(
     conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str, pool: nn.MaxPool2d | None
 ) -> functional.ConvBnActStep:
-    mean, var, weight, bias, training, momentum, eps = _batch_norm(bn)
-    group = _group(bn)
     geometry: Any = (conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     pooling = None
     if pool is not None:
         window: Any = (pool.kernel_size, pool.stride, pool.padding)
         pooling = functional.MaxPool(*window)
-    norm: Any = (mean, var, weight, bias, training, momentum, eps, act)
-    step = functional.ConvBnActStep(*geometry, *norm)
-    return step._replace(pool=pooling, **group)
+    norm: Any = (*_batch_norm(bn), act, *_sharing(bn), pooling)
+    return functional.ConvBnActStep(*geometry, *norm)
 
 
 def _batch_norm(bn: Any) -> tuple[Any, ...]:
@@ -268,10 +267,11 @@ def _batch_norm(bn: Any) -> tuple[Any, ...]:
     return *running_statistics(bn), *fixed, step_momentum(bn), bn.eps
 
 
-def _group(bn: nn.Module) -> dict[str, Any]:
+def _sharing(bn: nn.Module) -> tuple[bool, Any]:
+    """Return sync and process_group."""
     if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
-        return {}
-    return {"sync": True, "process_group": bn.process_group}
+        return False, None
+    return True, bn.process_group
 
 
 def layer_unfit(layer: nn.Module, x: Any, options: Options) -> str | None:
