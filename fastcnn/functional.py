@@ -14,7 +14,11 @@ from fastcnn.common.overrides import (
     overridable,
     overridden,
 )
-from fastcnn.ops import dropout as _dropout, group_norm_act as _group_norm_act
+from fastcnn.ops import (
+    depthwise_conv2d as _depthwise_conv2d,
+    dropout as _dropout,
+    group_norm_act as _group_norm_act,
+)
 from fastcnn.ops.augment import interface as _augment
 from fastcnn.ops.augment.parameters import AugmentParameters
 from fastcnn.ops.batch_norm_act import interface as _batch_norm_act
@@ -38,6 +42,7 @@ __all__ = [
     "conv2d_int8",
     "conv_bn_act",
     "conv_bn_act_blocks",
+    "depthwise_conv2d",
     "dropout",
     "group_norm_act",
     "interpolate",
@@ -421,6 +426,64 @@ def conv_bn_act_blocks(
     if has_torch_function_variadic(input) or has_override_inside(ConvBnActStep, (blocks,)):
         return overridden(locals())
     return _conv_bn_act.conv_bn_act_blocks(x=input, blocks=blocks, memory=memory)
+
+
+@overridable
+def depthwise_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    *,
+    act: Activation = "none",
+) -> Tensor:
+    r"""Convolve each channel with a filter of its own, add a bias, and apply an activation.
+
+    .. math::
+        y_{cij} = \mathrm{act}\left(\mathrm{bias}_c + \sum_{ab} w_{cab}\,
+                  x_{c,\; i s_h + a d_h - p_h,\; j s_w + b d_w - p_w}\right)
+
+    As torch.nn.functional.conv2d with groups = c and as many channels out as in; other groups are
+    that function's. Under autocast input, weight and bias are cast as there. Saved for backward are
+    the input and the parameters: an activation's backward computes the convolution once more.
+    Differentiable once, in reverse mode.
+
+    Args:
+        input: [n, c, h, w], dense in NCHW or channels_last; float32, bfloat16, float16, and on the
+            CPU float64. channels_last is faster. An empty batch gives an empty output.
+        weight: [c, 1, kh, kw] in the input's dtype, or float32 beside a half input.
+        bias: [c], likewise; None stands for 0.
+        stride: a number, or one for the height and one for the width; at most 16.
+        padding: likewise: pixels of 0 on each side.
+        dilation: likewise: the distance between a kernel's elements.
+        act: "none", "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu" (by erf), "sigmoid"
+            or "hardswish". A NaN comes through; at -inf each has its limit.
+
+    Returns:
+        y [n, c, h_out, w_out] in the input's dtype and memory layout. Sums are float32 (float64 for
+        float64). Results and gradients are bitwise the same from run to run and on any number of
+        threads.
+
+    Raises:
+        TypeError: an argument that is no Tensor, or of another dtype than named above.
+        ValueError: another rank, size, device or memory layout; a kernel that does not fit into the
+            padded input; an unknown activation. CUDA tensors: there is no kernel for them yet.
+
+    Source: Howard et al. 2017, arXiv:1704.04861; torch.nn.functional.conv2d.
+
+    Example:
+        >>> x, weight = torch.randn(2, 8, 6, 6), torch.randn(8, 1, 3, 3)
+        >>> fastcnn.functional.depthwise_conv2d(x, weight, stride=2, padding=1, act="relu6").shape
+        torch.Size([2, 8, 3, 3])
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return overridden(locals())
+    return _depthwise_conv2d.depthwise_conv2d(
+        input=input, weight=weight, bias=bias, stride=stride, padding=padding, dilation=dilation,
+        act=act,
+    )  # fmt: skip
 
 
 @overridable

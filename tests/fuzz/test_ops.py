@@ -11,6 +11,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from support import depthwise_conv2d_cases as depthwise
 from support.activations import ACTS
 from support.batch_norm_cases import Case, normalised
 from support.fuzz_cases import (
@@ -31,6 +32,7 @@ from support.upsample_cases import axes, resize_errors, resized
 from torch import Tensor
 
 from fastcnn import functional, reference
+from fastcnn.common.conv_geometry import output_size
 from fastcnn.ops.dropout import draw_seed
 from fastcnn.ops.group_norm_act import pixel_norm_act
 
@@ -137,6 +139,55 @@ def test_group_norm_act(
     given = wide["x"], wide.get("weight"), wide.get("bias"), dy.double()
     terms = normalised_by_group(*given, groups, eps)
     errors, _ = norm_bounds(terms, before(wide), act, dy)
+    check(ours, eager, tensors, dy, errors, kind)
+
+
+def pairs(numbers: list[int]) -> st.SearchStrategy[tuple[int, int]]:
+    return st.tuples(st.sampled_from(numbers), st.sampled_from(numbers))
+
+
+@fuzz(
+    "depthwise_conv2d", image=images(8_000), kernel=pairs([1, 2, 3, 3, 5, 7, 9]), same=FLAGS,
+    stride=pairs([1, 2, 3, 4]), padding=pairs([0, 1, 2, 3, 4, 5]), dilation=pairs([1, 1, 1, 2, 3]),
+    act=ACTIVATIONS, bias=FLAGS, wide=FLAGS, kind=STRANGE,
+)  # fmt: skip
+def test_depthwise_conv2d(
+    image: dict[str, Any], kernel: tuple[int, int], same: bool, stride: tuple[int, int],
+    padding: tuple[int, int], dilation: tuple[int, int], act: str, bias: bool, wide: bool,
+    kind: str,
+) -> None:  # fmt: skip
+    numbers, sizes = Numbers(image), image["sizes"]
+    if same:  # as networks have them
+        kernel, stride, dilation = (kernel[0],) * 2, (min(stride[0], 2),) * 2, (1, 1)
+        padding = (kernel[0] // 2,) * 2
+    geometry = (stride, padding, dilation)
+    x, c = numbers.normal(sizes, *image["scale"]), sizes[1]
+    dtype = torch.float32 if wide and x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    weight = numbers.uniform(c * kernel[0] * kernel[1], -1.0, 1.0, dtype)
+    tensors = {"x": x, "weight": weight.view(c, 1, *kernel)}
+    if bias:
+        tensors["bias"] = numbers.uniform(c, -1.0, 1.0, dtype)
+
+    def ours(t: Tensors) -> Tensor:
+        return functional.depthwise_conv2d(t["x"], t["weight"], t.get("bias"), *geometry, act=act)
+
+    def eager(t: Tensors) -> Tensor:
+        return depthwise.eager(t["x"], t["weight"], t.get("bias"), *geometry, act=act)
+
+    out = output_size(sizes[2:], kernel, *geometry)
+    if min(out) < 1:
+        with pytest.raises(ValueError, match="expected a kernel that fits"):
+            ours(tensors)
+        with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+            eager({k: t.double() for k, t in tensors.items()})
+        return
+    dy = numbers.normal((sizes[0], c, *out))
+    case = depthwise.Case(x, tensors["weight"], tensors.get("bias"), dy, geometry, act)
+    if sizes[0] == 0:
+        errors: dict[str, Any] = dict.fromkeys(("y", "dx", "dweight", "dbias"), 0.0)
+    else:
+        dy.copy_(depthwise.away_from_jumps(case))
+        errors = depthwise.errors(case)
     check(ours, eager, tensors, dy, errors, kind)
 
 

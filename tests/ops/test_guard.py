@@ -48,12 +48,31 @@ def run_all() -> None:
                 for groups in {1, shape[1]}:
                     _, mean, var = ops.group_norm_act_fwd(x, w, b, groups, 1e-5, 4)
                     ops.group_norm_act_bwd(dy, x, w, b, guarded(mean), guarded(var), 1e-5, 4)
+                convolve_all(image)
                 _, mean, var = ops.pixel_norm_act_fwd(x, w, b, 1e-5, 1)
                 ops.pixel_norm_act_bwd(dy, x, w, b, guarded(mean), guarded(var), 1e-5, 1)
     for shape in [(1, 1, 1, 1), (3, 1, 5, 7), (1, 3, 1, 1), (2, 3, 5, 7), (1, 3, 40, 33)]:
         for layout in (torch.contiguous_format, torch.channels_last):
             augment_wildly(shape, layout)
     print("done")
+
+
+def convolve_all(image: Tensor) -> None:
+    """Each channel by itself, by windows with and without loops of their own."""
+    ops, x, (_, c, h, w) = torch.ops.fastcnn, guarded(image), image.shape
+    acc = torch.float64 if image.dtype is torch.float64 else torch.float32
+    last = not image.is_contiguous()
+    for kernel, stride, dilation in ((3, 1, 1), (5, 2, 1), (7, 1, 1), (3, 2, 2), (2, 3, 1)):
+        window = [stride, stride], [dilation * (kernel // 2)] * 2, [dilation, dilation]
+        weight = guarded(torch.rand(c, 1, kernel, kernel, dtype=acc))
+        if min(h, w) + 2 * window[1][0] <= dilation * (kernel - 1):
+            continue
+        y = guarded(
+            ops.depthwise_conv2d_fwd(x, weight, guarded(torch.rand(c, dtype=acc)), *window, 1)
+        )
+        dz = guarded(ops.depthwise_conv2d_bwd_act(y, x, weight, None, *window, 4))
+        ops.depthwise_conv2d_bwd_data(dz, weight, h, w, *window, last)
+        ops.depthwise_conv2d_bwd_weight(dz, x, kernel, kernel, *window)
 
 
 def resize_all(image: Tensor) -> None:

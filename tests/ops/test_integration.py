@@ -66,7 +66,8 @@ def assert_results(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
 FUNCTIONS = {
     "batch_norm_act": "BatchNormActFunction", "group_norm_act": "GroupNormActFunction",
     "LayerNorm2d": "GroupNormActFunction", "InstanceNormAct2d": "GroupNormActFunction",
-    "conv_bn_act": "ConvBnActFunction", "dropout": "DropoutFunction",
+    "conv_bn_act": "ConvBnActFunction", "depthwise_conv2d": "DepthwiseConv2dFunction",
+    "dropout": "DropoutFunction",
     "interpolate": "UpsampleFunction", "upsample_conv2d": "UpsampleConv2dFunction",
     "converted": "ConvBnActFunction",
 }  # fmt: skip

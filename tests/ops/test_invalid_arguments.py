@@ -37,6 +37,9 @@ VALID_HERE = {
     ("pixel_norm_act_fwd", "x"): ALONE - {"other float", "meta", "channel less"},
     ("batch_norm_act_stats", "x"): ALONE,
     ("batch_norm_join_stats", "gathered"): ALONE,
+    ("depthwise_conv2d_fwd", "x"): ALONE - {"other float", "meta", "channel less"},
+    ("depthwise_conv2d_bwd_data", "dy"): ALONE
+    - {"other float", "meta", "channel less", "column less", "the other layout"},
     ("conv2d_bwd_weight", "dy"): {"channel less"},
     ("conv2d_bwd_weight", "x"): {"channel less"},
     # Read by PyTorch's own operators, with any strides.

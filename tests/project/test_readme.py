@@ -19,6 +19,7 @@ OPS = [
     "dropout",
     "interpolate",
     "conv_bn_act",
+    "depthwise_conv2d",
     "conv2d_int8",
     "augment",
 ]

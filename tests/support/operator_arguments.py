@@ -15,7 +15,8 @@ OPERATORS = [
     "conv2d_fused_bwd_input", "conv2d_fused_bwd_weight", "upsample_fwd", "upsample_bwd",
     "upsample_taps_fwd", "upsample_taps_bwd", "augment", "augment_mask", "dropout_apply",
     "dropout_apply_", "group_norm_act_fwd", "group_norm_act_bwd", "pixel_norm_act_fwd",
-    "pixel_norm_act_bwd",
+    "pixel_norm_act_bwd", "depthwise_conv2d_fwd", "depthwise_conv2d_bwd_act",
+    "depthwise_conv2d_bwd_data", "depthwise_conv2d_bwd_weight",
 ]  # fmt: skip
 PYTORCHS_OWN = ["clone_no_cse", "conv2d_relu"]  # under another name, with its checks
 OPERATORS += ["conv2d_bwd_weight"] * _C.has_bf16_dot()  # elsewhere it raises in any case
@@ -96,6 +97,16 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str, w: int = 4) -> dict
         how = {"kernel_h": 3, "kernel_w": 3, "stride_h": 1, "stride_w": 1}
         how |= {"padding_h": 1, "padding_w": 1, "dilation_h": 1, "dilation_w": 1}
         return {"dy": image(), "x": image(), **how}
+    if op.startswith("depthwise_conv2d"):
+        how = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
+        given = {"weight": torch.ones(6, 1, 3, 3, dtype=acc)}
+        if op == "depthwise_conv2d_bwd_data":
+            last = {"channels_last": layout == "channels_last"}
+            return {"dy": image(), **given, "h": 4, "w": w, **how, **last}
+        if op == "depthwise_conv2d_bwd_weight":
+            return {"dy": image(), "x": image(), "kernel_h": 3, "kernel_w": 3, **how}
+        call = {"x": image(), **given, "bias": c[1], **how, "act": 4}
+        return call if op.endswith("fwd") else {"dy": image(), **call}
     if op.startswith("conv2d_fused"):
         dtype = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
         layout = "channels_last"
@@ -151,6 +162,10 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "batch_norm_update_running": [{"total": torch.tensor([60.0])}],
     "dropout_apply": [{"per_channel": False}],
     "dropout_apply_": [{"per_channel": False}],
+    **{
+        f"depthwise_conv2d_{way}": [{"dilation": [2, 1], "padding": [2, 1]}]
+        for way in ("fwd", "bwd_act", "bwd_data", "bwd_weight")
+    },
     "upsample_fwd": [{"skip_last": False}, {"scale_h": None, "scale_w": None, "sampling": 3}],
     "upsample_bwd": [{"scale_h": None, "scale_w": None, "sampling": 3}],
     "upsample_taps_fwd": [{"scale_h": None, "scale_w": None, "sampling": 3}],
@@ -164,6 +179,8 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "conv2d_int8": {**NO_RESIDUAL, "bias": None},
     "conv2d_int8_epilogue": {"residual": None},
     "upsample_fwd": {"skip": None},
+    "depthwise_conv2d_fwd": {"bias": None},
+    "depthwise_conv2d_bwd_act": {"bias": None},
     **{
         op: {"residual": None, "weight": None, "bias": None}
         for op in OPERATORS

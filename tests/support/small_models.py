@@ -19,6 +19,7 @@ from fastcnn.augment import Augment
 from fastcnn.functional import conv2d_int8, pack_conv2d_int8
 from fastcnn.nn import (
     BatchNormAct2d,
+    DepthwiseConv2d,
     Dropout,
     Dropout2d,
     GroupNormAct,
@@ -204,6 +205,7 @@ SMALL: dict[str, Small] = {
     "conv_bn_act": Small(partial(_bottlenecks, "default")),
     "conv_bn_act, low memory": Small(partial(_bottlenecks, "low")),
     "conv_bn_act, lowest memory": Small(partial(_bottlenecks, "lowest")),
+    "depthwise_conv2d": Small(lambda: DepthwiseConv2d(4, 3, 2, 1, act="silu")),
     "dropout": Small(Dropouts, gradient="twice"),
     "interpolate": Small(Decoder, ((2, 4, 4), (3, 8, 8))),
     "upsample_conv2d": Small(ConvOfUpsampled, ((32, 3, 4), (3, 6, 8))),

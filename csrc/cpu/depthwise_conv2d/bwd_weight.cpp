@@ -1,0 +1,222 @@
+// The gradients of depthwise_conv2d's weight and bias on the CPU.
+//   dweight[c, a, b] = sum over n, i, j of dy[n, c, i, j] * x[n, c, i * stride + a * dilation -
+//                      padding, likewise j],   dbias[c] = sum of dy
+//
+// channels_last: a task owns some channels, whose sums stay in the L1 cache (kSumsBytes), over some
+// rows of dy of the batch. dy's tile of columns stays in registers beside a row of the kernel's
+// sums; a vector of x that is loaded serves kernel_w of them. Both are read from memory once, one
+// row ahead. Splits are added up at the end in their order: the sums depend on the shape alone.
+// Floor: x and dy are read once; kernel_h * kernel_w multiply-adds a value of dy.
+#include "cpu/depthwise_conv2d/planes.h"
+#include "cpu/depthwise_conv2d/window.h"
+
+namespace fastcnn::FASTCNN_CPU_LEVEL {
+namespace {
+
+constexpr int64_t kSumsBytes = 16 << 10;
+
+// sums[a, b] += sum over q of dy[q] * x[row a, first + q * stride + b], for strides 1 and 2 without
+// dilation; with two sums each where registers allow, since multiply-adds of one wait for each
+// other.
+template <class T, int kKernel, int kStride, int kColumns>
+void window_products(const Tile<T>& tile, const T* dy, Acc<T>* sums) {
+  using S = Acc<T>;
+  constexpr int kParts = kManyRegisters || kKernel == 3 ? 2 : 1;
+  Vec<S> d[kColumns];
+  unrolled<0, kColumns>([&](auto q) __attribute__((always_inline)) {
+    d[q.value] = load(dy + q.value * tile.pixel);
+  });
+  for (int64_t t = 0; t < tile.tap_count; ++t) {
+    const T* x = tile.row(t) + tile.first * tile.pixel;
+    S* row = sums + tile.taps[t].kernel_row * kKernel * kLanes<S>;
+    Vec<S> sum[kParts][kKernel];
+    unrolled<0, kKernel>([&](auto b) __attribute__((always_inline)) {
+      sum[0][b.value] = load(row + b.value * kLanes<S>);
+      if constexpr (kParts == 2) sum[1][b.value] = Vec<S>{};
+    });
+    unrolled<0, (kColumns - 1) * kStride + kKernel>([&](auto j) __attribute__((always_inline)) {
+      if (tile.holds(tile.first + j.value)) {
+        const Vec<S> value = load(x + j.value * tile.pixel);
+        unrolled<0, kKernel>([&](auto b) __attribute__((always_inline)) {
+          constexpr int kAt = decltype(j)::value - decltype(b)::value;
+          if constexpr (kAt >= 0 && kAt % kStride == 0 && kAt / kStride < kColumns) {
+            sum[kAt / kStride % kParts][b.value] += value * d[kAt / kStride];
+          }
+        });
+      }
+    });
+    unrolled<0, kKernel>([&](auto b) __attribute__((always_inline)) {
+      Vec<S> total = sum[0][b.value];
+      if constexpr (kParts == 2) total += sum[1][b.value];
+      store(row + b.value * kLanes<S>, total);
+    });
+  }
+}
+
+// The same for any stride, dilation and number of columns.
+template <class T>
+void any_window_products(const Tile<T>& tile, const T* dy, Acc<T>* sums, int64_t count) {
+  using S = Acc<T>;
+  const WindowAxis& columns = *tile.columns;
+  const int64_t step = columns.stride;
+  for (int64_t t = 0; t < tile.tap_count; ++t) {
+    const T* row = tile.row(t);
+    S* to = sums + tile.taps[t].kernel_row * columns.kernel * kLanes<S>;
+    for (int64_t b = 0; b < columns.kernel; ++b, to += kLanes<S>) {
+      const int64_t at = tile.first + b * columns.dilation;
+      int64_t q = at >= 0 ? 0 : ceil_div(-at, step);
+      const int64_t end = at >= tile.width ? 0 : min(count, ceil_div(tile.width - at, step));
+      const auto product = [&](int64_t q) __attribute__((always_inline)) {
+        const T *d = dy + q * tile.pixel, *x = row + (at + q * step) * tile.pixel;
+        return load_channels(d, tile.lanes) * load_channels(x, tile.lanes);
+      };
+      Vec<S> sum[4] = {load(to)};
+      for (; q + 4 <= end; q += 4) {
+        unrolled<0, 4>([&](auto k) __attribute__((always_inline)) {
+          sum[k.value] += product(q + k.value);
+        });
+      }
+      for (; q < end; ++q) sum[0] += product(q);
+      store(to, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+    }
+  }
+}
+
+template <class T>
+using TileProducts = void (*)(const Tile<T>&, const T*, Acc<T>*);
+
+// What runs a window of given sizes on a tile of `width` columns, or null: any_window_products.
+template <class T>
+TileProducts<T> choose_products(const DepthwiseShape& s, int& width) {
+  using S = Acc<T>;
+  const WindowAxis& columns = s.columns;
+  TileProducts<T> chosen = nullptr;
+  if constexpr (sizeof(S) == sizeof(float)) {
+    if (columns.dilation > 1 || s.c < kLanes<S>) return nullptr;
+    width = tile_width(columns.size_out, 4, 3);
+    const auto of_width = [&](auto kernel, auto stride) {
+      constexpr int kKernel = decltype(kernel)::value, kStride = decltype(stride)::value;
+      chosen = width == 8 ? window_products<T, kKernel, kStride, 8>
+                          : window_products<T, kKernel, kStride, 7>;
+      if constexpr (kManyRegisters) {
+        if (width == 14) chosen = window_products<T, kKernel, kStride, 14>;
+      }
+    };
+    const auto of_stride = [&](auto kernel) {
+      if (columns.stride == 1) of_width(kernel, Index<1>{});
+      if (columns.stride == 2) of_width(kernel, Index<2>{});
+    };
+    if (columns.kernel == 3) of_stride(Index<3>{});
+    if (columns.kernel == 5) of_stride(Index<5>{});
+    if (columns.kernel == 7) of_stride(Index<7>{});
+  }
+  return chosen;
+}
+
+template <class T>
+void pixels_bwd_weight(const DepthwiseShape& s, const T* dy, const T* x, Acc<T>* dweight,
+                       Acc<T>* dbias) {
+  using S = Acc<T>;
+  constexpr int64_t kLanesOf = kLanes<S>, kLine = 64 / static_cast<int64_t>(sizeof(T));
+  const WindowAxis &r = s.rows, &q = s.columns;
+  const ChannelVectors vectors(s.c, kLanesOf);
+  const int64_t taps = r.kernel * q.kernel, own = (taps + 1) * kLanesOf;  // of a vector
+  // Vectors of a task: whole blocks of 64 channels, so that cache lines are not shared.
+  const int64_t per_block = max(1, 64 / kLanesOf);
+  const int64_t fit = kSumsBytes / (own * static_cast<int64_t>(sizeof(S)));
+  const int64_t per_task = min(vectors.count, max(1, fit / per_block) * per_block);
+  const int64_t chunks = ceil_div(vectors.count, per_task), all_rows = s.n * r.size_out;
+  const int64_t rows_per_split = ceil_div(all_rows, min(all_rows, ceil_div(kTasks, chunks)));
+  const int64_t splits = ceil_div(all_rows, rows_per_split), tasks = splits * chunks;
+  int tile_columns = 1;
+  const TileProducts<T> products = choose_products<T>(s, tile_columns);
+  const Scratch<S> partial(splits * vectors.count * own);
+  const auto run = [&](int64_t from, int64_t to) {
+    const Scratch<RowTap> row_of(2 * r.kernel);
+    for (int64_t task = from; task < to; ++task) {
+      const int64_t split = task / chunks, first = task % chunks * per_task;
+      const int64_t last = min(vectors.count, first + per_task);
+      S* sums = partial.get() + split * vectors.count * own;
+      const int64_t end = min(all_rows, (split + 1) * rows_per_split);
+      for (int64_t row = split * rows_per_split; row < end; ++row) {
+        Tile<T> tile{};
+        tile.taps = row_of.get();
+        tile.tap_count = row_taps(r, row % r.size_out, row_of.get());
+        tile.width = q.size;
+        tile.pixel = s.c;
+        tile.lanes = vectors.width();
+        tile.columns = &q;
+        const T* image = x + row / r.size_out * r.size * q.size * s.c;
+        const T* dy_row = dy + row * q.size_out * s.c;
+        // Rows of x that the next row of dy meets first.
+        const int64_t reach = (r.kernel - 1) * r.dilation - r.padding;
+        const int64_t fetch = max(0, row % r.size_out * r.stride + reach + 1);
+        const bool more = row + 1 < end && (row + 1) % r.size_out != 0;
+        const int64_t fetch_end = more ? min(r.size, fetch + r.stride) : 0;
+        for (int64_t column = 0, count; column < q.size_out; column += count) {
+          const bool whole = products != nullptr && q.size_out - column >= tile_columns;
+          count = whole ? tile_columns : q.size_out - column;
+          tile.first = column * q.stride - q.padding;
+          for (int64_t v = first; v < last; ++v) {
+            const int64_t channel = vectors.channel(v);
+            if (v * kLanesOf % kLine == 0) {
+              const int64_t begin = column * q.stride;
+              const int64_t until = min(q.size, begin + count * q.stride);
+              for (int64_t fetched = fetch; fetched < fetch_end; ++fetched) {
+                const T* line = image + (fetched * q.size + begin) * s.c + channel;
+                for (int64_t i = begin; i < until; ++i, line += s.c) {
+                  __builtin_prefetch(line, 0, 2);
+                }
+              }
+              if (more) {
+                const T* line = dy_row + (q.size_out + column) * s.c + channel;
+                for (int64_t i = 0; i < count; ++i, line += s.c) __builtin_prefetch(line, 0, 2);
+              }
+            }
+            tile.x = image + channel;
+            const T* d = dy_row + column * s.c + channel;
+            S* to_sums = sums + v * own;
+            if (whole) {
+              products(tile, d, to_sums);
+            } else {
+              any_window_products(tile, d, to_sums, count);
+            }
+            Vec<S> bias[2] = {load(to_sums + taps * kLanesOf)};
+            for (int64_t i = 0; i < count; ++i, d += s.c)
+              bias[i & 1] += load_channels(d, tile.lanes);
+            store(to_sums + taps * kLanesOf, bias[0] + bias[1]);
+          }
+        }
+      }
+    }
+  };
+  parallel_ranges(tasks, task_grain(tasks, all_rows * q.size_out * s.c), run);
+  const auto merge = [&](int64_t v) {
+    const int64_t channel = vectors.channel(v);
+    for (int64_t t = 0; t <= taps; ++t) {
+      Vec<S> total{};
+      for (int64_t split = 0; split < splits; ++split) {
+        total += load(partial.get() + (split * vectors.count + v) * own + t * kLanesOf);
+      }
+      for (int64_t lane = vectors.first_own(v); lane < vectors.width(); ++lane) {
+        (t < taps ? dweight[(channel + lane) * taps + t] : dbias[channel + lane]) = total[lane];
+      }
+    }
+  };
+  parallel_for(vectors.count, task_grain(vectors.count, splits * s.c * taps), merge);
+}
+
+}  // namespace
+
+void depthwise_conv2d_bwd_weight_cpu(const DepthwiseConv2dBwdWeightParams& p) {
+  dispatch_dtype(p.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    using S = Acc<T>;
+    const auto *dy = static_cast<const T*>(p.dy), *x = static_cast<const T*>(p.x);
+    auto *dweight = static_cast<S*>(p.dweight), *dbias = static_cast<S*>(p.dbias);
+    (p.shape.channels_last ? pixels_bwd_weight<T> : planes_bwd_weight<T, S>)(p.shape, dy, x,
+                                                                             dweight, dbias);
+  });
+}
+
+}  // namespace fastcnn::FASTCNN_CPU_LEVEL

@@ -1,0 +1,195 @@
+// depthwise_conv2d between torch and the kernels: what fastcnn/ops/depthwise_conv2d.py declares,
+// here checked, allocated and launched.
+#include "depthwise_conv2d.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "bindings/on_device.h"
+
+namespace fastcnn {
+namespace {
+
+using Pair = std::vector<int64_t>;  // height, width
+
+int64_t at(const char* op, const char* name, const Pair& pair, int d, int64_t least, int64_t most) {
+  if (pair.size() != 2 || pair[d] < least || pair[d] > most) {
+    fail(op, name, ": expected two integers from ", least, " to ", most);
+  }
+  return pair[d];
+}
+
+// Rows (d = 0) or columns of the window.
+WindowAxis axis_of(const char* op, int d, int64_t size, int64_t kernel, const Pair& stride,
+                   const Pair& padding, const Pair& dilation) {
+  WindowAxis axis{size,
+                  0,
+                  kernel,
+                  at(op, "stride", stride, d, 1, kMaxStride),
+                  at(op, "padding", padding, d, 0, kMaxStep),
+                  at(op, "dilation", dilation, d, 1, kMaxStep)};
+  const bool sound = size >= 1 && size <= kMaxSide && kernel >= 1 && kernel <= kMaxStep;
+  const int64_t reach =
+      sound ? size + 2 * axis.padding - axis.dilation * (kernel - 1) - 1 : int64_t{-1};
+  if (reach < 0) {
+    fail(op, d == 0 ? "h" : "w", ": expected 1 to ", kMaxSide,
+         " pixels, and a kernel that fits into the padded image, got ", size, " and ", kernel);
+  }
+  axis.size_out = reach / axis.stride + 1;
+  return axis;
+}
+
+DepthwiseShape shape_of(const char* op, int64_t n, int64_t c, int64_t h, int64_t w,
+                        int64_t kernel_h, int64_t kernel_w, const Pair& stride, const Pair& padding,
+                        const Pair& dilation, bool channels_last) {
+  if (c > INT32_MAX) fail(op, "c: expected at most 2^31 - 1 channels, got ", c);
+  DepthwiseShape s{n, c, axis_of(op, 0, h, kernel_h, stride, padding, dilation),
+                   axis_of(op, 1, w, kernel_w, stride, padding, dilation), channels_last};
+  if (kernel_h * kernel_w > kMaxTaps) {
+    fail(op, "kernel: expected at most 2^24 elements a channel, got ", kernel_h, " x ", kernel_w);
+  }
+  // Of one pixel both layouts are one, whose channels lie side by side.
+  s.channels_last |= h * w == 1 && s.rows.size_out * s.columns.size_out == 1;
+  return s;
+}
+
+// What is dense in both orders counts as NCHW, as fastcnn/common/checks.py has it.
+bool is_channels_last(const Tensor& t) { return !is_dense(t, false); }
+
+// A tensor [n, c, h, w] of x's dtype and device, dense in a layout.
+const void* image(const char* op, const char* name, const Tensor& t, const Tensor& x, int64_t n,
+                  int64_t c, int64_t h, int64_t w, bool channels_last) {
+  if (t.device() != x.device() || t.scalar_type() != x.scalar_type()) {
+    fail(op, name, ": expected ", torch::headeronly::toString(x.scalar_type()), " and ",
+         device_of(x), ", got ", torch::headeronly::toString(t.scalar_type()), " and ",
+         device_of(t));
+  }
+  check_storage(op, name, t);
+  if (t.dim() != 4 || t.size(0) != n || t.size(1) != c || t.size(2) != h || t.size(3) != w) {
+    fail(op, name, ": expected sizes [", n, ", ", c, ", ", h, ", ", w, "], got ", sizes_of(t));
+  }
+  if (!is_dense(t, channels_last)) {
+    fail(op, name, ": expected the ", channels_last ? "channels_last" : "NCHW",
+         " layout, got other strides");
+  }
+  return t.const_data_ptr();
+}
+
+const void* weight_of(const char* op, const Tensor& weight, const Tensor& x, ScalarType acc,
+                      int64_t c) {
+  if (weight.device() != x.device() || weight.scalar_type() != acc || weight.dim() != 4 ||
+      weight.size(0) != c || weight.size(1) != 1 || !is_dense(weight, false)) {
+    fail(op, "weight: expected a dense tensor [", c, ", 1, kernel_h, kernel_w] of ",
+         torch::headeronly::toString(acc), " and ", device_of(x), ", got sizes ", sizes_of(weight),
+         " of ", torch::headeronly::toString(weight.scalar_type()), " and ", device_of(weight));
+  }
+  check_storage(op, "weight", weight);
+  return weight.const_data_ptr();
+}
+
+// -> y, or with a dy dy * act'(z)
+template <auto launch>
+Tensor run_fwd(const char* op, const OptionalTensor& dy, const Tensor& x, const Tensor& weight,
+               const OptionalTensor& bias, const Pair& stride, const Pair& padding,
+               const Pair& dilation, int64_t act) {
+  const Check check(op, x);
+  DepthwiseConv2dFwdParams p{};
+  p.dtype = check.dtype();
+  p.act = check.act(act);
+  p.weight = weight_of(op, weight, x, check.acc(), x.size(1));
+  p.bias = check.channels("bias", bias);
+  const bool channels_last = is_channels_last(x);
+  DepthwiseShape& s = p.shape;
+  s = shape_of(op, x.size(0), x.size(1), x.size(2), x.size(3), weight.size(2), weight.size(3),
+               stride, padding, dilation, channels_last);
+  const int64_t h = s.rows.size_out, w = s.columns.size_out;
+  if (dy) p.dy = image(op, "dy", *dy, x, s.n, s.c, h, w, channels_last);
+  Tensor y = empty_image(x, x.scalar_type(), s.n, s.c, h, w, channels_last);
+  p.x = x.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  if (y.numel() > 0) launch(op, p, x);
+  return y;
+}
+
+template <auto launch>
+Tensor fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Pair& stride,
+           const Pair& padding, const Pair& dilation, int64_t act) {
+  return run_fwd<launch>("depthwise_conv2d_fwd", std::nullopt, x, weight, bias, stride, padding,
+                         dilation, act);
+}
+
+template <auto launch>
+Tensor bwd_act(const Tensor& dy, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+               const Pair& stride, const Pair& padding, const Pair& dilation, int64_t act) {
+  return run_fwd<launch>("depthwise_conv2d_bwd_act", dy, x, weight, bias, stride, padding, dilation,
+                         act);
+}
+
+// -> dx
+template <auto launch>
+Tensor bwd_data(const Tensor& dy, const Tensor& weight, int64_t h, int64_t w, const Pair& stride,
+                const Pair& padding, const Pair& dilation, bool channels_last) {
+  constexpr const char* kOp = "depthwise_conv2d_bwd_data";
+  const Check check(kOp, dy);
+  DepthwiseConv2dBwdDataParams p{};
+  p.dtype = check.dtype();
+  p.weight = weight_of(kOp, weight, dy, check.acc(), dy.size(1));
+  const int64_t n = dy.size(0), c = dy.size(1);
+  p.shape = shape_of(kOp, n, c, h, w, weight.size(2), weight.size(3), stride, padding, dilation,
+                     channels_last);
+  p.dy = image(kOp, "dy", dy, dy, n, c, p.shape.rows.size_out, p.shape.columns.size_out,
+               channels_last);
+  Tensor dx = empty_image(dy, dy.scalar_type(), n, c, h, w, channels_last);
+  p.dx = dx.mutable_data_ptr();
+  if (dx.numel() > 0) launch(kOp, p, dy);
+  return dx;
+}
+
+// -> dweight, dbias
+template <auto launch>
+std::tuple<Tensor, Tensor> bwd_weight(const Tensor& dy, const Tensor& x, int64_t kernel_h,
+                                      int64_t kernel_w, const Pair& stride, const Pair& padding,
+                                      const Pair& dilation) {
+  constexpr const char* kOp = "depthwise_conv2d_bwd_weight";
+  const Check check(kOp, x);
+  DepthwiseConv2dBwdWeightParams p{};
+  p.dtype = check.dtype();
+  const bool channels_last = is_channels_last(x);
+  p.shape = shape_of(kOp, x.size(0), x.size(1), x.size(2), x.size(3), kernel_h, kernel_w, stride,
+                     padding, dilation, channels_last);
+  const int64_t n = p.shape.n, c = p.shape.c;
+  p.dy =
+      image(kOp, "dy", dy, x, n, c, p.shape.rows.size_out, p.shape.columns.size_out, channels_last);
+  p.x = x.const_data_ptr();
+  Tensor dweight = empty_image(x, check.acc(), c, 1, kernel_h, kernel_w, false);
+  Tensor dbias = check.new_channels();
+  p.dweight = dweight.mutable_data_ptr();
+  p.dbias = dbias.mutable_data_ptr();
+  if (x.numel() == 0) {
+    torch::stable::zero_(dweight);
+    torch::stable::zero_(dbias);
+  } else {
+    launch(kOp, p, x);
+  }
+  return {dweight, dbias};
+}
+
+}  // namespace
+
+using FwdParams = DepthwiseConv2dFwdParams;
+using DataParams = DepthwiseConv2dBwdDataParams;
+using WeightParams = DepthwiseConv2dBwdWeightParams;
+
+STABLE_TORCH_LIBRARY_IMPL(fastcnn, CPU, m) {
+  m.impl("depthwise_conv2d_fwd", TORCH_BOX((&fwd<on_cpu<depthwise_conv2d_fwd_cpu, FwdParams>>)));
+  m.impl("depthwise_conv2d_bwd_act",
+         TORCH_BOX((&bwd_act<on_cpu<depthwise_conv2d_fwd_cpu, FwdParams>>)));
+  m.impl("depthwise_conv2d_bwd_data",
+         TORCH_BOX((&bwd_data<on_cpu<depthwise_conv2d_bwd_data_cpu, DataParams>>)));
+  m.impl("depthwise_conv2d_bwd_weight",
+         TORCH_BOX((&bwd_weight<on_cpu<depthwise_conv2d_bwd_weight_cpu, WeightParams>>)));
+}
+
+}  // namespace fastcnn
