@@ -19,8 +19,7 @@ void gathered_by_two(const Tile<T>& tile, Vec<Acc<T>>* sums) {
   constexpr int kRead = (kColumns + kKernel - 2 - kOdd) / 2 + 1;
   const int64_t begin = (tile.first - (kKernel - 1) + kOdd) / 2;
   Vec<S> sum[kColumns];
-  unrolled<0, kColumns>([&](auto t)
-                            __attribute__((always_inline)) { sum[t.value] = sums[t.value]; });
+  unrolled<0, kColumns>([&](auto t) __attribute__((always_inline)) { sum[t.value] = tile.start; });
   for (int64_t tap = 0; tap < tile.tap_count; ++tap) {
     const T* dy = tile.row(tap) + begin * tile.pixel;
     const S* weight = tile.weight_row(tap);
@@ -30,7 +29,8 @@ void gathered_by_two(const Tile<T>& tile, Vec<Acc<T>>* sums) {
     });
     unrolled<0, kRead>([&](auto m) __attribute__((always_inline)) {
       if (tile.holds(begin + m.value)) {
-        const Vec<S> value = load(dy + m.value * tile.pixel);
+        Vec<S> value = load(dy + m.value * tile.pixel);
+        keep_in_register(value);
         unrolled<0, kKernel>([&](auto b) __attribute__((always_inline)) {
           constexpr int kAt = kOdd + 2 * decltype(m)::value + decltype(b)::value - (kKernel - 1);
           if constexpr (kAt >= 0 && kAt < kColumns) sum[kAt] += value * w[b.value];
@@ -38,8 +38,7 @@ void gathered_by_two(const Tile<T>& tile, Vec<Acc<T>>* sums) {
       }
     });
   }
-  unrolled<0, kColumns>([&](auto t)
-                            __attribute__((always_inline)) { sums[t.value] = sum[t.value]; });
+  put(tile, sum, sums);
 }
 
 // The same for any stride and dilation: stride * q + b * dilation = first + t.
@@ -47,6 +46,8 @@ template <class T>
 void gathered(const Tile<T>& tile, Vec<Acc<T>>* sums) {
   using S = Acc<T>;
   const WindowAxis& columns = *tile.columns;
+  Vec<S> sum[kAnyColumns];
+  for (int t = 0; t < kAnyColumns; ++t) sum[t] = tile.start;
   for (int64_t tap = 0; tap < tile.tap_count; ++tap) {
     const T* dy = tile.row(tap);
     const S* weight = tile.weight_row(tap);
@@ -56,10 +57,11 @@ void gathered(const Tile<T>& tile, Vec<Acc<T>>* sums) {
       int64_t q = least <= 0 ? 0 : ceil_div(least, columns.stride);
       for (int64_t t = q * columns.stride - least; t < kAnyColumns && q < tile.width;
            ++q, t += columns.stride) {
-        sums[t] += load_channels(dy + q * tile.pixel, tile.lanes) * w;
+        sum[t] += load_channels(dy + q * tile.pixel, tile.lanes) * w;
       }
     }
   }
+  put(tile, sum, sums);
 }
 
 template <class T>

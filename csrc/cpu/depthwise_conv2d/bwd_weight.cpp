@@ -4,9 +4,9 @@
 //
 // channels_last: a task owns some channels, whose sums stay in the L1 cache (kSumsBytes), over some
 // rows of dy of the batch. dy's tile of columns stays in registers beside a row of the kernel's
-// sums; a vector of x that is loaded serves kernel_w of them. Both are read from memory once, one
-// row ahead. Splits are added up at the end in their order: the sums depend on the shape alone.
-// Floor: x and dy are read once; kernel_h * kernel_w multiply-adds a value of dy.
+// sums; a vector of x that is loaded serves kernel_w of them. Both are read from memory once.
+// Splits are added up at the end in their order: the sums depend on the shape alone. Floor: x and
+// dy are read once; kernel_h * kernel_w multiply-adds a value of dy.
 #include "cpu/depthwise_conv2d/planes.h"
 #include "cpu/depthwise_conv2d/window.h"
 
@@ -14,51 +14,56 @@ namespace fastcnn::FASTCNN_CPU_LEVEL {
 namespace {
 
 constexpr int64_t kSumsBytes = 16 << 10;
+constexpr int64_t kPixelsPerSum = 8;  // of dy, at least, in a split
 
 // sums[a, b] += sum over q of dy[q] * x[row a, first + q * stride + b], for strides 1 and 2 without
-// dilation; with two sums each where registers allow, since multiply-adds of one wait for each
-// other.
+// dilation.
 template <class T, int kKernel, int kStride, int kColumns>
-void window_products(const Tile<T>& tile, const T* dy, Acc<T>* sums) {
+void window_products(const Tile<T>& tile, const T* dy, Acc<T>* sums, Acc<T>* bias) {
   using S = Acc<T>;
-  constexpr int kParts = kManyRegisters || kKernel == 3 ? 2 : 1;
   Vec<S> d[kColumns];
   unrolled<0, kColumns>([&](auto q) __attribute__((always_inline)) {
     d[q.value] = load(dy + q.value * tile.pixel);
   });
+  Vec<S> total[2] = {load(bias), Vec<S>{}};
+  unrolled<0, kColumns>([&](auto q)
+                            __attribute__((always_inline)) { total[q.value % 2] += d[q.value]; });
+  store(bias, total[0] + total[1]);
   for (int64_t t = 0; t < tile.tap_count; ++t) {
     const T* x = tile.row(t) + tile.first * tile.pixel;
     S* row = sums + tile.taps[t].kernel_row * kKernel * kLanes<S>;
-    Vec<S> sum[kParts][kKernel];
+    Vec<S> sum[kKernel];
     unrolled<0, kKernel>([&](auto b) __attribute__((always_inline)) {
-      sum[0][b.value] = load(row + b.value * kLanes<S>);
-      if constexpr (kParts == 2) sum[1][b.value] = Vec<S>{};
+      sum[b.value] = load(row + b.value * kLanes<S>);
     });
     unrolled<0, (kColumns - 1) * kStride + kKernel>([&](auto j) __attribute__((always_inline)) {
       if (tile.holds(tile.first + j.value)) {
-        const Vec<S> value = load(x + j.value * tile.pixel);
+        Vec<S> value = load(x + j.value * tile.pixel);
+        keep_in_register(value);
         unrolled<0, kKernel>([&](auto b) __attribute__((always_inline)) {
           constexpr int kAt = decltype(j)::value - decltype(b)::value;
           if constexpr (kAt >= 0 && kAt % kStride == 0 && kAt / kStride < kColumns) {
-            sum[kAt / kStride % kParts][b.value] += value * d[kAt / kStride];
+            sum[b.value] += value * d[kAt / kStride];
           }
         });
       }
     });
     unrolled<0, kKernel>([&](auto b) __attribute__((always_inline)) {
-      Vec<S> total = sum[0][b.value];
-      if constexpr (kParts == 2) total += sum[1][b.value];
-      store(row + b.value * kLanes<S>, total);
+      store(row + b.value * kLanes<S>, sum[b.value]);
     });
   }
 }
 
 // The same for any stride, dilation and number of columns.
 template <class T>
-void any_window_products(const Tile<T>& tile, const T* dy, Acc<T>* sums, int64_t count) {
+void any_window_products(const Tile<T>& tile, const T* dy, Acc<T>* sums, Acc<T>* bias,
+                         int64_t count) {
   using S = Acc<T>;
   const WindowAxis& columns = *tile.columns;
   const int64_t step = columns.stride;
+  Vec<S> total = load(bias);
+  for (int64_t q = 0; q < count; ++q) total += load_channels(dy + q * tile.pixel, tile.lanes);
+  store(bias, total);
   for (int64_t t = 0; t < tile.tap_count; ++t) {
     const T* row = tile.row(t);
     S* to = sums + tile.taps[t].kernel_row * columns.kernel * kLanes<S>;
@@ -83,7 +88,7 @@ void any_window_products(const Tile<T>& tile, const T* dy, Acc<T>* sums, int64_t
 }
 
 template <class T>
-using TileProducts = void (*)(const Tile<T>&, const T*, Acc<T>*);
+using TileProducts = void (*)(const Tile<T>&, const T*, Acc<T>*, Acc<T>*);
 
 // What runs a window of given sizes on a tile of `width` columns, or null: any_window_products.
 template <class T>
@@ -117,7 +122,7 @@ template <class T>
 void pixels_bwd_weight(const DepthwiseShape& s, const T* dy, const T* x, Acc<T>* dweight,
                        Acc<T>* dbias) {
   using S = Acc<T>;
-  constexpr int64_t kLanesOf = kLanes<S>, kLine = 64 / static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kLanesOf = kLanes<S>;
   const WindowAxis &r = s.rows, &q = s.columns;
   const ChannelVectors vectors(s.c, kLanesOf);
   const int64_t taps = r.kernel * q.kernel, own = (taps + 1) * kLanesOf;  // of a vector
@@ -126,7 +131,10 @@ void pixels_bwd_weight(const DepthwiseShape& s, const T* dy, const T* x, Acc<T>*
   const int64_t fit = kSumsBytes / (own * static_cast<int64_t>(sizeof(S)));
   const int64_t per_task = min(vectors.count, max(1, fit / per_block) * per_block);
   const int64_t chunks = ceil_div(vectors.count, per_task), all_rows = s.n * r.size_out;
-  const int64_t rows_per_split = ceil_div(all_rows, min(all_rows, ceil_div(kTasks, chunks)));
+  // Enough to do for each split beside clearing its sums and adding them up.
+  const int64_t most = max(1, all_rows * q.size_out / (kPixelsPerSum * taps));
+  const int64_t rows_per_split =
+      ceil_div(all_rows, min(min(all_rows, most), ceil_div(kTasks, chunks)));
   const int64_t splits = ceil_div(all_rows, rows_per_split), tasks = splits * chunks;
   int tile_columns = 1;
   const TileProducts<T> products = choose_products<T>(s, tile_columns);
@@ -148,43 +156,21 @@ void pixels_bwd_weight(const DepthwiseShape& s, const T* dy, const T* x, Acc<T>*
         tile.columns = &q;
         const T* image = x + row / r.size_out * r.size * q.size * s.c;
         const T* dy_row = dy + row * q.size_out * s.c;
-        // Rows of x that the next row of dy meets first.
-        const int64_t reach = (r.kernel - 1) * r.dilation - r.padding;
-        const int64_t fetch = max(0, row % r.size_out * r.stride + reach + 1);
-        const bool more = row + 1 < end && (row + 1) % r.size_out != 0;
-        const int64_t fetch_end = more ? min(r.size, fetch + r.stride) : 0;
         for (int64_t column = 0, count; column < q.size_out; column += count) {
           const bool whole = products != nullptr && q.size_out - column >= tile_columns;
           count = whole ? tile_columns : q.size_out - column;
           tile.first = column * q.stride - q.padding;
           for (int64_t v = first; v < last; ++v) {
             const int64_t channel = vectors.channel(v);
-            if (v * kLanesOf % kLine == 0) {
-              const int64_t begin = column * q.stride;
-              const int64_t until = min(q.size, begin + count * q.stride);
-              for (int64_t fetched = fetch; fetched < fetch_end; ++fetched) {
-                const T* line = image + (fetched * q.size + begin) * s.c + channel;
-                for (int64_t i = begin; i < until; ++i, line += s.c) {
-                  __builtin_prefetch(line, 0, 2);
-                }
-              }
-              if (more) {
-                const T* line = dy_row + (q.size_out + column) * s.c + channel;
-                for (int64_t i = 0; i < count; ++i, line += s.c) __builtin_prefetch(line, 0, 2);
-              }
-            }
             tile.x = image + channel;
             const T* d = dy_row + column * s.c + channel;
             S* to_sums = sums + v * own;
+            S* bias = to_sums + taps * kLanesOf;
             if (whole) {
-              products(tile, d, to_sums);
+              products(tile, d, to_sums, bias);
             } else {
-              any_window_products(tile, d, to_sums, count);
+              any_window_products(tile, d, to_sums, bias, count);
             }
-            Vec<S> bias[2] = {load(to_sums + taps * kLanesOf)};
-            for (int64_t i = 0; i < count; ++i, d += s.c)
-              bias[i & 1] += load_channels(d, tile.lanes);
-            store(to_sums + taps * kLanesOf, bias[0] + bias[1]);
           }
         }
       }

@@ -81,8 +81,12 @@ struct Sweep {
       tile_of.pixel = c;
       tile_of.lanes = vectors.width();
       tile_of.columns = &columns;
+      const bool plain = act == Act::kNone && dy == nullptr && c >= kLanes<S>;
       const T* in = from + image * read_height() * read_width() * c;
       const int64_t out = row * width() * c;
+      const int64_t row_elements = read_width() * c;
+      const int64_t calls = ceil_div(width(), tile) * vectors.count;
+      Prefetcher ahead(in + fetch * row_elements, (fetch_end - fetch) * row_elements, calls);
       const int64_t per_block = max(1, kBlockChannels / kLanes<S>);
       for (int64_t block = 0; block < vectors.count; block += per_block) {
         const int64_t block_end = min(vectors.count, block + per_block);
@@ -90,18 +94,21 @@ struct Sweep {
           // The last tile begins so that it ends with the row: those columns are computed twice.
           const int64_t column = max(0, min(q, width() - tile));
           const int64_t done = min(tile, width());
+          tile_of.done = done;
           tile_of.first =
               of_input ? column + columns.padding : column * columns.stride - columns.padding;
           for (int64_t v = block; v < block_end; ++v) {
             const int64_t channel = vectors.channel(v);
-            prefetch_rows(in, fetch, fetch_end, column, channel, v);
+            ahead.fetch();
             Vec<S> sums[kMostColumns];
-            const Vec<S> start = bias == nullptr ? Vec<S>{} : load(bias + channel, tile_of.lanes);
-            for (int i = 0; i < tile; ++i) sums[i] = start;
             tile_of.x = in + channel;
+            tile_of.start =
+                bias == nullptr ? Vec<S>{} : load_channels(bias + channel, tile_of.lanes);
             tile_of.weight = packed + v * rows.kernel * columns.kernel * kLanes<S>;
-            sums_of[tile_of.first & 1](tile_of, sums);
             const int64_t at = out + column * c + channel;
+            tile_of.y = plain ? to + at : nullptr;
+            sums_of[tile_of.first & 1](tile_of, sums);
+            if (plain) continue;
             finish(sums, act, dy == nullptr ? nullptr : dy + at, to + at, done, c, tile_of.lanes);
           }
         }
@@ -114,21 +121,6 @@ struct Sweep {
     for (int64_t t = 0; t < count; ++t) row = max(row, taps[t].row);
     return row;
   }
-
-  // The part of the next rows that lies where this tile is: strided lines, which the processor's
-  // prefetchers do not see coming.
-  inline __attribute__((always_inline)) void prefetch_rows(const T* in, int64_t row, int64_t end,
-                                                           int64_t column, int64_t channel,
-                                                           int64_t v) const {
-    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-    if (v * kLanes<S> % kLine != 0) return;
-    const int64_t begin = column * read_width() / width();
-    const int64_t until = min(read_width(), begin + ceil_div(tile * read_width(), width()));
-    for (; row < end; ++row) {
-      const T* line = in + (row * read_width() + begin) * c + channel;
-      for (int64_t i = begin; i < until; ++i, line += c) __builtin_prefetch(line, 0, 2);
-    }
-  }
 };
 
 // sums[q] += sum over a, b of x[row a, first + q * stride + b] * weight[a, b], for strides 1 and 2
@@ -137,8 +129,7 @@ template <class T, int kKernel, int kStride, int kColumns>
 void window_sums(const Tile<T>& tile, Vec<Acc<T>>* sums) {
   using S = Acc<T>;
   Vec<S> sum[kColumns];
-  unrolled<0, kColumns>([&](auto q)
-                            __attribute__((always_inline)) { sum[q.value] = sums[q.value]; });
+  unrolled<0, kColumns>([&](auto q) __attribute__((always_inline)) { sum[q.value] = tile.start; });
   for (int64_t t = 0; t < tile.tap_count; ++t) {
     const T* x = tile.row(t) + tile.first * tile.pixel;
     const S* weight = tile.weight_row(t);
@@ -148,7 +139,8 @@ void window_sums(const Tile<T>& tile, Vec<Acc<T>>* sums) {
     });
     unrolled<0, (kColumns - 1) * kStride + kKernel>([&](auto j) __attribute__((always_inline)) {
       if (tile.holds(tile.first + j.value)) {
-        const Vec<S> value = load(x + j.value * tile.pixel);
+        Vec<S> value = load(x + j.value * tile.pixel);
+        keep_in_register(value);
         unrolled<0, kKernel>([&](auto b) __attribute__((always_inline)) {
           constexpr int kAt = decltype(j)::value - decltype(b)::value;
           if constexpr (kAt >= 0 && kAt % kStride == 0 && kAt / kStride < kColumns) {
@@ -158,8 +150,7 @@ void window_sums(const Tile<T>& tile, Vec<Acc<T>>* sums) {
       }
     });
   }
-  unrolled<0, kColumns>([&](auto q)
-                            __attribute__((always_inline)) { sums[q.value] = sum[q.value]; });
+  put(tile, sum, sums);
 }
 
 constexpr int kAnyColumns = 8;  // of a tile of any window
@@ -172,7 +163,7 @@ void any_window_sums(const Tile<T>& tile, Vec<Acc<T>>* sums) {
   const int64_t lanes = kMasked ? tile.lanes : kLanes<S>, step = columns.stride * tile.pixel;
   Vec<S> sum[kAnyColumns];
   unrolled<0, kAnyColumns>([&](auto q)
-                               __attribute__((always_inline)) { sum[q.value] = sums[q.value]; });
+                               __attribute__((always_inline)) { sum[q.value] = tile.start; });
   for (int64_t t = 0; t < tile.tap_count; ++t) {
     const T* row = tile.row(t);
     const S* weight = tile.weight_row(t);
@@ -188,8 +179,7 @@ void any_window_sums(const Tile<T>& tile, Vec<Acc<T>>* sums) {
       });
     }
   }
-  unrolled<0, kAnyColumns>([&](auto q)
-                               __attribute__((always_inline)) { sums[q.value] = sum[q.value]; });
+  put(tile, sum, sums);
 }
 
 // Sets what runs a window of given sizes on its tiles: known sizes have loops of their own.

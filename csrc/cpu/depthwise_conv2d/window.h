@@ -97,6 +97,40 @@ inline int64_t row_taps_of_input(const WindowAxis& rows, int64_t row, RowTap* ta
   return count;
 }
 
+// Memory that is read for the next row, fetched a few lines at a time while this row is worked on,
+// in the order of addresses: the processor's own prefetcher then follows. Asked for tile by tile,
+// in lines that lie a pixel apart, 7x7 forward over 8x384x14x14 float32 ran at 76 GFLOP/s, in this
+// order at 90 (a core of an Intel Xeon with AVX-512). Fetching what is written made no difference.
+class Prefetcher {
+ public:
+  // `count` elements, over so many calls of fetch().
+  template <class T>
+  Prefetcher(const T* from, int64_t count, int64_t calls)
+      : at_(reinterpret_cast<const char*>(from)),
+        lines_(ceil_div(max(0, count) * static_cast<int64_t>(sizeof(T)), kLine)),
+        per_call_(ceil_div(lines_, max(1, calls))) {}
+
+  inline __attribute__((always_inline)) void fetch() {
+    const int64_t count = min(per_call_, lines_);
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at_ + i * kLine, 0, 2);
+    at_ += count * kLine;
+    lines_ -= count;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char* at_;
+  int64_t lines_, per_call_;
+};
+
+// The compiler would read a vector from memory again for each multiply-add that it is part of.
+template <class V>
+inline __attribute__((always_inline)) void keep_in_register(V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+}
+
 // One vector of channels in one tile of columns.
 template <class T>
 struct Tile {
@@ -107,6 +141,9 @@ struct Tile {
   int64_t width;         // columns of the image
   int64_t pixel;         // elements from pixel to pixel
   const Acc<T>* weight;  // [kernel_h, kernel_w, lanes]
+  Vec<Acc<T>> start;     // what a sum begins with
+  T* y;                  // where sums go as they are; null: to the caller
+  int64_t done;          // columns of y, at most the tile's
   int64_t lanes;
   const WindowAxis* columns;
 
@@ -119,7 +156,20 @@ struct Tile {
   }
 };
 
-// sums[width] += what a tile adds.
+// Sums of a tile, to tile.y or to sums.
+template <int kColumns, class T>
+inline __attribute__((always_inline)) void put(const Tile<T>& tile,
+                                               const Vec<Acc<T>> (&sum)[kColumns],
+                                               Vec<Acc<T>>* sums) {
+  unrolled<0, kColumns>([&](auto q) __attribute__((always_inline)) {
+    if (tile.y == nullptr) {
+      sums[q.value] = sum[q.value];
+    } else if (q.value < tile.done) {
+      store(tile.y + q.value * tile.pixel, sum[q.value]);
+    }
+  });
+}
+
 template <class T>
 using TileSums = void (*)(const Tile<T>&, Vec<Acc<T>>*);
 
