@@ -27,7 +27,7 @@ WindowAxis axis_of(const char* op, int d, int64_t size, int64_t kernel, const Pa
   WindowAxis axis{size,
                   0,
                   kernel,
-                  at(op, "stride", stride, d, 1, kMaxStride),
+                  at(op, "stride", stride, d, 1, kMaxStep),
                   at(op, "padding", padding, d, 0, kMaxStep),
                   at(op, "dilation", dilation, d, 1, kMaxStep)};
   const bool sound = size >= 1 && size <= kMaxSide && kernel >= 1 && kernel <= kMaxStep;

@@ -13,12 +13,12 @@
 namespace fastcnn {
 
 // One direction of the window: size_out = (size + 2 padding - dilation (kernel - 1) - 1) / stride
-// + 1. The limits keep products far from overflow, and what kernels hold of a row small.
+// + 1. The limits keep products far from overflow.
 struct WindowAxis {
   int64_t size, size_out, kernel, stride, padding, dilation;
 };
 constexpr int64_t kMaxSide = int64_t{1} << 30, kMaxStep = int64_t{1} << 20;
-constexpr int64_t kMaxStride = 16, kMaxTaps = int64_t{1} << 24;
+constexpr int64_t kMaxTaps = int64_t{1} << 24;
 
 // channels_last: element (i, j, y, x) lies at ((i * h + y) * w + x) * c + j.
 struct DepthwiseShape {

@@ -452,10 +452,11 @@ def depthwise_conv2d(
 
     Args:
         input: [n, c, h, w], dense in NCHW or channels_last; float32, bfloat16, float16, and on the
-            CPU float64. channels_last is faster. An empty batch gives an empty output.
+            CPU float64. An empty batch gives an empty
+            output.
         weight: [c, 1, kh, kw] in the input's dtype, or float32 beside a half input.
         bias: [c], likewise; None stands for 0.
-        stride: a number, or one for the height and one for the width; at most 16.
+        stride: a number, or one for the height and one for the width.
         padding: likewise: pixels of 0 on each side.
         dilation: likewise: the distance between a kernel's elements.
         act: "none", "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu" (by erf), "sigmoid"

@@ -20,7 +20,7 @@ class DepthwiseConv2d(nn.Conv2d):
     Args:
         channels: of the input and of the output.
         kernel_size: of torch.nn.Conv2d, as all up to bias.
-        stride: at most 16.
+        stride: likewise.
         padding: numbers.
         dilation: likewise.
         bias: whether there is one.

@@ -30,7 +30,6 @@ from fastcnn.common.dtypes import acc_type, as_acc, new_channels, new_image
 from fastcnn.common.library import apply, declare, distinct, once_differentiable, positional
 
 OP = "depthwise_conv2d"
-MAX_STRIDE = 16  # csrc/depthwise_conv2d.h
 
 Window = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 
@@ -157,8 +156,6 @@ def _check_weight(weight: Tensor, x: Tensor) -> None:
 
 def _check_window(x: Tensor, weight: Tensor, window: Window) -> None:
     stride, padding, dilation = window
-    if max(stride) > MAX_STRIDE:
-        raise ValueError(f"{OP}: stride: expected at most {MAX_STRIDE}, got {stride}")
     sizes, kernel = x.shape[2:], weight.shape[2:]
     sound = min(stride) >= 1 and min(padding) >= 0 and min(dilation) >= 1
     if not sound or min(output_size(sizes, kernel, stride, padding, dilation)) < 1:

@@ -60,7 +60,7 @@ WINDOWS = [
     square((2, 48, 9, 9), 2, 2, 0, "2x2, which has no loops of its own"),
     square((1, 16, 12, 12), 9, 1, 4, "9x9, likewise"),
     square((2, 24, 16, 17), 4, 4, 0, "as patches are embedded; a last column in no window"),
-    square((1, 16, 33, 35), 3, 16, 1, "the longest stride: pixels in no window"),
+    square((1, 16, 33, 35), 3, 17, 1, "a long stride: pixels in no window"),
     square((2, 16, 5, 4), 3, 1, 4, "more padding than kernel: windows without an image"),
     square((2, 16, 5, 4), 5, 2, 7, "likewise in steps"),
     Window((2, 16, 9, 20), (1, 3), (1, 2), (0, 1), (1, 1), "unequal sides"),

@@ -4,8 +4,7 @@
 // rows of dy that it has a part in: one of stride_h rows of the kernel meets it. In channels_last a
 // column of dy that is loaded serves the kernel_w columns of dx that it was made of. Floor: dy is
 // read and dx written once; kernel_h * kernel_w multiply-adds a value of dy.
-#include "cpu/depthwise_conv2d/planes.h"
-#include "cpu/depthwise_conv2d/sweep.h"
+#include "cpu/depthwise_conv2d/blocks.h"
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 namespace {
@@ -106,17 +105,20 @@ void depthwise_conv2d_bwd_data_cpu(const DepthwiseConv2dBwdDataParams& p) {
     const auto* dy = static_cast<const T*>(p.dy);
     const auto* weight = static_cast<const S*>(p.weight);
     auto* dx = static_cast<T*>(p.dx);
-    if (!s.channels_last) return planes_bwd_data(s, dy, weight, dx);
     const bool steps = s.rows.stride > 1 || s.columns.stride > 1;
-    Sweep<T> sweep{s.n, s.c,    s.rows,  s.columns, steps, !steps,
-                   dy,  weight, nullptr, nullptr,   dx,    Act::kNone};
-    if (steps) {
-      choose_gathered(sweep);
-    } else {
-      sweep.rows = flipped(s.rows);
-      sweep.columns = flipped(s.columns);
-      choose_window_sums(sweep);
+    const WindowAxis rows = steps ? s.rows : flipped(s.rows);
+    const WindowAxis columns = steps ? s.columns : flipped(s.columns);
+    const auto choose = [&](auto& sweep) {
+      steps ? choose_gathered(sweep) : choose_window_sums(sweep);
+    };
+    if (!s.channels_last) {
+      Sweep<S> block = block_sweep<S>(rows, columns, steps, !steps);
+      choose(block);
+      return sweep_blocks<T>(block, s.n, s.c, dy, weight, nullptr, nullptr, dx, Act::kNone);
     }
+    Sweep<T> sweep{s.n, s.c,    rows,    columns, steps, !steps,
+                   dy,  weight, nullptr, nullptr, dx,    Act::kNone};
+    choose(sweep);
     sweep.finish = finish_act<T, InlineAct<Act::kNone>>;
     sweep.run();
   });

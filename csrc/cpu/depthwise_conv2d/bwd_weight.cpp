@@ -7,8 +7,7 @@
 // sums; a vector of x that is loaded serves kernel_w of them. Both are read from memory once.
 // Splits are added up at the end in their order: the sums depend on the shape alone. Floor: x and
 // dy are read once; kernel_h * kernel_w multiply-adds a value of dy.
-#include "cpu/depthwise_conv2d/planes.h"
-#include "cpu/depthwise_conv2d/window.h"
+#include "cpu/depthwise_conv2d/blocks.h"
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 namespace {
@@ -118,6 +117,38 @@ TileProducts<T> choose_products(const DepthwiseShape& s, int& width) {
   return chosen;
 }
 
+// Adds what one row of dy gives to the sums [vectors, taps + 1, lanes] of vectors [first, last),
+// the bias's behind those of the taps.
+template <class T>
+void add_row(const WindowAxis& columns, const RowTap* taps, int64_t tap_count, int64_t own,
+             TileProducts<T> products, int64_t tile_columns, const ChannelVectors& vectors,
+             int64_t first, int64_t last, const T* x, const T* dy, Acc<T>* sums) {
+  constexpr int64_t kWide = kLanes<Acc<T>>;
+  Tile<T> tile{};
+  tile.taps = taps;
+  tile.tap_count = tap_count;
+  tile.width = columns.size;
+  tile.pixel = vectors.c;
+  tile.lanes = vectors.width();
+  tile.columns = &columns;
+  for (int64_t column = 0, count; column < columns.size_out; column += count) {
+    const bool whole = products != nullptr && columns.size_out - column >= tile_columns;
+    count = whole ? tile_columns : columns.size_out - column;
+    tile.first = column * columns.stride - columns.padding;
+    for (int64_t v = first; v < last; ++v) {
+      const int64_t channel = vectors.channel(v);
+      tile.x = x + channel;
+      const T* d = dy + column * vectors.c + channel;
+      Acc<T>*to = sums + v * own, *bias = to + own - kWide;
+      if (whole) {
+        products(tile, d, to, bias);
+      } else {
+        any_window_products(tile, d, to, bias, count);
+      }
+    }
+  }
+}
+
 template <class T>
 void pixels_bwd_weight(const DepthwiseShape& s, const T* dy, const T* x, Acc<T>* dweight,
                        Acc<T>* dbias) {
@@ -147,32 +178,9 @@ void pixels_bwd_weight(const DepthwiseShape& s, const T* dy, const T* x, Acc<T>*
       S* sums = partial.get() + split * vectors.count * own;
       const int64_t end = min(all_rows, (split + 1) * rows_per_split);
       for (int64_t row = split * rows_per_split; row < end; ++row) {
-        Tile<T> tile{};
-        tile.taps = row_of.get();
-        tile.tap_count = row_taps(r, row % r.size_out, row_of.get());
-        tile.width = q.size;
-        tile.pixel = s.c;
-        tile.lanes = vectors.width();
-        tile.columns = &q;
-        const T* image = x + row / r.size_out * r.size * q.size * s.c;
-        const T* dy_row = dy + row * q.size_out * s.c;
-        for (int64_t column = 0, count; column < q.size_out; column += count) {
-          const bool whole = products != nullptr && q.size_out - column >= tile_columns;
-          count = whole ? tile_columns : q.size_out - column;
-          tile.first = column * q.stride - q.padding;
-          for (int64_t v = first; v < last; ++v) {
-            const int64_t channel = vectors.channel(v);
-            tile.x = image + channel;
-            const T* d = dy_row + column * s.c + channel;
-            S* to_sums = sums + v * own;
-            S* bias = to_sums + taps * kLanesOf;
-            if (whole) {
-              products(tile, d, to_sums, bias);
-            } else {
-              any_window_products(tile, d, to_sums, bias, count);
-            }
-          }
-        }
+        const int64_t count = row_taps(r, row % r.size_out, row_of.get());
+        add_row(q, row_of.get(), count, own, products, tile_columns, vectors, first, last,
+                x + row / r.size_out * r.size * q.size * s.c, dy + row * q.size_out * s.c, sums);
       }
     }
   };
@@ -192,6 +200,58 @@ void pixels_bwd_weight(const DepthwiseShape& s, const T* dy, const T* x, Acc<T>*
   parallel_for(vectors.count, task_grain(vectors.count, splits * s.c * taps), merge);
 }
 
+// NCHW: a task is a block of channels of a part of the batch (Planes), in bands as blocks.h has
+// them; parts are added up in their order.
+template <class T>
+void blocks_bwd_weight(const DepthwiseShape& s, const T* dy, const T* x, Acc<T>* dweight,
+                       Acc<T>* dbias) {
+  using S = Acc<T>;
+  constexpr int64_t kWide = kLanes<S>;
+  const WindowAxis &r = s.rows, &q = s.columns;
+  const int64_t taps = r.kernel * q.kernel, own = (taps + 1) * kWide;
+  const Planes parts({s.n, ceil_div(s.c, kWide), r.size_out * q.size_out, false}, sizeof(T));
+  const ChannelVectors vectors(kWide, kWide);
+  int tile_columns = 1;
+  const TileProducts<S> products = choose_products<S>({1, kWide, r, q, true}, tile_columns);
+  const int64_t most = Band::height(r, false, q.size_out, q.size, kWide);
+  const int64_t most_read = min(r.size, (most - 1) * r.stride + (r.kernel - 1) * r.dilation + 1);
+  const Scratch<S> partial(parts.tasks * own);
+  const auto run = [&](int64_t from, int64_t to) {
+    const Scratch<S> read(most_read * q.size * kWide, Fill::kNothing);
+    const Scratch<S> gradient(most * q.size_out * kWide, Fill::kNothing);
+    const Scratch<RowTap> row_of(r.kernel);
+    for (int64_t task = from; task < to; ++task) {
+      const int64_t channel = parts.channel(task) * kWide, channels = min(kWide, s.c - channel);
+      for (int64_t image = parts.first(task); image < parts.last(task); ++image) {
+        const int64_t plane = image * s.c + channel;
+        for (int64_t begin = 0; begin < r.size_out; begin += most) {
+          const Band band(r, false, begin, min(r.size_out, begin + most));
+          to_pixels(x + (plane * r.size + band.first) * q.size, r.size * q.size, channels,
+                    (band.last - band.first) * q.size, read.get());
+          to_pixels(dy + (plane * r.size_out + begin) * q.size_out, r.size_out * q.size_out,
+                    channels, (band.end - begin) * q.size_out, gradient.get());
+          for (int64_t row = 0; row < band.end - begin; ++row) {
+            const int64_t count = row_taps(band.rows, row, row_of.get());
+            add_row<S>(q, row_of.get(), count, own, products, tile_columns, vectors, 0, 1,
+                       read.get(), gradient.get() + row * q.size_out * kWide,
+                       partial.get() + task * own);
+          }
+        }
+      }
+    }
+  };
+  parallel_ranges(parts.tasks, parts.grain, run);
+  for (int64_t j = 0; j < s.c; ++j) {
+    for (int64_t t = 0; t <= taps; ++t) {
+      S total = 0;
+      for (int64_t part = 0; part < parts.parts; ++part) {
+        total += partial[(j / kWide * parts.parts + part) * own + t * kWide + j % kWide];
+      }
+      (t < taps ? dweight[j * taps + t] : dbias[j]) = total;
+    }
+  }
+}
+
 }  // namespace
 
 void depthwise_conv2d_bwd_weight_cpu(const DepthwiseConv2dBwdWeightParams& p) {
@@ -200,8 +260,8 @@ void depthwise_conv2d_bwd_weight_cpu(const DepthwiseConv2dBwdWeightParams& p) {
     using S = Acc<T>;
     const auto *dy = static_cast<const T*>(p.dy), *x = static_cast<const T*>(p.x);
     auto *dweight = static_cast<S*>(p.dweight), *dbias = static_cast<S*>(p.dbias);
-    (p.shape.channels_last ? pixels_bwd_weight<T> : planes_bwd_weight<T, S>)(p.shape, dy, x,
-                                                                             dweight, dbias);
+    (p.shape.channels_last ? pixels_bwd_weight<T> : blocks_bwd_weight<T>)(p.shape, dy, x, dweight,
+                                                                          dbias);
   });
 }
 

@@ -60,7 +60,7 @@ struct Sweep {
                     [&](int64_t begin, int64_t end) { sweep(vectors, packed.get(), begin, end); });
   }
 
- private:
+  // Rows [begin, end) of the results of all images; packed: [vectors, kernel_h, kernel_w, lanes].
   void sweep(const ChannelVectors& vectors, const S* packed, int64_t begin, int64_t end) const {
     const Scratch<RowTap> taps(2 * rows.kernel);
     RowTap *now = taps.get(), *next = now + rows.kernel;
@@ -116,6 +116,7 @@ struct Sweep {
     }
   }
 
+ private:
   static int64_t last(const RowTap* taps, int64_t count) {
     int64_t row = -1;
     for (int64_t t = 0; t < count; ++t) row = max(row, taps[t].row);
