@@ -24,7 +24,14 @@ from torch import Tensor
 
 from fastcnn.common.activation import ACT_NUMBER, act_number
 from fastcnn.common.autocast import autocast_dtype, cast
-from fastcnn.common.checks import HALVES, check_channels, check_image, memory_format_of
+from fastcnn.common.checks import (
+    FLOATS,
+    HALVES,
+    check_channels,
+    check_image,
+    in_format_of,
+    memory_format_of,
+)
 from fastcnn.common.conv_geometry import Pair, output_size, pair, refuse_window
 from fastcnn.common.dtypes import acc_type, as_acc, new_channels, new_image
 from fastcnn.common.library import apply, declare, distinct, once_differentiable, positional
@@ -97,19 +104,57 @@ def _weight_as_acc(x: Tensor, weight: Tensor) -> Tensor:
     return weight.to(acc_type(x)).contiguous(memory_format=torch.contiguous_format)
 
 
+def is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether a convolution has a filter a channel, and these kernels take its image."""
+    if groups == 1 or x.device.type != "cpu" or x.dtype not in FLOATS:
+        return False
+    return weight.shape[0] == weight.shape[1] * groups == x.shape[1] and is_dense(x)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether an image is in one of the layouts."""
+    return x.dim() == 4 and memory_format_of(x) is not None
+
+
+def depthwise_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, act: int = 0
+) -> Tensor:
+    """Return act(conv2d(x, weight) + bias)."""
+    y: Tensor = _fwd(x, _weight_as_acc(x, weight), as_acc(x, bias), *window, act)
+    return y
+
+
+def depthwise_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, window: Window, want: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return dx, dweight and dbias, with None for what is not wanted.
+
+    dy in x's layout; dbias in the accumulate type.
+    """
+    dx = dweight = dbias = None
+    if want[0]:
+        in_acc = _weight_as_acc(x, weight)
+        dx = _bwd_data(dy, in_acc, *x.shape[2:], *window, _is_channels_last(x))
+    if want[1] or want[2]:
+        dweight, dbias = _bwd_weight(dy, x, *weight.shape[2:], *window)
+    return (
+        dx,
+        dweight.to(weight.dtype) if dweight is not None and want[1] else None,
+        dbias if want[2] else None,
+    )
+
+
 class DepthwiseConv2dFunction(torch.autograd.Function):
     """y = act(conv2d(x, weight) + bias)."""
 
     @staticmethod
     @positional
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, act: int) -> Tensor:
-        y: Tensor = _fwd(x, _weight_as_acc(x, weight), as_acc(x, bias), *window, act)
-        return y
+        return depthwise_fwd(x, weight, bias, window, act)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, weight, bias, ctx.window, ctx.act = inputs
-        ctx.channels_last = _is_channels_last(x)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias)
 
@@ -119,19 +164,11 @@ class DepthwiseConv2dFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * 5
         x, weight, bias = ctx.saved_tensors
-        layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
-        dy = dy.contiguous(memory_format=layout)
-        in_acc = _weight_as_acc(x, weight)
+        dy = in_format_of(dy, x)
         if ctx.act != ACT_NUMBER["none"]:
-            dy = _bwd_act(dy, x, in_acc, as_acc(x, bias), *ctx.window, ctx.act)
-        want_x, want_weight, want_bias, *_ = ctx.needs_input_grad
-        dx = dweight = dbias = None
-        if want_x:
-            dx = _bwd_data(dy, in_acc, *x.shape[2:], *ctx.window, ctx.channels_last)
-        if want_weight or want_bias:
-            dweight, dbias = _bwd_weight(dy, x, *weight.shape[2:], *ctx.window)
-            dweight = dweight.to(weight.dtype) if want_weight else None
-            dbias = dbias.to(bias.dtype) if bias is not None and want_bias else None
+            dy = _bwd_act(dy, x, _weight_as_acc(x, weight), as_acc(x, bias), *ctx.window, ctx.act)
+        dx, dweight, dbias = depthwise_bwd(dy, x, weight, ctx.window, ctx.needs_input_grad[:3])
+        dbias = dbias if dbias is None or bias is None else dbias.to(bias.dtype)
         return dx, dweight, dbias, None, None
 
 

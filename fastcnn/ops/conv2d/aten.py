@@ -1,15 +1,18 @@
 """The convolutions of a chain: PyTorch's own, forward and backward, and its max pooling.
 
-One is fastcnn's: the weight gradient in bfloat16 on CPUs with AVX512-BF16 (weight_grad.py).
+On the CPU fastcnn's are depthwise ones (depthwise_conv2d.py) and, in bfloat16 with AVX512-BF16, the
+weight gradient (weight_grad.py).
 """
 
 import torch
 from torch import Tensor
 
+from fastcnn.common.checks import in_format_of
 from fastcnn.common.conv_geometry import ConvGeometry, Pool
 from fastcnn.common.dtypes import acc_type
 from fastcnn.ops.conv2d.onednn_workarounds import onednn_overruns, with_border
 from fastcnn.ops.conv2d.weight_grad import conv2d_bwd_weight, has_conv2d_bwd_weight
+from fastcnn.ops.depthwise_conv2d import depthwise_bwd, depthwise_fwd, is_depthwise
 
 _convolution = torch.ops.aten.convolution.default
 _convolution_backward = torch.ops.aten.convolution_backward.default
@@ -19,6 +22,8 @@ _max_pool_backward = torch.ops.aten.max_pool2d_with_indices_backward.default
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
     """Return conv2d(x, weight, bias)."""
+    if is_depthwise(x, weight, g.groups):
+        return depthwise_fwd(x, weight, bias, g[:3])
     x, g = with_border(x, weight, g)
     return _convolution(x, weight, bias, g.stride, g.padding, g.dilation, False, (0, 0), g.groups)
 
@@ -32,6 +37,9 @@ def convolve_bwd(
     want: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return dx, dweight, dbias, with None for what is not wanted."""
+    if is_depthwise(x, weight, g.groups):
+        dx, dweight, sums = depthwise_bwd(in_format_of(dy, x), x, weight, g[:3], want)
+        return dx, dweight, None if sums is None else sums.to(dy.dtype)
     dweight = _own_bwd_weight(dy, x, weight, g) if want[1] else None
     dbias: Tensor | None = None
     by_torch = (want[0], want[1] and dweight is None, want[2])

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from fastcnn.common.activation import eager_activation
+from fastcnn.common.activation import ACT_NUMBER, eager_activation
 from fastcnn.common.checks import check_like, memory_format_of
 from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.ops.conv2d.aten import convolve
 from fastcnn.ops.conv2d.onednn_workarounds import with_border
+from fastcnn.ops.depthwise_conv2d import depthwise_fwd, is_depthwise
 
 _convolution_pointwise = torch.ops.mkldnn._convolution_pointwise
 _convolution_pointwise_ = torch.ops.mkldnn._convolution_pointwise_
@@ -57,6 +58,8 @@ def convolve_onednn(
 
     into: write it into the residual, where the kernel that adds can.
     """
+    if residual is None and is_depthwise(x, weight, g.groups):
+        return depthwise_fwd(x, weight, bias, g[:3], ACT_NUMBER[act])
     x, g = with_border(x, weight, g)
     arguments = (weight, bias, g.padding, g.stride, g.dilation, g.groups)
     if torch.compiler.is_compiling():

@@ -48,6 +48,7 @@ from fastcnn.ops.conv_bn_act.weight_cache import (
     is_comparable,
     parameter_of,
 )
+from fastcnn.ops.depthwise_conv2d import is_depthwise
 
 _PLAIN = (Tensor, nn.Parameter)
 reorder = torch.ops.mkldnn._reorder_convolution_weight
@@ -181,7 +182,8 @@ class FoldedConv2d:
         norm, g = norm_of_step(step), s.conv
         geometry = (g.padding, g.stride, g.dilation, g.groups)
         crashes = onednn_crashes(x, step.weight, g.stride, g.padding, g.dilation)
-        if memory_format_of(x) is torch.channels_last and not crashes:
+        own = is_depthwise(x, step.weight, g.groups)  # kernels that know no packed weight
+        if memory_format_of(x) is torch.channels_last and not crashes and not own:
             weight, bias = folded(step.weight, step.conv_bias, norm, x.dtype)
             weight = reorder(weight, *geometry, list(x.shape))
         else:
