@@ -176,6 +176,15 @@ std::tuple<Tensor, Tensor> bwd_weight(const Tensor& dy, const Tensor& x, int64_t
   return {dweight, dbias};
 }
 
+#ifdef FASTCNN_WITH_CUDA
+int64_t workspace(const DepthwiseShape& shape, DType, const CudaDevice&) {
+  return depthwise_conv2d_workspace(shape);
+}
+int64_t bwd_weight_workspace(const DepthwiseShape& shape, DType, const CudaDevice&) {
+  return depthwise_conv2d_bwd_weight_workspace(shape);
+}
+#endif
+
 }  // namespace
 
 using FwdParams = DepthwiseConv2dFwdParams;
@@ -191,5 +200,22 @@ STABLE_TORCH_LIBRARY_IMPL(fastcnn, CPU, m) {
   m.impl("depthwise_conv2d_bwd_weight",
          TORCH_BOX((&bwd_weight<on_cpu<depthwise_conv2d_bwd_weight_cpu, WeightParams>>)));
 }
+
+#ifdef FASTCNN_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastcnn, CUDA, m) {
+  m.impl(
+      "depthwise_conv2d_fwd",
+      TORCH_BOX((&fwd<on_cuda_with_workspace<launch_depthwise_conv2d_fwd, workspace, FwdParams>>)));
+  m.impl("depthwise_conv2d_bwd_act",
+         TORCH_BOX((
+             &bwd_act<on_cuda_with_workspace<launch_depthwise_conv2d_fwd, workspace, FwdParams>>)));
+  m.impl("depthwise_conv2d_bwd_data",
+         TORCH_BOX((&bwd_data<on_cuda_with_workspace<launch_depthwise_conv2d_bwd_data, workspace,
+                                                     DataParams>>)));
+  m.impl("depthwise_conv2d_bwd_weight",
+         TORCH_BOX((&bwd_weight<on_cuda_with_workspace<launch_depthwise_conv2d_bwd_weight,
+                                                       bwd_weight_workspace, WeightParams>>)));
+}
+#endif
 
 }  // namespace fastcnn

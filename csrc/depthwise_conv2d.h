@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/activation.h"
+#include "common/cuda_device.h"
 #include "common/types.h"
 #include "cpu/capability.h"
 
@@ -59,5 +60,16 @@ struct DepthwiseConv2dBwdWeightParams {
 FASTCNN_CPU_KERNEL(depthwise_conv2d_fwd_cpu, DepthwiseConv2dFwdParams)
 FASTCNN_CPU_KERNEL(depthwise_conv2d_bwd_data_cpu, DepthwiseConv2dBwdDataParams)
 FASTCNN_CPU_KERNEL(depthwise_conv2d_bwd_weight_cpu, DepthwiseConv2dBwdWeightParams)
+
+// The CUDA launchers return a cudaError_t. float64 is the CPU's: they refuse it.
+// workspace: the function's number of floats, uninitialised.
+int64_t depthwise_conv2d_workspace(const DepthwiseShape& shape);
+int64_t depthwise_conv2d_bwd_weight_workspace(const DepthwiseShape& shape);
+int launch_depthwise_conv2d_fwd(const DepthwiseConv2dFwdParams& p, float* workspace,
+                                const CudaDevice& device);
+int launch_depthwise_conv2d_bwd_data(const DepthwiseConv2dBwdDataParams& p, float* workspace,
+                                     const CudaDevice& device);
+int launch_depthwise_conv2d_bwd_weight(const DepthwiseConv2dBwdWeightParams& p, float* workspace,
+                                       const CudaDevice& device);
 
 }  // namespace fastcnn

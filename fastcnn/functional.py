@@ -470,7 +470,7 @@ def depthwise_conv2d(
     Raises:
         TypeError: an argument that is no Tensor, or of another dtype than named above.
         ValueError: another rank, size, device or memory layout; a kernel that does not fit into the
-            padded input; an unknown activation. CUDA tensors: there is no kernel for them yet.
+            padded input; an unknown activation.
 
     Source: Howard et al. 2017, arXiv:1704.04861; torch.nn.functional.conv2d.
 

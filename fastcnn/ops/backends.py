@@ -9,7 +9,7 @@ BACKENDS = {
         "oneDNN through PyTorch + C++",
         "cuDNN through PyTorch + CUDA C++, or Triton, as planned",
     ),
-    "depthwise_conv2d": ("C++", "none yet: torch.nn.functional.conv2d"),
+    "depthwise_conv2d": ("C++", "CUDA C++"),
     "dropout": ("C++", "CUDA C++"),
     "group_norm_act": ("C++", "CUDA C++"),
     "upsample": ("C++", "CUDA C++"),

@@ -212,11 +212,6 @@ def depthwise_conv2d(
     dtype = autocast_dtype(input)
     input, weight, bias = (cast(t, dtype) for t in (input, weight, bias))
     check_image(OP, "input", input)
-    if input.device.type == "cuda":
-        raise ValueError(
-            f"{OP}: input: expected a CPU tensor, got one on {input.device}, which has no "
-            f"kernels for it yet; use torch.nn.functional.conv2d"
-        )
     _check_weight(weight, input)
     if bias is not None:
         check_channels(OP, "bias", bias, input.shape[1], input)

@@ -50,8 +50,8 @@ class Kernel:
 
     @property
     def walks(self) -> bool:
-        """Whether it reads several vectors at a time; upsample's forward reads row by row."""
-        return "upsample_fwd" not in self.name
+        """Whether it reads several vectors at a time, and not row by row or tap by tap."""
+        return not self.name.startswith(("upsample_fwd", "depthwise_conv2d_pixel"))
 
 
 def run(*command: str | Path) -> str:

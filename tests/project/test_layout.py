@@ -22,16 +22,12 @@ NAMES = {
 OPS = sorted({NAMES.get(name, name) for name in functional.__all__ if name.islower()})
 COMPOSED = {"conv_bn_act"}  # made of other ops: no kernels of their own
 MODULES = {"augment": "fastcnn/augment/module.py"}  # the others: fastcnn/nn/<op>.py
-NO_CUDA_SOURCE = {"conv2d_int8", "depthwise_conv2d"}  # on GPUs convolutions are Triton's
+NO_CUDA_SOURCE = {"conv2d_int8"}  # on GPUs convolutions are Triton's
 NO_MODULE = {"conv2d_int8"}  # quantisation makes its modules
 # cuDNN's weight gradient needs no help; on CUDA conv2d_int8 is one kernel with its epilogue.
 CPU_ONLY = {
     "conv2d_bwd_weight",
     "conv2d_int8_epilogue",
-    "depthwise_conv2d_fwd",
-    "depthwise_conv2d_bwd_act",
-    "depthwise_conv2d_bwd_data",
-    "depthwise_conv2d_bwd_weight",
     "upsample_taps_fwd",
     "upsample_taps_bwd",
 }

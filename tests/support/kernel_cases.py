@@ -23,7 +23,14 @@ from fastcnn.augment import Augment
 from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.common.conv_operands import Gradient, Input, Output, Sums
-from fastcnn.functional import batch_norm_act, conv2d_int8, dropout, group_norm_act, interpolate
+from fastcnn.functional import (
+    batch_norm_act,
+    conv2d_int8,
+    depthwise_conv2d,
+    dropout,
+    group_norm_act,
+    interpolate,
+)
 from fastcnn.nn import LayerNorm2d
 from fastcnn.ops.conv2d.fused import (
     conv2d_fused,
@@ -89,6 +96,15 @@ def dropped(per_channel: bool, layout: str, dtype: torch.dtype) -> None:
     back(dropout(x, 0.3, per_channel=per_channel, residual=residual))
 
 
+def depthwise(kernel: int, layout: str, dtype: torch.dtype) -> None:
+    x = image(2, 16, 9, 7, layout=layout, dtype=dtype)
+    weight, bias = torch.randn(16, kernel**2 + 1, device=DEVICE).split([kernel**2, 1], 1)
+    weight = weight.reshape(16, 1, kernel, kernel).requires_grad_()
+    bias = bias.flatten().requires_grad_()
+    for stride, act in ((1, "silu"), (2, "none"), (3, "relu")):
+        back(depthwise_conv2d(x, weight, bias, stride, kernel // 2, act=act))  # type: ignore[arg-type]
+
+
 def upsampled(mode: str, layout: str, dtype: torch.dtype) -> None:
     x = image(2, 8, 5, 7, layout=layout, dtype=dtype)
     skip = image(2, 8, 10, 14, layout=layout, dtype=dtype)
@@ -120,6 +136,8 @@ CUDA: dict[str, Callable[[], None]] = {
             "layer norm": layer_norm,
             "dropout": partial(dropped, False),
             "dropout by channel": partial(dropped, True),
+            "depthwise 3x3": partial(depthwise, 3),
+            "depthwise 4x4": partial(depthwise, 4),
             "bilinear": partial(upsampled, "bilinear"),
             "nearest": partial(upsampled, "nearest"),
         }.items()
