@@ -4,6 +4,104 @@
 #include "cpu/depthwise_conv2d/blocks.h"
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
+namespace {
+
+// sums[q] += sum over a, b of x[row a, first + q * stride + b] * weight[a, b], for strides 1 and 2
+// without dilation.
+template <class T, int kKernel, int kStride, int kColumns>
+void window_sums(const Tile<T>& tile, Vec<Acc<T>>* sums) {
+  using S = Acc<T>;
+  Vec<S> sum[kColumns];
+  unrolled<0, kColumns>([&](auto q) __attribute__((always_inline)) { sum[q.value] = tile.start; });
+  for (int64_t t = 0; t < tile.tap_count; ++t) {
+    const T* x = tile.row(t) + tile.first * tile.pixel;
+    const S* weight = tile.weight_row(t);
+    Vec<S> w[kKernel];
+    unrolled<0, kKernel>([&](auto b) __attribute__((always_inline)) {
+      w[b.value] = load(weight + b.value * kLanes<S>);
+    });
+    unrolled<0, (kColumns - 1) * kStride + kKernel>([&](auto j) __attribute__((always_inline)) {
+      if (tile.holds(tile.first + j.value)) {
+        Vec<S> value = load(x + j.value * tile.pixel);
+        keep_in_register(value);
+        unrolled<0, kKernel>([&](auto b) __attribute__((always_inline)) {
+          constexpr int kAt = decltype(j)::value - decltype(b)::value;
+          if constexpr (kAt >= 0 && kAt % kStride == 0 && kAt / kStride < kColumns) {
+            sum[kAt / kStride] += value * w[b.value];
+          }
+        });
+      }
+    });
+  }
+  put(tile, sum, sums);
+}
+
+// The same for any stride and dilation: each multiply-add loads its own vector.
+template <class T, bool kMasked>
+void any_window_sums(const Tile<T>& tile, Vec<Acc<T>>* sums) {
+  using S = Acc<T>;
+  const WindowAxis& columns = *tile.columns;
+  const int64_t lanes = kMasked ? tile.lanes : kLanes<S>, step = columns.stride * tile.pixel;
+  Vec<S> sum[kAnyColumns];
+  unrolled<0, kAnyColumns>([&](auto q)
+                               __attribute__((always_inline)) { sum[q.value] = tile.start; });
+  for (int64_t t = 0; t < tile.tap_count; ++t) {
+    const T* row = tile.row(t);
+    const S* weight = tile.weight_row(t);
+    for (int64_t b = 0; b < columns.kernel; ++b, weight += kLanes<S>) {
+      const int64_t column = tile.first + b * columns.dilation;
+      const T* x = row + column * tile.pixel;
+      const Vec<S> w = load(weight);
+      unrolled<0, kAnyColumns>([&](auto q) __attribute__((always_inline)) {
+        if (tile.holds(column + q.value * columns.stride)) {
+          const T* at = x + q.value * step;
+          sum[q.value] += (kMasked ? load(at, lanes) : load(at)) * w;
+        }
+      });
+    }
+  }
+  put(tile, sum, sums);
+}
+
+}  // namespace
+
+template <class T>
+void choose_window_sums(Sweep<T>& sweep) {
+  using S = Acc<T>;
+  const WindowAxis& columns = sweep.columns;
+  const auto set = [&](TileSums<T> sums, int tile) {
+    sweep.sums_of[0] = sweep.sums_of[1] = sums;
+    sweep.tile = tile;
+  };
+  if (sweep.c < kLanes<S>) return set(any_window_sums<T, true>, kAnyColumns);
+  set(any_window_sums<T, false>, kAnyColumns);
+  if constexpr (sizeof(S) == sizeof(float)) {
+    if (columns.dilation > 1 && columns.kernel > 1) return;
+    const int width = tile_width(sweep.width(), 2, 0);
+    const auto of_width = [&](auto kernel, auto stride) {
+      constexpr int kKernel = decltype(kernel)::value, kStride = decltype(stride)::value;
+      if constexpr (kManyRegisters) {
+        if (width == 14) return set(window_sums<T, kKernel, kStride, 14>, 14);
+      }
+      if (width == 8) return set(window_sums<T, kKernel, kStride, 8>, 8);
+      set(window_sums<T, kKernel, kStride, 7>, 7);
+    };
+    const auto of_stride = [&](auto kernel) {
+      if (columns.stride == 1) of_width(kernel, Index<1>{});
+      if (columns.stride == 2) of_width(kernel, Index<2>{});
+    };
+    if (columns.kernel == 3) of_stride(Index<3>{});
+    if (columns.kernel == 5) of_stride(Index<5>{});
+    if (columns.kernel == 7) of_stride(Index<7>{});
+  }
+}
+
+template void choose_window_sums(Sweep<float>&);
+template void choose_window_sums(Sweep<BFloat16>&);
+template void choose_window_sums(Sweep<Float16>&);
+#if FASTCNN_CPU_LEVEL_IS_BASELINE
+template void choose_window_sums(Sweep<double>&);
+#endif
 
 void depthwise_conv2d_fwd_cpu(const DepthwiseConv2dFwdParams& p) {
   dispatch_dtype(p.dtype, [&](auto tag) {

@@ -12,7 +12,6 @@
 #include "depthwise_conv2d.h"
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
-namespace {
 
 #if defined(__AVX512F__)
 constexpr bool kManyRegisters = true;  // 32 vectors; 16 below
@@ -213,5 +212,4 @@ Finish<T> choose_finish(Act act, bool backward) {
       act, [](auto of) -> Finish<T> { return finish_act<T, typename decltype(of)::type>; });
 }
 
-}  // namespace
 }  // namespace fastcnn::FASTCNN_CPU_LEVEL
