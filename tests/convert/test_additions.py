@@ -45,6 +45,19 @@ def test_two_chains_of_one_input(name: str, memory: Any, mode: Any, run: Any) ->
     assert any(m in fit.notes for m in model.modules()) == (name != "the same")
 
 
+@pytest.mark.parametrize("memory", ["full", "low"])
+def test_an_integer_for_both_sides(memory: Any) -> None:
+    # As who dilates a backbone sets it: nn.Conv2d itself makes pairs.
+    model = Forward(
+        _ordered, conv=nn.Conv2d(4, 6, 3), bn=nn.BatchNorm2d(6),
+        other=nn.Conv2d(4, 6, 1), other_bn=nn.BatchNorm2d(6),
+    )  # fmt: skip
+    model.conv.padding = model.conv.dilation = 2
+    model.conv.stride = model.other.stride = 2
+    assert_converts(model, images(2, 4, 8, 10), memory=memory)
+    assert not any(m in fit.notes for m in model.modules())
+
+
 class _Identity(nn.Module):
     """A block whose input is broadcast, behind one that projects: memory="low" merges the two."""
 

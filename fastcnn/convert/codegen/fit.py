@@ -93,12 +93,17 @@ def _sizes_behind(sizes: Sequence[int], steps: Sequence[StepModules]) -> list[in
     sizes = list(sizes)
     for conv, _, _, pool in steps:
         window: Any = conv.kernel_size, conv.stride, conv.padding, conv.dilation
-        sizes = [sizes[0], conv.out_channels, *output_size(sizes[2:], *window)]
+        sizes = [sizes[0], conv.out_channels, *_reduced(sizes[2:], window)]
         if pool is not None:
             stride = pool.stride or pool.kernel_size
-            how: Any = pool.kernel_size, stride, pool.padding
-            sizes[2:] = output_size(sizes[2:], *(pair("pool", "size", value) for value in how))
+            sizes[2:] = _reduced(sizes[2:], (pool.kernel_size, stride, pool.padding))
     return sizes
+
+
+def _reduced(sizes: Sequence[int], window: Sequence[Any]) -> list[int]:
+    """Return height and width behind a window, whose numbers are pairs or one for both sides."""
+    pairs = [v if type(v) is tuple and len(v) == 2 else pair("window", "size", v) for v in window]
+    return output_size(sizes, *pairs)
 
 
 def unlike(
