@@ -193,7 +193,7 @@ def _seen_of(step: ConvBnActStep) -> tuple[Any, ...]:
         for t in (conv_bias, bn_weight, bn_bias, mean, var)
     ]
     plain = stride, padding, dilation, groups, training, momentum, eps, act, sync, group, pool
-    return *of_weight, *of_buffers, *of_vectors, *plain
+    return *of_weight, *of_buffers, *of_vectors, *plain, *map(type, plain)  # 1.0 == 1 == True
 
 
 def _check_step(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int], memory: str) -> Checked:
@@ -246,6 +246,8 @@ def _check_weights(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int]) ->
             f"{op}: weight: expected 4 dimensions [c_out, c_in / groups, kh, kw], "
             f"got {list(weight.shape)}"
         )
+    if not isinstance(step.groups, int):
+        raise TypeError(f"{op}: groups: expected an integer, got {type(step.groups).__name__}")
     if step.groups < 1:
         raise ValueError(f"{op}: groups: expected at least 1, got {step.groups}")
     c_out, c_in = weight.shape[0], weight.shape[1] * step.groups

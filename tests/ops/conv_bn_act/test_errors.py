@@ -30,6 +30,8 @@ STEP_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"weight": SECOND.weight.half()}, TypeError, r"weight: expected torch.float32 .*float16"),
     ({"weight": torch.ones(4, 4, 5, 1)}, ValueError, r"weight: expected a kernel that fits into"),
     ({"groups": 0}, ValueError, r"groups: expected at least 1, got 0"),
+    ({"groups": 1.0}, TypeError, r"groups: expected an integer, got float"),
+    ({"stride": 1.0}, ValueError, r"stride: expected an integer or a pair of them, got 1.0"),
     ({"weight": torch.ones(3, 2, 1, 1), "groups": 2}, ValueError, r"groups: expected a divisor"),
     ({"conv_bias": C3}, ValueError, r"conv_bias: expected 4 numbers, got \[3\]"),
     ({"conv_bias": C4.to("meta")}, ValueError, r"conv_bias: expected device cpu, got meta"),
@@ -65,11 +67,13 @@ def test_a_step_of_conv_bn_act(
     # One image, so that stride 4 leaves a single value a channel. Casting must not get in the way.
     if autocast and "weight: expected torch.float32" in message:
         return  # cast to the autocast dtype like any other
-    with (
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-        pytest.raises(error, match=f"^conv_bn_act: step 1: .*{message}"),
-    ):
-        functional.conv_bn_act(X[:1], [STEP, SECOND._replace(**bad)])
+    # What is known of a good step is not said of one that compares equal, nor the other way round.
+    steps, bad_steps = [STEP, SECOND], [STEP, SECOND._replace(**bad)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for _ in range(2):
+            with pytest.raises(error, match=f"^conv_bn_act: step 1: .*{message}"):
+                functional.conv_bn_act(X[:1], bad_steps)
+            functional.conv_bn_act(X[:1], steps)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
