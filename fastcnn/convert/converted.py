@@ -162,8 +162,7 @@ class Conversion:
 
     def current(self) -> FusedForward | None:
         """Return what runs with the flags as they are, None where the forward runs as written."""
-        at = self._select(warn=False)
-        return None if at < 0 else self.forwards[at]
+        return self.forwards.get(self._select(warn=False))
 
     def why_not(self) -> str:
         """Say why the forward runs as written with the flags as they are."""
@@ -177,9 +176,10 @@ class Conversion:
         at = self._known()  # a print traces nothing
         if at is None:
             return "traced when called by itself"
-        if at < 0 or self.forwards[at].guard.changed() is not None:
+        made = self.forwards.get(at)
+        if made is None or made.guard.changed() is not None:
             return "not now, see fastcnn.report"
-        found = [call.words for call in self.forwards[at].patterns]
+        found = [call.words for call in made.patterns]
         return found[0] if len(found) == 1 else f"{len(found)} calls" if found else "nothing now"
 
     def changed(self) -> str | None:
@@ -193,7 +193,8 @@ class Conversion:
 
     def _select(self, warn: bool = True) -> int:
         at = self._find()
-        changed = None if at < 0 else self.forwards[at].guard.changed()
+        made = self.forwards.get(at)  # there may be none, or another thread has dropped it
+        changed = None if made is None else made.guard.changed()
         if changed is None:
             return at
         what, why = changed

@@ -139,6 +139,17 @@ def test_few_of_many_sets_of_training_flags_are_kept(mode: Any) -> None:
     assert kept[18] is not kept[0]
 
 
+def test_a_forward_that_another_thread_has_dropped_runs_as_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = prepared(nn.Sequential(cbr(nn.ReLU()))).eval(), images(2, 4, 5, 5)
+    expected = model(x)
+    convert(model)
+    monkeypatch.setattr(converted.Conversion, "_find", lambda *_: converted.MOST_FORWARDS)
+    assert torch.equal(model(x), expected)
+    assert conversion(model).current() is None
+
+
 def test_other_threads_run_models_of_pytorch_meanwhile() -> None:
     plain, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(50))), torch.randn(1, 4)
     errors: list[BaseException] = []
