@@ -5,8 +5,10 @@ import math
 import random
 import re
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -241,6 +243,64 @@ def test_what_a_trace_changes_is_put_back(empty: Any) -> None:
     assert "changes the attribute" in untraceable[model]
     assert model.filled is held == []
     assert getattr(model, "seen", None) is empty
+
+
+class _Holder:
+    n = 0
+
+
+STATE: dict[str, tuple[Any, Callable[[Any, Any], Any]]] = {
+    "deque": (deque(maxlen=2), lambda q, y: q.append(y)),
+    "list in a dictionary": ({"a": []}, lambda d, y: d["a"].append(y)),
+    "dictionary in a tuple": (({},), lambda t, y: t[0].update({len(t[0]): y})),
+    "object in a list": ([_Holder()], lambda o, y: vars(o[0]).update(n=o[0].n + y)),
+    "object in an object": (
+        SimpleNamespace(o=_Holder()),
+        lambda o, y: vars(o.o).update(n=o.o.n + y),
+    ),
+}
+
+
+def _total(held: Any) -> Any:
+    if isinstance(held, (_Holder, SimpleNamespace)):
+        return sum(map(_total, vars(held).values()))
+    parts = held.values() if isinstance(held, dict) else held
+    return sum(map(_total, parts)) if isinstance(held, (list, tuple, dict, deque)) else held
+
+
+@pytest.mark.parametrize("of_tensors", [True, False])
+@pytest.mark.parametrize("name", STATE)
+def test_what_a_forward_adds_to(name: str, of_tensors: bool, x: Tensor) -> None:
+    """As a video model's memory: a trace leaves nothing in it, and its length is no constant."""
+    held, add = STATE[name]
+
+    def forward(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        add(m.held, y.detach() if of_tensors else 1)
+        return y + _total(m.held)
+
+    model = prepared(net(forward, a=cbr(nn.ReLU())))
+    model.held = copy.deepcopy(held)
+    eager = copy.deepcopy(model)
+    convert(model)
+    assert model in untraceable
+    for _ in range(3):
+        assert_same(model(x), eager(x))
+
+
+def test_a_forward_that_renames_an_attribute(x: Tensor) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        first = "first" in vars(m)
+        old, new = ("first", "second") if first else ("second", "first")
+        vars(m)[new] = vars(m).pop(old)
+        return m.a(x) * (2 if first else 3)
+
+    model = prepared(net(forward, a=cbr(nn.ReLU())))
+    model.first = None
+    eager = copy.deepcopy(model)
+    convert(model)
+    for _ in range(3):
+        assert_same(model(x), eager(x))
 
 
 def test_a_forward_of_the_module_s_own(x: Tensor) -> None:

@@ -9,12 +9,15 @@ import operator
 import pickle
 import random
 import sys
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import starmap
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+
+from fastcnn.convert.graph.reads import DEPTH
 
 
 class Snapshot:
@@ -54,7 +57,7 @@ def _generators(module: nn.Module) -> Iterator[tuple[Callable[[], Any], Callable
             )
 
 
-_CONTAINERS = (list, dict, set)
+_CONTAINERS = (list, dict, set, deque)
 
 
 class _Owner(NamedTuple):
@@ -64,50 +67,76 @@ class _Owner(NamedTuple):
     module: nn.Module
     now: dict[str, Any]
     then: dict[str, Any]
-    copies: dict[str, Any]  # one level deep
+    copies: dict[str, list[tuple[Any, Any]]]  # containers in an attribute, the outermost first
 
     def changed(self) -> list[str]:
         """Return the names of the attributes that are not what they were."""
         now, then = self.now, self.then
-        kept = len(now) == len(then) and all(map(operator.is_, now.values(), then.values()))
+        kept = len(now) == len(then) and all(map(operator.is_, now, then))
+        kept = kept and all(map(operator.is_, now.values(), then.values()))
         names = () if kept else dict.fromkeys((*then, *now))
-        plain = [k for k in names if k not in self.copies]
-        found = [k for k in plain if now.get(k, _GONE) is not then.get(k, _GONE)]
-        return found + [k for k, v in self.copies.items() if not _same(now.get(k), v)]
+        found = [k for k in names if not self._is_as_it_was(k)]
+        copies = self.copies.items()
+        return found + [k for k, pairs in copies if not all(starmap(_same, pairs))]
+
+    def _is_as_it_was(self, name: str) -> bool:
+        now, then = self.now.get(name, _GONE), self.then.get(name, _GONE)
+        if now is then:
+            return True
+        return isinstance(then, _CONTAINERS) and _same(now, self.copies[name][0][1])
 
     def restore(self, name: str) -> None:
         """Put one attribute back."""
         now, then = self.now, self.then
         if name not in then:
-            del now[name]
+            now.pop(name, None)
             return
         now[name] = then[name]
-        if name in self.copies:
-            _refill(then[name], self.copies[name])
+        for container, copy in self.copies.get(name, ()):
+            _refill(container, copy)
 
 
 _GONE = object()
 
 
 def _plain_state(module: nn.Module) -> list[_Owner]:
-    """What modules and the objects in them hold."""
+    """What modules, the containers and the objects in them hold."""
     owners: dict[int, _Owner] = {}
     for m in module.modules():
         if not isinstance(m, torch.jit.ScriptModule):  # which caches its methods
-            owners[id(m)] = _state_of(m, m)
-            for value in m.__dict__.values():
-                if type(value) not in _WITHOUT_STATE and _has_state(value):
-                    owners[id(value)] = _state_of(value, m)
+            _add(owners, m, m, DEPTH)
     return list(owners.values())
 
 
-def _state_of(owner: Any, module: nn.Module) -> _Owner:
-    now = owner.__dict__
-    copies = {k: v.copy() for k, v in now.items() if isinstance(v, _CONTAINERS)}
-    return _Owner(type(owner).__name__, module, now, dict(now), copies)
+def _add(owners: dict[int, _Owner], owner: Any, module: nn.Module, depth: int) -> None:
+    now, copies = owner.__dict__, dict[str, list[tuple[Any, Any]]]()
+    owners[id(owner)] = _Owner(type(owner).__name__, module, now, dict(now), copies)
+
+    def look(value: Any, depth: int) -> None:
+        if type(value) in _WITHOUT_STATE or depth == 0:
+            return
+        if isinstance(value, _CONTAINERS):
+            pairs.append((value, value.copy()))
+        if isinstance(value, (*_CONTAINERS, tuple)):
+            for one in value.values() if isinstance(value, dict) else value:
+                look(one, depth - 1)
+        elif id(value) not in owners and _has_state(value):
+            _add(owners, value, module, depth - 1)
+
+    for name, value in list(now.items()):
+        if type(value) in _WITHOUT_STATE:
+            continue
+        pairs: list[tuple[Any, Any]] = []
+        if name not in _OF_MODULES:
+            look(value, depth)
+        elif isinstance(value, _CONTAINERS):
+            pairs.append((value, value.copy()))
+        if pairs:
+            copies[name] = pairs
 
 
-_WITHOUT_STATE = {bool, int, float, str, tuple, type(None), list, dict, set, OrderedDict}
+_WITHOUT_STATE = {bool, int, float, str, type(None), torch.Tensor, nn.Parameter}
+_OF_MODULES = set(vars(nn.Module()))  # tensors, modules and hooks
 
 
 def _has_state(value: Any) -> bool:
@@ -138,4 +167,4 @@ def _same(now: Any, then: Any) -> bool:
 
 def _refill(target: Any, source: Any) -> None:
     target.clear()
-    target.extend(source) if isinstance(target, list) else target.update(source)
+    target.extend(source) if isinstance(target, (list, deque)) else target.update(source)
