@@ -1,8 +1,10 @@
 """A convolution's geometry: how its window moves, and the size of its output."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple, NoReturn
 
+INTEGERS = (int, Integral)  # NumPy's, too, as PyTorch takes them
 Pair = tuple[int, int]
 Pool = tuple[Pair, Pair, Pair]  # a pooling: kernel, stride, padding
 
@@ -23,9 +25,9 @@ class ConvGeometry(NamedTuple):
 def pair(op: str, name: str, value: int | tuple[int, ...]) -> Pair:
     """Return one number for the height and one for the width, as torch.nn.functional takes them."""
     numbers = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    if len(numbers) not in (1, 2) or not all(isinstance(number, int) for number in numbers):
+    if len(numbers) not in (1, 2) or not all(isinstance(number, INTEGERS) for number in numbers):
         raise ValueError(f"{op}: {name}: expected an integer or a pair of them, got {value!r}")
-    return numbers[0], numbers[-1]
+    return int(numbers[0]), int(numbers[-1])
 
 
 def refuse_window(

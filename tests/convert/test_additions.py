@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.conversion_cases import Forward
@@ -56,6 +57,17 @@ def test_an_integer_for_both_sides(memory: Any) -> None:
     model.conv.stride = model.other.stride = 2
     assert_converts(model, images(2, 4, 8, 10), memory=memory)
     assert not any(m in fit.notes for m in model.modules())
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_integers_of_numpy(mode: Any) -> None:
+    # As of channels and paddings that were computed: nn.Conv2d keeps them.
+    one, two = np.int64(1), np.int64(2)
+    model = Forward(
+        _ordered, conv=nn.Conv2d(4, 6, 3, two, one, one, two), bn=nn.BatchNorm2d(6),
+        other=nn.Conv2d(4, 6, 1, two), other_bn=nn.BatchNorm2d(6),
+    )  # fmt: skip
+    assert_converts(model, images(2, 4, 8, 10), mode=mode)
 
 
 class _Identity(nn.Module):

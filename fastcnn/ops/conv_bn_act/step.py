@@ -9,7 +9,14 @@ from torch.distributed import ProcessGroup
 
 from fastcnn.common.activation import ACT_NUMBER, act_number, derivative_needs_only_y
 from fastcnn.common.checks import check_choice, check_parameters
-from fastcnn.common.conv_geometry import ConvGeometry, Pool, output_size, pair, refuse_window
+from fastcnn.common.conv_geometry import (
+    INTEGERS,
+    ConvGeometry,
+    Pool,
+    output_size,
+    pair,
+    refuse_window,
+)
 from fastcnn.common.process_group import Group, group_of
 
 Memory = Literal["auto", "full", "default", "low", "lowest"]
@@ -204,7 +211,7 @@ def _check_step(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int], memor
         pair(op, "stride", step.stride),
         pair(op, "padding", step.padding),
         pair(op, "dilation", step.dilation),
-        step.groups,
+        int(step.groups),
     )
     s = StepSettings(
         g,
@@ -246,7 +253,7 @@ def _check_weights(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int]) ->
             f"{op}: weight: expected 4 dimensions [c_out, c_in / groups, kh, kw], "
             f"got {list(weight.shape)}"
         )
-    if not isinstance(step.groups, int):
+    if not isinstance(step.groups, INTEGERS):
         raise TypeError(f"{op}: groups: expected an integer, got {type(step.groups).__name__}")
     if step.groups < 1:
         raise ValueError(f"{op}: groups: expected at least 1, got {step.groups}")
