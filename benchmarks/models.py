@@ -8,7 +8,7 @@ the machine is everybody's. Of each case a row is kept at once:
     speedup     how many times as fast ours is: the median of the rounds' ratios, by candidate
     errors      by candidate, which then has no times
 
-    python benchmarks/models.py FILE.json [NETWORK ...]   what is there already is not run again
+    python benchmarks/models.py FILE.json [NETWORK ...]   networks that it has are not run again
     --quick     six networks, eager alone, few rounds: five minutes
     --table     print the table of a file
 """
@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 COLUMNS = [(what, dtype) for what in ("training", "inference") for dtype in ("bf16", "fp32")]
 OTHERS = ("eager", "torch.compile", "OpenVINO")
 FLOOR = 0.97  # below it a network is slower: the rest is noise
-ROUNDS, WARMUP = 9, 2
+ROUNDS, QUICK_ROUNDS = (9, 2), (3, 1)  # that count, and of warm-up
 
 Row = dict[str, Any]
 
@@ -53,27 +53,51 @@ def all_of(file: Path, names: list[str], quick: bool) -> None:
     """Run networks, each in a process of its own."""
     from foreign_networks import NETWORKS, QUICK
 
+    if file.exists():
+        kept, here = json.loads(file.read_text()), conditions(quick)
+        changed = [key for key in here if key != "date" and kept.get(key) != here[key]]
+        if changed:
+            raise SystemExit(
+                f"{file}: expected rows of the same {', '.join(changed)}, got "
+                f"{[kept.get(key) for key in changed]} beside {[here[key] for key in changed]}; "
+                "name another file with RESULTS="
+            )
     unknown = [name for name in names if name not in NETWORKS]
     if unknown:
         raise SystemExit(f"networks: expected some of {', '.join(NETWORKS)}, got {unknown}")
     done = {row["network"] for row in json.loads(file.read_text())["rows"]} if file.exists() else ()
+    failed: list[str] = []
     for name in names or (QUICK if quick else list(NETWORKS)):
         if name not in done:
             flags = ["--quick"] * quick
-            subprocess.run([sys.executable, __file__, file, name, "--one", *flags], check=True)
+            ran = subprocess.run([sys.executable, __file__, file, name, "--one", *flags])
+            failed += [name] * (ran.returncode != 0)
+    if failed:
+        raise SystemExit(f"ended in an error: {', '.join(failed)}")
 
 
 def one(file: Path, name: str, quick: bool) -> None:
     """Run the cases of one network, and add their rows to a file."""
-    import torch
-
     import fastcnn
-    from fastcnn.plan.environment import environment_of
-    from fastcnn.plan.problem import describe
 
     fastcnn.keep_freed_memory()
     rows = [measured(name, what, dtype, quick) for what, dtype in COLUMNS]
-    here = {
+    found = json.loads(file.read_text()) if file.exists() else {**conditions(quick), "rows": []}
+    found["rows"] += rows
+    fresh = file.with_suffix(".new")
+    fresh.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(fresh, file)
+
+
+def conditions(quick: bool) -> Row:
+    """Return what the times of a file depend on."""
+    import torch
+
+    from fastcnn.plan.environment import environment_of
+    from fastcnn.plan.problem import describe
+
+    rounds, warmup = QUICK_ROUNDS if quick else ROUNDS
+    return {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "processor": environment_of(describe(torch.device("cpu")))["device"],
@@ -81,14 +105,8 @@ def one(file: Path, name: str, quick: bool) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "memory_format": "channels_last",
-        "rounds": f"medians of {ROUNDS} after {WARMUP} of warm-up, interleaved in one process",
-        "rows": [],
+        "rounds": f"medians of {rounds} after {warmup} of warm-up, interleaved in one process",
     }
-    found = json.loads(file.read_text()) if file.exists() else here
-    found["rows"] += rows
-    fresh = file.with_suffix(".new")
-    fresh.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(fresh, file)
 
 
 def measured(name: str, what: str, dtype: str, quick: bool) -> Row:
@@ -109,7 +127,7 @@ def measured(name: str, what: str, dtype: str, quick: bool) -> Row:
                 raise
             errors[way] = f"{type(error).__name__}: {error}"[:300]
             del runs[way]
-    times = interleaved(runs, *((3, 1) if quick else (ROUNDS, WARMUP)))
+    times = interleaved(runs, *(QUICK_ROUNDS if quick else ROUNDS))
     torch.compiler.reset()
     row: Row = {
         "network": name, "what": what, "dtype": dtype, "batch": network.batch, "size": network.size,

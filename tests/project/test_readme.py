@@ -80,7 +80,7 @@ def test_links_and_commands_exist() -> None:
 
 def test_the_first_sentence_has_its_numbers_from_the_table() -> None:
     first = README.split("\n\n")[1]
-    row = re.search(r"^\| U-Net, training \|.*", README, re.MULTILINE)
+    row = re.search(r'^\| U-Net, training, memory="default" \|.*', README, re.MULTILINE)
     assert row is not None
     numbers = re.findall(r"\d\.\d\dx", first)
     assert len(numbers) == 2

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastcnn.common.activation import ACT_NUMBER, act_number, derivative_needs_only_y
-from fastcnn.common.checks import check_choice, check_parameters
+from fastcnn.common.checks import check_choice, check_flag, check_parameters
 from fastcnn.common.conv_geometry import (
     INTEGERS,
     ConvGeometry,
@@ -148,9 +148,7 @@ def check_memory(op: str, memory: str) -> None:
 def level_on(device: str, memory: Memory) -> Memory:
     """Return a memory level, for "auto" the fastest on a kind of device.
 
-    Recomputation is work on a CPU: "full" took 0.95 of the time of "default" in mobilenet_v2 in
-    float32, 0.98 in bfloat16, 0.99 in resnet50 in float32 (docs/performance.md). On a GPU nothing
-    was measured.
+    On a CPU recomputation is what it costs: docs/performance.md. On a GPU nothing was measured.
     """
     if memory != "auto":
         return memory
@@ -169,7 +167,8 @@ def check_step(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int], memory
 
     Returns the sizes of its convolution output, and of its output, which are others where it pools.
     """
-    if step.sync or torch.compiler.is_compiling():  # processes may join; sizes may be symbols
+    # Processes may join, groups are not to be kept, sizes may be symbols.
+    if step.sync or step.process_group is not None or torch.compiler.is_compiling():
         return _check_step(op, step, x, sizes, memory)
     try:
         key = (*_seen_of(step), x.dtype, x.device, tuple(sizes), memory)
@@ -204,6 +203,7 @@ def _seen_of(step: ConvBnActStep) -> tuple[Any, ...]:
 
 
 def _check_step(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int], memory: str) -> Checked:
+    check_flag(op, "training", step.training)
     c_in = _check_weights(op, step, x, sizes)
     c_out, kernel = step.weight.shape[0], step.weight.shape[2:]
     pool, group = step.pool, group_of(op, step.sync, step.process_group)
@@ -268,6 +268,8 @@ def _check_weights(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int]) ->
             f"{op}: groups: expected a divisor of {c_out} output channels, got {step.groups}"
         )
     for name, t in (("weight", weight), ("conv_bias", step.conv_bias)):
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name}: expected a Tensor, got {type(t).__name__}")
         if t is not None and t.dtype != x.dtype:
             raise TypeError(f"{op}: {name}: expected {x.dtype} as the input, got {t.dtype}")
         if t is not None and t.device != x.device:
