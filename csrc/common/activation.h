@@ -27,7 +27,7 @@ FASTCNN_HOST_DEVICE constexpr bool derivative_needs_only_y(Act act) {
   return act == Act::kNone || act == Act::kRelu || act == Act::kRelu6;
 }
 
-// exp and erf of V: of the device's scalars here, of the CPU's vectors in cpu/simd/vec_math.h.
+// exp and erf of V: of the device's scalars here, of the CPU's doubles in cpu/simd/vec_math.h.
 template <class V>
 struct Math;
 
@@ -162,15 +162,18 @@ class BoundedAct {
   float low_, high_;
 };
 
-template <Act act, class V, int kCount>
-FASTCNN_HOST_DEVICE void act_fwd_each(V (&z)[kCount]) {
-  for (int i = 0; i < kCount; ++i) z[i] = act_fwd<act>(z[i]);
-}
-
-template <Act act, class V, int kCount>
-FASTCNN_HOST_DEVICE void act_bwd_each(V (&dy)[kCount], const V (&z)[kCount]) {
-  for (int i = 0; i < kCount; ++i) dy[i] = act_bwd<act>(dy[i], z[i]);
-}
+// An activation of several values, in place. cpu/simd/vec_math.h has those of exp for its vectors.
+template <class V>
+struct EachAct {
+  template <Act act, int kCount>
+  FASTCNN_HOST_DEVICE static void fwd(V (&z)[kCount]) {
+    for (int i = 0; i < kCount; ++i) z[i] = act_fwd<act>(z[i]);
+  }
+  template <Act act, int kCount>
+  FASTCNN_HOST_DEVICE static void bwd(V (&dy)[kCount], const V (&z)[kCount]) {
+    for (int i = 0; i < kCount; ++i) dy[i] = act_bwd<act>(dy[i], z[i]);
+  }
+};
 
 // Any activation, known at run time only, in place, for several values at once, which share the one
 // branch.
@@ -180,19 +183,19 @@ FASTCNN_HOST_DEVICE void act_fwd(Act act, V (&z)[kCount]) {
     case Act::kNone:
       return;
     case Act::kRelu:
-      return act_fwd_each<Act::kRelu>(z);
+      return EachAct<V>::template fwd<Act::kRelu>(z);
     case Act::kRelu6:
-      return act_fwd_each<Act::kRelu6>(z);
+      return EachAct<V>::template fwd<Act::kRelu6>(z);
     case Act::kLeakyRelu:
-      return act_fwd_each<Act::kLeakyRelu>(z);
+      return EachAct<V>::template fwd<Act::kLeakyRelu>(z);
     case Act::kSilu:
-      return act_fwd_each<Act::kSilu>(z);
+      return EachAct<V>::template fwd<Act::kSilu>(z);
     case Act::kGelu:
-      return act_fwd_each<Act::kGelu>(z);
+      return EachAct<V>::template fwd<Act::kGelu>(z);
     case Act::kSigmoid:
-      return act_fwd_each<Act::kSigmoid>(z);
+      return EachAct<V>::template fwd<Act::kSigmoid>(z);
     case Act::kHardswish:
-      return act_fwd_each<Act::kHardswish>(z);
+      return EachAct<V>::template fwd<Act::kHardswish>(z);
   }
 }
 
@@ -202,19 +205,19 @@ FASTCNN_HOST_DEVICE void act_bwd(Act act, V (&dy)[kCount], const V (&z)[kCount])
     case Act::kNone:
       return;
     case Act::kRelu:
-      return act_bwd_each<Act::kRelu>(dy, z);
+      return EachAct<V>::template bwd<Act::kRelu>(dy, z);
     case Act::kRelu6:
-      return act_bwd_each<Act::kRelu6>(dy, z);
+      return EachAct<V>::template bwd<Act::kRelu6>(dy, z);
     case Act::kLeakyRelu:
-      return act_bwd_each<Act::kLeakyRelu>(dy, z);
+      return EachAct<V>::template bwd<Act::kLeakyRelu>(dy, z);
     case Act::kSilu:
-      return act_bwd_each<Act::kSilu>(dy, z);
+      return EachAct<V>::template bwd<Act::kSilu>(dy, z);
     case Act::kGelu:
-      return act_bwd_each<Act::kGelu>(dy, z);
+      return EachAct<V>::template bwd<Act::kGelu>(dy, z);
     case Act::kSigmoid:
-      return act_bwd_each<Act::kSigmoid>(dy, z);
+      return EachAct<V>::template bwd<Act::kSigmoid>(dy, z);
     case Act::kHardswish:
-      return act_bwd_each<Act::kHardswish>(dy, z);
+      return EachAct<V>::template bwd<Act::kHardswish>(dy, z);
   }
 }
 

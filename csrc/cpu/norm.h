@@ -31,13 +31,14 @@ inline void add_in_double(double* to, const S* from, int64_t length) {
 }
 
 // Adds sum(dz) and sum(dz * (x - mean)) to the columns' accumulators, or for a plane to one vector
-// each. dz = grad_z(offset, count, x - mean, scale, bias). The lanes beyond a span's end must have
-// dz = 0 and add nothing.
-template <class T, bool kArray, class GradZ>
+// each. read(offset, count, (x - mean) * scale + bias, dz, z) sets dy and z of one row, for which
+// finish(offset, count, dz, z) makes dz of all rows of a block, `stride` apart. The lanes beyond a
+// span's end must have dz = 0 and add nothing.
+template <class T, bool kArray, class Read, class Finish>
 inline __attribute__((always_inline)) void reduce_rows(
     const T* x, int64_t rows, int64_t stride, int64_t length, PerChannel<Acc<T>, kArray> mean,
     PerChannel<Acc<T>, kArray> scale, PerChannel<Acc<T>, kArray> bias, Acc<T>* sum_dz,
-    Acc<T>* sum_dzx, GradZ grad_z) {
+    Acc<T>* sum_dzx, Read read, Finish finish) {
   using S = Acc<T>;
   Vec<S> total_dz = load(sum_dz), total_dzx = load(sum_dzx);
   for_each_block<S>(
@@ -48,14 +49,19 @@ inline __attribute__((always_inline)) void reduce_rows(
           total_dz = load(sum_dz + i);
           total_dzx = load(sum_dzx + i);
         }
+        Vec<S> centered[block.value], dz[block.value], z[block.value];
 #pragma GCC unroll 4
         for (int u = 0; u < block.value; ++u) {
           const int64_t o = (row + u) * stride + i;
           prefetch_row<kArray>(x + o, stride);
-          const Vec<S> centered = load(x + o, count) - m;
-          const Vec<S> dz = grad_z(o, count, centered, s, b);
-          total_dz += dz;
-          total_dzx += dz * centered;
+          centered[u] = load(x + o, count) - m;
+          read(o, count, centered[u] * s + b, dz[u], z[u]);
+        }
+        finish(row * stride + i, count, dz, z);
+#pragma GCC unroll 4
+        for (int u = 0; u < block.value; ++u) {
+          total_dz += dz[u];
+          total_dzx += dz[u] * centered[u];
         }
         if constexpr (kArray) {
           store(sum_dz + i, total_dz);

@@ -57,6 +57,71 @@ def test_accuracy(act: str) -> None:
     assert_accurate(act, torch.cat([z, -z, torch.linspace(-12, 12, 20001)]))
 
 
+U = 2.0**-24  # half an ulp of 1 in float32
+BITS = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+
+
+def finite(dtype: torch.dtype) -> Tensor:
+    """Every finite value of a half type."""
+    values = BITS.view(dtype)
+    return values[values.isfinite()]
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("act", ["silu", "gelu", "sigmoid"])
+def test_float32_keeps_the_bounds_it_states(act: str) -> None:
+    # Those of csrc/cpu/simd/vec_math.h: exp within 4 U of itself, the sigmoid 6, 1 minus it 7, the
+    # normal distribution 7 U of 1. Every value of the half types, and a float32 in 2**-14 or less
+    # of each, where exp changes its power of 2 and where it ends.
+    powers = (torch.arange(-130, 131) + 0.5) * 0.6931471805599453
+    near = torch.cat([powers, torch.tensor([-89.0, -88.0, -87.0, 0.0, 87.0, 88.0, 89.0])])
+    steps = torch.linspace(-1e-4, 1e-4, 41)
+    z = torch.cat([finite(torch.bfloat16).float(), finite(torch.float16).float()])
+    z = torch.cat([z, torch.linspace(-100, 100, 2**18), (near[:, None] + steps).flatten()])
+    value, derivative = run(z, act)
+    exact_value, exact_derivative = torchs(z.double(), act)
+    x = z.double()
+    slope = torch.sigmoid(x) * torch.sigmoid(-x)  # PyTorch's own 1 - sigmoid(x) cancels
+    if act == "sigmoid":
+        exact_derivative = slope
+    spread = x.abs().clamp(max=1e4) * slope
+    bounds = {
+        "silu": (7 * exact_value.abs(), 9 * (exact_derivative.abs() + spread)),
+        "sigmoid": (7 * exact_value, 14 * exact_derivative),
+        "gelu": (7 * x.abs().clamp(max=14) + exact_value.abs(), torch.full_like(x, 11)),
+    }
+    for name, got, exact, bound in zip(
+        ("value", "derivative"),
+        (value, derivative),
+        (exact_value, exact_derivative),
+        bounds[act],
+        strict=True,
+    ):
+        # 2e-36: at -87 what is below becomes 0.
+        excess = (got.double() - exact).abs() - (U * bound + 2e-36)
+        worst = excess.argmax()
+        assert (excess <= 0).all(), f"{act}, {name} of {z[worst]}: {got[worst]}, {exact[worst]}"
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("act", ACTS)
+def test_accuracy_of_every_half_value(act: str, dtype: torch.dtype) -> None:
+    assert_accurate(act, finite(dtype))
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("act", ACTS)
+def test_lanes_and_tails_agree(act: str) -> None:
+    # Blocks of vectors, single ones and a last part of one have code of their own.
+    torch.manual_seed(0)
+    z = torch.randn(203) * 4
+    whole = run(z, act)
+    for first in (1, 64, 150, 187):
+        for got, expected in zip(run(z[first:], act), whole, strict=True):
+            assert torch.equal(got, expected[first:])
+
+
 @pytest.mark.parametrize("act", ACTS)
 def test_float64_is_accurate_to_its_last_digits(act: str) -> None:
     # gradcheck takes differences of values: a float32 exp would give it seven digits.

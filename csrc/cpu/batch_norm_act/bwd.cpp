@@ -25,22 +25,20 @@ struct BwdSpan {
         dresidual(at(static_cast<T*>(p.dresidual), offset)) {}
 };
 
-// dz = dy * act'(z). z is recomputed exactly as the forward made it; where a residual was added,
-// with the saved residual, or y is read in place of z.
+// dz = dy * act'(z): what it is made from. z is recomputed exactly as the forward made it; where a
+// residual was added, with the saved residual, or y is read in place of z.
 enum class Z { kUnused, kOfX, kWithSaved };  // what dz is made from, beside dy
 
 template <class T, class A, Z kZ>
-inline __attribute__((always_inline)) Vec<Acc<T>> grad_z(const BwdSpan<T>& s, A act, int64_t o,
-                                                         int64_t count, Vec<Acc<T>> centered,
-                                                         Vec<Acc<T>> scale, Vec<Acc<T>> bias) {
-  const Vec<Acc<T>> dy = load(s.dy + o, count);
-  if constexpr (kZ == Z::kUnused) return dy;
-  Vec<Acc<T>> z = centered * scale + bias;
+inline __attribute__((always_inline)) void read_z(const BwdSpan<T>& s, A act, int64_t o,
+                                                  int64_t count, Vec<Acc<T>> z_of_x,
+                                                  Vec<Acc<T>>& dy, Vec<Acc<T>>& z) {
+  dy = load(s.dy + o, count);
+  z = z_of_x;
   if constexpr (kZ == Z::kWithSaved) {
     const Vec<Acc<T>> saved = load(s.saved + o, count);
     z = act.derivative_needs_only_y() ? saved : z + saved;
   }
-  return act.bwd(dy, z);
 }
 
 // reduce_rows, which also writes dz where the residual's gradient is wanted. For a plane the lanes
@@ -55,13 +53,18 @@ void reduce_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
       bias{k.bias.get() + j};
   reduce_rows<T, kArray>(
       s.x, rows, stride, length, mean, scale, bias, sum_dz, sum_dzx,
-      [&](int64_t o, int64_t count, Vec<S> centered, Vec<S> scale, Vec<S> bias)
+      [&](int64_t o, int64_t count, Vec<S> z_of_x, Vec<S> & dy, Vec<S> & z)
           __attribute__((always_inline)) {
             prefetch_row<kArray>(s.dy + o, stride);
             prefetch_row<kArray && kZ == Z::kWithSaved>(s.saved + o, stride);
-            const Vec<S> dz = grad_z<T, A, kZ>(s, act, o, count, centered, scale, bias);
-            if (s.dresidual != nullptr) store(s.dresidual + o, dz, count);
-            return dz;
+            read_z<T, A, kZ>(s, act, o, count, z_of_x, dy, z);
+          },
+      [&]<int kRows>(int64_t o, int64_t count, Vec<S>(&dz)[kRows], const Vec<S>(&z)[kRows])
+          __attribute__((always_inline)) {
+            if constexpr (kZ != Z::kUnused) act.bwd(dz, z);
+            if (s.dresidual == nullptr) return;
+#pragma GCC unroll 4
+            for (int u = 0; u < kRows; ++u) store(s.dresidual + o + u * stride, dz[u], count);
           });
 }
 
@@ -80,18 +83,24 @@ void dx_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
       [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
         const Vec<S> m = mean.at(i), sc = scale.at(i), b = bias.at(i);
         const Vec<S> sh = shift.at(i), sl = slope.at(i);
+        Vec<S> centered[block.value], dz[block.value], z[block.value];
 #pragma GCC unroll 4
         for (int u = 0; u < block.value; ++u) {
           const int64_t o = (row + u) * stride + i;
           prefetch_row<kArray>(s.x + o, stride);
           prefetch_row<kArray>(s.dy + o, stride);
-          const Vec<S> centered = load(s.x + o, count) - m;
-          Vec<S> dz = grad_z<T, A, kZ>(s, act, o, count, centered, sc, b);
-          if (training) dz -= sh + centered * sl;
+          centered[u] = load(s.x + o, count) - m;
+          read_z<T, A, kZ>(s, act, o, count, centered[u] * sc + b, dz[u], z[u]);
+        }
+        if constexpr (kZ != Z::kUnused) act.bwd(dz, z);
+#pragma GCC unroll 4
+        for (int u = 0; u < block.value; ++u) {
+          const int64_t o = (row + u) * stride + i;
+          if (training) dz[u] -= sh + centered[u] * sl;
           if (past_caches && count == kLanes<S>) {
-            store_past_caches(s.dx + o, dz * sc);
+            store_past_caches(s.dx + o, dz[u] * sc);
           } else {
-            store(s.dx + o, dz * sc, count);
+            store(s.dx + o, dz[u] * sc, count);
           }
         }
       });

@@ -25,20 +25,25 @@ void normalize(const T* x, const T* residual, T* y, int64_t rows, int64_t stride
       rows, length,
       [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
         const Vec<S> m = mean.at(i), s = scale.at(i), b = bias.at(i);
+        Vec<S> z[block.value];
 #pragma GCC unroll 4
         for (int u = 0; u < block.value; ++u) {
           const int64_t o = (row + u) * stride + i;
           prefetch_row<kArray>(x + o, stride);
-          Vec<S> z = (load(x + o, count) - m) * s + b;
+          z[u] = (load(x + o, count) - m) * s + b;
           if constexpr (kAdd) {
             prefetch_row<kArray>(residual + o, stride);
-            z += load(residual + o, count);
+            z[u] += load(residual + o, count);
           }
-          z = act.fwd(z);
+        }
+        act.fwd(z);
+#pragma GCC unroll 4
+        for (int u = 0; u < block.value; ++u) {
+          const int64_t o = (row + u) * stride + i;
           if (past_caches && count == kLanes<S>) {
-            store_past_caches(y + o, z);
+            store_past_caches(y + o, z[u]);
           } else {
-            store(y + o, z, count);
+            store(y + o, z[u], count);
           }
         }
       });

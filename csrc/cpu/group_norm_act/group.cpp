@@ -24,30 +24,33 @@ namespace {
 // ---- NCHW: a unit is a group of a sample --------------------------------------------------------
 
 struct Groups {
-  int64_t per_group, hw, size, units, elements, parts, per_part;
+  int64_t per_group, hw, size, units, elements, parts, per_part, lanes;
 
   // A part is long enough to be worth a task; sums are merged in double after kPiece elements.
   static constexpr int64_t kPiece = 1 << 13;
 
-  Groups(const ImageShape& shape, int64_t groups)
+  Groups(const ImageShape& shape, int64_t groups, int64_t lanes)
       : per_group(shape.c / groups),
         hw(shape.hw),
         size(per_group * hw),
         units(shape.n * groups),
-        elements(shape.numel()) {
+        elements(shape.numel()),
+        lanes(lanes) {
     per_part = ceil_div(ceil_div(size, ceil_div(kTasks / 4, units)), 2 * kPiece) * 2 * kPiece;
     parts = ceil_div(size, per_part);
   }
 
-  // body(channel of the group, offset in the group, length) for each piece of one channel's.
+  // body(channel of the group, offset in the group, rows, length) for each piece of one channel's:
+  // as rows of whole vectors, as many as the loops take at a time, and what is left.
   template <class Body>
   void for_each_piece(int64_t part, Body body) const {
     const int64_t end = min(size, (part + 1) * per_part);
     int64_t o = part * per_part;
     for (int64_t j = o / hw; o < end; ++j) {
       for (const int64_t stop = min(end, (j + 1) * hw); o < stop;) {
-        const int64_t length = min(kPiece, stop - o);
-        body(j, o, length);
+        const int64_t length = min(kPiece, stop - o), row = length / (4 * lanes) * lanes;
+        if (row > 0) body(j, o, int64_t{4}, row);
+        if (length > 4 * row) body(j, o + 4 * row, int64_t{1}, length - 4 * row);
         o += length;
       }
     }
@@ -59,7 +62,7 @@ void fwd_nchw(const GroupNormActFwdParams& p) {
   using S = Acc<T>;
   const Loops<T, false> loops(p.act);
   const Norm<S> norm(p);
-  const Groups groups(p.shape, p.groups);
+  const Groups groups(p.shape, p.groups, kLanes<S>);
   const T* x = static_cast<const T*>(p.x);
   // space: of each part the count, mean and centred squares
   const auto stats = [&](double* space, int64_t group, int64_t part) {
@@ -78,10 +81,10 @@ void fwd_nchw(const GroupNormActFwdParams& p) {
   const auto apply = [&](double*, int64_t group, int64_t part) {
     const S rstd = norm.rstd(group);
     const int64_t first = group % norm.groups * norm.per_group, base = group * groups.size;
-    groups.for_each_piece(part, [&](int64_t j, int64_t o, int64_t length) {
+    groups.for_each_piece(part, [&](int64_t j, int64_t o, int64_t rows, int64_t length) {
       S scale = norm.weight_of(first + j) * rstd, bias = norm.bias_of(first + j);
       const GroupNormCoefficients<S> k{p.act, norm.mean + group, &scale, &bias, nullptr, nullptr};
-      loops.normalize(x + base + o, static_cast<T*>(p.y) + base + o, 1, length, k);
+      loops.normalize(x + base + o, static_cast<T*>(p.y) + base + o, rows, length, k);
     });
   };
   run_units<double>(groups.units, groups.parts, 3 * groups.parts, groups.elements, kNothing, stats,
@@ -93,27 +96,27 @@ void bwd_nchw(const GroupNormActBwdParams& p) {
   using S = Acc<T>;
   const Loops<T, false> loops(p.act);
   const Norm<S> norm(p);
-  const Groups groups(p.shape, p.groups);
+  const Groups groups(p.shape, p.groups, kLanes<S>);
   const T *dy = static_cast<const T*>(p.dy), *x = static_cast<const T*>(p.x);
   const ChannelSums sums(p.shape);
-  // body(coefficients, channel of the group, offset, length) for each piece of a part.
+  // body(coefficients, channel of the group, offset, rows, length) for each piece of a part.
   const auto walk = [&](int64_t group, int64_t part, S shift, S slope, auto body) {
     const S rstd = norm.rstd(group);
     const int64_t first = group % norm.groups * norm.per_group, base = group * groups.size;
-    groups.for_each_piece(part, [&](int64_t j, int64_t o, int64_t length) {
+    groups.for_each_piece(part, [&](int64_t j, int64_t o, int64_t rows, int64_t length) {
       S scale = norm.weight_of(first + j) * rstd, bias = norm.bias_of(first + j);
       body(GroupNormCoefficients<S>{p.act, norm.mean + group, &scale, &bias, &shift, &slope}, j,
-           base + o, length);
+           base + o, rows, length);
     });
   };
   // space: of each part and channel of the group sum(dz) and sum(dz * (x - mean))
   const auto reduce = [&](double* space, int64_t group, int64_t part) {
     double* of_part = space + part * groups.per_group * 2;
     walk(group, part, S(0), S(0),
-         [&](GroupNormCoefficients<S> k, int64_t j, int64_t o, int64_t length) {
+         [&](GroupNormCoefficients<S> k, int64_t j, int64_t o, int64_t rows, int64_t length) {
            Vec<S> total[2] = {};
            S lanes[2][kLanes<S>] = {};
-           loops.reduce(dy + o, x + o, 1, length, k, lanes[0], lanes[1]);
+           loops.reduce(dy + o, x + o, rows, length, k, lanes[0], lanes[1]);
            for (int i = 0; i < 2; ++i) {
              total[i] = load(lanes[i]);
              of_part[2 * j + i] += static_cast<double>(horizontal_sum<S>(total[i]));
@@ -133,8 +136,8 @@ void bwd_nchw(const GroupNormActBwdParams& p) {
     S shift, slope;
     sums.finalize(norm, group, &shift, &slope);
     walk(group, part, shift, slope,
-         [&](GroupNormCoefficients<S> k, int64_t, int64_t o, int64_t length) {
-           loops.grad_x(dy + o, x + o, static_cast<T*>(p.dx) + o, 1, length, k);
+         [&](GroupNormCoefficients<S> k, int64_t, int64_t o, int64_t rows, int64_t length) {
+           loops.grad_x(dy + o, x + o, static_cast<T*>(p.dx) + o, rows, length, k);
          });
   };
   run_units<double>(groups.units, groups.parts, groups.parts * groups.per_group * 2,

@@ -29,12 +29,16 @@ void normalize(const T* x, T* y, int64_t rows, int64_t length, GroupNormCoeffici
       rows, length,
       [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
         const Vec<S> m = mean.at(i), s = scale.at(i), b = bias.at(i);
+        Vec<S> z[block.value];
 #pragma GCC unroll 4
         for (int u = 0; u < block.value; ++u) {
           const int64_t o = (row + u) * length + i;
           prefetch_row<kArray>(x + o, length);
-          store(y + o, act.fwd((load(x + o, count) - m) * s + b), count);
+          z[u] = (load(x + o, count) - m) * s + b;
         }
+        act.fwd(z);
+#pragma GCC unroll 4
+        for (int u = 0; u < block.value; ++u) store(y + (row + u) * length + i, z[u], count);
       });
 }
 
@@ -47,11 +51,14 @@ void reduce(const T* dy, const T* x, int64_t rows, int64_t length, GroupNormCoef
   reduce_rows<T, kArray>(
       x, rows, length, length, PerChannel<S, kArray>{k.mean}, PerChannel<S, kArray>{k.scale},
       PerChannel<S, kArray>{k.bias}, sum_dz, sum_dzx,
-      [&](int64_t o, int64_t count, Vec<S> centered, Vec<S> scale, Vec<S> bias)
+      [&](int64_t o, int64_t count, Vec<S> z_of_x, Vec<S> & dy_of_o, Vec<S> & z)
           __attribute__((always_inline)) {
             prefetch_row<kArray>(dy + o, length);
-            return act.bwd(load(dy + o, count), centered * scale + bias);
-          });
+            dy_of_o = load(dy + o, count);
+            z = z_of_x;
+          },
+      [&](int64_t, int64_t, auto& dz, const auto& z)
+          __attribute__((always_inline)) { act.bwd(dz, z); });
 }
 
 template <class T, class A, bool kArray>
@@ -66,14 +73,21 @@ void grad_x(const T* dy, const T* x, T* dx, int64_t rows, int64_t length,
       [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
         const Vec<S> m = mean.at(i), s = scale.at(i), b = bias.at(i);
         const Vec<S> sh = shift.at(i), sl = slope.at(i);
+        Vec<S> centered[block.value], dz[block.value], z[block.value];
 #pragma GCC unroll 4
         for (int u = 0; u < block.value; ++u) {
           const int64_t o = (row + u) * length + i;
           prefetch_row<kArray>(x + o, length);
           prefetch_row<kArray>(dy + o, length);
-          const Vec<S> centered = load(x + o, count) - m;
-          const Vec<S> dz = act.bwd(load(dy + o, count), centered * s + b);
-          store(dx + o, dz * s - (sh + centered * sl), count);
+          centered[u] = load(x + o, count) - m;
+          dz[u] = load(dy + o, count);
+          z[u] = centered[u] * s + b;
+        }
+        act.bwd(dz, z);
+#pragma GCC unroll 4
+        for (int u = 0; u < block.value; ++u) {
+          const int64_t o = (row + u) * length + i;
+          store(dx + o, dz[u] * s - (sh + centered[u] * sl), count);
         }
       });
 }

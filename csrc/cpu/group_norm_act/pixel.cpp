@@ -81,7 +81,7 @@ void fwd_rows(const GroupNormActFwdParams& p) {
             prefetch_row<true>(x + i, c);
             const Vec<S> scale = rstd * load(weight.get() + i);
             const Vec<S> z = (load(x + i, count) - center) * scale + load(bias.get() + i);
-            store(y + i, act.fwd(z), count);
+            store(y + i, act_fwd_one(act, z), count);
           });
     }
   });
@@ -112,7 +112,7 @@ void bwd_rows(const GroupNormActBwdParams& p) {
               prefetch_row<true>(dy + i, c);
               const Vec<S> centered = load(x + i, count) - center, w = load(weight.get() + i);
               const Vec<S> z = centered * (rstd * w) + load(bias.get() + i);
-              body(i, count, centered * rstd, act.bwd(load(dy + i, count), z), w);
+              body(i, count, centered * rstd, act_bwd_one(act, load(dy + i, count), z), w);
             });
       };
       Vec<S> sum{}, sum_x{};  // of weight * dz, and of that times xhat
@@ -217,7 +217,7 @@ void fwd_tiles(const GroupNormActFwdParams& p) {
             pixels, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
               prefetch_row<true>(y + j * hw + i, hw);
               const Vec<S> centered = load(tile.get() + j * width + i) - load(mean + i);
-              store(y + j * hw + i, act.fwd(centered * (load(rstd + i) * w) + b), count);
+              store(y + j * hw + i, act_fwd_one(act, centered * (load(rstd + i) * w) + b), count);
             });
       }
     }
@@ -259,7 +259,8 @@ void bwd_tiles(const GroupNormActBwdParams& p) {
               prefetch_row<true>(dy + j * hw + i, hw);
               const Vec<S> centered = load(x + j * hw + i, count) - load(mean + i);
               const Vec<S> r = load(rstd + i), xhat = centered * r;
-              const Vec<S> dz = act.bwd(load(dy + j * hw + i, count), centered * (r * w) + b);
+              const Vec<S> dz =
+                  act_bwd_one(act, load(dy + j * hw + i, count), centered * (r * w) + b);
               total += dz;
               total_x += dz * xhat;
               store(tile_dz.get() + j * width + i, w * dz);

@@ -70,6 +70,32 @@ inline Vec<S> splat(S value) {
   return Vec<S>{} + value;
 }
 
+// x, or the bound that it is beyond; a NaN comes through. One instruction, where GCC 12 makes two
+// of a comparison; they give the second operand if one is NaN.
+inline Vec<float> at_least(Vec<float> low, Vec<float> x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(
+      _mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(low), reinterpret_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec<float>>(
+      _mm256_max_ps(reinterpret_cast<__m256>(low), reinterpret_cast<__m256>(x)));
+#else
+  return x < low ? low : x;
+#endif
+}
+
+inline Vec<float> at_most(Vec<float> high, Vec<float> x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(
+      _mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec<float>>(
+      _mm256_min_ps(reinterpret_cast<__m256>(high), reinterpret_cast<__m256>(x)));
+#else
+  return x > high ? high : x;
+#endif
+}
+
 // In halves: four dependent additions for sixteen lanes, not sixteen.
 template <class S, int kBytes = kVectorBytes>
 inline S horizontal_sum(typename VecOf<S, kBytes>::type v) {
