@@ -16,6 +16,8 @@ namespace fastcnn::FASTCNN_CPU_LEVEL {
 // their constants are loaded and the activation is looked up once a call.
 template <Act act>
 struct InlineAct {
+  static constexpr int kVectors = 1;
+
   explicit InlineAct(Act) {}
 
   static constexpr bool derivative_needs_only_y() { return fastcnn::derivative_needs_only_y(act); }
@@ -41,6 +43,8 @@ __attribute__((noinline)) void called_act_bwd(Act act, V (&dy)[kCount], const V 
 
 class CalledAct {
  public:
+  static constexpr int kVectors = 4;
+
   explicit CalledAct(Act act) : act_(act) {}
 
   bool derivative_needs_only_y() const { return fastcnn::derivative_needs_only_y(act_); }

@@ -34,7 +34,7 @@ inline void add_in_double(double* to, const S* from, int64_t length) {
 // each. read(offset, count, (x - mean) * scale + bias, dz, z) sets dy and z of one row, for which
 // finish(offset, count, dz, z) makes dz of all rows of a block, `stride` apart. The lanes beyond a
 // span's end must have dz = 0 and add nothing.
-template <class T, bool kArray, class Read, class Finish>
+template <class T, class A, bool kArray, class Read, class Finish>
 inline __attribute__((always_inline)) void reduce_rows(
     const T* x, int64_t rows, int64_t stride, int64_t length, PerChannel<Acc<T>, kArray> mean,
     PerChannel<Acc<T>, kArray> scale, PerChannel<Acc<T>, kArray> bias, Acc<T>* sum_dz,
@@ -49,20 +49,23 @@ inline __attribute__((always_inline)) void reduce_rows(
           total_dz = load(sum_dz + i);
           total_dzx = load(sum_dzx + i);
         }
-        Vec<S> centered[block.value], dz[block.value], z[block.value];
+        for_each_call<A>(
+            block, [&](int first, auto calls) __attribute__((always_inline)) {
+              Vec<S> centered[calls.value], dz[calls.value], z[calls.value];
 #pragma GCC unroll 4
-        for (int u = 0; u < block.value; ++u) {
-          const int64_t o = (row + u) * stride + i;
-          prefetch_row<kArray>(x + o, stride);
-          centered[u] = load(x + o, count) - m;
-          read(o, count, centered[u] * s + b, dz[u], z[u]);
-        }
-        finish(row * stride + i, count, dz, z);
+              for (int u = 0; u < calls.value; ++u) {
+                const int64_t o = (row + first + u) * stride + i;
+                prefetch_row<kArray>(x + o, stride);
+                centered[u] = load(x + o, count) - m;
+                read(o, count, centered[u] * s + b, dz[u], z[u]);
+              }
+              finish((row + first) * stride + i, count, dz, z);
 #pragma GCC unroll 4
-        for (int u = 0; u < block.value; ++u) {
-          total_dz += dz[u];
-          total_dzx += dz[u] * centered[u];
-        }
+              for (int u = 0; u < calls.value; ++u) {
+                total_dz += dz[u];
+                total_dzx += dz[u] * centered[u];
+              }
+            });
         if constexpr (kArray) {
           store(sum_dz + i, total_dz);
           store(sum_dzx + i, total_dzx);

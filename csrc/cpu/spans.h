@@ -87,6 +87,14 @@ inline __attribute__((always_inline)) void for_each_block(int64_t rows, int64_t 
   }
 }
 
+// body(first, RowCount<k>{}) for the k rows of a block at a time that an activation takes.
+template <class A, class Block, class Body>
+inline __attribute__((always_inline)) void for_each_call(Block block, Body body) {
+  constexpr int kRows = A::kVectors < block.value ? A::kVectors : block.value;
+#pragma GCC unroll 4
+  for (int first = 0; first < block.value; first += kRows) body(first, RowCount<kRows>{});
+}
+
 // Prefetches the line at p's place in the row that is read when the four in hand are done. Each row
 // of channels_last is a stream in pages of its own, which the processor's prefetchers find only
 // after its first lines: on a 2-core AMD EPYC batch norm's backward went from 0.98 to 0.64 of

@@ -51,7 +51,7 @@ void reduce_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
   const A act(k.act);
   const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
       bias{k.bias.get() + j};
-  reduce_rows<T, kArray>(
+  reduce_rows<T, A, kArray>(
       s.x, rows, stride, length, mean, scale, bias, sum_dz, sum_dzx,
       [&](int64_t o, int64_t count, Vec<S> z_of_x, Vec<S> & dy, Vec<S> & z)
           __attribute__((always_inline)) {
@@ -83,26 +83,29 @@ void dx_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
       [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
         const Vec<S> m = mean.at(i), sc = scale.at(i), b = bias.at(i);
         const Vec<S> sh = shift.at(i), sl = slope.at(i);
-        Vec<S> centered[block.value], dz[block.value], z[block.value];
+        for_each_call<A>(
+            block, [&](int first, auto calls) __attribute__((always_inline)) {
+              Vec<S> centered[calls.value], dz[calls.value], z[calls.value];
 #pragma GCC unroll 4
-        for (int u = 0; u < block.value; ++u) {
-          const int64_t o = (row + u) * stride + i;
-          prefetch_row<kArray>(s.x + o, stride);
-          prefetch_row<kArray>(s.dy + o, stride);
-          centered[u] = load(s.x + o, count) - m;
-          read_z<T, A, kZ>(s, act, o, count, centered[u] * sc + b, dz[u], z[u]);
-        }
-        if constexpr (kZ != Z::kUnused) act.bwd(dz, z);
+              for (int u = 0; u < calls.value; ++u) {
+                const int64_t o = (row + first + u) * stride + i;
+                prefetch_row<kArray>(s.x + o, stride);
+                prefetch_row<kArray>(s.dy + o, stride);
+                centered[u] = load(s.x + o, count) - m;
+                read_z<T, A, kZ>(s, act, o, count, centered[u] * sc + b, dz[u], z[u]);
+              }
+              if constexpr (kZ != Z::kUnused) act.bwd(dz, z);
 #pragma GCC unroll 4
-        for (int u = 0; u < block.value; ++u) {
-          const int64_t o = (row + u) * stride + i;
-          if (training) dz[u] -= sh + centered[u] * sl;
-          if (past_caches && count == kLanes<S>) {
-            store_past_caches(s.dx + o, dz[u] * sc);
-          } else {
-            store(s.dx + o, dz[u] * sc, count);
-          }
-        }
+              for (int u = 0; u < calls.value; ++u) {
+                const int64_t o = (row + first + u) * stride + i;
+                if (training) dz[u] -= sh + centered[u] * sl;
+                if (past_caches && count == kLanes<S>) {
+                  store_past_caches(s.dx + o, dz[u] * sc);
+                } else {
+                  store(s.dx + o, dz[u] * sc, count);
+                }
+              }
+            });
       });
   if (past_caches) fence_stores();
 }

@@ -25,27 +25,30 @@ void normalize(const T* x, const T* residual, T* y, int64_t rows, int64_t stride
       rows, length,
       [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
         const Vec<S> m = mean.at(i), s = scale.at(i), b = bias.at(i);
-        Vec<S> z[block.value];
+        for_each_call<A>(
+            block, [&](int first, auto calls) __attribute__((always_inline)) {
+              Vec<S> z[calls.value];
 #pragma GCC unroll 4
-        for (int u = 0; u < block.value; ++u) {
-          const int64_t o = (row + u) * stride + i;
-          prefetch_row<kArray>(x + o, stride);
-          z[u] = (load(x + o, count) - m) * s + b;
-          if constexpr (kAdd) {
-            prefetch_row<kArray>(residual + o, stride);
-            z[u] += load(residual + o, count);
-          }
-        }
-        act.fwd(z);
+              for (int u = 0; u < calls.value; ++u) {
+                const int64_t o = (row + first + u) * stride + i;
+                prefetch_row<kArray>(x + o, stride);
+                z[u] = (load(x + o, count) - m) * s + b;
+                if constexpr (kAdd) {
+                  prefetch_row<kArray>(residual + o, stride);
+                  z[u] += load(residual + o, count);
+                }
+              }
+              act.fwd(z);
 #pragma GCC unroll 4
-        for (int u = 0; u < block.value; ++u) {
-          const int64_t o = (row + u) * stride + i;
-          if (past_caches && count == kLanes<S>) {
-            store_past_caches(y + o, z[u]);
-          } else {
-            store(y + o, z[u], count);
-          }
-        }
+              for (int u = 0; u < calls.value; ++u) {
+                const int64_t o = (row + first + u) * stride + i;
+                if (past_caches && count == kLanes<S>) {
+                  store_past_caches(y + o, z[u]);
+                } else {
+                  store(y + o, z[u], count);
+                }
+              }
+            });
       });
   if (past_caches) fence_stores();
 }

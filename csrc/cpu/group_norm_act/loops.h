@@ -29,16 +29,20 @@ void normalize(const T* x, T* y, int64_t rows, int64_t length, GroupNormCoeffici
       rows, length,
       [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
         const Vec<S> m = mean.at(i), s = scale.at(i), b = bias.at(i);
-        Vec<S> z[block.value];
+        for_each_call<A>(
+            block, [&](int first, auto calls) __attribute__((always_inline)) {
+              Vec<S> z[calls.value];
 #pragma GCC unroll 4
-        for (int u = 0; u < block.value; ++u) {
-          const int64_t o = (row + u) * length + i;
-          prefetch_row<kArray>(x + o, length);
-          z[u] = (load(x + o, count) - m) * s + b;
-        }
-        act.fwd(z);
+              for (int u = 0; u < calls.value; ++u) {
+                const int64_t o = (row + first + u) * length + i;
+                prefetch_row<kArray>(x + o, length);
+                z[u] = (load(x + o, count) - m) * s + b;
+              }
+              act.fwd(z);
 #pragma GCC unroll 4
-        for (int u = 0; u < block.value; ++u) store(y + (row + u) * length + i, z[u], count);
+              for (int u = 0; u < calls.value; ++u)
+                store(y + (row + first + u) * length + i, z[u], count);
+            });
       });
 }
 
@@ -48,7 +52,7 @@ void reduce(const T* dy, const T* x, int64_t rows, int64_t length, GroupNormCoef
             Acc<T>* sum_dz, Acc<T>* sum_dzx) {
   using S = Acc<T>;
   const A act(k.act);
-  reduce_rows<T, kArray>(
+  reduce_rows<T, A, kArray>(
       x, rows, length, length, PerChannel<S, kArray>{k.mean}, PerChannel<S, kArray>{k.scale},
       PerChannel<S, kArray>{k.bias}, sum_dz, sum_dzx,
       [&](int64_t o, int64_t count, Vec<S> z_of_x, Vec<S> & dy_of_o, Vec<S> & z)
@@ -73,22 +77,25 @@ void grad_x(const T* dy, const T* x, T* dx, int64_t rows, int64_t length,
       [&](auto block, int64_t row, int64_t i, int64_t count) __attribute__((always_inline)) {
         const Vec<S> m = mean.at(i), s = scale.at(i), b = bias.at(i);
         const Vec<S> sh = shift.at(i), sl = slope.at(i);
-        Vec<S> centered[block.value], dz[block.value], z[block.value];
+        for_each_call<A>(
+            block, [&](int first, auto calls) __attribute__((always_inline)) {
+              Vec<S> centered[calls.value], dz[calls.value], z[calls.value];
 #pragma GCC unroll 4
-        for (int u = 0; u < block.value; ++u) {
-          const int64_t o = (row + u) * length + i;
-          prefetch_row<kArray>(x + o, length);
-          prefetch_row<kArray>(dy + o, length);
-          centered[u] = load(x + o, count) - m;
-          dz[u] = load(dy + o, count);
-          z[u] = centered[u] * s + b;
-        }
-        act.bwd(dz, z);
+              for (int u = 0; u < calls.value; ++u) {
+                const int64_t o = (row + first + u) * length + i;
+                prefetch_row<kArray>(x + o, length);
+                prefetch_row<kArray>(dy + o, length);
+                centered[u] = load(x + o, count) - m;
+                dz[u] = load(dy + o, count);
+                z[u] = centered[u] * s + b;
+              }
+              act.bwd(dz, z);
 #pragma GCC unroll 4
-        for (int u = 0; u < block.value; ++u) {
-          const int64_t o = (row + u) * length + i;
-          store(dx + o, dz[u] * s - (sh + centered[u] * sl), count);
-        }
+              for (int u = 0; u < calls.value; ++u) {
+                const int64_t o = (row + first + u) * length + i;
+                store(dx + o, dz[u] * s - (sh + centered[u] * sl), count);
+              }
+            });
       });
 }
 
