@@ -71,8 +71,8 @@ def finite(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("act", ["silu", "gelu", "sigmoid"])
 def test_float32_keeps_the_bounds_it_states(act: str) -> None:
     # Those of csrc/cpu/simd/vec_math.h: exp within 4 U of itself, the sigmoid 6, 1 minus it 7, the
-    # normal distribution 7 U of 1. Every value of the half types, and a float32 in 2**-14 or less
-    # of each, where exp changes its power of 2 and where it ends.
+    # normal distribution 8 U of 1; what is made of them rounds once to three times more. Every
+    # value of the half types, and close by where exp changes its power of 2 and where it ends.
     powers = (torch.arange(-130, 131) + 0.5) * 0.6931471805599453
     near = torch.cat([powers, torch.tensor([-89.0, -88.0, -87.0, 0.0, 87.0, 88.0, 89.0])])
     steps = torch.linspace(-1e-4, 1e-4, 41)
@@ -88,7 +88,7 @@ def test_float32_keeps_the_bounds_it_states(act: str) -> None:
     bounds = {
         "silu": (7 * exact_value.abs(), 9 * (exact_derivative.abs() + spread)),
         "sigmoid": (7 * exact_value, 14 * exact_derivative),
-        "gelu": (7 * x.abs().clamp(max=14) + exact_value.abs(), torch.full_like(x, 11)),
+        "gelu": (8 * x.abs().clamp(max=14) + exact_value.abs(), torch.full_like(x, 12)),
     }
     for name, got, exact, bound in zip(
         ("value", "derivative"),

@@ -5,17 +5,17 @@
 // float: several vectors step by step side by side, as one of them is a chain of 25 operations,
 // each waiting for the one before; no branch, no table. u = 2^-24, half an ulp of 1.
 //
-// exp      Cody and Waite 1980: x = n ln 2 + r with ln 2 in two parts, |r| <= ln 2 / 2; 2^n is
-// built
-//          from its bits. The polynomial, its coefficients rounded, is within 1.6 u of e^r;
-//          Horner's roundings are at most 2 u without fused multiply-adds, r's 0.4 u: 4 u in all.
+// exp      Cody and Waite 1980: x = n ln 2 + r with ln 2 in two parts, |r| <= ln 2 / 2; 2^n is made
+//          of its bits. The polynomial, its coefficients rounded, is within 1.6 u of e^r; Horner's
+//          roundings are at most 2 u without fused multiply-adds, r's 0.4 u: 4 u in all.
 // sigmoid  s = 1 / (1 + exp(-z)): an error of exp counts at most once, sum and quotient round once
 //          each: 6 u, and as much for silu, whose numerator is z. 1 - s is exp(-z) s: 7 u, and
 //          nothing cancels. The derivative of silu is s (1 + z (1 - s)), of the sigmoid s (1 - s).
 // normal   With a = |z| the probability beyond a is exp(-a^2 / 2) R(a). R is Mills' ratio over
 //          sqrt(2 pi), as a polynomial in w = 1 / (1 + 0.32 a): its error, coefficients rounded, is
-//          0.3 u in that probability, and 1.2e-5 of a far tail's. With exp's (4 u of at most 1/2),
-//          w's (2 u, times dR/dw <= 1.3) and Horner's (2 u) it is 7 u in the probability.
+//          0.3 u in that probability, and 1.2e-5 of a far tail's. With exp's (4 u of at most 1/2,
+//          0.2 u from its argument), w's (2 u, times dR/dw <= 1.3), Horner's and two products' (4 u
+//          of at most 1/2) and the difference's (0.5 u) it is 8 u in the probability.
 // Limits: below -87 the derivatives are 0, below -88.4 the sigmoid, as PyTorch's is below -88.7.
 // The polynomials are minimax fits, by Lawson's weighted least squares.
 #pragma once
@@ -75,10 +75,10 @@ inline Vec<float> within_bounds(Vec<float> z) {
   return at_most(splat(kHigh), at_least(splat(kLow), z));
 }
 
-// to / (1 + exp(-z)): 0 where exp(-z) is inf.
+// to times the sigmoid of z: to / (1 + exp(-z)), 0 where exp(-z) is inf.
 template <int kCount>
-inline __attribute__((always_inline)) void divide_by_sigmoid(Vec<float> (&to)[kCount],
-                                                             const Vec<float> (&z)[kCount]) {
+inline __attribute__((always_inline)) void times_sigmoid(Vec<float> (&to)[kCount],
+                                                         const Vec<float> (&z)[kCount]) {
   Vec<float> e[kCount];
 #pragma GCC unroll 4
   for (int i = 0; i < kCount; ++i) e[i] = -at_most(splat(87.f), at_least(splat(-89.f), z[i]));
@@ -145,7 +145,7 @@ struct EachAct<FASTCNN_CPU_LEVEL::Vec<float>> {
       for (int i = 0; i < kCount; ++i) {
         y[i] = act == Act::kSilu ? at_least(splat(-kHigh), z[i]) : splat(1.f);
       }
-      divide_by_sigmoid(y, z);
+      times_sigmoid(y, z);
 #pragma GCC unroll 4
       for (int i = 0; i < kCount; ++i) z[i] = y[i];
     } else if constexpr (act == Act::kGelu) {
