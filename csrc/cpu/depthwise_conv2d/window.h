@@ -184,9 +184,9 @@ void finish_act(const Vec<Acc<T>>* sums, Act number, const T*, T* y, int64_t col
   using S = Acc<T>;
   const A act(number);
   if (lanes == kLanes<S>) {
-    for (int64_t q = 0; q < columns; ++q, y += pixel) store(y, act.fwd(sums[q]));
+    for (int64_t q = 0; q < columns; ++q, y += pixel) store(y, act_fwd_one(act, sums[q]));
   } else {
-    for (int64_t q = 0; q < columns; ++q, y += pixel) store(y, act.fwd(sums[q]), lanes);
+    for (int64_t q = 0; q < columns; ++q, y += pixel) store(y, act_fwd_one(act, sums[q]), lanes);
   }
 }
 
@@ -196,7 +196,7 @@ void finish_act_bwd(const Vec<Acc<T>>* sums, Act number, const T* dy, T* y, int6
                     int64_t pixel, int64_t lanes) {
   const CalledAct act(number);
   for (int64_t q = 0; q < columns; ++q, y += pixel, dy += pixel) {
-    const Vec<Acc<T>> dz = act.bwd(load_channels(dy, lanes), sums[q]);
+    const Vec<Acc<T>> dz = act_bwd_one(act, load_channels(dy, lanes), sums[q]);
     if (lanes == kLanes<Acc<T>>) {
       store(y, dz);
     } else {
