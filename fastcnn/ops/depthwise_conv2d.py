@@ -108,7 +108,7 @@ def is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
     """Whether a convolution has a filter a channel, and these kernels take its image."""
     if groups == 1 or x.device.type != "cpu" or x.dtype not in FLOATS:
         return False
-    return weight.shape[0] == weight.shape[1] * groups == x.shape[1] and is_dense(x)
+    return groups == weight.shape[0] == x.shape[1] and weight.shape[1] == 1 and is_dense(x)
 
 
 def is_dense(x: Tensor) -> bool:
@@ -135,13 +135,10 @@ def depthwise_bwd(
     if want[0]:
         in_acc = _weight_as_acc(x, weight)
         dx = _bwd_data(dy, in_acc, *x.shape[2:], *window, _is_channels_last(x))
-    if want[1] or want[2]:
+    if want[1] or want[2]:  # the bias's bits are the same alone, which a sum of PyTorch's has not
         dweight, dbias = _bwd_weight(dy, x, *weight.shape[2:], *window)
-    return (
-        dx,
-        dweight.to(weight.dtype) if dweight is not None and want[1] else None,
-        dbias if want[2] else None,
-    )
+        dweight = dweight.to(weight.dtype)
+    return dx, dweight if want[1] else None, dbias if want[2] else None
 
 
 class DepthwiseConv2dFunction(torch.autograd.Function):

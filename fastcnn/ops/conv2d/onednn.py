@@ -58,12 +58,13 @@ def convolve_onednn(
 
     into: write it into the residual, where the kernel that adds can.
     """
-    if residual is None and is_depthwise(x, weight, g.groups):
+    depthwise = is_depthwise(x, weight, g.groups)
+    if depthwise and residual is None:
         return depthwise_fwd(x, weight, bias, g[:3], ACT_NUMBER[act])
     x, g = with_border(x, weight, g)
     arguments = (weight, bias, g.padding, g.stride, g.dilation, g.groups)
-    if torch.compiler.is_compiling():
-        # It fuses plain operations by itself, and knows only half of what oneDNN's returns.
+    if depthwise or torch.compiler.is_compiling():
+        # A compiler fuses plain operations by itself, and knows only half of what oneDNN's returns.
         y = convolve(x, weight, bias, g)
         if residual is not None:
             if not own:

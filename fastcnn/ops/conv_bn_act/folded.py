@@ -6,7 +6,8 @@ A step of conv_bn_act, with the same checks and the same bits (but a sum written
 that dies is another kernel's on processors without AVX2). That one folds the batch norm into the
 weights at every call, and oneDNN lays them out anew; here both are kept:
 
-    CPU, channels_last   the weight in oneDNN's layout, for each of the last sizes of x
+    CPU, channels_last   the weight in oneDNN's layout, for each of the last sizes of x; of a
+                         depthwise convolution, which is not oneDNN's, the folded weight
     CPU, NCHW            the folded weight: oneDNN's operator answers a packed one in channels_last
     CUDA                 the folded weight, for the plan that wants it folded
 

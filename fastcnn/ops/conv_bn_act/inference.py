@@ -2,8 +2,9 @@
 
     y = act(batch_norm(conv2d(x)) + residual)
 
-On the CPU one convolution of oneDNN; on CUDA inference_candidates.py. Bytes: x, weight, residual
-and y once. The weights are folded at every call, as parameters may change; folded.py keeps them.
+On the CPU one convolution, of oneDNN or depthwise_conv2d; on CUDA inference_candidates.py. Bytes:
+x, weight, residual and y once. The weights are folded at every call, as parameters may change;
+folded.py keeps them.
 """
 
 from collections.abc import Sequence

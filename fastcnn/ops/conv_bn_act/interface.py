@@ -23,11 +23,11 @@ residual that came as a tensor:
     lowest     each block's input, the r_i but those of 1x1     the same, and those convolutions
                convolutions to more channels
 
-Eager saves what "full" does. What is recomputed has the same
-bits: the kernels that made it run again. The convolutions are PyTorch's own; on CUDA those of a
-step are Triton's where the planner finds them faster, and what stands before and behind is fused
-into them (passes.py, candidates.py). In evaluation, where no gradient is required, each step is one
-convolution of oneDNN on the CPU (conv2d/onednn.py), on CUDA one of inference_candidates.py.
+Eager saves what "full" does. What is recomputed has the same bits: the kernels that made it run
+again. The convolutions are PyTorch's own, but for depthwise ones on the CPU (depthwise_conv2d.py);
+on CUDA those of a step are Triton's where the planner finds them faster, and what stands before and
+behind is fused into them (passes.py, candidates.py). In evaluation, where no gradient is required,
+each step is one convolution on the CPU (conv2d/onednn.py), on CUDA one of inference_candidates.py.
 
 A call: validate.py checks the blocks, planning.py chooses how their convolutions run, autograd.py
 runs them forward and backward, running.py moves the running statistics.

@@ -56,6 +56,7 @@ TYPES = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)
 CONVOLUTIONS = {
     "plain": {},
     "groups": {"groups": 2},
+    "groups of a square": {"c_out": 4, "groups": 2},
     "depthwise": {"c_out": 4, "groups": 4},
     "dilation": {"dilation": 2, "padding": 2},
     "stride": {"stride": (1, 2), "bias": False},

@@ -81,6 +81,7 @@ def test_activations(dtype: torch.dtype, autocast: bool) -> None:
     "step",
     [
         (nn.Conv2d(4, 8, 3, padding=1, groups=2, bias=False), BatchNormAct2d(8)),  # ResNeXt
+        (nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False), BatchNormAct2d(4)),  # its 3x3
         (nn.Conv2d(4, 4, 3, padding=1, groups=4), BatchNormAct2d(4)),  # depthwise
         (nn.Conv2d(4, 8, 3, padding=2, dilation=2), BatchNormAct2d(8)),
         (nn.Conv2d(4, 8, (3, 1), (1, 2), (1, 0)), BatchNormAct2d(8)),  # unequal sides
@@ -88,7 +89,16 @@ def test_activations(dtype: torch.dtype, autocast: bool) -> None:
         (nn.Conv2d(4, 8, 3, bias=False), BatchNormAct2d(8, affine=False, eps=0.5)),
         (nn.Conv2d(4, 8, 3, padding=1), BatchNormAct2d(8), nn.MaxPool2d(3, 2, 1)),
     ],
-    ids=["groups", "depthwise", "dilation", "sides", "no affine", "eps", "pooling"],
+    ids=[
+        "groups",
+        "groups of a square",
+        "depthwise",
+        "dilation",
+        "sides",
+        "no affine",
+        "eps",
+        "pooling",
+    ],
 )
 def test_convolutions(step: Any) -> None:
     for dtype, autocast in TYPES:

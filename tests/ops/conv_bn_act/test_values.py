@@ -51,6 +51,7 @@ def test_chains(training: bool, residual: bool, layout: str) -> None:
         ((2, 4, 9, 8), nn.Conv2d(4, 6, (3, 1), stride=(1, 2), padding=(1, 0))),  # unequal sides
         ((2, 4, 9, 8), nn.Conv2d(4, 6, 3, padding=2, dilation=2)),  # segmentation networks
         ((2, 4, 9, 8), nn.Conv2d(4, 8, 3, padding=1, groups=2)),  # ResNeXt
+        ((2, 4, 9, 8), nn.Conv2d(4, 4, 3, padding=1, groups=2)),  # as many channels, not depthwise
         ((2, 4, 9, 8), nn.Conv2d(4, 4, 3, padding=1, groups=4)),  # depthwise
         ((2, 4, 9, 8), nn.Conv2d(4, 6, 3, padding=4)),  # more padding than kernel
         ((2, 4, 9, 8), nn.Conv2d(4, 1, 1)),  # one channel between: both layouts at once
