@@ -216,6 +216,13 @@ def _dropout(per_channel: bool, x: Tensor, residual: Tensor, dy: Tensor) -> list
     return differentiated(forward, dy, x, residual)
 
 
+def _depthwise(x: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return functional.depthwise_conv2d(x, weight, None, 2, 1, act="silu")
+
+    return differentiated(forward, dy, x, weight)
+
+
 def _dropout_in_place(x: Tensor) -> list[Tensor]:
     return [functional.dropout(x.clone(), 0.3, inplace=True)]
 
@@ -273,6 +280,7 @@ CALLS = {
     ),
     "LayerNorm2d": Call(partial(_norm_inputs, (2, 48, 6, 5), _FP16, LAST), _pixel_norm),
     "InstanceNorm2d": Call(partial(_norm_inputs, (3, 8, 9, 7), _FP32, _NCHW), _instance_norm),
+    "depthwise_conv2d": Call(_images((2, 16, 9, 7), (16, 1, 3, 3), (2, 16, 5, 4)), _depthwise),
     "dropout": Call(
         _images(*[(3, 8, 9, 7)] * 3, dtype=_BF16, layout=LAST), partial(_dropout, False)
     ),

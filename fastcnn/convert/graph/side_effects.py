@@ -112,27 +112,35 @@ def _add(owners: dict[int, _Owner], owner: Any, module: nn.Module, depth: int) -
     now, copies = owner.__dict__, dict[str, list[tuple[Any, Any]]]()
     owners[id(owner)] = _Owner(type(owner).__name__, module, now, dict(now), copies)
 
-    def look(value: Any, depth: int) -> None:
-        if type(value) in _WITHOUT_STATE or depth == 0:
-            return
-        if isinstance(value, _CONTAINERS):
-            pairs.append((value, value.copy()))
-        if isinstance(value, (*_CONTAINERS, tuple)):
-            for one in value.values() if isinstance(value, dict) else value:
-                look(one, depth - 1)
-        elif id(value) not in owners and _has_state(value):
-            _add(owners, value, module, depth - 1)
-
     for name, value in list(now.items()):
         if type(value) in _WITHOUT_STATE:
             continue
         pairs: list[tuple[Any, Any]] = []
         if name not in _OF_MODULES:
-            look(value, depth)
+            _add_inside(owners, value, module, depth, pairs)
         elif isinstance(value, _CONTAINERS):
             pairs.append((value, value.copy()))
         if pairs:
             copies[name] = pairs
+
+
+def _add_inside(
+    owners: dict[int, _Owner],
+    value: Any,
+    module: nn.Module,
+    depth: int,
+    pairs: list[tuple[Any, Any]],
+) -> None:
+    """Add the containers in a value to pairs, and the objects to owners."""
+    if type(value) in _WITHOUT_STATE or depth == 0:
+        return
+    if isinstance(value, _CONTAINERS):
+        pairs.append((value, value.copy()))
+    if isinstance(value, (*_CONTAINERS, tuple)):
+        for one in value.values() if isinstance(value, dict) else value:
+            _add_inside(owners, one, module, depth - 1, pairs)
+    elif id(value) not in owners and _has_state(value):
+        _add(owners, value, module, depth - 1)
 
 
 _WITHOUT_STATE = {bool, int, float, str, type(None), torch.Tensor, nn.Parameter}

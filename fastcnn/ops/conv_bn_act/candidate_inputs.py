@@ -8,10 +8,10 @@ synthetic.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastcnn.common.activation import activation
-from fastcnn.ops.conv2d.aten import convolve
 from fastcnn.ops.conv_bn_act.problem import EPS, Synthetic, act_of, geometry_of, normalised
 from fastcnn.plan import Problem
 
@@ -32,7 +32,7 @@ def fwd_tensors(problem: Problem, generator: torch.Generator) -> tuple[Tensor, .
 def fwd_exact(problem: Problem, x: Tensor, weight: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
     """Return the convolution output, and in training its mean and biased variance."""
     a = activation(*_exact_input(problem, x, norm))
-    raw = convolve(a, weight.double(), None, geometry_of(problem))
+    raw = F.conv2d(a, weight.double(), None, *geometry_of(problem))
     of_channels = raw.transpose(0, 1).flatten(1)
     found = raw, of_channels.mean(1), of_channels.var(1, correction=0)
     return found if "training" in problem.options else found[:1]
@@ -67,7 +67,7 @@ def bwd_exact(
     if "no_dx" not in problem.options:
         leaves.insert(0, z.requires_grad_())
     with torch.enable_grad():
-        y = convolve(activation(z, act), leaves[-1], None, geometry_of(problem))
+        y = F.conv2d(activation(z, act), leaves[-1], None, *geometry_of(problem))
     found = torch.autograd.grad(y, leaves, d * rstd * gamma)
     return *found, *_exact_sums(problem, found[0], x, rest[6:])
 
