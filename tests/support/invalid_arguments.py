@@ -101,6 +101,11 @@ NUMBERS_OF: dict[tuple[str, str], list[Any]] = {
     ("augment", "dtype"): [-1, 3, 2**31, None, "x"],
     ("augment_mask", "fill"): [None],
     ("conv2d_int8_epilogue", "residual_scale"): [0.0, -1.0, float("nan"), None, "x"],
+    # A kernel of 2 makes the same output of an image that has a column less.
+    **{
+        ("depthwise_conv2d_bwd_weight", side): [0, -1, 4, 2**21, 2**62, None, "x"]
+        for side in ("kernel_h", "kernel_w")
+    },
 }
 
 
