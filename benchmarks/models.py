@@ -59,8 +59,8 @@ def all_of(file: Path, names: list[str], quick: bool) -> None:
         if changed:
             raise SystemExit(
                 f"{file}: expected rows of the same {', '.join(changed)}, got "
-                f"{[kept.get(key) for key in changed]} beside {[here[key] for key in changed]}; "
-                "name another file with RESULTS="
+                f"{[kept.get(key) for key in changed]} there, {[here[key] for key in changed]} "
+                "here; name another file with RESULTS="
             )
     unknown = [name for name in names if name not in NETWORKS]
     if unknown:

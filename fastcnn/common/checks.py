@@ -150,6 +150,11 @@ def check_channels(op: str, name: str, t: Tensor, channels: int, x: Tensor) -> N
             f"{op}: {name}: expected {channels} numbers, one for each channel, "
             f"got sizes {list(t.shape)}"
         )
+    check_parameter_type(op, name, t, x)
+
+
+def check_parameter_type(op: str, name: str, t: Tensor, x: Tensor) -> None:
+    """Check a parameter's dtype, x's or, of a half x, float32, and its device."""
     if t.dtype != x.dtype and not (x.dtype in HALVES and t.dtype is torch.float32):
         expected = f"{x.dtype} or torch.float32" if x.dtype in HALVES else f"{x.dtype}"
         raise TypeError(

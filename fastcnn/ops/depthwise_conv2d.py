@@ -26,9 +26,9 @@ from fastcnn.common.activation import ACT_NUMBER, act_number
 from fastcnn.common.autocast import autocast_dtype, cast
 from fastcnn.common.checks import (
     FLOATS,
-    HALVES,
     check_channels,
     check_image,
+    check_parameter_type,
     in_format_of,
     memory_format_of,
 )
@@ -108,16 +108,12 @@ def is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
     """Whether a convolution has a filter a channel, and these kernels take its image."""
     if groups == 1 or x.device.type != "cpu" or x.dtype not in FLOATS:
         return False
-    return groups == weight.shape[0] == x.shape[1] and weight.shape[1] == 1 and is_dense(x)
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether an image is in one of the layouts."""
-    return x.dim() == 4 and memory_format_of(x) is not None
+    one_each = groups == weight.shape[0] == x.shape[1] and weight.shape[1] == 1
+    return one_each and memory_format_of(x) is not None
 
 
 def depthwise_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, act: int = 0
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, act: int = ACT_NUMBER["none"]
 ) -> Tensor:
     """Return act(conv2d(x, weight) + bias)."""
     y: Tensor = _fwd(x, _weight_as_acc(x, weight), as_acc(x, bias), *window, act)
@@ -179,13 +175,7 @@ def _check_weight(weight: Tensor, x: Tensor) -> None:
             f"channel of the input, got {list(weight.shape)}; torch.nn.functional.conv2d has other "
             f"convolutions"
         )
-    if weight.dtype != x.dtype and not (x.dtype in HALVES and weight.dtype is torch.float32):
-        expected = f"{x.dtype} or torch.float32" if x.dtype in HALVES else f"{x.dtype}"
-        raise TypeError(
-            f"{OP}: weight: expected {expected} beside an input of {x.dtype}, got {weight.dtype}"
-        )
-    if weight.device != x.device:
-        raise ValueError(f"{OP}: weight: expected device {x.device}, got {weight.device}")
+    check_parameter_type(OP, "weight", weight, x)
 
 
 def _check_window(x: Tensor, weight: Tensor, window: Window) -> None:

@@ -102,10 +102,10 @@ def _run(
 ) -> Tensor:
     """Run blocks as one Function; their keys are what errors call them."""
     check_memory(OP, memory)
-    memory = level_on(x.device.type, memory) if isinstance(x, Tensor) else memory
     dtype = autocast_dtype(x)
     x, residual = cast(x, dtype), cast(residual, dtype)
     check_image(OP, "input", x)
+    memory = level_on(x.device.type, memory)
     sizes, checked = list(x.shape), []
     for name, block in blocks.items():
         checked.append(check_block(name, block, x, sizes, dtype, memory, residual is not None))
