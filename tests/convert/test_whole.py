@@ -26,7 +26,7 @@ from support.conversions import (
 from support.tolerance import assert_same
 from torch import Tensor, nn
 
-from fastcnn import convert, revert
+from fastcnn import convert, report, revert
 from fastcnn.convert import fused_forward
 from fastcnn.convert.converted import Converted, untraceable
 
@@ -132,15 +132,32 @@ def test_flags_that_differ_within_a_model(x: Tensor) -> None:
     assert_same(results(model, x), results(eager, x))
 
 
-def test_evaluation_is_traced_at_conversion(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not at its first call, which threads may share: tracing patches PyTorch for all of them."""
+def test_other_flags_are_traced_when_they_come(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each trace takes as long as the one that convert makes, for a call that may never come.
+    traced: list[bool] = []
+    trace = fused_forward.trace
+    monkeypatch.setattr(
+        fused_forward, "trace", lambda m, *more: traced.append(m.training) or trace(m, *more)
+    )
     model = prepared(net(lambda m, x: F.dropout(m.relu(m.bn(m.conv(x))), 0.5, m.training)))
     convert(model)
-    monkeypatch.setattr(fused_forward, "trace", None)
     assert (model(x) == 0).any()
+    assert traced == [True]
     eager = prepared(net(lambda m, x: m.relu(m.bn(m.conv(x)))))
     eager.load_state_dict(model.state_dict())
     assert_same(model.eval()(x), eager.eval()(x))
+    model.train()(x), model.eval()(x)
+    assert traced == [True, False]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_flags_with_nothing_to_fuse_hide_no_others(training: bool, x: Tensor) -> None:
+    model = net(lambda m, x: m.relu(m.bn(m.conv(x))) if m.training is training else m.conv(x))
+    eager = prepared(copy.deepcopy(model)).train(training)
+    model = convert(prepared(model).train(not training))
+    assert not report(model)  # a convolution alone, now
+    assert report(model.train(training))[0].fused
+    assert_same(model(x), eager(x))
 
 
 # Forwards that a trace would get wrong
