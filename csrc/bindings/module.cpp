@@ -39,6 +39,8 @@ PYBIND11_MODULE(_C, m) {
       "not one that this processor has.");
   m.def("has_bf16_dot", &fastcnn::has_bf16_dot,
         "Whether the CPU kernels use the AVX512-BF16 dot product.");
+  m.def("has_fast_bf16", &fastcnn::has_fast_bf16,
+        "Whether this processor multiplies bfloat16 faster than float32.");
   m.def("keep_freed_memory", &keep_freed_memory,
         "Let glibc's malloc keep what is freed; False without glibc.");
   m.def("missing_cuda_code", &fastcnn::missing_cuda_code, pybind11::arg("archs"),

@@ -5,6 +5,7 @@
 #endif
 
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -45,19 +46,44 @@ CpuLevel cpu_level() {
   return level;
 }
 
+namespace {
+
+struct Bf16Instructions {
+  bool dot = false, matrix = false, dot_is_fast = false;  // AVX512-BF16, AMX, and the maker is AMD
+};
+
+#if defined(__x86_64__)
+Bf16Instructions bf16_instructions() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  Bf16Instructions found;
+  __get_cpuid_count(7, 0, &a, &b, &c, &d);
+  found.matrix = (d >> 22) & 1;
+  __get_cpuid_count(7, 1, &a, &b, &c, &d);
+  found.dot = (a >> 5) & 1;
+  __get_cpuid(0, &a, &b, &c, &d);
+  const unsigned maker[] = {b, d, c};
+  found.dot_is_fast = found.dot && std::memcmp(maker, "AuthenticAMD", sizeof(maker)) == 0;
+  return found;
+}
+#endif
+
+}  // namespace
+
 bool has_bf16_dot() {
 #if defined(__x86_64__)
-  static const bool has = [] {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    __get_cpuid_count(7, 0, &a, &b, &c, &d);
-    const bool amx_bf16 = (d >> 22) & 1;
-    __get_cpuid_count(7, 1, &a, &b, &c, &d);
-    const bool avx512_bf16 = (a >> 5) & 1;
-    return avx512_bf16 && !amx_bf16 && cpu_level() == CpuLevel::kAvx512;
-  }();
-  return has;
+  static const Bf16Instructions found = bf16_instructions();
+  return found.dot && !found.matrix && cpu_level() == CpuLevel::kAvx512;
 #else
   return false;
+#endif
+}
+
+bool has_fast_bf16() {
+#if defined(__x86_64__)
+  static const Bf16Instructions found = bf16_instructions();
+  return found.matrix || found.dot_is_fast;
+#else
+  return true;
 #endif
 }
 

@@ -30,6 +30,12 @@ CpuLevel cpu_level();
 // unit (AMX), for which oneDNN has kernels of its own.
 bool has_bf16_dot();
 
+// Whether products in bfloat16 take less time than in float32: with AMX, and with AVX512-BF16 on
+// AMD. On Intel oneDNN's convolutions by AVX512-BF16 take 1.5 to 2.3 times as long as in float32
+// (Xeon, model 207), and 2 to 5 times where it has to emulate them (the same, AVX-512 alone).
+// Elsewhere than on x86 nothing was measured: there PyTorch is left to it.
+bool has_fast_bf16();
+
 // The level of a call: float64 runs at the baseline, see below.
 template <class Params>
 inline CpuLevel cpu_level_for(const Params& p) {

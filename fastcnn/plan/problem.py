@@ -104,12 +104,12 @@ def describe(device: torch.device) -> Device:
 
 
 def bfloat16_instructions() -> list[str]:
-    """Return what this processor multiplies bfloat16 with, [] where it has nothing of its own."""
+    """Return what this processor multiplies bfloat16 with, [] where float32 is as fast."""
     found = {
         "AMX": torch.cpu._is_amx_tile_supported(),
         "AVX512_BF16": torch.cpu._is_avx512_bf16_supported(),
     }
-    return [name for name, there in found.items() if there]
+    return [name for name, there in found.items() if there and _C.has_fast_bf16()]
 
 
 @functools.cache

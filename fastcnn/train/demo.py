@@ -267,7 +267,7 @@ def shown(summary: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 def conditions(summary: dict[str, Any]) -> str:
     """Return what the numbers depend on, in a line."""
     units = summary["bfloat16_by"]
-    by = ", ".join(units) or "no AMX, no AVX512_BF16"
+    by = ", ".join(units) or "no AMX, no fast AVX512_BF16"
     return (
         f"U-Net of {WIDTH} channels and {DEPTH} levels, {PAGES_A_STEP} pages of "
         f"{pages.PAGE}x{pages.PAGE} a step, {summary['dtype']} ({by}), "

@@ -17,7 +17,7 @@ from support.paths import ROOT
 from torch import Tensor, nn
 
 import fastcnn
-from fastcnn import convert, report
+from fastcnn import _C, convert, report
 from fastcnn.convert.report import rows
 from fastcnn.convert.rows import ConversionRow, left, table
 
@@ -105,8 +105,11 @@ def test_what_would_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         assert hints(model) == []
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(_C, "has_fast_bf16", lambda: True)
     assert hints(model.train()) == [HALF]
     assert hints(model.bfloat16()) == []
+    monkeypatch.setattr(_C, "has_fast_bf16", lambda: False)  # it is no faster than float32
+    assert hints(model.float()) == []
 
 
 def test_convolutions_without_a_norm_are_fused_in_inference() -> None:
