@@ -16,7 +16,8 @@ OPERATORS = [
     "upsample_taps_fwd", "upsample_taps_bwd", "augment", "augment_mask", "dropout_apply",
     "dropout_apply_", "group_norm_act_fwd", "group_norm_act_bwd", "pixel_norm_act_fwd",
     "pixel_norm_act_bwd", "depthwise_conv2d_fwd", "depthwise_conv2d_bwd_act",
-    "depthwise_conv2d_bwd_data", "depthwise_conv2d_bwd_weight",
+    "depthwise_conv2d_bwd_data", "depthwise_conv2d_bwd_weight", "conv2d_winograd_fwd",
+    "conv2d_winograd_bwd_weight",
 ]  # fmt: skip
 PYTORCHS_OWN = ["clone_no_cse", "conv2d_relu"]  # under another name, with its checks
 OPERATORS += ["conv2d_bwd_weight"] * _C.has_bf16_dot()  # elsewhere it raises in any case
@@ -97,6 +98,13 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str, w: int = 4) -> dict
         how = {"kernel_h": 3, "kernel_w": 3, "stride_h": 1, "stride_w": 1}
         how |= {"padding_h": 1, "padding_w": 1, "dilation_h": 1, "dilation_w": 1}
         return {"dy": image(), "x": image(), **how}
+    if op.startswith("conv2d_winograd"):
+        dtype = torch.float32 if dtype is torch.float64 else dtype
+        layout, padding = "channels_last", {"padding_h": 1, "padding_w": 1}
+        if op.endswith("bwd_weight"):
+            return {"dy": image(), "x": image(), **padding}
+        more = {"bias": torch.ones(6), "residual": image()}
+        return {"x": image(), "u": torch.ones(36, 6, 6), **more, **padding, "act": 1}
     if op.startswith("depthwise_conv2d"):
         how = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
         given = {"weight": torch.ones(6, 1, 3, 3, dtype=acc)}

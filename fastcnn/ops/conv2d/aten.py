@@ -1,7 +1,8 @@
 """The convolutions of a chain: PyTorch's own, forward and backward, and its max pooling.
 
-On the CPU fastcnn's are depthwise ones (depthwise_conv2d.py) and, in bfloat16 with AVX512-BF16, the
-weight gradient (weight_grad.py).
+On the CPU fastcnn's are depthwise ones (depthwise_conv2d.py), most of 3x3 in float32 (winograd.py)
+and, in bfloat16 with AVX512-BF16, the weight gradient (weight_grad.py); half types may have their
+products in float32 (float32_products.py).
 """
 
 import torch
@@ -10,8 +11,15 @@ from torch import Tensor
 from fastcnn.common.checks import in_format_of
 from fastcnn.common.conv_geometry import ConvGeometry, Pool
 from fastcnn.common.dtypes import acc_type
+from fastcnn.ops.conv2d.float32_products import in_backward, in_float32
 from fastcnn.ops.conv2d.onednn_workarounds import onednn_overruns, with_border
 from fastcnn.ops.conv2d.weight_grad import conv2d_bwd_weight, has_conv2d_bwd_weight
+from fastcnn.ops.conv2d.winograd import (
+    by_winograd,
+    conv2d_winograd,
+    conv2d_winograd_bwd,
+    transformed,
+)
 from fastcnn.ops.depthwise_conv2d import depthwise_bwd, depthwise_fwd, is_depthwise
 
 _convolution = torch.ops.aten.convolution.default
@@ -24,6 +32,11 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) ->
     """Return conv2d(x, weight, bias)."""
     if is_depthwise(x, weight, g.groups):
         return depthwise_fwd(x, weight, bias, g[:3])
+    if by_winograd(x, weight, g, transforms=1):
+        return conv2d_winograd(x, transformed(weight), bias, g.padding)
+    if in_float32(x, weight, g):
+        wide = None if bias is None else bias.float()
+        return convolve(x.float(), weight.float(), wide, g).to(x.dtype)
     x, g = with_border(x, weight, g)
     return _convolution(x, weight, bias, g.stride, g.padding, g.dilation, False, (0, 0), g.groups)
 
@@ -40,11 +53,20 @@ def convolve_bwd(
     if is_depthwise(x, weight, g.groups):
         dx, dweight, sums = depthwise_bwd(in_format_of(dy, x), x, weight, g[:3], want)
         return dx, dweight, None if sums is None else sums.to(dy.dtype)
+    if any(want[:2]) and by_winograd(x, weight, g, transforms=1):
+        pair = conv2d_winograd_bwd(in_format_of(dy, x), x, weight, g.padding, want[:2])
+        return *pair, _bias_gradient(dy) if want[2] else None
+    if in_float32(x, weight, g, backward=True):
+        # Without dweight only the input's sizes and layout matter.
+        image = in_backward(x) if want[1] else torch.empty_like(x, dtype=torch.float32)
+        found = convolve_bwd(dy.float(), image, in_backward(weight), bias, g, want)
+        dx, dweight, sums = (None if t is None else t.to(dy.dtype) for t in found)
+        return dx, dweight, sums
     dweight = _own_bwd_weight(dy, x, weight, g) if want[1] else None
     dbias: Tensor | None = None
     by_torch = (want[0], want[1] and dweight is None, want[2])
     if want[2] and not by_torch[1]:  # oneDNN would compute the weight's gradient with it
-        dbias = dy.sum((0, 2, 3), dtype=acc_type(dy)).to(dy.dtype)
+        dbias = _bias_gradient(dy)
         by_torch = (want[0], False, False)
     if not any(by_torch):
         return None, dweight, dbias
@@ -53,6 +75,10 @@ def convolve_bwd(
         g.stride, g.padding, g.dilation, False, (0, 0), g.groups, by_torch,
     )  # fmt: skip
     return dx, more[0] if by_torch[1] else dweight, more[1] if by_torch[2] else dbias
+
+
+def _bias_gradient(dy: Tensor) -> Tensor:
+    return dy.sum((0, 2, 3), dtype=acc_type(dy)).to(dy.dtype)
 
 
 def _own_bwd_weight(dy: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor | None:

@@ -6,8 +6,8 @@ A step of conv_bn_act, with the same checks and the same bits (but a sum written
 that dies is another kernel's on processors without AVX2). That one folds the batch norm into the
 weights at every call, and oneDNN lays them out anew; here both are kept:
 
-    CPU, channels_last   the weight in oneDNN's layout, for each of the last sizes of x; of a
-                         depthwise convolution, which is not oneDNN's, the folded weight
+    CPU, channels_last   the weight in oneDNN's layout, for each of the last sizes of x; as
+                         winograd.py transforms it; of a depthwise convolution as it is
     CPU, NCHW            the folded weight: oneDNN's operator answers a packed one in channels_last
     CUDA                 the folded weight, for the plan that wants it folded
 
@@ -34,8 +34,8 @@ from fastcnn.common.activation import act_number
 from fastcnn.common.autocast import autocast_dtype, cast
 from fastcnn.common.checks import check_image, memory_format_of
 from fastcnn.ops.conv2d.aten import max_pool
-from fastcnn.ops.conv2d.onednn import convolve_onednn, folds
-from fastcnn.ops.conv2d.onednn_workarounds import onednn_crashes
+from fastcnn.ops.conv2d.onednn import folds, of_transformed, prepared, weight_type
+from fastcnn.ops.conv2d.winograd import by_winograd, transformed
 from fastcnn.ops.conv_bn_act.inference import folded, norm_of_step
 from fastcnn.ops.conv_bn_act.inference_candidates import convolve_planned
 from fastcnn.ops.conv_bn_act.interface import OP, conv_bn_act
@@ -49,10 +49,8 @@ from fastcnn.ops.conv_bn_act.weight_cache import (
     is_comparable,
     parameter_of,
 )
-from fastcnn.ops.depthwise_conv2d import is_depthwise
 
 _PLAIN = (Tensor, nn.Parameter)
-reorder = torch.ops.mkldnn._reorder_convolution_weight
 
 
 class FoldedConv2d:
@@ -181,21 +179,25 @@ class FoldedConv2d:
         if is_planned(x):
             return lambda x, residual, _: convolve_planned(x, step, s, residual, False, state.kept)
         norm, g = norm_of_step(step), s.conv
-        geometry = (g.padding, g.stride, g.dilation, g.groups)
-        crashes = onednn_crashes(x, step.weight, g.stride, g.padding, g.dilation)
-        own = is_depthwise(x, step.weight, g.groups)  # kernels that know no packed weight
-        if memory_format_of(x) is torch.channels_last and not crashes and not own:
-            weight, bias = folded(step.weight, step.conv_bias, norm, x.dtype)
-            weight = reorder(weight, *geometry, list(x.shape))
+        how = step.weight, step.conv_bias, norm, weight_type(x, step.weight, g)
+        if by_winograd(x, step.weight, g):  # one for all sizes, four times the weight
+            u, bias = state.kept(_transformed, *how)
+            convolution = of_transformed(u, bias, g)
         else:
-            weight, bias = state.kept(folded, step.weight, step.conv_bias, norm, x.dtype)
+            packed = memory_format_of(x) is torch.channels_last
+            weight, bias = folded(*how) if packed else state.kept(folded, *how)
+            convolution = prepared(x, weight, bias, g)
 
         def run(x: Tensor, residual: Tensor | None, dies: bool) -> Tensor:
             into = dies and residual is not None and _may_be_written(residual, x)
-            y = convolve_onednn(x, weight, bias, g, step.act, residual, False, into)
-            return max_pool(y, s.pool)
+            return max_pool(convolution(x, step.act, residual, False, into), s.pool)
 
         return run
+
+
+def _transformed(*how: Any) -> tuple[Tensor, Tensor]:
+    weight, bias = folded(*how)
+    return transformed(weight), bias
 
 
 def _is_plain_inference(x: Tensor, residual: Tensor | None, tensors: Tensors) -> bool:

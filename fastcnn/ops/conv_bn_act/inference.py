@@ -15,7 +15,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from fastcnn.common.batch_norm_params import Norm
 from fastcnn.ops.conv2d.aten import max_pool
-from fastcnn.ops.conv2d.onednn import convolve_onednn
+from fastcnn.ops.conv2d.onednn import convolve_onednn, weight_type
 from fastcnn.ops.conv_bn_act.step import ConvBnActStep, StepSettings
 
 
@@ -61,7 +61,8 @@ def convolve_folded(
 
     They are folded at every call, as parameters may change; conv_bn_act/folded.py keeps them.
     """
-    weight, bias = folded(step.weight, step.conv_bias, norm_of_step(step), x.dtype)
+    dtype = weight_type(x, step.weight, s.conv)
+    weight, bias = folded(step.weight, step.conv_bias, norm_of_step(step), dtype)
     y = convolve_onednn(x, weight, bias, s.conv, step.act, residual, own)
     return max_pool(y, s.pool)
 

@@ -8,12 +8,13 @@ the last sizes. The skip's convolution adds what x has given, and applies the ac
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from fastcnn.common.activation import eager_activation
 from fastcnn.common.autocast import autocast_dtype, cast
-from fastcnn.ops.conv2d.onednn import convolve_onednn, folds
-from fastcnn.ops.conv_bn_act.folded import FoldedConv2d, reorder
+from fastcnn.ops.conv2d.onednn import folds, prepared, weight_type
+from fastcnn.ops.conv_bn_act.folded import FoldedConv2d
 from fastcnn.ops.conv_bn_act.inference import folded, norm_of_step
 from fastcnn.ops.conv_bn_act.step import ConvBnActStep
 from fastcnn.ops.conv_bn_act.weight_cache import Run
@@ -91,17 +92,19 @@ class FoldedUpsampleConv2d:
 def _run(
     x: Tensor, concat: Tensor | None, step: ConvBnActStep, resize: Resize, concat_last: bool
 ) -> Run:
-    weight, bias = folded(step.weight, step.conv_bias, norm_of_step(step), x.dtype)
+    weight, bias = folded(step.weight, step.conv_bias, norm_of_step(step), torch.float32)
     ws, wz = split(weight, x.shape[1], concat_last)
-    wz = reorder(wz, (0, 0), (1, 1), (1, 1), 1, list(x.shape))
+    of_x = prepared(x, wz.to(weight_type(x, wz, POINTWISE)), None, POINTWISE)
+    of_skip = None
     if ws is not None and concat is not None:
-        ws = reorder(ws, (1, 1), (1, 1), (1, 1), 1, list(concat.shape))
+        dtype = weight_type(concat, ws, AROUND)
+        of_skip = prepared(concat, ws.to(dtype), bias.to(dtype), AROUND)
+    bias = bias.to(x.dtype)
 
     def run(x: Tensor, concat: Tensor | None, _: bool) -> Tensor:
-        z = convolve_onednn(x, wz, None, POINTWISE, "none", None, True)
-        y: Tensor = upsample_taps_fwd(z, *resize)
-        if ws is None or concat is None:
+        y: Tensor = upsample_taps_fwd(of_x(x, "none", None, True, False), *resize)
+        if of_skip is None or concat is None:
             return eager_activation(y.add_(bias[:, None, None]), step.act, inplace=True)
-        return convolve_onednn(concat, ws, bias, AROUND, step.act, y, True, into=True)
+        return of_skip(concat, step.act, y, True, True)
 
     return run

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from fastcnn.lab import saved_for_backward
 from fastcnn.nn import Block
+from fastcnn.ops.conv2d import float32_products
+from fastcnn.ops.conv2d.float32_products import Least
 
 # Dynamo makes an instance of the autograd.Function, against PyTorch's own advice; inductor imports
 # parts of torch.jit.
@@ -150,8 +152,11 @@ def test_compiled(memory: str) -> None:
 
 
 @pytorchs_own_warnings
-def test_compiled_in_bfloat16() -> None:
+@pytest.mark.parametrize("in_float32", [False, True])
+def test_compiled_in_bfloat16(in_float32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # Under autocast, with channels enough for the weight gradient's own kernel.
+    least = {torch.bfloat16: Least(0, 0)} if in_float32 else {}
+    monkeypatch.setattr(float32_products, "LEAST", least)
     steps = [conv_bn(32, 64), conv_bn(64, 64, 3), conv_bn(64, 128)]
     model = Stage(Block(steps, [conv_bn(32, 128, act="none")]), memory="lowest")
     model = model.to(memory_format=torch.channels_last)
@@ -162,7 +167,9 @@ def test_compiled_in_bfloat16() -> None:
         kept = saved_for_backward(lambda: compiled(x), exclude=state(model))
     for a, b in pairs:
         assert torch.equal(a, b)
-    assert kept == expected_bytes_in_autocast(model, x)
+    expected = expected_bytes_in_autocast(model, x)
+    # Of a weight that is read in float32 the compiler may keep that or nothing, and no cast.
+    assert kept <= expected if in_float32 else kept == expected
 
 
 @pytest.mark.slow
