@@ -54,7 +54,7 @@ def convolve_bwd(
         dx, dweight, sums = depthwise_bwd(in_format_of(dy, x), x, weight, g[:3], want)
         return dx, dweight, None if sums is None else sums.to(dy.dtype)
     if any(want[:2]) and by_winograd(x, weight, g, transforms=1):
-        pair = conv2d_winograd_bwd(in_format_of(dy, x), x, weight, g.padding, want[:2])
+        pair = conv2d_winograd_bwd(dy, x, weight, g.padding, want[:2])
         return *pair, _bias_gradient(dy) if want[2] else None
     if in_float32(x, weight, g, backward=True):
         # Without dweight only the input's sizes and layout matter.

@@ -94,7 +94,7 @@ def _by_winograd(
     if residual is not None and own:
         residual = in_format_of(residual, x)
     elif residual is not None:
-        check_format("conv_bn_act", "residual", residual, torch.channels_last)
+        check_format("conv_bn_act", "residual", residual, memory_format_of(x))
     return conv2d_winograd(x, u, bias, g.padding, ACT_NUMBER[act], residual)
 
 

@@ -31,8 +31,11 @@ turns with nothing beside it; forward with the weight's transform done before, a
     512 to 512, 14 x 14                2.07                  1.70
     64 to 64, 256 x 256 (4 images)     1.94                  2.02
 
-gain() is fitted to these; from LEAST_GAIN on a convolution is made so. Of half types where
-float32_products.py has their products in float32: the transforms convert in registers.
+NCHW, forward with two transpositions by PyTorch: 64 to 64 of 56 x 56 1.35, 128 of 28 2.0, 256 of 14
+2.0, 512 of 7 1.9, 32 of 56 1.0. With oneDNN, the products and the transforms held to AVX2 on the
+same machine: 2.0 to 2.6, and 1.3 to 2.5 a step. gain() is fitted to these; from LEAST_GAIN on a
+convolution is made so. Of half types too where float32_products.py has their products in float32:
+the transforms convert in registers.
 """
 
 import os
@@ -44,7 +47,7 @@ from torch import Tensor
 
 from fastcnn import _C
 from fastcnn.common.activation import ACT_NUMBER
-from fastcnn.common.checks import memory_format_of
+from fastcnn.common.checks import in_format_of, memory_format_of
 from fastcnn.common.constant_result import constant_result
 from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.common.dtypes import new_image
@@ -140,25 +143,32 @@ def by_winograd(x: Tensor, weight: Tensor, g: ConvGeometry, transforms: int = 0)
         return False
     if not (x.dtype is torch.float32 or x.dtype in LEAST) or max(g.padding) > _KERNEL - 1:
         return False
-    if x.device.type != "cpu" or memory_format_of(x) is not torch.channels_last:
+    layout = memory_format_of(x)
+    if x.device.type != "cpu" or layout is None:
         return False
     if not _has_kernels() or is_exporting():
         return False
     (n, _, h, w), (p_h, p_w) = x.shape, g.padding
-    return gain(n, h + 2 * p_h - 2, w + 2 * p_w - 2, c_in, c_out, transforms) >= LEAST_GAIN
+    sides = h + 2 * p_h - 2, w + 2 * p_w - 2
+    transposes = layout is not torch.channels_last
+    return gain(n, *sides, c_in, c_out, transforms, transposes) >= LEAST_GAIN
 
 
-def gain(n: int, h: int, w: int, c_in: int, c_out: int, transforms: int) -> float:
+def gain(
+    n: int, h: int, w: int, c_in: int, c_out: int, transforms: int, transposes: bool = False
+) -> float:
     """Return about how many times as fast as a direct convolution it is, for y of [n, c_out, h, w].
 
     A fourth of the products, for tiles that may reach beyond the image; the transforms' floats for
-    each product, and the weight's, which are read once a tile and written once a transform.
+    each product, and the weight's, which are read once a tile and written once a transform. NCHW
+    is transposed to channels_last, and back.
     """
     tiles = n * -(-h // _STEP) * -(-w // _STEP)
     if tiles == 0:
         return 0.0
     filled = n * h * w / (tiles * _STEP**2)
-    cost = 1.1 + 26 * (1 / c_in + 1 / c_out) + 16 * (1 + transforms) / tiles
+    images = 26 + 40 * transposes
+    cost = 1.1 + images * (1 / c_in + 1 / c_out) + 16 * (1 + transforms) / tiles
     return 4 * filled / cost
 
 
@@ -175,26 +185,32 @@ def conv2d_winograd(
     act: int = ACT_NUMBER["none"],
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Return act(conv2d(x) + bias + residual) of a transformed weight."""
+    """Return act(conv2d(x) + bias + residual) of a transformed weight, in x's layout."""
     wide = None if bias is None else bias.float()
-    y: Tensor = _fwd(x, u, wide, residual, *padding, act)
-    return y
+    added = None if residual is None else _channels_last(residual)
+    y: Tensor = _fwd(_channels_last(x), u, wide, added, *padding, act)
+    return in_format_of(y, x)
 
 
 def conv2d_winograd_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, padding: Sequence[int], want: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return dx and dweight in dy's type, where they are wanted."""
+    """Return dx and dweight in x's type and layout, where they are wanted."""
+    dy = _channels_last(dy)
     dx = dweight = None
     if want[0]:
         u = _of_taps(weight.flip(2, 3).permute(2, 3, 0, 1))
         dx = conv2d_winograd(dy, u, None, [_KERNEL - 1 - p for p in padding])
+        dx = in_format_of(dx, x)
     if want[1]:
-        sums = _product(_SUM, _bwd_weight(dy, x, *padding).view(_MATRICES, -1))
-        # As PyTorch's own, channels_last: [c_out, 3, 3, c_in] in memory.
-        taps = sums.view(_KERNEL, _KERNEL, *weight.shape[1::-1]).permute(3, 0, 1, 2).to(dy.dtype)
-        dweight = taps.contiguous().permute(0, 3, 1, 2)
+        sums = _product(_SUM, _bwd_weight(dy, _channels_last(x), *padding).view(_MATRICES, -1))
+        taps = sums.view(_KERNEL, _KERNEL, *weight.shape[1::-1]).to(dy.dtype).permute(3, 2, 0, 1)
+        dweight = in_format_of(taps, x)
     return dx, dweight
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _of_taps(taps: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.seeds import seeded
+from support.shapes import LAYOUTS
 from support.tolerance import assert_rounded, walk
 from torch import Tensor, nn
 from torch.library import opcheck
@@ -93,10 +94,12 @@ def tiled(x: Tensor, size: int, padding: tuple[int, int]) -> Tensor:
     return F.pad(x, pads).unfold(2, size, 4).unfold(3, size, 4)
 
 
-def drawn(dtype: torch.dtype, *sizes: tuple[int, ...]) -> list[Tensor]:
+def drawn(
+    dtype: torch.dtype, *sizes: tuple[int, ...], layout: torch.memory_format = LAST
+) -> list[Tensor]:
     generator = seeded(0)
     found = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
-    return [t.to(memory_format=LAST) if t.dim() == 4 else t for t in found]
+    return [t.to(memory_format=layout) if t.dim() == 4 else t for t in found]
 
 
 def sum_limit(dtype: torch.dtype, terms: int, size: Tensor) -> Tensor:
@@ -115,18 +118,24 @@ def sum_limit(dtype: torch.dtype, terms: int, size: Tensor) -> Tensor:
         ((2, 16, 1, 2, 17), (2, 1)),  # an image that is smaller than a tile
     ],
 )
-def test_its_values(sizes: tuple[int, ...], padding: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_its_values(
+    sizes: tuple[int, ...],
+    padding: tuple[int, int],
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+) -> None:
     n, c_in, h, w, c_out = sizes
     out = n, c_out, h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
     x, weight, bias, dy, added = drawn(
-        dtype, (n, c_in, h, w), (c_out, c_in, 3, 3), (c_out,), out, out
+        dtype, (n, c_in, h, w), (c_out, c_in, 3, 3), (c_out,), out, out, layout=layout
     )
     xs, weights, dys = x.double(), weight.double(), dy.double()
     exact = F.conv2d(xs, weights, padding=padding)
     torch.testing.assert_close(by_definition(xs, weights, padding), exact)  # the reference itself
 
     y = conv2d_winograd(x, transformed(weight), None, padding)
-    assert y.is_contiguous(memory_format=LAST)
+    assert y.is_contiguous(memory_format=layout)
     size = by_definition(xs, weights, padding, absolute=True)
     assert_rounded("y", y, exact, sum_limit(dtype, c_in, size))
 
@@ -150,7 +159,8 @@ def test_its_values(sizes: tuple[int, ...], padding: tuple[int, int], dtype: tor
     torch.testing.assert_close(weight_gradient(dys, xs, padding), exact_dweight)
     size = weight_gradient(dys, xs, padding, absolute=True)
     assert_rounded("dweight", dweight, exact_dweight, sum_limit(dtype, dy[:, 0].numel(), size))
-    assert dweight.is_contiguous(memory_format=LAST)
+    for t in (dx, dweight):
+        assert t.is_contiguous(memory_format=layout)
     assert {dx.dtype, dweight.dtype} == {dtype}
 
 
@@ -211,7 +221,8 @@ def test_what_can_be() -> None:
     x = torch.empty(2, 8, 6, 6).to(memory_format=LAST)
     weight = torch.empty(16, 8, 3, 3)
     assert by_winograd(x, weight, G)
-    for other in (x.contiguous(), x.double(), x.to("meta")):
+    assert by_winograd(x.contiguous(), weight, G)
+    for other in (x[..., ::2], x.double(), x.to("meta")):
         assert not by_winograd(other, weight, G)
     for kernel in ((1, 1), (5, 5), (3, 1)):
         assert not by_winograd(x, torch.empty(16, 8, *kernel), G)
@@ -237,6 +248,7 @@ def test_the_rule() -> None:
     assert gain(8, 56, 56, 256, 256, 1) > gain(8, 56, 56, 32, 32, 1) > gain(8, 56, 56, 8, 8, 1)
     assert gain(8, 56, 56, 64, 64, 0) > gain(8, 53, 53, 64, 64, 0)
     assert gain(8, 7, 7, 512, 512, 0) > gain(8, 7, 7, 512, 512, 1) > gain(1, 7, 7, 512, 512, 1)
+    assert gain(8, 7, 7, 64, 64, 0) > gain(8, 7, 7, 64, 64, 0, transposes=True)
     assert gain(0, 7, 7, 512, 512, 0) == 0
     # And where that leads, as measured: 1.24 and more, and less than 1.
     for n, size, c, transforms in ((8, 7, 512, 1), (8, 56, 32, 1), (1, 56, 64, 0)):
@@ -315,6 +327,8 @@ def test_a_residual_of_another_layout() -> None:
     x, weight, added = drawn(torch.float32, (2, 8, 6, 6), (16, 8, 3, 3), (2, 16, 6, 6))
     plain = convolve_onednn(x, weight, None, G, "relu", added, False)
     own = convolve_onednn(x, weight, None, G, "relu", added.contiguous(), True)
+    nchw = convolve_onednn(x.contiguous(), weight, None, G, "relu", added.contiguous(), False)
+    assert torch.equal(plain, nchw)
     assert torch.equal(plain, own)
     with pytest.raises(ValueError, match=r"residual: expected the input's memory format torch.ch"):
         convolve_onednn(x, weight, None, G, "relu", added.contiguous(), False)
