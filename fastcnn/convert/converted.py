@@ -297,7 +297,7 @@ class LayerConversion:
             return conversion is not None and not _is_exporting() and conversion.holds()
 
         def call(self: Any, x: Tensor) -> Any:
-            fits = runtime.layer_unfit(self, x, options) is None
+            fits = runtime.layer_fits(self, x, options)
             return run(x, self) if fits else original.forward(self, x)
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

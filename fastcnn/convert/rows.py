@@ -11,6 +11,7 @@ from fastcnn.common.text_table import WIDTH, columns
 from fastcnn.convert.codegen import fit
 from fastcnn.convert.converted import Conversion, LayerConversion
 from fastcnn.convert.graph.describe import Left
+from fastcnn.convert.graph.layers import CONVS
 from fastcnn.convert.parts import Part, Parts
 from fastcnn.ops.backends import BACKENDS
 
@@ -20,9 +21,13 @@ _OPS = {
     "interpolate": "upsample",
     "upsample": "upsample",
     "dropout": "dropout",
+    "depthwise_conv2d": "depthwise_conv2d",
 }
 # Layers that people look for, and why they are never fused.
 UNKNOWN = {"layer_norm": "fastcnn has no kernel for a LayerNorm over the last dimension"}
+# Ops that convert takes on the CPU alone, and why.
+_ON_CPU = {"depthwise_conv2d": "without a batch norm it runs fused on the CPU alone"}
+_NEVER = {*UNKNOWN.values(), *_ON_CPU.values()}
 
 
 class ConversionRow(NamedTuple):
@@ -37,7 +42,7 @@ class ConversionRow(NamedTuple):
 
 def left(found: Sequence[ConversionRow]) -> list[ConversionRow]:
     """Return the rows of what is convertible and not converted."""
-    return [row for row in found if row.pattern and not row.fused and row.pattern not in UNKNOWN]
+    return [row for row in found if row.pattern and not row.fused and row.reason not in _NEVER]
 
 
 def table(found: Sequence[ConversionRow]) -> Iterator[str]:
@@ -125,11 +130,14 @@ class _Walk:
             yield ConversionRow(path, words, False, "PyTorch", why)
 
     def _fused(self, where: str, words: str, note: str | None) -> ConversionRow:
-        on_cpu, on_cuda = BACKENDS[_op(words)]
+        op = _op(words)
+        on_cpu, on_cuda = BACKENDS[op]
         backend = {"cpu": on_cpu, "cuda": on_cuda}.get(self._device, "PyTorch")
         if backend == "PyTorch" or (self._device == "cuda" and not fit.HAS_CUDA):
             why = f"this build has no kernels for {self._device}"
             return ConversionRow(where, words, False, "PyTorch", why)
+        if self._device == "cuda" and op in _ON_CPU:
+            return ConversionRow(where, words, False, "PyTorch", _ON_CPU[op])
         reason = "" if note is None else f"its last call that was not fused: {note}"
         return ConversionRow(where, words, True, backend, reason)
 
@@ -137,7 +145,7 @@ class _Walk:
         """Yield the kinds of layers that a forward itself calls, as far as its children tell."""
         for child in module.children():
             layer = self._parts[child].layer
-            if layer.kind == "conv" or layer.stands_alone:
+            if layer.kind in CONVS or layer.stands_alone:
                 yield str(layer.kind)
             elif isinstance(child, (nn.ModuleList, nn.ModuleDict)):
                 yield from self._own_layers(child)

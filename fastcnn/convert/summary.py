@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastcnn.convert.converted import Converted
+from fastcnn.convert.graph.layers import CONVS
 from fastcnn.convert.options import Options
 from fastcnn.convert.parts import Parts
 from fastcnn.convert.rows import ConversionRow, left
@@ -66,7 +67,7 @@ def summary_of(model: nn.Module, parts: Parts, found: Sequence[ConversionRow]) -
     facts.append("in training" if model.training else "in evaluation")
     state = ", ".join(facts)
     hints = [*_of_conversion(model, parts, modes, len(could), in_infer)]
-    if could and _has(parts, "conv"):
+    if could and _has(parts, *CONVS):
         hints += _of_calls(model, layouts)
     return Summary(verdict, state, hints)
 
@@ -137,8 +138,8 @@ def _of_calls(model: nn.Module, layouts: list[str]) -> Iterator[Hint]:
         )
 
 
-def _has(parts: Parts, kind: str) -> bool:
-    return any(part.layer.kind == kind for part in parts.values())
+def _has(parts: Parts, *kinds: str) -> bool:
+    return any(part.layer.kind in kinds for part in parts.values())
 
 
 def _device_with_bfloat16(model: nn.Module) -> tuple[str, bool]:

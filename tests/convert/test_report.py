@@ -121,6 +121,29 @@ def test_convolutions_without_a_norm_are_fused_in_inference() -> None:
     assert hints(patches) == ["fastcnn.convert(model)", LAST]
 
 
+def test_depthwise_convolutions_are_fused_in_training() -> None:
+    same = nn.Conv2d(4, 4, 3, padding="same", groups=4)
+    model = nn.Sequential(conv(4, 4, groups=4), nn.GELU(), same)
+    why = "2 has padding='same'; give it numbers"
+    assert of(model) == [
+        ConversionRow("0 .. 1", "depthwise_conv2d-gelu", True, CPP, ""),
+        ConversionRow("2", "depthwise_conv2d", False, "PyTorch", why),
+    ]
+    assert hints(model) == []  # mode="infer" would gain nothing
+    model(torch.ones(4, 8, 8))
+    (row, _) = rows(model)
+    assert row.reason.startswith("its last call that was not fused: its input has 3 dimensions")
+
+
+def test_depthwise_convolutions_by_themselves_are_fused_on_the_cpu_alone() -> None:
+    model = convert(nn.Sequential(conv(4, 4, groups=4)))
+    (row,) = rows(model.to("meta"))
+    assert row.backend == "PyTorch"
+    model = nn.Sequential(Branch(conv=conv(4, 4, groups=4)))  # called by what does not trace
+    assert [row.pattern for row in of(model) if row.fused] == ["depthwise_conv2d"]
+    assert not model[0].conv(torch.ones(1, 4, 8, 8)).isnan().any()
+
+
 def test_what_does_nothing_is_no_place() -> None:
     model = nn.Sequential(cbr(nn.ReLU()), nn.Dropout(0.0), nn.LayerNorm(8))
     norm = "fastcnn has no kernel for a LayerNorm over the last dimension"

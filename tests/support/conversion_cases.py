@@ -78,6 +78,19 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         lambda: nn.Sequential(conv(groups=4, stride=2, bias=False), bn(), nn.ReLU()),
         ["conv-bn-relu"],
     ),
+    # Depthwise ones that are in no chain.
+    "depthwise": (lambda: nn.Sequential(conv(groups=4), nn.Tanh()), ["depthwise_conv2d"]),
+    "depthwise and an activation": (
+        lambda: nn.Sequential(conv(groups=4, stride=2), nn.GELU(), bn()),
+        ["depthwise_conv2d-gelu", "batch_norm"],
+    ),
+    "depthwise with two readers": (
+        lambda: Forward(lambda m, x: (y := m.conv(x)) * m.bn(y), conv=conv(groups=4), bn=bn()),
+        ["depthwise_conv2d", "batch_norm"],
+    ),
+    "depthwise with a multiplier": (
+        lambda: nn.Sequential(conv(4, 8, groups=4), nn.Tanh(), bn(8)), ["batch_norm"],
+    ),
     # Chains, through containers.
     "chain": (lambda: nn.Sequential(cbr(nn.ReLU()), cbr()), ["conv-bn-relu > conv-bn"]),
     "chain with pool": (

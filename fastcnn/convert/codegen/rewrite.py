@@ -21,7 +21,7 @@ from fastcnn.convert.graph.patterns import (
     INTERPOLATE,
     ChainPattern,
     DropPattern,
-    NormPattern,
+    LayerPattern,
     Pattern,
     ResizePattern,
     StepNodes,
@@ -101,10 +101,10 @@ class _Emitter:
             return self._chain(p)
         x, *more = [self._value(node) for node in p.inputs]
         second = more[0] if more else None
-        if isinstance(p, NormPattern):
-            kind = self._matcher.layer(p.norm).kind
-            arguments = (x, self._module(p.norm), kind, p.act, second, options)
-            return call(runtime.run_norm_act, arguments)
+        if isinstance(p, LayerPattern):
+            kind = self._matcher.layer(p.layer).kind
+            arguments = (x, self._module(p.layer), kind, p.act, second, options)
+            return call(runtime.run_layer_act, arguments)
         if isinstance(p, DropPattern) and p.drop.op == "call_module":
             return call(runtime.run_dropout_layer, (x, self._module(p.drop), options))
         if isinstance(p, DropPattern):

@@ -24,10 +24,11 @@ from fastcnn.convert.codegen.fit import (
     unfit,
     unlike,
 )
-from fastcnn.convert.graph.layers import Layer, act_inside
+from fastcnn.convert.graph.layers import DEPTHWISE, Layer, act_inside
 from fastcnn.convert.graph.patterns import INTERPOLATE
 from fastcnn.convert.options import Options
 from fastcnn.nn.batch_norm_act import running_statistics, step_momentum, uses_batch_statistics
+from fastcnn.ops.depthwise_conv2d import is_depthwise
 from fastcnn.ops.group_norm_act import pixel_norm_act
 from fastcnn.ops.instance_norm_act import instance_norm_act
 from fastcnn.ops.upsample_conv2d.interface import by_taps, resize_of, upsample_conv2d
@@ -77,7 +78,7 @@ def run_upsampled_chain(
     raw = upsample_conv2d(x, conv.weight, conv.bias, **beside, **how)
     added = residual if len(steps) == 1 else None
     assert added is None or isinstance(added, Tensor)
-    y = run_norm_act(raw, bn, "batch_norm", act, added, options)
+    y = run_layer_act(raw, bn, "batch_norm", act, added, options)
     y = y if pool is None else pool(y)
     return y if len(steps) == 1 else run_chain(y, steps[1:], residual, options)
 
@@ -118,23 +119,27 @@ def run_blocks(
     return functional.conv_bn_act_blocks(x, parts, memory=options.memory)
 
 
-def run_norm_act(
-    x: Tensor, norm: Any, kind: str, act: Any, residual: Tensor | None, options: Options
+def run_layer_act(
+    x: Tensor, layer: Any, kind: str, act: Any, residual: Tensor | None, options: Options
 ) -> Tensor:
-    """Run a norm layer, an addition (of batch norm) and an activation."""
+    """Run a layer of a kind, an addition (of batch norm) and an activation."""
     why = unfit(x, options)
     if why is None and residual is not None:
         why = unlike(residual, x.shape, x)
     if why is not None:
-        refuse(norm, why, options)
-        y = norm(x)
+        refuse(layer, why, options)
+    if why is not None or is_pytorchs(layer, x):
+        y = layer(x)
         y = y if residual is None else y + residual
-        return eager_activation(y, act) if act_inside(norm) == "none" else y
-    return run_norm(x, norm, kind, act, residual)
+        return eager_activation(y, act) if act_inside(layer) == "none" else y
+    return run_layer(x, layer, kind, act, residual)
 
 
-def run_norm(x: Tensor, norm: Any, kind: str, act: Any, residual: Tensor | None = None) -> Tensor:
-    """Run a norm layer of a kind (layers.NORMS) that its input fits."""
+def run_layer(x: Tensor, norm: Any, kind: str, act: Any, residual: Tensor | None = None) -> Tensor:
+    """Run a norm (layers.NORMS) or a depthwise convolution that its input fits."""
+    if kind == DEPTHWISE:
+        conv, window = norm, (norm.stride, norm.padding, norm.dilation)
+        return functional.depthwise_conv2d(x, conv.weight, conv.bias, *window, act=act)
     if kind == "batch_norm":
         step, (sync, group) = _batch_norm(norm), _sharing(norm)
         return functional.batch_norm_act(
@@ -274,12 +279,17 @@ def _sharing(bn: nn.Module) -> tuple[bool, Any]:
     return True, bn.process_group
 
 
-def layer_unfit(layer: nn.Module, x: Any, options: Options) -> str | None:
-    """Say why a layer by itself runs as PyTorch's, if so, and note it."""
+def is_pytorchs(layer: Any, x: Tensor) -> bool:
+    """Whether an input has a kernel, but not one that is known to be faster than PyTorch's."""
+    return isinstance(layer, nn.Conv2d) and not is_depthwise(x, layer.weight, layer.groups)
+
+
+def layer_fits(layer: nn.Module, x: Any, options: Options) -> bool:
+    """Whether a layer by itself runs by its kernel; note why not."""
     why = unfit(x, options, dims=None if isinstance(layer, nn.Dropout) else 4)
     if why is not None:
         refuse(layer, why, options)
-    return why
+    return why is None and not is_pytorchs(layer, x)
 
 
 def layer_call(module: nn.Module, layer: Layer) -> Callable[[Tensor, Any], Tensor]:
@@ -290,4 +300,4 @@ def layer_call(module: nn.Module, layer: Layer) -> Callable[[Tensor, Any], Tenso
     if kind == "upsample":
         return lambda x, m: run_upsample(x, m, None, False, Options())
     assert kind is not None
-    return lambda x, norm: run_norm(x, norm, kind, act)
+    return lambda x, norm: run_layer(x, norm, kind, act)

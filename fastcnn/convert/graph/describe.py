@@ -8,7 +8,7 @@ from fastcnn.convert.graph.matcher import Matcher
 from fastcnn.convert.graph.patterns import (
     ChainPattern,
     DropPattern,
-    NormPattern,
+    LayerPattern,
     Pattern,
     ResizePattern,
     StepNodes,
@@ -41,9 +41,9 @@ def describe(pattern: Pattern, matcher: Matcher) -> Call:
         for prefix, steps in (("", pattern.steps), ("shortcut: ", shortcut)):
             paths |= {f"{prefix}step {i}": str(s.conv.target) for i, s in enumerate(steps)}
             reads += [] if pattern.resize else [str(s.conv.target) for s in steps[:1]]
-    elif isinstance(pattern, NormPattern):
-        ends_in = matcher.module(pattern.norm)
-        reads = [str(pattern.norm.target)]
+    elif isinstance(pattern, LayerPattern):
+        ends_in = matcher.module(pattern.layer)
+        reads = [str(pattern.layer.target)]
     elif isinstance(pattern, DropPattern) and layers:
         ends_in = matcher.module(pattern.drop)
     elif isinstance(pattern, ResizePattern) and layers:
@@ -99,8 +99,8 @@ def _words(p: Pattern, matcher: Matcher) -> str:
         act = p.steps[-1].act
         conv = "conv" if p.steps[-1].bn is None else "conv-bn"
         return " > ".join([*before, f"{conv} + {beside}" + (f" - {act}" if act != "none" else "")])
-    if isinstance(p, NormPattern):
-        kind = matcher.layer(p.norm).kind
+    if isinstance(p, LayerPattern):
+        kind = matcher.layer(p.layer).kind
         added = " + residual" if p.residual is not None else ""
         return f"{kind}{added}" + (f"-{p.act}" if p.act != "none" else "")
     if isinstance(p, ResizePattern):

@@ -43,6 +43,8 @@ _ELSEWHERE = {
     ("timm", "LayerNormAct2d"): "layer_norm_2d",
 }
 NORMS = ("batch_norm", "group_norm", "instance_norm", "layer_norm_2d")
+DEPTHWISE = "depthwise_conv2d"  # the kind of an nn.Conv2d that has a filter a channel
+CONVS = ("conv", DEPTHWISE)
 
 _SLOPE = 0.01  # of the "leaky_relu" that the kernels have, and torch's default
 _ACTS: dict[type[nn.Module], str] = {
@@ -94,7 +96,7 @@ class Layer(NamedTuple):
     @property
     def stands_alone(self) -> bool:
         """Whether there is a kernel for layers of this kind by themselves."""
-        return self.kind in (*NORMS, "dropout", "upsample")
+        return self.kind in (*NORMS, DEPTHWISE, "dropout", "upsample")
 
 
 class Layers(dict[nn.Module, Layer]):
@@ -113,6 +115,8 @@ class Layers(dict[nn.Module, Layer]):
             return f"it has {layer.differs}"
         if layer.kind == "upsample" and module.mode not in RESIZES:
             return f"there is no kernel for mode={module.mode!r}"
+        if layer.kind in CONVS and (why := padding_without_kernel(module)) is not None:
+            return f"it has {why}"
         if layer.kind in NORMS and layer.act is None:
             return "the activation inside it has no kernel"
         # The parametrization's class comes and goes, and ours would be beside it.
@@ -127,11 +131,24 @@ def _classify(module: nn.Module) -> Layer:
     kind, act = _kind_of(cls), None
     if kind == "dropout" and module.p == 0:
         kind, act = "identity", "none"  # it returns its input itself
+    elif kind == "conv" and _is_depthwise(module):
+        kind, act = DEPTHWISE, "none"
     elif kind in ("act", "identity"):
         act = _act_of_module(module, cls)
     elif kind in NORMS:
         act = act_inside(module)
     return Layer(kind, act, differs(module, cls), _is_leaf(module, cls, kind), parametrized)
+
+
+def _is_depthwise(conv: Any) -> bool:
+    return bool(1 < conv.groups == conv.in_channels == conv.out_channels)
+
+
+def padding_without_kernel(conv: Any) -> str | None:
+    """Say what of a convolution's padding the kernels lack, if so."""
+    if conv.padding_mode != "zeros":
+        return f"padding_mode={conv.padding_mode!r}"
+    return f"padding={conv.padding!r}; give it numbers" if isinstance(conv.padding, str) else None
 
 
 def _kind_of(cls: type[nn.Module]) -> str | None:

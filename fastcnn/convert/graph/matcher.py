@@ -1,4 +1,4 @@
-"""Finds the patterns of a graph: chains first, then norms, resizings and dropouts."""
+"""Finds the patterns of a graph: chains, then single layers, resizings and dropouts."""
 
 import operator
 from collections.abc import Iterator, Sequence
@@ -9,12 +9,22 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastcnn.convert.graph.aliasing import Aliasing
-from fastcnn.convert.graph.layers import NORMS, RESIZES, Layer, Layers, act_of_function, called
+from fastcnn.convert.graph.layers import (
+    CONVS,
+    DEPTHWISE,
+    NORMS,
+    RESIZES,
+    Layer,
+    Layers,
+    act_of_function,
+    called,
+    padding_without_kernel,
+)
 from fastcnn.convert.graph.patterns import (
     INTERPOLATE,
     ChainPattern,
     DropPattern,
-    NormPattern,
+    LayerPattern,
     Pattern,
     ResizePattern,
     StepNodes,
@@ -23,6 +33,7 @@ from fastcnn.convert.graph.patterns import (
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _IN_PLACE_ADDS = {operator.iadd, "add_"}
 _NORM_FUNCTIONS = {F.batch_norm, F.group_norm, F.instance_norm}
+_SINGLE = (*NORMS, DEPTHWISE)
 _CATS = {torch.cat, torch.concat, torch.concatenate}
 
 
@@ -40,10 +51,12 @@ class Matcher:
     def match(self) -> list[Pattern]:
         """Return the patterns, in the order of their last nodes."""
         found: list[Pattern] = []
-        for candidates in (self._chains, self._norms, self._resizes, self._drops):
+        for candidates in (self._chains, self._single, self._resizes, self._drops):
             for pattern in candidates():
                 if self.may_move([pattern]):
                     self._used.update(pattern.nodes)
+                    for node in pattern.nodes:  # as of a chain that it could not be part of
+                        self.left.pop(node, None)
                     found.append(pattern)
         order = {node: i for i, node in enumerate(self._graph.nodes)}
         return sorted(found, key=lambda p: order[self.last_of(p)])
@@ -52,7 +65,12 @@ class Matcher:
         """Whether there is no batch norm, and a convolution is fused with what follows it."""
         if any(self._kind(node) == "batch_norm" for node in self._graph.nodes):
             return False
-        return any(len(p.nodes) > 1 and self.may_move([p]) for p in self._chains())
+        return any(
+            len(p.nodes) > 1
+            and any(self._kind(step.conv) == "conv" for step in p.steps)
+            and self.may_move([p])
+            for p in self._chains()
+        )
 
     def nodes_of(self, patterns: Sequence[Pattern]) -> list[fx.Node]:
         """Return the nodes of patterns, as they follow each other."""
@@ -110,7 +128,7 @@ class Matcher:
         steps = [s for node in self._graph.nodes if (s := self._step(node)) is not None]
         if self._folds:
             taken = {step.conv for step in steps}
-            bare = [n for n in self._graph.nodes if self._kind(n) == "conv" and n not in taken]
+            bare = [n for n in self._graph.nodes if self._kind(n) in CONVS and n not in taken]
             steps += [s for node in bare if (s := self._bare_step(node)) is not None]
             order = {node: i for i, node in enumerate(self._graph.nodes)}
             steps.sort(key=lambda step: order[step.conv])
@@ -130,7 +148,7 @@ class Matcher:
         yield from by_end.values()
 
     def _step(self, bn: fx.Node) -> StepNodes | None:
-        if self._kind(bn) != "batch_norm" or not bn.args or self._kind(bn.args[0]) != "conv":
+        if self._kind(bn) != "batch_norm" or not bn.args or self._kind(bn.args[0]) not in CONVS:
             return None
         conv: Any = bn.args[0]
         why = self._no_step(conv, bn)
@@ -193,12 +211,8 @@ class Matcher:
         why = self._no_layer(conv)
         if why is not None:
             return why
-        module = self.module(conv)
-        if module.padding_mode != "zeros":
-            return f"{conv.target} has padding_mode={module.padding_mode!r}"
-        if isinstance(module.padding, str):
-            return f"{conv.target} has padding={module.padding!r}; give it numbers"
-        return None
+        padding = padding_without_kernel(self.module(conv))
+        return None if padding is None else f"{conv.target} has {padding}"
 
     def _add_to_chain(self, add: fx.Node, by_end: dict[fx.Node, ChainPattern]) -> None:
         operands = _operands(add)
@@ -232,21 +246,21 @@ class Matcher:
 
     # The others
 
-    def _norms(self) -> Iterator[NormPattern]:
+    def _single(self) -> Iterator[LayerPattern]:
         for node in self._graph.nodes:
             if node.target in _NORM_FUNCTIONS:
                 self.left[node] = "called as a function: norms are fused where they are layers"
-            if node in self._used or self._kind(node) not in NORMS or not node.args:
+            if node in self._used or self._kind(node) not in _SINGLE or not node.args:
                 continue
             act = self.layer(node).act
-            why = self._no_layer(node)
+            why = (self._no_conv if self._kind(node) == DEPTHWISE else self._no_layer)(node)
             if why is None and act is None:
                 why = f"the activation inside {node.target} has no kernel"
             if why is not None:
                 self.left[node] = why
                 continue
             if act != "none":
-                yield NormPattern(node, str(act), [node])
+                yield LayerPattern(node, str(act), [node])
                 continue
             nodes, residual, last = [node], None, node
             then = self._then(node)
@@ -261,9 +275,9 @@ class Matcher:
                     last = then
             behind = self._act_behind(last)
             if behind is None:
-                yield NormPattern(node, "none", nodes, residual)
+                yield LayerPattern(node, "none", nodes, residual)
             else:
-                yield NormPattern(node, behind[0], [*nodes, behind[1]], residual)
+                yield LayerPattern(node, behind[0], [*nodes, behind[1]], residual)
 
     def _resizes(self) -> Iterator[ResizePattern]:
         for node in self._graph.nodes:

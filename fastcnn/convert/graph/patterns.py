@@ -3,7 +3,8 @@
     ChainPattern     (conv, batch norm, activation, max pool) steps, with what is added before the
                      last activation: a tensor, the chain's own input, or steps on that input. Where
                      they are folded, for inference, convolutions without a batch norm are steps too
-    NormPattern      a norm layer, with an activation behind it; a batch norm also with an addition
+    LayerPattern     a norm, or a depthwise convolution in no chain, with an activation behind it; a
+                     batch norm also with an addition
     ResizePattern    a resizing, also one whose output is concatenated with one tensor
     DropPattern      a dropout
 
@@ -83,10 +84,10 @@ class ChainPattern:
 
 
 @dataclass
-class NormPattern:
-    """act(norm(x) + residual)."""
+class LayerPattern:
+    """act(layer(x) + residual)."""
 
-    norm: fx.Node
+    layer: fx.Node
     act: str
     nodes: list[fx.Node]
     residual: fx.Node | None = None
@@ -94,7 +95,7 @@ class NormPattern:
     @property
     def inputs(self) -> list[fx.Node]:
         """What it reads: its input, then what is added or concatenated."""
-        x: Any = self.norm.args[0]
+        x: Any = self.layer.args[0]
         return [x, *([self.residual] if self.residual is not None else [])]
 
 
@@ -112,7 +113,7 @@ class DropPattern:
         return [x]
 
 
-Pattern = ChainPattern | NormPattern | ResizePattern | DropPattern
+Pattern = ChainPattern | LayerPattern | ResizePattern | DropPattern
 
 # F.interpolate's arguments, in their order.
 INTERPOLATE = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
