@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 INTEGERS = (int, Integral)  # NumPy's, too, as PyTorch takes them
 Pair = tuple[int, int]
@@ -28,6 +28,19 @@ def pair(op: str, name: str, value: int | tuple[int, ...]) -> Pair:
     if len(numbers) not in (1, 2) or not all(isinstance(number, INTEGERS) for number in numbers):
         raise ValueError(f"{op}: {name}: expected an integer or a pair of them, got {value!r}")
     return int(numbers[0]), int(numbers[-1])
+
+
+def padding_of(conv: Any) -> Any:
+    """Return a Conv2d's padding in numbers, None where they differ from side to side.
+
+    "same" is half of what the kernel takes beyond a pixel, d (k - 1), on either side.
+    """
+    if not isinstance(conv.padding, str):
+        return conv.padding
+    if conv.padding == "valid":
+        return 0, 0
+    beyond = [d * (k - 1) for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    return None if any(b % 2 for b in beyond) else tuple(b // 2 for b in beyond)
 
 
 def refuse_window(

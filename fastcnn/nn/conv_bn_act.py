@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastcnn import functional
+from fastcnn.common.conv_geometry import Pair, padding_of
 from fastcnn.nn.batch_norm_act import (
     BatchNormAct2d,
     running_statistics,
@@ -19,7 +20,6 @@ Step = (
     tuple[torch.nn.Conv2d, BatchNormAct2d]
     | tuple[torch.nn.Conv2d, BatchNormAct2d, torch.nn.MaxPool2d]
 )
-Pair = tuple[int, int]
 OP = "conv_bn_act"
 _KINDS = (torch.nn.Conv2d, BatchNormAct2d, torch.nn.MaxPool2d)
 
@@ -61,9 +61,9 @@ def conv_bn_act(
 
     Raises:
         TypeError: a step of other modules than Conv2d, BatchNormAct2d and MaxPool2d.
-        ValueError: a convolution whose padding_mode is not "zeros" or whose padding is a string, a
-            pooling with dilation, ceil_mode or indices, a module with hooks on its forward, and all
-            that the function refuses.
+        ValueError: a convolution whose padding_mode is not "zeros" or whose padding="same" pads one
+            side more, a pooling with dilation, ceil_mode or indices, a module with hooks on its
+            forward, and all that the function refuses.
 
     Example:
         >>> conv, norm = torch.nn.Conv2d(8, 8, 3, padding=1), fastcnn.nn.BatchNormAct2d(8)
@@ -163,16 +163,16 @@ def own_method(module: torch.nn.Module, name: str) -> Any:
 def _step(op: str, step: Step) -> functional.ConvBnActStep:
     _check_modules(op, step)
     conv, bn = step[:2]
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+    if conv.padding_mode != "zeros" or padding_of(conv) is None:
         raise ValueError(
-            f"{op}: expected padding numbers with padding_mode='zeros', got "
+            f"{op}: expected padding of both sides alike with padding_mode='zeros', got "
             f"padding={conv.padding!r} with padding_mode={conv.padding_mode!r}"
         )
     return functional.ConvBnActStep(
         conv.weight,
         conv.bias,
         cast(Pair, conv.stride),
-        cast(Pair, conv.padding),
+        cast(Pair, padding_of(conv)),
         cast(Pair, conv.dilation),
         conv.groups,
         *running_statistics(bn),

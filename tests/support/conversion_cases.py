@@ -91,6 +91,14 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "depthwise with a multiplier": (
         lambda: nn.Sequential(conv(4, 8, groups=4), nn.Tanh(), bn(8)), ["batch_norm"],
     ),
+    "depthwise with the same sides": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, (5, 3), padding="same", dilation=(1, 2), groups=4)),
+        ["depthwise_conv2d"],
+    ),
+    "the same sides": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, (3, 5), padding="same"), bn()), ["conv-bn"],
+    ),
+    "valid": (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding="valid"), bn()), ["conv-bn"]),
     # Chains, through containers.
     "chain": (lambda: nn.Sequential(cbr(nn.ReLU()), cbr()), ["conv-bn-relu > conv-bn"]),
     "chain with pool": (

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastcnn import _C
 from fastcnn.common.autocast import autocast_dtype, cast_dtype
 from fastcnn.common.checks import FLOATS, memory_format_of, one_of
-from fastcnn.common.conv_geometry import output_size, pair
+from fastcnn.common.conv_geometry import output_size, padding_of, pair
 from fastcnn.convert.options import Options
 
 # conv, batch norm or, in folded chains, None; activation; max pooling or None.
@@ -92,7 +92,7 @@ def _sizes_behind(sizes: Sequence[int], steps: Sequence[StepModules]) -> list[in
     """Return the sizes of what steps make of an input."""
     sizes = list(sizes)
     for conv, _, _, pool in steps:
-        window: Any = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+        window: Any = conv.kernel_size, conv.stride, padding_of(conv), conv.dilation
         sizes = [sizes[0], conv.out_channels, *_reduced(sizes[2:], window)]
         if pool is not None:
             stride = pool.stride or pool.kernel_size

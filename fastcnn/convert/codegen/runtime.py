@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastcnn import functional
 from fastcnn.common.activation import eager_activation
 from fastcnn.common.autocast import autocast_dtype
+from fastcnn.common.conv_geometry import padding_of
 from fastcnn.convert.codegen.fit import (
     Shortcut,
     StepModules,
@@ -138,7 +139,7 @@ def run_layer_act(
 def run_layer(x: Tensor, norm: Any, kind: str, act: Any, residual: Tensor | None = None) -> Tensor:
     """Run a norm (layers.NORMS) or a depthwise convolution that its input fits."""
     if kind == DEPTHWISE:
-        conv, window = norm, (norm.stride, norm.padding, norm.dilation)
+        conv, window = norm, (norm.stride, padding_of(norm), norm.dilation)
         return functional.depthwise_conv2d(x, conv.weight, conv.bias, *window, act=act)
     if kind == "batch_norm":
         step, (sync, group) = _batch_norm(norm), _sharing(norm)
@@ -255,7 +256,8 @@ def _steps(steps: Sequence[StepModules]) -> list[functional.ConvBnActStep]:
 def _step(
     conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str, pool: nn.MaxPool2d | None
 ) -> functional.ConvBnActStep:
-    geometry: Any = (conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    moves = (conv.stride, padding_of(conv), conv.dilation)
+    geometry: Any = (conv.weight, conv.bias, *moves, conv.groups)
     pooling = None
     if pool is not None:
         window: Any = (pool.kernel_size, pool.stride, pool.padding)

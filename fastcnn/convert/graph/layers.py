@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fastcnn.common.conv_geometry import padding_of
 from fastcnn.nn.conv_bn_act import differs
 
 _KINDS: dict[type[nn.Module], str] = {
@@ -148,7 +149,9 @@ def padding_without_kernel(conv: Any) -> str | None:
     """Say what of a convolution's padding the kernels lack, if so."""
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r}"
-    return f"padding={conv.padding!r}; give it numbers" if isinstance(conv.padding, str) else None
+    if padding_of(conv) is None:
+        return f"padding={conv.padding!r} with an even kernel, which pads one side more"
+    return None
 
 
 def _kind_of(cls: type[nn.Module]) -> str | None:

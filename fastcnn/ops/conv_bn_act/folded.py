@@ -33,6 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastcnn.common.activation import act_number
 from fastcnn.common.autocast import autocast_dtype, cast
 from fastcnn.common.checks import check_image, memory_format_of
+from fastcnn.common.conv_geometry import padding_of
 from fastcnn.ops.conv2d.aten import max_pool
 from fastcnn.ops.conv2d.onednn import folds, of_transformed, prepared, weight_type
 from fastcnn.ops.conv2d.winograd import by_winograd, transformed
@@ -61,7 +62,7 @@ class FoldedConv2d:
     may be written into its memory. A copy and a pickle keep nothing.
 
     Args:
-        conv: a Conv2d with numbers for padding and padding_mode="zeros".
+        conv: a Conv2d with padding of both sides alike and padding_mode="zeros".
         norm: the BatchNorm2d behind it, or None.
         act: "none", "relu", "relu6", "leaky_relu", "silu", "gelu", "sigmoid" or "hardswish".
 
@@ -74,9 +75,9 @@ class FoldedConv2d:
         self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, act: str = "none"
     ) -> None:
         act_number(OP, act)
-        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        if conv.padding_mode != "zeros" or padding_of(conv) is None:
             raise ValueError(
-                f"{OP}: expected padding numbers with padding_mode='zeros', got "
+                f"{OP}: expected padding of both sides alike with padding_mode='zeros', got "
                 f"padding={conv.padding!r} with padding_mode={conv.padding_mode!r}"
             )
         self.conv, self.norm, self.act = conv, norm, act
@@ -157,7 +158,7 @@ class FoldedConv2d:
             var = torch.ones_like(mean)
         conv, eps = self.conv, 0.0 if self.norm is None else self.norm.eps
         return ConvBnActStep(
-            weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups,  # type: ignore[arg-type]
+            weight, bias, conv.stride, padding_of(conv), conv.dilation, conv.groups,  # type: ignore[arg-type]
             mean, var, bn_weight, bn_bias, eps=eps, act=self.act,
         )  # fmt: skip
 

@@ -150,12 +150,12 @@ def test_memory_levels_and_poolings_of_conv_bn_act() -> None:
             conv_bn_act(X, [step])
 
 
-@pytest.mark.parametrize("kwargs", [{"padding": "same"}, {"padding_mode": "reflect", "padding": 1}])
+@pytest.mark.parametrize("kwargs", [{"padding": "same"}, {"padding_mode": "reflect"}])
 def test_convolutions_that_the_chain_does_not_run(kwargs: dict[str, Any]) -> None:
     with pytest.raises(
-        ValueError, match="step 0: expected padding numbers with padding_mode='zero"
+        ValueError, match="step 0: expected padding of both sides alike with padding_mode='zero"
     ):
-        conv_bn_act(X, [(nn.Conv2d(3, 4, 3, **kwargs), BatchNormAct2d(4))])
+        conv_bn_act(X, [(nn.Conv2d(3, 4, 2, **kwargs), BatchNormAct2d(4))])
 
 
 CONV, BN, POOL = nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.MaxPool2d(2)

@@ -170,9 +170,9 @@ def test_errors() -> None:
             model.train()(x)
     with pytest.raises(ValueError, match="act: expected one of"):
         FoldedConv2d(conv, act="tanh")
-    for options in ({"padding": "same"}, {"padding": 1, "padding_mode": "circular"}):
-        with pytest.raises(ValueError, match="padding numbers"):
-            FoldedConv2d(nn.Conv2d(4, 4, 3, **options))
+    for kernel, options in ((2, {"padding": "same"}), (3, {"padding_mode": "circular"})):
+        with pytest.raises(ValueError, match="padding of both sides alike"):
+            FoldedConv2d(nn.Conv2d(4, 4, kernel, **options))
 
 
 def test_images_of_one_pixel_with_a_residual() -> None:
