@@ -1,7 +1,8 @@
 """depthwise_conv2d, forward and each gradient, compared with PyTorch's convolution.
 
 The depthwise convolutions of MobileNetV2 and V3, EfficientNet-B0 and ConvNeXt-T on images of 224^2:
-each kernel and stride at its largest, and deep where channels are many and pixels few. Floor in
+each kernel and stride at its largest, and deep where channels are many and pixels few; and wider
+kernels, as ConvMixer's and RepLKNet's. Floor in
 passes over the input: forward and dx read or write it and y once, dweight reads both. Beside the
 table stand GFLOP/s, in extra_info: what kernels of 25 taps and more are bound by.
 """
@@ -37,7 +38,8 @@ CONVS = [
     Conv(32, 112, 3, 1), Conv(96, 112, 3, 2), Conv(144, 56, 3, 1), Conv(384, 14, 3, 1),
     Conv(960, 7, 3, 1), Conv(240, 28, 3, 2), Conv(144, 56, 5, 2), Conv(240, 28, 5, 1),
     Conv(672, 14, 5, 1), Conv(672, 14, 5, 2), Conv(1152, 7, 5, 1), Conv(96, 56, 7, 1),
-    Conv(192, 28, 7, 1), Conv(384, 14, 7, 1), Conv(768, 7, 7, 1),
+    Conv(192, 28, 7, 1), Conv(384, 14, 7, 1), Conv(768, 7, 7, 1), Conv(384, 14, 9, 1),
+    Conv(96, 28, 13, 1), Conv(64, 56, 31, 1),
 ]  # fmt: skip
 TYPES = {
     "fp32-nhwc": (torch.float32, "channels_last"),

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from fastcnn.common.activation import ACT_NUMBER, act_number
-from fastcnn.common.autocast import autocast_dtype, cast
+from fastcnn.common.autocast import autocast_dtype, cast, cast_dtype
 from fastcnn.common.checks import (
     FLOATS,
+    HALVES,
     check_channels,
     check_image,
     check_parameter_type,
@@ -37,6 +38,7 @@ from fastcnn.common.dtypes import acc_type, as_acc, new_channels, new_image
 from fastcnn.common.library import apply, declare, distinct, once_differentiable, positional
 
 OP = "depthwise_conv2d"
+_LEAST_CHANNELS = 16  # lanes of an AVX-512 vector
 
 Window = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 
@@ -110,6 +112,26 @@ def is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
         return False
     one_each = groups == weight.shape[0] == x.shape[1] and weight.shape[1] == 1
     return one_each and memory_format_of(x) is not None
+
+
+def outruns_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the CPU's kernels are known to be faster than PyTorch's, without an activation.
+
+    With backward they are, but for fewer channels than a vector has: dweight of 3x3 takes PyTorch
+    1.0 to 7 times as long, of 5x5 and more up to 80. Forward alone in channels_last 3x3 to 5x5 in
+    float32 has 0.8 to 1.0 of oneDNN's speed, kernels that have no loops of their own (below 3, and
+    4) as little; 3x3 and 5x5 in bfloat16 1.1 to 1.6, from 7x7 on 0.95 to 5 (docs/performance.md).
+    """
+    if not _is_channels_last(x):
+        return True
+    if x.shape[1] < _LEAST_CHANNELS:
+        return False
+    needed = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    )
+    kernel_w = weight.shape[3]
+    half = cast_dtype(x, autocast_dtype(x)) in HALVES
+    return needed or kernel_w >= 7 or (half and kernel_w in (3, 5))
 
 
 def depthwise_fwd(

@@ -71,6 +71,8 @@ WINDOWS = [
     square((5, 64, 31, 30), 3, 1, 1, "several tasks of the weight's gradient"),
     square((1, 2, 140, 150), 3, 1, 1, "NCHW: several bands of a plane"),
     square((1, 2, 141, 149), 5, 2, 2, "NCHW: several bands in steps"),
+    square((2, 40, 17, 19), 13, 1, 6, "13x13: 7, 5 and 1 taps of a row at a time"),
+    square((1, 24, 20, 20), 10, 2, 4, "10x10, downsampling: 7 and 3 taps"),
 ]  # fmt: skip
 
 

@@ -6,32 +6,57 @@
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 namespace {
 
+// sum[q] += sum over b of x[first + q * stride + b] * weight[b], of a row x and neighbouring taps.
+template <class T, int kTaps, int kStride, int kColumns>
+inline __attribute__((always_inline)) void add_taps(const Tile<T>& tile, const T* x, int64_t first,
+                                                    const Acc<T>* weight,
+                                                    Vec<Acc<T>> (&sum)[kColumns]) {
+  using S = Acc<T>;
+  x += first * tile.pixel;
+  Vec<S> w[kTaps];
+  unrolled<0, kTaps>([&](auto b) __attribute__((always_inline)) {
+    w[b.value] = load(weight + b.value * kLanes<S>);
+  });
+  unrolled<0, (kColumns - 1) * kStride + kTaps>([&](auto j) __attribute__((always_inline)) {
+    if (tile.holds(first + j.value)) {
+      Vec<S> value = load(x + j.value * tile.pixel);
+      keep_in_register(value);
+      unrolled<0, kTaps>([&](auto b) __attribute__((always_inline)) {
+        constexpr int kAt = decltype(j)::value - decltype(b)::value;
+        if constexpr (kAt >= 0 && kAt % kStride == 0 && kAt / kStride < kColumns) {
+          sum[kAt / kStride] += value * w[b.value];
+        }
+      });
+    }
+  });
+}
+
 // sums[q] += sum over a, b of x[row a, first + q * stride + b] * weight[a, b], for strides 1 and 2
-// without dilation.
+// without dilation. kKernel: the taps of a row, 0 for any number, which are taken 7, 5, 3 and 1 at
+// a time: in the order of one by one.
 template <class T, int kKernel, int kStride, int kColumns>
 void window_sums(const Tile<T>& tile, Vec<Acc<T>>* sums) {
   using S = Acc<T>;
   Vec<S> sum[kColumns];
   unrolled<0, kColumns>([&](auto q) __attribute__((always_inline)) { sum[q.value] = tile.start; });
   for (int64_t t = 0; t < tile.tap_count; ++t) {
-    const T* x = tile.row(t) + tile.first * tile.pixel;
+    const T* x = tile.row(t);
     const S* weight = tile.weight_row(t);
-    Vec<S> w[kKernel];
-    unrolled<0, kKernel>([&](auto b) __attribute__((always_inline)) {
-      w[b.value] = load(weight + b.value * kLanes<S>);
-    });
-    unrolled<0, (kColumns - 1) * kStride + kKernel>([&](auto j) __attribute__((always_inline)) {
-      if (tile.holds(tile.first + j.value)) {
-        Vec<S> value = load(x + j.value * tile.pixel);
-        keep_in_register(value);
-        unrolled<0, kKernel>([&](auto b) __attribute__((always_inline)) {
-          constexpr int kAt = decltype(j)::value - decltype(b)::value;
-          if constexpr (kAt >= 0 && kAt % kStride == 0 && kAt / kStride < kColumns) {
-            sum[kAt / kStride] += value * w[b.value];
-          }
-        });
-      }
-    });
+    int64_t b = 0;
+    const auto add = [&](auto taps) __attribute__((always_inline)) {
+      add_taps<T, decltype(taps)::value, kStride>(tile, x, tile.first + b, weight + b * kLanes<S>,
+                                                  sum);
+      b += taps.value;
+    };
+    if constexpr (kKernel > 0) {
+      add(Index<kKernel>{});
+    } else {
+      const int64_t kernel = tile.columns->kernel;
+      while (kernel - b >= 7) add(Index<7>{});
+      if (kernel - b >= 5) add(Index<5>{});
+      if (kernel - b >= 3) add(Index<3>{});
+      while (b < kernel) add(Index<1>{});
+    }
   }
   put(tile, sum, sums);
 }
@@ -90,9 +115,10 @@ void choose_window_sums(Sweep<T>& sweep) {
       if (columns.stride == 1) of_width(kernel, Index<1>{});
       if (columns.stride == 2) of_width(kernel, Index<2>{});
     };
-    if (columns.kernel == 3) of_stride(Index<3>{});
-    if (columns.kernel == 5) of_stride(Index<5>{});
-    if (columns.kernel == 7) of_stride(Index<7>{});
+    if (columns.kernel == 3) return of_stride(Index<3>{});
+    if (columns.kernel == 5) return of_stride(Index<5>{});
+    if (columns.kernel == 7) return of_stride(Index<7>{});
+    if (columns.kernel > 3) of_stride(Index<0>{});
   }
 }
 

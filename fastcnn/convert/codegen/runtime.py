@@ -29,7 +29,7 @@ from fastcnn.convert.graph.layers import DEPTHWISE, Layer, act_inside
 from fastcnn.convert.graph.patterns import INTERPOLATE
 from fastcnn.convert.options import Options
 from fastcnn.nn.batch_norm_act import running_statistics, step_momentum, uses_batch_statistics
-from fastcnn.ops.depthwise_conv2d import is_depthwise
+from fastcnn.ops.depthwise_conv2d import is_depthwise, outruns_onednn
 from fastcnn.ops.group_norm_act import pixel_norm_act
 from fastcnn.ops.instance_norm_act import instance_norm_act
 from fastcnn.ops.upsample_conv2d.interface import by_taps, resize_of, upsample_conv2d
@@ -129,7 +129,7 @@ def run_layer_act(
         why = unlike(residual, x.shape, x)
     if why is not None:
         refuse(layer, why, options)
-    if why is not None or is_pytorchs(layer, x):
+    if why is not None or is_pytorchs(layer, x, act):
         y = layer(x)
         y = y if residual is None else y + residual
         return eager_activation(y, act) if act_inside(layer) == "none" else y
@@ -281,9 +281,13 @@ def _sharing(bn: nn.Module) -> tuple[bool, Any]:
     return True, bn.process_group
 
 
-def is_pytorchs(layer: Any, x: Tensor) -> bool:
+def is_pytorchs(layer: Any, x: Tensor, act: str = "none") -> bool:
     """Whether an input has a kernel, but not one that is known to be faster than PyTorch's."""
-    return isinstance(layer, nn.Conv2d) and not is_depthwise(x, layer.weight, layer.groups)
+    if not isinstance(layer, nn.Conv2d):
+        return False
+    if not is_depthwise(x, layer.weight, layer.groups):
+        return True
+    return act == "none" and not outruns_onednn(x, layer.weight, layer.bias)
 
 
 def layer_fits(layer: nn.Module, x: Any, options: Options) -> bool:
