@@ -136,6 +136,24 @@ def test_depthwise_convolutions_are_fused_in_training() -> None:
     assert row.reason.startswith("its last call that was not fused: its input has 3 dimensions")
 
 
+def test_depthwise_convolutions_are_pytorchs_where_they_are_as_fast() -> None:
+    model = convert(nn.Sequential(conv(16, 16, groups=16)))
+    wide = convert(nn.Sequential(nn.Conv2d(16, 16, 7, padding=3, groups=16)))
+    x = torch.ones(1, 16, 8, 8).to(memory_format=torch.channels_last)
+    why = "its last call that was not fused: PyTorch's kernel is as fast there"
+
+    def reasons() -> list[str]:
+        return [row.reason for m in (model, wide) for row in rows(m)]
+
+    model(x), wide(x)  # with gradients
+    assert reasons() == ["", ""]
+    with torch.no_grad():
+        model(x.contiguous()), wide(x)
+        assert reasons() == ["", ""]
+        model(x), wide(x)
+    assert reasons() == [why, ""]
+
+
 def test_depthwise_convolutions_by_themselves_are_fused_on_the_cpu_alone() -> None:
     model = convert(nn.Sequential(conv(4, 4, groups=4)))
     (row,) = rows(model.to("meta"))

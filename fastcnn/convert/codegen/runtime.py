@@ -18,6 +18,7 @@ from fastcnn.common.conv_geometry import padding_of
 from fastcnn.convert.codegen.fit import (
     Shortcut,
     StepModules,
+    notes,
     refuse,
     residual_unfit,
     resize_unfit,
@@ -285,9 +286,12 @@ def is_pytorchs(layer: Any, x: Tensor, act: str = "none") -> bool:
     """Whether an input has a kernel, but not one that is known to be faster than PyTorch's."""
     if not isinstance(layer, nn.Conv2d):
         return False
-    if not is_depthwise(x, layer.weight, layer.groups):
+    ours = is_depthwise(x, layer.weight, layer.groups)
+    if not ours or (act == "none" and not outruns_onednn(x, layer.weight, layer.bias)):
+        if not torch.compiler.is_compiling():
+            notes[layer] = "PyTorch's kernel is as fast there"
         return True
-    return act == "none" and not outruns_onednn(x, layer.weight, layer.bias)
+    return False
 
 
 def layer_fits(layer: nn.Module, x: Any, options: Options) -> bool:
