@@ -55,8 +55,8 @@ class Matcher:
             for pattern in candidates():
                 if self.may_move([pattern]):
                     self._used.update(pattern.nodes)
-                    for node in pattern.nodes:  # as of a chain that it could not be part of
-                        self.left.pop(node, None)
+                    if isinstance(pattern, LayerPattern) and self._kind(pattern.layer) == DEPTHWISE:
+                        self.left.pop(pattern.layer, None)  # why it is in no chain
                     found.append(pattern)
         order = {node: i for i, node in enumerate(self._graph.nodes)}
         return sorted(found, key=lambda p: order[self.last_of(p)])
