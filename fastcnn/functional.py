@@ -18,6 +18,7 @@ from fastcnn.ops import (
     depthwise_conv2d as _depthwise_conv2d,
     dropout as _dropout,
     group_norm_act as _group_norm_act,
+    squeeze_excite as _squeeze_excite,
 )
 from fastcnn.ops.augment import interface as _augment
 from fastcnn.ops.augment.parameters import AugmentParameters
@@ -29,6 +30,7 @@ from fastcnn.ops.conv2d_int8.packed_weight import (
 )
 from fastcnn.ops.conv_bn_act import interface as _conv_bn_act
 from fastcnn.ops.conv_bn_act.step import ConvBnActBlock, ConvBnActStep, MaxPool, Memory
+from fastcnn.ops.squeeze_excite import Gate
 from fastcnn.ops.upsample import interface as _upsample
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "group_norm_act",
     "interpolate",
     "pack_conv2d_int8",
+    "squeeze_excite",
 ]
 
 
@@ -667,4 +670,63 @@ def dropout(
     return _dropout.dropout(
         input=input, p=p, training=training, inplace=inplace, residual=residual,
         per_channel=per_channel, generator=generator,
+    )  # fmt: skip
+
+
+@overridable
+def squeeze_excite(
+    input: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None = None,
+    fc2_weight: Tensor | None = None,
+    fc2_bias: Tensor | None = None,
+    *,
+    act: Activation = "relu",
+    gate: Gate = "sigmoid",
+) -> Tensor:
+    r"""Scale each channel of each image by a gate made of the means of the image's channels.
+
+    .. math::
+        y_{ncij} = x_{ncij}\, \mathrm{gate}\left(W_2\, \mathrm{act}(W_1 m_n + b_1) + b_2\right)_c
+        \qquad m_{nc} = \frac{1}{h w} \sum_{ij} x_{ncij}
+
+    Squeeze-and-excitation, with 1x1 convolutions fc1 and fc2 of images of one pixel; without fc2
+    the gate is that of fc1's output (effective squeeze-and-excitation). Under autocast nothing is
+    cast: what lies between the means and the product is float32. Differentiable once, in reverse
+    mode.
+
+    Args:
+        input: [n, c, h, w], dense in NCHW or channels_last; float32, bfloat16, float16, and on the
+            CPU float64. An empty batch gives an empty output.
+        fc1_weight: [c_mid, c, 1, 1] in the input's dtype, or float32 beside a half input; without
+            fc2 [c, c, 1, 1].
+        fc1_bias: [c_mid], likewise; None stands for 0.
+        fc2_weight: [c, c_mid, 1, 1], likewise; None for no second convolution.
+        fc2_bias: [c], likewise.
+        act: behind fc1 where there is an fc2: "none", "relu", "relu6", "leaky_relu" (slope 0.01),
+            "silu", "gelu" (by erf), "sigmoid" or "hardswish".
+        gate: "sigmoid", or "hardsigmoid", which is clamp(z / 6 + 1 / 2, 0, 1).
+
+    Returns:
+        y [n, c, h, w] in the input's dtype and memory layout. Means and sums are float32 (float64
+        for float64) and bitwise the same from run to run and on any number of threads; the small
+        products are PyTorch's.
+
+    Raises:
+        TypeError: an argument that is no Tensor, or of another dtype than named above.
+        ValueError: another rank, size, device or memory layout; an unknown activation or gate.
+
+    Source: Hu et al. 2018, arXiv:1709.01507; Lee and Park 2020, arXiv:1911.06667;
+    torchvision.ops.SqueezeExcitation.
+
+    Example:
+        >>> x, fc1, fc2 = torch.randn(2, 8, 6, 6), torch.randn(4, 8, 1, 1), torch.randn(8, 4, 1, 1)
+        >>> fastcnn.functional.squeeze_excite(x, fc1, None, fc2, act="silu").shape
+        torch.Size([2, 8, 6, 6])
+    """
+    if has_torch_function_variadic(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+        return overridden(locals())
+    return _squeeze_excite.squeeze_excite(
+        input=input, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight,
+        fc2_bias=fc2_bias, act=act, gate=gate,
     )  # fmt: skip

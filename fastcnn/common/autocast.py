@@ -1,5 +1,6 @@
-"""What autocast does to the arguments of a convolution."""
+"""What autocast does to the arguments of a convolution, and computing without it."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,3 +28,10 @@ def cast(t: Any, dtype: torch.dtype | None) -> Any:
     if dtype is None or not isinstance(t, Tensor) or t.dtype not in _AUTOCAST_FROM:
         return t
     return t.to(dtype)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which autocast casts nothing on x's device."""
+    if autocast_dtype(x) is None:
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)

@@ -22,6 +22,7 @@ _OPS = {
     "upsample": "upsample",
     "dropout": "dropout",
     "depthwise_conv2d": "depthwise_conv2d",
+    "squeeze_excite": "squeeze_excite",
 }
 # Layers that people look for, and why they are never fused.
 UNKNOWN = {"layer_norm": "fastcnn has no kernel for a LayerNorm over the last dimension"}

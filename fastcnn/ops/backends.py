@@ -12,5 +12,6 @@ BACKENDS = {
     "depthwise_conv2d": ("C++", "CUDA C++"),
     "dropout": ("C++", "CUDA C++"),
     "group_norm_act": ("C++", "CUDA C++"),
+    "squeeze_excite": ("C++", "CUDA C++"),
     "upsample": ("C++", "CUDA C++"),
 }

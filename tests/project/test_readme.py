@@ -20,6 +20,7 @@ OPS = [
     "interpolate",
     "conv_bn_act",
     "depthwise_conv2d",
+    "squeeze_excite",
     "conv2d_int8",
     "augment",
 ]

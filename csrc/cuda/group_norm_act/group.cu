@@ -11,7 +11,7 @@
 // order. No atomics: the same bits from run to run. Variance: kUnroll values are summed, then
 // squared around their own mean, in registers; what follows is merged by Chan's formula. There is
 // never a difference of large squares.
-#include "cuda/group_norm_act/group_plan.cuh"
+#include "cuda/sample_plan.cuh"
 #include "cuda/group_norm_act/one_pass.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/norm_coefficients.cuh"

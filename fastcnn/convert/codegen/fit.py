@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastcnn import _C
 from fastcnn.common.autocast import autocast_dtype, cast_dtype
-from fastcnn.common.checks import FLOATS, memory_format_of, one_of
+from fastcnn.common.checks import FLOATS, HALVES, memory_format_of, one_of
 from fastcnn.common.conv_geometry import output_size, padding_of, pair
 from fastcnn.convert.options import Options
 
@@ -141,6 +141,26 @@ def resize_unfit(x: Tensor, scale_factor: Any, mode: str, recomputes: bool | Non
     for side, factor in zip(x.shape[2:], factors, strict=False):
         if 1 < factor < 2 and int(side * factor) == side:
             return f"its factor keeps a side as it is: {factor} of {side} pixels"
+    return None
+
+
+def squeeze_unfit(x: Tensor, fcs: Sequence[nn.Conv2d]) -> str | None:
+    """Say why squeeze-and-excitation by 1x1 convolutions is PyTorch's own, if so: its errors too.
+
+    Autocast casts the gate, and the product of it and x is of the larger type.
+    """
+    on = autocast_dtype(x)
+    if on is not None and x.dtype not in (on, torch.float32, torch.float64):
+        return f"its input is {x.dtype} where autocast casts to {on}"
+    if x.shape[1] != fcs[0].in_channels:
+        return f"its input has {x.shape[1]} channels beside {fcs[0].in_channels}"
+    for fc in fcs:
+        for t in (fc.weight, fc.bias):
+            if t is None:
+                continue
+            wide = on is not None and t.dtype is torch.float32 and x.dtype in HALVES
+            if (t.dtype is not x.dtype and not wide) or t.device != x.device:
+                return f"its weights are {t.dtype} on {t.device} beside {x.dtype} on {x.device}"
     return None
 
 

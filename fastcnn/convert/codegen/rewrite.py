@@ -24,6 +24,7 @@ from fastcnn.convert.graph.patterns import (
     LayerPattern,
     Pattern,
     ResizePattern,
+    SqueezePattern,
     StepNodes,
 )
 from fastcnn.convert.options import Options
@@ -105,6 +106,9 @@ class _Emitter:
             kind = self._matcher.layer(p.layer).kind
             arguments = (x, self._module(p.layer), kind, p.act, second, options)
             return call(runtime.run_layer_act, arguments)
+        if isinstance(p, SqueezePattern):
+            fcs = self._module(p.fc1), None if p.fc2 is None else self._module(p.fc2)
+            return call(runtime.run_squeeze_excite, (x, *fcs, p.act, p.gate, p.pooled, options))
         if isinstance(p, DropPattern) and p.drop.op == "call_module":
             return call(runtime.run_dropout_layer, (x, self._module(p.drop), options))
         if isinstance(p, DropPattern):

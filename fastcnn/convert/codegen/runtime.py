@@ -23,6 +23,7 @@ from fastcnn.convert.codegen.fit import (
     residual_unfit,
     resize_unfit,
     shortcuts_unfit,
+    squeeze_unfit,
     unfit,
     unlike,
 )
@@ -233,6 +234,27 @@ def _dropout(
         return functional.dropout(x, p, training, inplace, per_channel=per_channel)
     refuse(layer, why, options)
     return (F.dropout2d if per_channel else F.dropout)(x, p, training, inplace)
+
+
+def run_squeeze_excite(
+    x: Tensor,
+    fc1: nn.Conv2d,
+    fc2: nn.Conv2d | None,
+    act: Any,
+    gate: Any,
+    pooled: bool,
+    options: Options,
+) -> Tensor:
+    """Run squeeze-and-excitation; pooled: as written its mean is adaptive_avg_pool2d's."""
+    fcs = [fc for fc in (fc1, fc2) if fc is not None]
+    why = unfit(x, options) or squeeze_unfit(x, fcs)
+    if why is None:
+        second = (None, None) if fc2 is None else (fc2.weight, fc2.bias)
+        return functional.squeeze_excite(x, fc1.weight, fc1.bias, *second, act=act, gate=gate)
+    refuse(fcs[-1], why, options)
+    z = fc1(F.adaptive_avg_pool2d(x, 1) if pooled else x.mean((2, 3), keepdim=True))
+    z = z if fc2 is None else fc2(eager_activation(z, act))
+    return x * (z.sigmoid() if gate == "sigmoid" else F.hardsigmoid(z))
 
 
 def one_by_one(x: Tensor, steps: Sequence[StepModules], residual: Shortcut) -> Tensor:

@@ -11,6 +11,7 @@ from fastcnn.convert.graph.patterns import (
     LayerPattern,
     Pattern,
     ResizePattern,
+    SqueezePattern,
     StepNodes,
 )
 
@@ -48,6 +49,8 @@ def describe(pattern: Pattern, matcher: Matcher) -> Call:
         ends_in = matcher.module(pattern.drop)
     elif isinstance(pattern, ResizePattern) and layers:
         ends_in = matcher.module(pattern.resize)
+    elif isinstance(pattern, SqueezePattern):
+        ends_in = matcher.module(pattern.fc2 or pattern.fc1)
     words, last = _words(pattern, matcher), matcher.last_of(pattern).name
     return Call(where, words, last, ends_in, paths, tuple(reads))
 
@@ -106,6 +109,8 @@ def _words(p: Pattern, matcher: Matcher) -> str:
     if isinstance(p, ResizePattern):
         by_layer = p.skip is None and p.resize.op == "call_module"
         return "upsample" if by_layer else "interpolate" if p.skip is None else "interpolate-cat"
+    if isinstance(p, SqueezePattern):
+        return "squeeze_excite" + (f"-{p.act}" if p.act != "none" else "") + f"-{p.gate}"
     assert isinstance(p, DropPattern)
     return "dropout"
 

@@ -41,7 +41,9 @@ _GLOBAL_HOOKS = [
 _METHODS = ("forward", "_conv_forward", "_check_input_dim")
 _READ_AT_CALLS = {**dict.fromkeys(NORMS, ("eps", "momentum")), "dropout": ("p", "inplace")}
 # Layers that fused calls do not read at each call, so that torch.compile would not compare them.
-_COMPARED_COMPILED = {"act", "identity", "max_pool", "upsample"}
+_COMPARED_COMPILED = {
+    "act", "adaptive_pool", "hardsigmoid", "identity", "max_pool", "upsample",
+}  # fmt: skip
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -27,6 +27,8 @@ _KINDS: dict[type[nn.Module], str] = {
     nn.UpsamplingBilinear2d: "upsample",
     nn.UpsamplingNearest2d: "upsample",
     nn.MaxPool2d: "max_pool",
+    nn.AdaptiveAvgPool2d: "adaptive_pool",
+    nn.Hardsigmoid: "hardsigmoid",
     nn.Identity: "identity",
     **dict.fromkeys(
         (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardswish), "act"

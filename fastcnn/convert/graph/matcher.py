@@ -1,4 +1,4 @@
-"""Finds the patterns of a graph: chains, then single layers, resizings and dropouts."""
+"""Finds the patterns of a graph: squeezes, chains, single layers, resizings, dropouts, in order."""
 
 import operator
 from collections.abc import Iterator, Sequence
@@ -27,6 +27,7 @@ from fastcnn.convert.graph.patterns import (
     LayerPattern,
     Pattern,
     ResizePattern,
+    SqueezePattern,
     StepNodes,
 )
 
@@ -34,6 +35,7 @@ _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _IN_PLACE_ADDS = {operator.iadd, "add_"}
 _NORM_FUNCTIONS = {F.batch_norm, F.group_norm, F.instance_norm}
 _SINGLE = (*NORMS, DEPTHWISE)
+_MULS = {operator.mul, torch.mul, torch.multiply, "mul", "multiply"}
 _CATS = {torch.cat, torch.concat, torch.concatenate}
 
 
@@ -51,7 +53,8 @@ class Matcher:
     def match(self) -> list[Pattern]:
         """Return the patterns, in the order of their last nodes."""
         found: list[Pattern] = []
-        for candidates in (self._chains, self._single, self._resizes, self._drops):
+        finders = (self._squeezes, self._chains, self._single, self._resizes, self._drops)
+        for candidates in finders:
             for pattern in candidates():
                 if self.may_move([pattern]):
                     self._used.update(pattern.nodes)
@@ -65,6 +68,7 @@ class Matcher:
         """Whether there is no batch norm, and a convolution is fused with what follows it."""
         if any(self._kind(node) == "batch_norm" for node in self._graph.nodes):
             return False
+        self._used.update(node for p in self._squeezes() for node in p.nodes)
         return any(
             len(p.nodes) > 1
             and any(self._kind(step.conv) == "conv" for step in p.steps)
@@ -122,12 +126,88 @@ class Matcher:
         act = None if then is None else self._act(then)
         return None if then is None or act is None else (act, then)
 
+    # Squeeze-and-excitation
+
+    def _squeezes(self) -> Iterator[SqueezePattern]:
+        for node in self._graph.nodes:
+            operands = _operands(node) if node.target in _MULS else []
+            for x, gate in (operands, operands[::-1]) if operands else ():
+                found = self._squeeze(node, x, gate)
+                if found is not None:
+                    yield found
+                    break
+
+    def _squeeze(self, mul: fx.Node, x: fx.Node, gate: Any) -> SqueezePattern | None:
+        """Return the pattern of x * gate, walking from the gate to the mean."""
+        name = "hardsigmoid" if self._is_hardsigmoid(gate) else self._act_of(gate)
+        if name not in ("sigmoid", "hardsigmoid"):
+            return None
+        nodes, act = [mul, gate], "none"
+        fc1, fc2, before = gate.args[0], None, gate.args[0]
+        if self._is_fc(fc1):
+            before = fc1.args[0]
+            nodes.append(fc1)
+            behind = self._act_of(before)
+            if behind is not None and self._is_fc(before.args[0]):
+                act = behind
+                nodes.append(before)
+                before = before.args[0]
+            if self._is_fc(before):
+                fc1, fc2 = before, fc1
+                nodes.append(fc1)
+                before = fc1.args[0]
+        pooled = self._mean_of(before, x) if len(nodes) > 2 else None
+        if pooled is None or any(len(n.users) != 1 for n in (*nodes[1:], before)):
+            return None
+        ends = self.module(fc2 or fc1).out_channels, self.module(fc1).in_channels
+        if ends[0] != ends[1]:  # PyTorch would broadcast
+            return None
+        return SqueezePattern(x, pooled, fc1, fc2, act, name, [before, *reversed(nodes)])
+
+    def _act_of(self, node: Any) -> str | None:
+        """Return the activation that a node applies, if it does."""
+        called = isinstance(node, fx.Node) and node.op.startswith("call") and node.args
+        return self._act(node) if called else None
+
+    def _is_hardsigmoid(self, node: fx.Node) -> bool:
+        if node.target is F.hardsigmoid:
+            return len(node.args) == 1 and set(node.kwargs) <= {"inplace"}
+        return self._kind(node) == "hardsigmoid" and self._no_layer(node) is None
+
+    def _is_fc(self, node: Any) -> bool:
+        """Whether a node is a 1x1 convolution and nothing else."""
+        if self._kind(node) != "conv" or self._no_conv(node) is not None:
+            return False
+        conv = self.module(node)
+        return (conv.kernel_size, conv.stride, conv.padding, conv.groups) == (
+            (1, 1), (1, 1), (0, 0), 1,
+        )  # fmt: skip
+
+    def _mean_of(self, node: Any, x: fx.Node) -> bool | None:
+        """Whether a node is x's mean over h and w by pooling, or by mean; None: it is neither."""
+        if not isinstance(node, fx.Node) or not node.args or node.args[0] is not x:
+            return None
+        if self._kind(node) == "adaptive_pool":
+            ones = self.module(node).output_size in (1, (1, 1), [1, 1])
+            return True if ones and self._no_layer(node) is None else None
+        given = zip(("dim", "keepdim"), node.args[1:], strict=False)
+        options: dict[str, Any] = {**dict(given), **node.kwargs}
+        if node.target is F.adaptive_avg_pool2d:
+            size = options.pop("output_size", options.pop("dim", None))
+            return True if size in (1, (1, 1), [1, 1]) and not options else None
+        if node.target not in ("mean", torch.mean) or len(node.args) > 3:
+            return None
+        dim, keeps = options.pop("dim", ()), options.pop("keepdim", False)
+        plain = isinstance(dim, (tuple, list)) and not options and keeps is True
+        return False if plain and sorted(dim) in ([2, 3], [-2, -1]) else None
+
     # Chains
 
     def _chains(self) -> Iterator[ChainPattern]:
         steps = [s for node in self._graph.nodes if (s := self._step(node)) is not None]
         if self._folds:
             taken = {step.conv for step in steps}
+            taken |= self._used
             bare = [n for n in self._graph.nodes if self._kind(n) in CONVS and n not in taken]
             steps += [s for node in bare if (s := self._bare_step(node)) is not None]
             order = {node: i for i, node in enumerate(self._graph.nodes)}

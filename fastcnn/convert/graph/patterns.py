@@ -7,6 +7,7 @@
                      batch norm also with an addition
     ResizePattern    a resizing, also one whose output is concatenated with one tensor
     DropPattern      a dropout
+    SqueezePattern   squeeze-and-excitation: an image times gates made of its channels' means
 
 Each stands for layers, which then keep their own class, or for functions. Nodes of one pattern are
 consumed by nobody outside it but the last.
@@ -113,7 +114,28 @@ class DropPattern:
         return [x]
 
 
-Pattern = ChainPattern | LayerPattern | ResizePattern | DropPattern
+@dataclass
+class SqueezePattern:
+    """x * gate(fc2(act(fc1(mean of x)))), or x * gate(fc1(mean of x)).
+
+    pooled: the mean is adaptive_avg_pool2d's.
+    """
+
+    x: fx.Node
+    pooled: bool
+    fc1: fx.Node
+    fc2: fx.Node | None
+    act: str
+    gate: str
+    nodes: list[fx.Node]
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """What it reads."""
+        return [self.x]
+
+
+Pattern = ChainPattern | LayerPattern | ResizePattern | DropPattern | SqueezePattern
 
 # F.interpolate's arguments, in their order.
 INTERPOLATE = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")

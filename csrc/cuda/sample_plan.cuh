@@ -1,4 +1,5 @@
-// How the multi-pass kernels of group_norm_act cut a call over the GPU.
+// How kernels that walk the channels of each sample cut a call over the GPU: the multi-pass ones of
+// group_norm_act, and squeeze_excite.
 #pragma once
 
 #include "cuda/columns.cuh"
@@ -8,7 +9,7 @@
 namespace fastcnn {
 namespace {
 
-// How the multi-pass kernels cut a call: the tiles of all samples side by side in the grid.
+// The tiles of all samples side by side in the grid.
 struct SamplePlan {
   ColumnPlan columns;
   ImageShape sample;  // n = 1
