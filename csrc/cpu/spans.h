@@ -161,39 +161,6 @@ struct WideRows {
   int64_t last(int64_t task) const { return min(rows, first(task) + rows_per_task); }
 };
 
-// channels_last, sample by sample: the rows of each; `rest` elements, fewer than a row, follow the
-// last one as a part of its own.
-template <class T>
-struct SampleRows : WideRows {
-  int64_t n, size, parts;
-
-  explicit SampleRows(const ImageShape& shape)
-      : WideRows({1, shape.c, shape.hw, true}, sizeof(T), kLanes<Acc<T>>,
-                 ceil_div(kTasks / 4, shape.n)),
-        n(shape.n),
-        size(shape.c * shape.hw),
-        parts(max(1, tasks)) {}
-
-  // body(slot, first element, rows, length) for what belongs to a part.
-  template <class Body>
-  void for_each_span(int64_t part, Body body) const {
-    if (first(part) < rows) body(part, first(part) * wide, last(part) - first(part), wide);
-    if (part == parts - 1 && rest > 0) body(parts, rows * wide, int64_t{1}, rest);
-  }
-  int64_t slots() const { return parts + 1; }
-
-  // body(slot, first column, elements a column) for each slot and pixel of a wide row.
-  template <class Body>
-  void for_each_pixel(Body body) const {
-    for (int64_t slot = 0; slot < slots(); ++slot) {
-      const bool is_rest = slot == parts;
-      const int64_t count = is_rest ? 1 : max(0, last(slot) - first(slot));
-      if (count == 0) continue;
-      for (int64_t i = 0; i < (is_rest ? rest : wide); i += c) body(slot, slot * wide + i, count);
-    }
-  }
-};
-
 // NCHW: a task is one channel of a part of the batch; one part when there are channels enough.
 struct Planes {
   int64_t n, c, hw, parts, images_per_part, tasks, grain;

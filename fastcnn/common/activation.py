@@ -63,27 +63,3 @@ def eager_activation(z: Tensor, act: str, inplace: bool = False) -> Tensor:
         return z.sigmoid_() if inplace else z.sigmoid()
     run: Callable[..., Tensor] = getattr(F, act)  # named as they are here
     return run(z, inplace=inplace)
-
-
-def activation_backward(dy: Tensor, z: Tensor, act: str) -> Tensor:
-    """Return dy * act'(z), as PyTorch's backward of eager_activation(z, act)."""
-    aten = torch.ops.aten
-    match act:
-        case "none":
-            return dy
-        case "relu":
-            return aten.threshold_backward(dy, z, 0)
-        case "relu6":
-            return aten.hardtanh_backward(dy, z, 0, 6)
-        case "leaky_relu":
-            return aten.leaky_relu_backward(dy, z, 0.01, False)
-        case "silu":
-            return aten.silu_backward(dy, z)
-        case "gelu":
-            return aten.gelu_backward(dy, z)
-        case "sigmoid":
-            return aten.sigmoid_backward(dy, z.sigmoid())
-        case "hardswish":
-            return aten.hardswish_backward(dy, z)
-    act_number("activation_backward", act)  # raises, naming those there are
-    raise NotImplementedError(f"activation_backward: {act} has no derivative")

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from fastcnn.common.activation import Activation, act_number
 from fastcnn.common.checks import check_choice
 from fastcnn.functional import squeeze_excite
-from fastcnn.ops.squeeze_excite import GATES, Gate
+from fastcnn.ops.squeeze_excite import GATE_NUMBER, Gate
 
 
 class SqueezeExcite(nn.Module):
@@ -42,7 +42,7 @@ class SqueezeExcite(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         act_number("SqueezeExcite", act)
-        check_choice("SqueezeExcite", "gate", gate, GATES)
+        check_choice("SqueezeExcite", "gate", gate, GATE_NUMBER)
         super().__init__()
         self.fc1 = nn.Conv2d(channels, squeeze_channels, 1, device=device, dtype=dtype)
         self.fc2 = nn.Conv2d(squeeze_channels, channels, 1, device=device, dtype=dtype)

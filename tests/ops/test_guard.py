@@ -49,6 +49,7 @@ def run_all() -> None:
                     _, mean, var = ops.group_norm_act_fwd(x, w, b, groups, 1e-5, 4)
                     ops.group_norm_act_bwd(dy, x, w, b, guarded(mean), guarded(var), 1e-5, 4)
                 convolve_all(image)
+                squeeze_all(image)
                 _, mean, var = ops.pixel_norm_act_fwd(x, w, b, 1e-5, 1)
                 ops.pixel_norm_act_bwd(dy, x, w, b, guarded(mean), guarded(var), 1e-5, 1)
     for shape in [(1, 1, 1, 1), (3, 1, 5, 7), (1, 3, 1, 1), (2, 3, 5, 7), (1, 3, 40, 33)]:
@@ -73,6 +74,20 @@ def convolve_all(image: Tensor) -> None:
         dz = guarded(ops.depthwise_conv2d_bwd_act(y, x, weight, None, *window, 4))
         ops.depthwise_conv2d_bwd_data(dz, weight, h, w, *window, last)
         ops.depthwise_conv2d_bwd_weight(dz, x, kernel, kernel, *window)
+
+
+def squeeze_all(image: Tensor) -> None:
+    """With both products, of few and of many weights, and with one."""
+    ops, x, c = torch.ops.fastcnn, guarded(image), image.shape[1]
+    acc = torch.float64 if image.dtype is torch.float64 else torch.float32
+    for m in (None, 3, 1 + 2**19 // c):
+        fc1 = None if m is None else guarded(torch.rand(m, c, 1, 1, dtype=acc))
+        bias1 = None if m is None else guarded(torch.rand(m, dtype=acc))
+        fc2, bias2 = (torch.rand(c, *size, dtype=acc) for size in ((m or c, 1, 1), ()))
+        fcs = fc1, guarded(fc2)
+        forward = ops.squeeze_excite_fwd(x, fc1, bias1, fcs[1], guarded(bias2), 4, m is None)
+        y, _, z1, z2 = map(guarded, forward)
+        ops.squeeze_excite_bwd(y, x, *fcs, z1, z2, 4, m is None)
 
 
 def resize_all(image: Tensor) -> None:

@@ -67,7 +67,7 @@ FUNCTIONS = {
     "batch_norm_act": "BatchNormActFunction", "group_norm_act": "GroupNormActFunction",
     "LayerNorm2d": "GroupNormActFunction", "InstanceNormAct2d": "GroupNormActFunction",
     "conv_bn_act": "ConvBnActFunction", "depthwise_conv2d": "DepthwiseConv2dFunction",
-    "dropout": "DropoutFunction",
+    "dropout": "DropoutFunction", "squeeze_excite": "SqueezeExciteFunction",
     "interpolate": "UpsampleFunction", "upsample_conv2d": "UpsampleConv2dFunction",
     "converted": "ConvBnActFunction",
 }  # fmt: skip

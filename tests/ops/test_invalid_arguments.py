@@ -27,6 +27,7 @@ SEED = ["None", "no tensor", "a number", "bool", "complex", "other float", "anot
 SEED += ["sparse", "empty", "longer", "storage freed", "storage freed behind an offset"]
 SEED += ["storage halved", "storage without its last byte"]
 OPTIONAL = ("residual", "saved", "weight", "bias", "skip", "add")  # total is None already
+OPTIONAL += ("bias1", "bias2")
 OPTIONAL += ("in_weight", "in_bias", "out_weight", "out_bias")
 ALONE = {"other float", "another half", "meta", "empty", "shorter", "longer"}
 ALONE |= {"channel less", "column less", "the other layout"}

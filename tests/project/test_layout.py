@@ -11,6 +11,7 @@ from torch.utils._device import _device_constructors
 import fastcnn
 from fastcnn import _C, functional, info
 from fastcnn.common.activation import ACT_NUMBER
+from fastcnn.ops.squeeze_excite import GATE_NUMBER
 from fastcnn.ops.upsample.arguments import SAMPLING_NUMBER
 
 # Functions that have torch's name and not their op's, or are a second one of an op.
@@ -179,6 +180,14 @@ def test_activation_tables_agree() -> None:
     pairs = re.findall(r"k(\w+) = (\d+)", table[1])
     in_cpp = {re.sub(r"(?<!^)([A-Z])", r"_\1", name).lower(): int(n) for name, n in pairs}
     assert in_cpp == ACT_NUMBER
+
+
+def test_gate_tables_agree() -> None:
+    header = (ROOT / "csrc/squeeze_excite.h").read_text()
+    table = re.search(r"enum class Gate : int32_t \{(.*?)\};", header, re.DOTALL)
+    assert table is not None
+    found = re.findall(r"k(\w+) = (\d+)", table[1])
+    assert {name.lower(): int(n) for name, n in found} == GATE_NUMBER
 
 
 @pytest.mark.parametrize("name", OPERATORS)

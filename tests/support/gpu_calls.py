@@ -223,6 +223,13 @@ def _depthwise(x: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:
     return differentiated(forward, dy, x, weight)
 
 
+def _squeeze_excite(x: Tensor, fc1: Tensor, fc2: Tensor, dy: Tensor) -> list[Tensor]:
+    def forward(x: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
+        return functional.squeeze_excite(x, fc1, None, fc2, act="silu")
+
+    return differentiated(forward, dy, x, fc1, fc2)
+
+
 def _dropout_in_place(x: Tensor) -> list[Tensor]:
     return [functional.dropout(x.clone(), 0.3, inplace=True)]
 
@@ -281,6 +288,9 @@ CALLS = {
     "LayerNorm2d": Call(partial(_norm_inputs, (2, 48, 6, 5), _FP16, LAST), _pixel_norm),
     "InstanceNorm2d": Call(partial(_norm_inputs, (3, 8, 9, 7), _FP32, _NCHW), _instance_norm),
     "depthwise_conv2d": Call(_images((2, 16, 9, 7), (16, 1, 3, 3), (2, 16, 5, 4)), _depthwise),
+    "squeeze_excite": Call(
+        _images((2, 16, 9, 7), (6, 16, 1, 1), (16, 6, 1, 1), (2, 16, 9, 7)), _squeeze_excite
+    ),
     "dropout": Call(
         _images(*[(3, 8, 9, 7)] * 3, dtype=_BF16, layout=LAST), partial(_dropout, False)
     ),

@@ -61,6 +61,7 @@ IMAGE: dict[str, Callable[[Tensor], Any]] = {
 }
 CHANNELS: dict[str, Callable[[Tensor], Any]] = {"strided": lambda t: t.repeat_interleave(2)[::2]}
 NUMBERS: dict[str, list[Any]] = {
+    "gate": [-1, 2, 2**31, -(2**63), None, "sigmoid"],
     "act": [-1, 8, 2**31, -(2**63), 2**63 - 1, None, "relu"],
     "count": [1, 0, -5, -(2**63), None, "x"],  # without a total
     **{

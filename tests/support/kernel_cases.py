@@ -30,6 +30,7 @@ from fastcnn.functional import (
     dropout,
     group_norm_act,
     interpolate,
+    squeeze_excite,
 )
 from fastcnn.nn import LayerNorm2d
 from fastcnn.ops.conv2d.fused import (
@@ -105,6 +106,15 @@ def depthwise(kernel: int, layout: str, dtype: torch.dtype) -> None:
         back(depthwise_conv2d(x, weight, bias, stride, kernel // 2, act=act))  # type: ignore[arg-type]
 
 
+def squeezed(layout: str, dtype: torch.dtype) -> None:
+    x = image(2, 16, 5, 24, layout=layout, dtype=dtype)
+    fc1, fc2 = (torch.randn(*size, 1, 1, device=DEVICE) for size in ((6, 16), (16, 6)))
+    fc1, fc2 = fc1.requires_grad_(), fc2.requires_grad_()
+    bias1, bias2 = torch.randn(6, device=DEVICE), torch.randn(16, device=DEVICE)
+    back(squeeze_excite(x, fc1, bias1, fc2, bias2, act="silu"))
+    back(squeeze_excite(x, torch.randn(16, 16, 1, 1, device=DEVICE), gate="hardsigmoid"))
+
+
 def upsampled(mode: str, layout: str, dtype: torch.dtype) -> None:
     x = image(2, 8, 5, 7, layout=layout, dtype=dtype)
     skip = image(2, 8, 10, 14, layout=layout, dtype=dtype)
@@ -138,6 +148,7 @@ CUDA: dict[str, Callable[[], None]] = {
             "dropout by channel": partial(dropped, True),
             "depthwise 3x3": partial(depthwise, 3),
             "depthwise 4x4": partial(depthwise, 4),
+            "squeeze-and-excitation": squeezed,
             "bilinear": partial(upsampled, "bilinear"),
             "nearest": partial(upsampled, "nearest"),
         }.items()

@@ -17,7 +17,7 @@ OPERATORS = [
     "dropout_apply_", "group_norm_act_fwd", "group_norm_act_bwd", "pixel_norm_act_fwd",
     "pixel_norm_act_bwd", "depthwise_conv2d_fwd", "depthwise_conv2d_bwd_act",
     "depthwise_conv2d_bwd_data", "depthwise_conv2d_bwd_weight", "conv2d_winograd_fwd",
-    "conv2d_winograd_bwd_weight",
+    "conv2d_winograd_bwd_weight", "squeeze_excite_fwd", "squeeze_excite_bwd",
 ]  # fmt: skip
 PYTORCHS_OWN = ["clone_no_cse", "conv2d_relu"]  # under another name, with its checks
 OPERATORS += ["conv2d_bwd_weight"] * _C.has_bf16_dot()  # elsewhere it raises in any case
@@ -115,6 +115,14 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str, w: int = 4) -> dict
             return {"dy": image(), "x": image(), "kernel_h": 3, "kernel_w": 3, **how}
         call = {"x": image(), **given, "bias": c[1], **how, "act": 4}
         return call if op.endswith("fwd") else {"dy": image(), **call}
+    if op.startswith("squeeze_excite"):
+        fcs = [torch.ones(*size, 1, 1, dtype=acc) for size in ((5, 6), (6, 5))]
+        names = {"act": 4, "gate": 1}
+        if op.endswith("fwd"):
+            fc1 = {"x": image(), "fc1": fcs[0], "bias1": torch.ones(5, dtype=acc)}
+            return {**fc1, "fc2": fcs[1], "bias2": c[0], **names}
+        z = {"z1": torch.ones(2, 5, dtype=acc), "z2": torch.ones(2, 6, dtype=acc)}
+        return {"dy": image(), "x": image(), "fc1": fcs[0], "fc2": fcs[1], **z, **names}
     if op.startswith("conv2d_fused"):
         dtype = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
         layout = "channels_last"
@@ -164,6 +172,8 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str, w: int = 4) -> dict
 
 # Of an operator what else may be given in its place, each alone.
 OTHERS: dict[str, list[dict[str, Any]]] = {
+    "squeeze_excite_fwd": [{"gate": 0, "act": 1}],
+    "squeeze_excite_bwd": [{"gate": 0, "act": 1}],
     "batch_norm_act_bwd": [{"want_dresidual": False}, {"saved": None}],
     "batch_norm_act_reduce": [{"want_dresidual": False}, {"saved": None}],
     "batch_norm_act_dx": [{"saved": None}, {"training": False}],
@@ -188,6 +198,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "conv2d_int8_epilogue": {"residual": None},
     "upsample_fwd": {"skip": None},
     "depthwise_conv2d_fwd": {"bias": None},
+    "squeeze_excite_fwd": {"bias1": None, "bias2": None},
     "depthwise_conv2d_bwd_act": {"bias": None},
     **{
         op: {"residual": None, "weight": None, "bias": None}

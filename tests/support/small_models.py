@@ -25,6 +25,7 @@ from fastcnn.nn import (
     GroupNormAct,
     InstanceNormAct2d,
     LayerNorm2d,
+    SqueezeExcite,
     Upsample,
     conv_bn_act,
 )
@@ -206,6 +207,7 @@ SMALL: dict[str, Small] = {
     "conv_bn_act, low memory": Small(partial(_bottlenecks, "low")),
     "conv_bn_act, lowest memory": Small(partial(_bottlenecks, "lowest")),
     "depthwise_conv2d": Small(lambda: DepthwiseConv2d(4, 3, 2, 1, act="silu")),
+    "squeeze_excite": Small(lambda: SqueezeExcite(4, 3, act="silu")),
     "dropout": Small(Dropouts, gradient="twice"),
     "interpolate": Small(Decoder, ((2, 4, 4), (3, 8, 8))),
     "upsample_conv2d": Small(ConvOfUpsampled, ((32, 3, 4), (3, 6, 8))),

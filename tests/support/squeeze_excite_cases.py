@@ -131,19 +131,11 @@ class Value(NamedTuple):
     error: Tensor
 
 
-class _Forward(NamedTuple):
-    mean: Value
-    z1: Value
-    hidden: Value | None
-    z: Value
-    gate: Value
-
-
-def product(a: Value, b: Value, terms: int, dtype: torch.dtype) -> Value:
+def _product(a: Value, b: Value, dtype: torch.dtype) -> Value:
     """a @ b, with a sum's roundings over its terms."""
     size = a.value.abs() @ b.value.abs()
     through = a.error @ b.value.abs() + a.value.abs() @ b.error + a.error @ b.error
-    return Value(a.value @ b.value, through + walk(terms, dtype) * size)
+    return Value(a.value @ b.value, through + walk(a.value.shape[1], dtype) * size)
 
 
 def _exactly(t: Tensor) -> Value:
@@ -151,25 +143,40 @@ def _exactly(t: Tensor) -> Value:
 
 
 def _linear(t: Value, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Value:
-    z, error = product(t, _exactly(weight[:, :, 0, 0].t()), weight.shape[1] + 1, dtype)
+    z, error = _product(t, _exactly(weight[:, :, 0, 0].t()), dtype)
     if bias is None:
         return Value(z, error)
-    return Value(z + bias, error + walk(1, dtype) * bias.abs())
+    return Value(z + bias, error + walk(1, dtype) * (z.abs() + bias.abs()))
 
 
-def _forward(case: Case) -> _Forward:
-    """Each step with what it is off by: at most its steepest derivative times its input's."""
+def steps(case: Case) -> dict[str, Value]:
+    """What lies between x and y and, without dy's jumps, between dy and dx; each with its error.
+
+    A function's value is off by at most its steepest derivative times what its argument is off by.
+    """
     dtype, c = case.x.dtype, wide(case)
     pixels = c.x.shape[2:].numel()
     mean = Value(c.x.mean((2, 3)), walk(pixels, dtype) * c.x.abs().mean((2, 3)))
-    z = z1 = _linear(mean, c.fc1_weight, c.fc1_bias, dtype)
-    hidden = None
+    found = {"mean": mean}
+    into, fc, bias = mean, c.fc1_weight, c.fc1_bias
     if c.fc2_weight is not None:
+        z1 = found["z1"] = _linear(mean, c.fc1_weight, c.fc1_bias, dtype)
         h = ACTS[c.act](z1.value)
-        hidden = Value(h, STEEPEST * z1.error + walk(1, dtype) * h.abs())
-        z = _linear(hidden, c.fc2_weight, c.fc2_bias, dtype)
-    gate = GATES[c.gate](z.value)
-    return _Forward(mean, z1, hidden, z, Value(gate, z.error / 4 + walk(1, dtype) * gate))
+        into = found["hidden"] = Value(h, STEEPEST * z1.error + walk(1, dtype) * h.abs())
+        fc, bias = c.fc2_weight, c.fc2_bias
+    z2 = found["z2"] = _linear(into, fc, bias, dtype)
+    gate = GATES[c.gate](z2.value)
+    found["gate"] = Value(gate, z2.error / 4 + walk(1, dtype) * gate)
+
+    terms = c.dy * c.x
+    d = Value(terms.sum((2, 3)), walk(pixels, dtype) * terms.abs().sum((2, 3)))
+    bends = 0.1 if c.gate == "sigmoid" else 0.0
+    d = found["dz2"] = _times_derivative(d, z2, GATES[c.gate], 0.25, bends, dtype)
+    if c.fc2_weight is not None:
+        d = _product(d, _exactly(c.fc2_weight[:, :, 0, 0]), dtype)
+        d = found["dz1"] = _times_derivative(d, found["z1"], ACTS[c.act], STEEPEST, 1.0, dtype)
+    found["dmean"] = _product(d, _exactly(c.fc1_weight[:, :, 0, 0]), dtype)
+    return found
 
 
 def away_from_jumps(case: Case) -> Tensor:
@@ -177,12 +184,13 @@ def away_from_jumps(case: Case) -> Tensor:
 
     fc1's output reaches all channels: the cases' seeds keep it away from its activation's.
     """
-    made = _forward(case)
+    made = steps(case)
     if case.fc2_weight is not None:
-        assert not near_nondifferentiable(made.z1.value, case.act, made.z1.error).any()
+        z1 = made["z1"]
+        assert not near_nondifferentiable(z1.value, case.act, z1.error).any()
     if case.gate != "hardsigmoid":
         return case.dy
-    near = (made.z.value.abs() - 3).abs() <= made.z.error
+    near = (made["z2"].value.abs() - 3).abs() <= made["z2"].error
     return case.dy.masked_fill(near[:, :, None, None], 0)
 
 
@@ -200,28 +208,18 @@ def _times_derivative(
 
 def errors(case: Case) -> dict[str, Tensor]:
     """What each result may be off by before it is rounded into its dtype."""
-    dtype, c, f = case.x.dtype, wide(case), _forward(case)
-    n, pixels = c.x.shape[0], c.x.shape[2:].numel()
-    found = {"y": c.x.abs() * f.gate.error[:, :, None, None]}
-    found["y"] += walk(1, dtype) * c.x.abs()
-    terms = c.dy * c.x
-    d = Value(terms.sum((2, 3)), walk(pixels, dtype) * terms.abs().sum((2, 3)))
-    bends = 0.1 if c.gate == "sigmoid" else 0.0
-    d = _times_derivative(d, f.z, GATES[c.gate], 0.25, bends, dtype)
-
-    def linear(name: str, d: Value, t: Value, weight: Tensor) -> Value:
-        across = Value(d.value.t(), d.error.t())
-        found[f"d{name}_weight"] = product(across, t, n, dtype).error.view(weight.shape)
-        size = d.value.abs().sum(0)
-        found[f"d{name}_bias"] = d.error.sum(0) + walk(n, dtype) * size
-        return product(d, _exactly(weight[:, :, 0, 0]), weight.shape[0], dtype)
-
+    dtype, c, f = case.x.dtype, wide(case), steps(case)
+    found = {"y": c.x.abs() * (f["gate"].error + walk(1, dtype))[:, :, None, None]}
+    dmean, pixels = f["dmean"], c.x.shape[2:].numel()
+    shift = (dmean.error + walk(1, dtype) * dmean.value.abs())[:, :, None, None] / pixels
+    found["dx"] = c.dy.abs() * (f["gate"].error + walk(1, dtype))[:, :, None, None] + shift
+    layers = [("fc1", "dz2", "mean")]
     if c.fc2_weight is not None:
-        assert f.hidden is not None
-        d = linear("fc2", d, f.hidden, c.fc2_weight)
-        d = _times_derivative(d, f.z1, ACTS[c.act], STEEPEST, 1.0, dtype)
-    d = linear("fc1", d, f.mean, c.fc1_weight)
-    shift = d.value[:, :, None, None].abs() / pixels
-    found["dx"] = c.dy.abs() * f.gate.error[:, :, None, None] + d.error[:, :, None, None] / pixels
-    found["dx"] += walk(1, dtype) * (c.dy.abs() + shift)
+        layers = [("fc2", "dz2", "hidden"), ("fc1", "dz1", "mean")]
+    for name, dz, into in layers:
+        d = f[dz]
+        across = Value(d.value.t(), d.error.t())
+        found[f"d{name}_weight"] = _product(across, f[into], dtype).error[:, :, None, None]
+        size = d.value.abs().sum(0)
+        found[f"d{name}_bias"] = d.error.sum(0) + walk(d.value.shape[0], dtype) * size
     return found

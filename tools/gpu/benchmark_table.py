@@ -40,6 +40,7 @@ FLOORS = [
     ("bench_dropout", "", "", MEMORY_BOUND),
     ("bench_upsample", "test_doubled", "", MEMORY_BOUND),
     ("bench_upsample", "test_backward", "", [Floor(0.8, "copy"), Floor(5, "eager")]),
+    ("bench_squeeze_excite", "", "", [Floor(1.2, "eager")]),
     ("bench_depthwise_conv2d", "", "", [Floor(2, "eager")]),
     ("bench_conv_bn_act", "test_inference", "", [Floor(1.0)]),
     ("bench_conv2d_int8", "", "", [Floor(1.2, "eager")]),

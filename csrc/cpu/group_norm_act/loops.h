@@ -1,10 +1,11 @@
-// The loops of group_norm_act's CPU kernels, the numbers they read, and the order they run in.
+// The loops of group_norm_act's CPU kernels, and the numbers they read.
 #pragma once
 
 #include "cpu/dispatch.h"
 #include "cpu/norm.h"
 #include "cpu/parallel.h"
 #include "cpu/spans.h"
+#include "cpu/units.h"
 #include "group_norm_act.h"
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
@@ -178,50 +179,6 @@ struct ChannelSums {
     }
   }
 };
-
-// Runs prepare(space, unit), first(space, unit, part) for each part, merge(space, unit) and
-// second(space, unit, part) for each part. `space` numbers, zeroed, belong to a unit meanwhile.
-//
-// Where units come out even over the threads, one takes a unit through all of it, the second pass
-// from its end: what the first one has read is then in the cache, as far as it has room. Otherwise
-// threads share units part by part, and each pass goes over all of memory. Sums are the same.
-template <class S, class Prepare, class First, class Merge, class Second>
-void run_units(int64_t units, int64_t parts, int64_t space, int64_t elements, Prepare prepare,
-               First first, Merge merge, Second second) {
-  const int64_t threads = thread_count();
-  if (parts == 1 || units % threads == 0 || units >= 4 * threads) {
-    const int64_t per_task = ceil_div(units, 2 * kTasks), tasks = ceil_div(units, per_task);
-    const auto all = [&](int64_t task) {
-      const Scratch<S> own(space);
-      const int64_t last = min(units, (task + 1) * per_task);
-      for (int64_t unit = task * per_task; unit < last; ++unit) {
-        std::memset(static_cast<void*>(own.get()), 0, static_cast<size_t>(space) * sizeof(S));
-        prepare(own.get(), unit);
-        for (int64_t part = 0; part < parts; ++part) first(own.get(), unit, part);
-        merge(own.get(), unit);
-        for (int64_t part = parts - 1; part >= 0; --part) second(own.get(), unit, part);
-      }
-    };
-    return parallel_for(tasks, task_grain(tasks, elements), all);
-  }
-  const Scratch<S> spaces(units * space);
-  const auto of_unit = [&](auto body) {
-    const auto run = [&](int64_t unit) { body(spaces.get() + unit * space, unit); };
-    parallel_for(units, 1, run);
-  };
-  const auto of_part = [&](auto body) {
-    const auto run = [&](int64_t task) {
-      body(spaces.get() + task / parts * space, task / parts, task % parts);
-    };
-    parallel_for(units * parts, task_grain(units * parts, elements), run);
-  };
-  of_unit(prepare);
-  of_part(first);
-  of_unit(merge);
-  of_part(second);
-}
-
-const auto kNothing = [](auto*, int64_t) {};
 
 }  // namespace
 }  // namespace fastcnn::FASTCNN_CPU_LEVEL

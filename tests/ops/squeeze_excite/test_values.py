@@ -15,6 +15,7 @@ from fastcnn.nn import SqueezeExcite
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SMALL = Sizes(2, 5, 3, 4, 3, "small enough for gradcheck")
+LARGE = Sizes(3, 530, 3, 3, 141, "weights read once for all samples")
 ops = torch.ops.fastcnn
 
 
@@ -28,7 +29,7 @@ def check(case: cases.Case) -> None:
 @pytest.mark.every_level
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", [*SIZES, LARGE], ids=str)
 def test_against_float64(sizes: Sizes, dtype: torch.dtype, layout: str) -> None:
     case = made(sizes, dtype, layout)
     check(case)
@@ -83,21 +84,25 @@ def test_gradcheck(act: str, gate: str, layout: str) -> None:
         )
 
 
+@pytest.mark.every_level
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_kernels_have_the_same_bits_on_any_number_of_threads(
-    dtype: torch.dtype, layout: str
-) -> None:
+def test_the_same_bits_on_any_number_of_threads(dtype: torch.dtype, layout: str) -> None:
+    # Of the operators: the parameters' gradients are products of PyTorch's.
     threads = torch.get_num_threads()
     try:
-        for sizes in SIZES[5:]:
+        for sizes in [*SIZES[5:], LARGE]:
             case, found = made(sizes, dtype, layout), []
             dy = case.dy.contiguous(memory_format=LAYOUTS[layout])
+            fc1, bias1, fc2, bias2 = (None if t is None else t.float() for t in case[1:5])
+            if fc2 is None:
+                fc1, bias1, fc2, bias2 = None, None, fc1, bias1
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
-                mean = ops.squeeze_excite_mean(case.x)
-                scaled = ops.squeeze_excite_scale(case.x, mean, mean)
-                found.append([mean, scaled, ops.squeeze_excite_bwd_gate(dy, case.x)])
+                forward = ops.squeeze_excite_fwd(case.x, fc1, bias1, fc2, bias2, 4, 1)
+                _, _, z1, z2 = forward
+                backward = ops.squeeze_excite_bwd(dy, case.x, fc1, fc2, z1, z2, 4, 1)
+                found.append([*forward, *backward])
             for other in found[1:]:
                 assert all(map(torch.equal, found[0], other))
     finally:
@@ -142,7 +147,7 @@ def test_infinite_and_nan_values_stay_in_their_image(layout: str) -> None:
     for name in ("y", "dx"):
         assert torch.equal(found[name][1], clean[name][1])
         assert found[name][0].isnan().all()
-    mean = ops.squeeze_excite_mean(case.x)
+    mean = ops.squeeze_excite_fwd(case.x, *case[1:5], 1, 0)[1]
     assert mean[0, 0] == torch.inf
     assert mean[0, 32].isnan()
     assert mean.isfinite().sum() == mean.numel() - 2
