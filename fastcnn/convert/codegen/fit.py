@@ -144,23 +144,21 @@ def resize_unfit(x: Tensor, scale_factor: Any, mode: str, recomputes: bool | Non
     return None
 
 
-def squeeze_unfit(x: Tensor, fcs: Sequence[nn.Conv2d]) -> str | None:
-    """Say why squeeze-and-excitation by 1x1 convolutions is PyTorch's own, if so: its errors too.
+def squeeze_unfit(x: Tensor, c: int, parameters: Sequence[Tensor | None]) -> str | None:
+    """Say why squeeze-and-excitation of c channels is PyTorch's own, if so: its errors too.
 
     Autocast casts the gate, and the product of it and x is of the larger type.
     """
-    on = autocast_dtype(x)
-    if on is not None and x.dtype not in (on, torch.float32, torch.float64):
-        return f"its input is {x.dtype} where autocast casts to {on}"
-    if x.shape[1] != fcs[0].in_channels:
-        return f"its input has {x.shape[1]} channels beside {fcs[0].in_channels}"
-    for fc in fcs:
-        for t in (fc.weight, fc.bias):
-            if t is None:
-                continue
-            wide = on is not None and t.dtype is torch.float32 and x.dtype in HALVES
-            if (t.dtype is not x.dtype and not wide) or t.device != x.device:
-                return f"its weights are {t.dtype} on {t.device} beside {x.dtype} on {x.device}"
+    on, own = autocast_dtype(x), x.dtype
+    if on is not None and own not in (on, torch.float32, torch.float64):
+        return f"its input is {own} where autocast casts to {on}"
+    if x.shape[1] != c:
+        return f"its input has {x.shape[1]} channels beside {c}"
+    for t in parameters:
+        if t is None or (t.dtype is own and t.device == x.device):
+            continue
+        if on is None or t.dtype is not torch.float32 or own not in HALVES or t.device != x.device:
+            return f"its weights are {t.dtype} on {t.device} beside {own} on {x.device}"
     return None
 
 

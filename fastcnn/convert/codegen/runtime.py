@@ -246,12 +246,12 @@ def run_squeeze_excite(
     options: Options,
 ) -> Tensor:
     """Run squeeze-and-excitation; pooled: as written its mean is adaptive_avg_pool2d's."""
-    fcs = [fc for fc in (fc1, fc2) if fc is not None]
-    why = unfit(x, options) or squeeze_unfit(x, fcs)
+    second = (None, None) if fc2 is None else (fc2.weight, fc2.bias)
+    parameters = (fc1.weight, fc1.bias, *second)
+    why = unfit(x, options) or squeeze_unfit(x, fc1.in_channels, parameters)
     if why is None:
-        second = (None, None) if fc2 is None else (fc2.weight, fc2.bias)
-        return functional.squeeze_excite(x, fc1.weight, fc1.bias, *second, act=act, gate=gate)
-    refuse(fcs[-1], why, options)
+        return functional.squeeze_excite(x, *parameters, act=act, gate=gate)
+    refuse(fc1 if fc2 is None else fc2, why, options)
     z = fc1(F.adaptive_avg_pool2d(x, 1) if pooled else x.mean((2, 3), keepdim=True))
     z = z if fc2 is None else fc2(eager_activation(z, act))
     return x * (z.sigmoid() if gate == "sigmoid" else F.hardsigmoid(z))
