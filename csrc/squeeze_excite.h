@@ -18,16 +18,15 @@ namespace fastcnn {
 enum class Gate : int32_t { kSigmoid = 0, kHardsigmoid = 1 };
 constexpr int kGateCount = 2;
 
-// V is float or a vector of floats or doubles. A NaN comes through.
-template <class V>
-FASTCNN_HOST_DEVICE V gate_fwd(Gate gate, V z) {
-  if (gate == Gate::kSigmoid) {
-    V values[] = {z};
-    EachAct<V>::template fwd<Act::kSigmoid>(values);
-    return values[0];
+// Several values in place, each a float or a vector of floats or doubles. A NaN comes through.
+template <class V, int kCount>
+FASTCNN_HOST_DEVICE void gate_fwd(Gate gate, V (&z)[kCount]) {
+  if (gate == Gate::kSigmoid) return EachAct<V>::template fwd<Act::kSigmoid>(z);
+  const V zero = V{}, six = zero + 6, three = zero + 3;
+  for (int i = 0; i < kCount; ++i) {
+    const V moved = z[i] + three;
+    z[i] = (moved < zero ? zero : (moved > six ? six : moved)) * constant<V>(1.0 / 6);
   }
-  const V zero = V{}, six = zero + 6, moved = z + constant<V>(3);
-  return (moved < zero ? zero : (moved > six ? six : moved)) * constant<V>(1.0 / 6);
 }
 
 // d gate / dz times dgate; where it jumps 0, as PyTorch's.

@@ -349,7 +349,9 @@ void fwd(const SqueezeExciteFwdParams& p) {
           products.by_rows(fc2, bias2, hidden.get(), z2, c, m);
         }
         products.each(c, [&](int64_t i, int64_t count) {
-          store(gate.get() + i, gate_fwd(p.gate, load(z2 + i, count)), count);
+          Vec<S> values[] = {load(z2 + i, count)};
+          gate_fwd(p.gate, values);
+          store(gate.get() + i, values[0], count);
         });
       },
       [&](double*, int64_t sample, int64_t part) {
@@ -380,7 +382,9 @@ void bwd(const SqueezeExciteBwdParams& p) {
       [&](const Products<S>& products) {
         products.each(c, [&](int64_t i, int64_t count) {
           const Vec<S> z = load(z2 + i, count);
-          store(gate.get() + i, gate_fwd(p.gate, z), count);
+          Vec<S> values[] = {z};
+          gate_fwd(p.gate, values);
+          store(gate.get() + i, values[0], count);
           store(dz2 + i, gate_bwd(p.gate, load(dz2 + i, count), z), count);
         });
         if (fc1 == nullptr) return products.by_columns(fc2, dz2, dmean.get(), c, c);

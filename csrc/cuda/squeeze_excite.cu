@@ -152,7 +152,7 @@ struct Scaling {
 };
 
 template <class T, int kVector, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     squeeze_excite_scale_kernel(Scaling p, SamplePlan plan) {
   constexpr int kCount = kSlots<kVector, kChannelsLast>;
   Walk<kVector, kChannelsLast> walk(plan.sample, plan.columns, plan.tile());
@@ -161,7 +161,8 @@ __global__ void __launch_bounds__(kThreads)
   const float inverse = 1.f / static_cast<float>(p.hw);
   float gate[kCount], shift[kCount] = {};
 #pragma unroll
-  for (int s = 0; s < kCount; ++s) gate[s] = gate_fwd(p.gate, p.z2[at + s]);
+  for (int s = 0; s < kCount; ++s) gate[s] = p.z2[at + s];
+  gate_fwd(p.gate, gate);
   if (p.dmean != nullptr) {
 #pragma unroll
     for (int s = 0; s < kCount; ++s) shift[s] = p.dmean[at + s] * inverse;
