@@ -11,10 +11,10 @@
 // order. No atomics: the same bits from run to run. Variance: kUnroll values are summed, then
 // squared around their own mean, in registers; what follows is merged by Chan's formula. There is
 // never a difference of large squares.
-#include "cuda/sample_plan.cuh"
 #include "cuda/group_norm_act/one_pass.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/norm_coefficients.cuh"
+#include "cuda/sample_plan.cuh"
 #include "group_norm_act.h"
 
 namespace fastcnn {
