@@ -16,7 +16,7 @@ it once more, and dy * act'(z) in the same pass.
 Depthwise means one filter a channel: groups = c_in = c_out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -138,8 +138,15 @@ def depthwise_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, act: int = ACT_NUMBER["none"]
 ) -> Tensor:
     """Return act(conv2d(x, weight) + bias)."""
-    y: Tensor = _fwd(x, _weight_as_acc(x, weight), as_acc(x, bias), *window, act)
-    return y
+    return depthwise_calling(x, weight, bias, window, act)(x)
+
+
+def depthwise_calling(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, act: int
+) -> Callable[[Tensor], Tensor]:
+    """Return what computes it of images of x's dtype: the weight is converted once."""
+    arguments = _weight_as_acc(x, weight), as_acc(x, bias), *window, act
+    return lambda x: _fwd(x, *arguments)
 
 
 def depthwise_bwd(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastcnn.convert.codegen import fit, runtime
-from fastcnn.convert.codegen.folded import Kept, folded_chain, folded_upsampled_chain
+from fastcnn.convert.codegen.folded import FoldedChain, Kept, folded_upsampled_chain
 from fastcnn.convert.graph.guards import Compared, has_hooks
 from fastcnn.convert.graph.layers import Layers
 from fastcnn.convert.graph.matcher import Matcher
@@ -140,8 +140,8 @@ class _Emitter:
             # What converted code has made itself nobody else has seen.
             dies = p.residual_dies and (residual or x) in self._calls.values()
             shortcut = self._modules(p.residual) if isinstance(p.residual, tuple) else None
-            run = folded_chain(self._modules(p.steps), shortcut, dies, options)
-            return call(Kept(run), (x, residual))
+            chain = FoldedChain(self._modules(p.steps), shortcut, dies, options)
+            return call(Kept(chain), (x, residual))
         added = self._steps(p.residual) if isinstance(p.residual, tuple) else residual
         return call(runtime.run_chain, (x, self._steps(p.steps), added, options))
 

@@ -15,11 +15,11 @@ from fastcnn.ops.conv2d.aten import convolve
 from fastcnn.ops.conv2d.float32_products import LEAST, in_float32
 from fastcnn.ops.conv2d.onednn_workarounds import onednn_crashes, with_border
 from fastcnn.ops.conv2d.winograd import by_winograd, conv2d_winograd, transformed
-from fastcnn.ops.depthwise_conv2d import depthwise_fwd, is_depthwise
+from fastcnn.ops.depthwise_conv2d import depthwise_calling, is_depthwise
 
-_reorder = torch.ops.mkldnn._reorder_convolution_weight
 _convolution_pointwise = torch.ops.mkldnn._convolution_pointwise
 _convolution_pointwise_ = torch.ops.mkldnn._convolution_pointwise_
+_reorder = torch.ops.mkldnn._reorder_convolution_weight
 
 
 def _onednn_types() -> tuple[torch.dtype, ...]:
@@ -60,29 +60,68 @@ def weight_type(x: Tensor, weight: Tensor, g: ConvGeometry) -> torch.dtype:
     return torch.float32 if wide else x.dtype
 
 
-# x, the activation, the residual, whether it is of the caller's making, and may be written into
-Convolution = Callable[[Tensor, str, Tensor | None, bool, bool], Tensor]
+# PyTorch's own limit for one image, up to which its convolution leaves oneDNN alone.
+_FEW_ELEMENTS = 20480
 
 
-def prepared(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Convolution:
-    """Return convolve_onednn() of images as x, its weight laid out as the kernel reads it."""
+def leaves_onednn(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
+    """Whether a convolution without a residual is too small for what a call of oneDNN costs.
+
+    That is 37 us and more, of PyTorch's matrix product 6; up to these sizes it took 0.17 to 0.87 of
+    the time, activation included (ten 1x1 convolutions, one thread of a Xeon with AVX-512).
+    """
+    few = x.dtype is torch.float32 and x.shape[0] == 1 and x.numel() <= _FEW_ELEMENTS
+    return few and g == ConvGeometry() and weight.shape[2:] == (1, 1)
+
+
+def packed_onednn(x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
+    """Return a weight in oneDNN's layout for images like x, as it is where that is no use.
+
+    oneDNN's operator answers a packed one in channels_last, whatever x is in.
+    """
+    if memory_format_of(x) is not torch.channels_last or leaves_onednn(x, weight, g):
+        return weight
+    if onednn_crashes(x, weight, *g[:3]) or is_depthwise(x, weight, g.groups):
+        return weight  # which is given a border, and which is not oneDNN's
+    packed: Tensor = _reorder(weight, g.padding, g.stride, g.dilation, g.groups, list(x.shape))
+    return packed
+
+
+def convolving_onednn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, act: str
+) -> Callable[[Tensor], Tensor]:
+    """Return what computes act(conv2d(x)) of images like x: which kernel does is asked once."""
+    if is_depthwise(x, weight, g.groups):
+        return depthwise_calling(x, weight, bias, g[:3], ACT_NUMBER[act])
     if by_winograd(x, weight, g):
-        return of_transformed(transformed(weight), bias, g)
-    crashes = onednn_crashes(x, weight, g.stride, g.padding, g.dilation)
-    packs = memory_format_of(x) is torch.channels_last and not crashes
-    if packs and not is_depthwise(x, weight, g.groups):  # whose kernels know no packed weight
-        weight = _reorder(weight, g.padding, g.stride, g.dilation, g.groups, list(x.shape))
-    return lambda x, act, residual, own, into: convolve_onednn(
-        x, weight, bias, g, act, residual, own, into
+        u = transformed(weight)
+        return lambda x: conv2d_winograd(x, u, bias, g.padding, ACT_NUMBER[act])
+    if in_float32(x, weight, g):
+        like, wide = (
+            torch.empty_like(x, dtype=torch.float32),
+            None if bias is None else bias.float(),
+        )
+        inner = convolving_onednn(like, weight.float(), wide, g, act)
+        return lambda x: inner(x.float()).to(x.dtype)
+    if leaves_onednn(x, weight, g):
+        return lambda x: eager_activation(torch.conv2d(x, weight, bias), act, inplace=True)
+    if torch.compiler.is_compiling():
+        # It fuses plain operations by itself, and knows only half of what oneDNN's returns.
+        return lambda x: eager_activation(convolve(x, weight, bias, g), act, inplace=True)
+    if onednn_crashes(x, weight, *g[:3]):
+        return lambda x: _pointwise(*with_border(x, weight, g), weight, bias, act)
+    return lambda x: _pointwise(x, g, weight, bias, act)
+
+
+def _pointwise(x: Tensor, g: ConvGeometry, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+    stride, padding, dilation, groups = g
+    y: Tensor = _convolution_pointwise.default(
+        x, weight, bias, padding, stride, dilation, groups, *_EPILOGUES[act]
     )
+    return y
 
 
-def of_transformed(u: Tensor, bias: Tensor | None, g: ConvGeometry) -> Convolution:
-    """Return it of a weight that winograd.py has transformed."""
-    return lambda x, act, residual, own, _: _by_winograd(x, u, bias, g, act, residual, own)
-
-
-def _by_winograd(
+def add_by_winograd(
     x: Tensor,
     u: Tensor,
     bias: Tensor | None,
@@ -91,6 +130,7 @@ def _by_winograd(
     residual: Tensor | None,
     own: bool,
 ) -> Tensor:
+    """Return act(conv2d(x) + residual) of a weight that winograd.py has transformed."""
     if residual is not None and own:
         residual = in_format_of(residual, x)
     elif residual is not None:
@@ -112,26 +152,21 @@ def convolve_onednn(
 
     into: write it into the residual, where the kernel that adds can.
     """
-    depthwise = is_depthwise(x, weight, g.groups)
-    if depthwise and residual is None:
-        return depthwise_fwd(x, weight, bias, g[:3], ACT_NUMBER[act])
+    if residual is None:
+        return convolving_onednn(x, weight, bias, g, act)(x)
     if by_winograd(x, weight, g):
-        return _by_winograd(x, transformed(weight), bias, g, act, residual, own)
-    if not depthwise and in_float32(x, weight, g):
-        wide = [None if t is None else t.float() for t in (bias, residual)]
-        return convolve_onednn(x.float(), weight.float(), wide[0], g, act, wide[1], own).to(x.dtype)
+        return add_by_winograd(x, transformed(weight), bias, g, act, residual, own)
+    if not is_depthwise(x, weight, g.groups) and in_float32(x, weight, g):
+        wide = None if bias is None else bias.float()
+        added = residual.float()
+        return convolve_onednn(x.float(), weight.float(), wide, g, act, added, own).to(x.dtype)
     x, g = with_border(x, weight, g)
-    arguments = (weight, bias, g.padding, g.stride, g.dilation, g.groups)
-    if depthwise or torch.compiler.is_compiling():
-        # A compiler fuses plain operations by itself, and knows only half of what oneDNN's returns.
+    if torch.compiler.is_compiling() or is_depthwise(x, weight, g.groups):
         y = convolve(x, weight, bias, g)
-        if residual is not None:
-            if not own:
-                check_like("conv_bn_act", "residual", residual, y)
-            y += residual
+        if not own:
+            check_like("conv_bn_act", "residual", residual, y)
+        y += residual
         y = eager_activation(y, act, inplace=True)
-    elif residual is None:
-        y = _convolution_pointwise.default(x, *arguments, *_EPILOGUES[act])
     else:
         # In NCHW and with groups it adds in a pass of its own, whose ReLU does not know bfloat16.
         one_pass = memory_format_of(x) is torch.channels_last and g.groups == 1
@@ -139,6 +174,7 @@ def convolve_onednn(
         if single := residual.shape[2:] == (1, 1):
             # In channels_last torch 2.11 adds images of one pixel in place only.
             residual = residual.clone()
+        arguments = (weight, bias, g.padding, g.stride, g.dilation, g.groups)
         into = into and one_pass and residual.is_contiguous(memory_format=torch.channels_last)
         if into or single:
             y = _convolution_pointwise_.binary(residual, x, *arguments, "add", 1.0, relu, [], "")

@@ -23,6 +23,7 @@ what torch.compile, torch.export, torch.func, subclasses of Tensor and calls tha
 see: all these by conv_bn_act's own way.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,10 +33,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastcnn.common.activation import act_number
 from fastcnn.common.autocast import autocast_dtype, cast
-from fastcnn.common.checks import check_image, memory_format_of
+from fastcnn.common.checks import check_image
 from fastcnn.common.conv_geometry import padding_of
-from fastcnn.ops.conv2d.aten import max_pool
-from fastcnn.ops.conv2d.onednn import folds, of_transformed, prepared, weight_type
+from fastcnn.ops.conv2d.onednn import (
+    add_by_winograd,
+    convolve_onednn,
+    convolving_onednn,
+    folds,
+    packed_onednn,
+    weight_type,
+)
 from fastcnn.ops.conv2d.winograd import by_winograd, transformed
 from fastcnn.ops.conv_bn_act.inference import folded, norm_of_step
 from fastcnn.ops.conv_bn_act.inference_candidates import convolve_planned
@@ -44,14 +51,18 @@ from fastcnn.ops.conv_bn_act.problem import is_planned
 from fastcnn.ops.conv_bn_act.step import ConvBnActBlock, ConvBnActStep, StepSettings
 from fastcnn.ops.conv_bn_act.validate import check_block
 from fastcnn.ops.conv_bn_act.weight_cache import (
+    Attribute,
     Run,
     State,
     Tensors,
+    attributes_of,
     is_comparable,
     parameter_of,
 )
 
 _PLAIN = (Tensor, nn.Parameter)
+_OF_CONV = ("weight", "bias", "stride", "padding", "dilation", "groups")
+_OF_NORM = ("training", "running_mean", "running_var", "weight", "bias", "eps")
 
 
 class FoldedConv2d:
@@ -98,12 +109,24 @@ class FoldedConv2d:
         self, x: Tensor, residual: Tensor | None = None, residual_dies: bool = False
     ) -> Tensor:
         """Return act(norm(conv(x)) + residual)."""
-        tensors, numbers = self.read()
         dtype = autocast_dtype(x)
         x, residual = cast(x, dtype), cast(residual, dtype)
+        found = self.prepare(x, residual, dtype)
+        if found is None:
+            return self._without_cache(x, residual)
+        return found[1](x, residual, residual_dies)
+
+    def prepare(
+        self, x: Tensor, residual: Tensor | None, dtype: torch.dtype | None
+    ) -> tuple[State, Run] | None:
+        """Return what runs inputs like these, and for how long it may; None where nothing is kept.
+
+        dtype: autocast's, which they are of, None where it is off.
+        """
+        tensors, numbers = self.read()
         state = self.state_for(x, residual, tensors, numbers)
         if state is None:
-            return self._without_cache(x, residual, tensors)
+            return None
         layouts = x.is_contiguous(), x.is_contiguous(memory_format=torch.channels_last)
         key = (x.shape, x.dtype, x.device, dtype, layouts)
         known = state.runs.get(key)
@@ -115,15 +138,30 @@ class FoldedConv2d:
             or residual.device != x.device
             or list(residual.shape) != sizes
         ):
-            return self._without_cache(x, residual, tensors)  # which says so
-        return run(x, residual, residual_dies)
+            return None  # _without_cache says so
+        return state, run
+
+    def attributes(self) -> list[Attribute] | None:
+        """Return what read() reads, as it is now; None where that is not told by identity."""
+        conv = attributes_of(self.conv, _OF_CONV)
+        if conv is None or self.norm is None:
+            return conv
+        norm = attributes_of(self.norm, _OF_NORM)
+        return None if norm is None else conv + norm
 
     def state_for(
         self, x: Tensor, other: Tensor | None, tensors: Tensors, numbers: tuple[Any, ...]
     ) -> State | None:
         """Return what is kept for the modules as they are, None where nothing can be."""
-        if torch.compiler.is_compiling() or not _is_plain_inference(x, other, tensors):
+        images = (x,) if other is None else (x, other)
+        if torch.compiler.is_compiling() or not is_plain_inference(images):
             return None
+        grads = torch.is_grad_enabled()
+        for t in tensors:
+            if t is not None and (
+                type(t) not in _PLAIN or t.is_inference() or (grads and t.requires_grad)
+            ):
+                return None
         if not (folds(x) or is_planned(x)) or x.numel() == 0:
             return None
         state = self._state
@@ -162,9 +200,9 @@ class FoldedConv2d:
             mean, var, bn_weight, bn_bias, eps=eps, act=self.act,
         )  # fmt: skip
 
-    def _without_cache(self, x: Tensor, residual: Tensor | None, tensors: Tensors) -> Tensor:
+    def _without_cache(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Run it with nothing kept."""
-        return conv_bn_act(x, [self.step(tensors)], residual, "default")
+        return conv_bn_act(x, [self.step(self.read()[0])], residual, "default")
 
     def _keep(
         self, state: State, key: Any, x: Tensor, dtype: torch.dtype | None, tensors: Tensors
@@ -180,18 +218,21 @@ class FoldedConv2d:
         if is_planned(x):
             return lambda x, residual, _: convolve_planned(x, step, s, residual, False, state.kept)
         norm, g = norm_of_step(step), s.conv
-        how = step.weight, step.conv_bias, norm, weight_type(x, step.weight, g)
+        tensors = step.weight, step.conv_bias, norm, weight_type(x, step.weight, g)
         if by_winograd(x, step.weight, g):  # one for all sizes, four times the weight
-            u, bias = state.kept(_transformed, *how)
-            convolution = of_transformed(u, bias, g)
-        else:
-            packed = memory_format_of(x) is torch.channels_last
-            weight, bias = folded(*how) if packed else state.kept(folded, *how)
-            convolution = prepared(x, weight, bias, g)
+            u, bias = state.kept(_transformed, *tensors)
+            return lambda x, residual, _: add_by_winograd(x, u, bias, g, step.act, residual, False)
+        folded_weight, bias = folded(*tensors)
+        weight = packed_onednn(x, folded_weight, g)
+        if weight is folded_weight:  # for other sizes, too
+            weight, bias = state.kept(folded, *tensors)
+        alone = convolving_onednn(x, weight, bias, g, step.act)
 
         def run(x: Tensor, residual: Tensor | None, dies: bool) -> Tensor:
-            into = dies and residual is not None and _may_be_written(residual, x)
-            return max_pool(convolution(x, step.act, residual, False, into), s.pool)
+            if residual is None:
+                return alone(x)
+            into = dies and _may_be_written(residual, x)
+            return convolve_onednn(x, weight, bias, g, step.act, residual, False, into)
 
         return run
 
@@ -201,19 +242,12 @@ def _transformed(*how: Any) -> tuple[Tensor, Tensor]:
     return transformed(weight), bias
 
 
-def _is_plain_inference(x: Tensor, residual: Tensor | None, tensors: Tensors) -> bool:
-    """Whether these are tensors with data and counters, and no gradient is required."""
+def is_plain_inference(images: Iterable[Tensor]) -> bool:
+    """Whether these are tensors with data, and no gradient is required of them."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     grads = torch.is_grad_enabled()
-    images = (x,) if residual is None else (x, residual)
-    if any(type(t) not in _PLAIN or (grads and t.requires_grad) for t in images):
-        return False
-    return not any(
-        type(t) not in _PLAIN or t.is_inference() or (grads and t.requires_grad)
-        for t in tensors
-        if t is not None
-    )
+    return not any(type(t) not in _PLAIN or (grads and t.requires_grad) for t in images)
 
 
 def _may_be_written(residual: Tensor, x: Tensor) -> bool:

@@ -1,38 +1,42 @@
 """What conv2d_folded keeps, and for how long: as long as what it was made of is the same."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastcnn import _C
 from fastcnn._C import Snapshot
 from fastcnn.common.checks import check_storage
 
 Tensors = tuple[Tensor | None, ...]  # weight, bias, mean, var, weight and bias of the batch norm
 Run = Callable[[Tensor, Tensor | None, bool], Tensor]  # x, residual, whether that dies
 
-_MOST_SIZES = 4  # of inputs, that packed weights are kept for
+_PLAIN = (Tensor, int, float, str, tuple, type(None))
+MOST_SIZES = 4  # of inputs, that packed weights are kept for
 
 
-class Seen:
-    """A tensor as it was. Holds its storage, so that no other one gets this address."""
+def _as_seen(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """Return versions and memory of tensors: share_memory() and resize_() move a storage."""
+    return [(t._version, t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self._version = tensor, tensor._version
-        self._storage = tensor.untyped_storage()
-        self._place = self._place_of(tensor)
 
-    def is_still(self, t: Tensor | None) -> bool:
-        return t is self.tensor and t._version == self._version and self._place_of(t) == self._place
+Attribute = tuple[dict[str, Any], str, Any]  # where it lies, its name, its value
 
-    def _place_of(self, t: Tensor) -> tuple[Any, ...]:
-        """Which memory t is, and how much there is: share_memory() and resize_() move a storage."""
-        storage = self._storage
-        return (
-            t.data_ptr(), t.dtype, t.shape, t.stride(), storage.data_ptr(), storage.nbytes()
-        )  # fmt: skip
+
+def attributes_of(module: nn.Module, names: Sequence[str]) -> list[Attribute] | None:
+    """Return attributes as they are; None where one is computed, or can change in depth."""
+    inside = vars(module)
+    places = ("_parameters", "_buffers")
+    found: list[Attribute] = [(inside, place, inside[place]) for place in places]
+    for name in names:
+        holders = [held for held in (inside, *(inside[place] for place in places)) if name in held]
+        if not holders or not isinstance(holders[0][name], _PLAIN):
+            return None
+        found.append((holders[0], name, holders[0][name]))
+    return found
 
 
 def is_comparable(tensors: Tensors) -> bool:
@@ -60,31 +64,49 @@ def _snapshot(tensors: Tensors) -> Snapshot | None:
     return Snapshot(blocks, weight.data_ptr(), filters, size, weight.element_size())
 
 
+class Unchanged:
+    """Says whether modules, and the tensors that states were made of, are as they were."""
+
+    def __init__(self, states: Sequence["State"], attributes: Sequence[Attribute] = ()) -> None:
+        self._attributes = list(attributes)
+        self._tensors = [t for state in states for t in state.tensors]
+        self._seen = [seen for state in states for seen in state.seen]
+        self._snapshots = [state.snapshot for state in states if state.snapshot is not None]
+
+    def holds(self) -> bool:
+        """Say it, as far as one call looks at values."""
+        if self._attributes and _C.first_changed(self._attributes, None, 0) >= 0:
+            return False
+        if _as_seen(self._tensors) != self._seen:
+            return False
+        return all([snapshot.is_current() for snapshot in self._snapshots])  # each moves on
+
+
 class State:
     """What was made of tensors and numbers that have not changed since."""
 
     def __init__(self, tensors: Tensors, numbers: tuple[Any, ...]) -> None:
         names = ("weight", "bias", "running_mean", "running_var", "bn_weight", "bn_bias")
         check_storage("conv_bn_act", **dict(zip(names, tensors, strict=True)))
-        self.seen = [None if t is None else Seen(t) for t in tensors]
-        self._snapshot = _snapshot(tensors)
+        self._given = tensors
+        self.tensors = [t for t in tensors if t is not None]
+        # Held, so that no other tensor gets their addresses.
+        self._storages = [t.untyped_storage() for t in self.tensors]
+        self.seen = _as_seen(self.tensors)
+        self.snapshot = _snapshot(tensors)
         self.numbers = numbers
         self.runs: dict[Any, tuple[Run, list[int]]] = {}  # with the sizes of y
         self._lock = threading.Lock()
         self._made: dict[Any, Any] = {}
 
     def is_of(self, tensors: Tensors, numbers: tuple[Any, ...]) -> bool:
-        for seen, t in zip(self.seen, tensors, strict=True):
-            if t is not None if seen is None else not seen.is_still(t):
-                return False
-        if self.numbers != numbers:
-            return False
-        return self._snapshot is None or self._snapshot.is_current()
+        same = all(t is given for t, given in zip(tensors, self._given, strict=True))
+        return same and self.numbers == numbers and Unchanged([self]).holds()
 
     def keep(self, key: Any, run: Run, sizes: list[int]) -> tuple[Run, list[int]]:
         """Keep what inputs of a kind run, and the sizes of what they give."""
         with self._lock:
-            while len(self.runs) >= _MOST_SIZES:
+            while len(self.runs) >= MOST_SIZES:
                 del self.runs[next(iter(self.runs))]
             self.runs[key] = run, sizes
         return run, sizes

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from fastcnn.common.activation import eager_activation
 from fastcnn.common.autocast import autocast_dtype, cast
-from fastcnn.ops.conv2d.onednn import folds, prepared, weight_type
+from fastcnn.ops.conv2d.onednn import (
+    add_by_winograd,
+    convolve_onednn,
+    convolving_onednn,
+    folds,
+    packed_onednn,
+    weight_type,
+)
+from fastcnn.ops.conv2d.winograd import by_winograd, transformed
 from fastcnn.ops.conv_bn_act.folded import FoldedConv2d
 from fastcnn.ops.conv_bn_act.inference import folded, norm_of_step
 from fastcnn.ops.conv_bn_act.step import ConvBnActStep
@@ -94,17 +102,23 @@ def _run(
 ) -> Run:
     weight, bias = folded(step.weight, step.conv_bias, norm_of_step(step), torch.float32)
     ws, wz = split(weight, x.shape[1], concat_last)
-    of_x = prepared(x, wz.to(weight_type(x, wz, POINTWISE)), None, POINTWISE)
-    of_skip = None
+    winograd = False
+    wz = packed_onednn(x, wz.to(weight_type(x, wz, POINTWISE)), POINTWISE)
+    of_x = convolving_onednn(x, wz, None, POINTWISE, "none")
     if ws is not None and concat is not None:
-        dtype = weight_type(concat, ws, AROUND)
-        of_skip = prepared(concat, ws.to(dtype), bias.to(dtype), AROUND)
-    bias = bias.to(x.dtype)
+        ws = ws.to(weight_type(concat, ws, AROUND))
+        bias = bias.to(ws.dtype)
+        winograd = by_winograd(concat, ws, AROUND)
+        ws = transformed(ws) if winograd else packed_onednn(concat, ws, AROUND)
+    else:
+        bias = bias.to(x.dtype)
 
     def run(x: Tensor, concat: Tensor | None, _: bool) -> Tensor:
-        y: Tensor = upsample_taps_fwd(of_x(x, "none", None, True, False), *resize)
-        if of_skip is None or concat is None:
+        y: Tensor = upsample_taps_fwd(of_x(x), *resize)
+        if ws is None or concat is None:
             return eager_activation(y.add_(bias[:, None, None]), step.act, inplace=True)
-        return of_skip(concat, step.act, y, True, True)
+        if winograd:
+            return add_by_winograd(concat, ws, bias, AROUND, step.act, y, True)
+        return convolve_onednn(concat, ws, bias, AROUND, step.act, y, True, into=True)
 
     return run
