@@ -159,7 +159,7 @@ class Kept:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self.__name__ = self.__qualname__ = f"folded_chain_{next(_numbers)}"
+        self.__name__ = self.__qualname__ = f"chain_{next(_numbers)}"
         self._function = function
 
     def __call__(self, *args: Any) -> Any:

@@ -143,7 +143,7 @@ class _Emitter:
             chain = FoldedChain(self._modules(p.steps), shortcut, dies, options)
             return call(Kept(chain), (x, residual))
         added = self._steps(p.residual) if isinstance(p.residual, tuple) else residual
-        return call(runtime.run_chain, (x, self._steps(p.steps), added, options))
+        return call(Kept(runtime.Chain(options)), (x, self._steps(p.steps), added))
 
     def _value(self, node: fx.Node) -> fx.Node:
         """Return what now gives the value of a node."""

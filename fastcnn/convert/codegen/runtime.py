@@ -5,16 +5,19 @@ residual of other sizes) runs the modules one by one: fit.py says which, and why
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastcnn import functional
+from fastcnn import _C, functional
 from fastcnn.common.activation import eager_activation
 from fastcnn.common.autocast import autocast_dtype
 from fastcnn.common.conv_geometry import padding_of
+from fastcnn.common.overrides import has_torch_function_variadic
 from fastcnn.convert.codegen.fit import (
     Shortcut,
     StepModules,
@@ -31,6 +34,9 @@ from fastcnn.convert.graph.layers import DEPTHWISE, Layer, act_inside
 from fastcnn.convert.graph.patterns import INTERPOLATE
 from fastcnn.convert.options import Options
 from fastcnn.nn.batch_norm_act import running_statistics, step_momentum, uses_batch_statistics
+from fastcnn.ops.conv_bn_act.folded import OF_CONV
+from fastcnn.ops.conv_bn_act.interface import TrainingCall, training_call
+from fastcnn.ops.conv_bn_act.weight_cache import MOST_SIZES, Attribute, attributes_of
 from fastcnn.ops.depthwise_conv2d import is_depthwise, outruns_onednn
 from fastcnn.ops.group_norm_act import pixel_norm_act
 from fastcnn.ops.instance_norm_act import instance_norm_act
@@ -39,6 +45,11 @@ from fastcnn.ops.upsample_conv2d.interface import by_taps, resize_of, upsample_c
 # interpolate's arguments by name, or the module that has them.
 Resizing = nn.Upsample | dict[str, Any]
 _RESIZING = INTERPOLATE[1:]  # all but the input
+
+_OF_NORM = (
+    "training", "track_running_stats", "running_mean", "running_var", "num_batches_tracked",
+    "weight", "bias", "momentum", "eps",
+)  # fmt: skip
 
 
 def run_chain(
@@ -49,6 +60,101 @@ def run_chain(
         return one_by_one(x, steps, residual)
     added = residual if residual is None or isinstance(residual, Tensor) else _steps(residual)
     return functional.conv_bn_act(x, _steps(steps), added, memory=options.memory)
+
+
+class Training(NamedTuple):
+    """A chain's call in training, and as long as what it may be repeated."""
+
+    call: TrainingCall
+    attributes: list[Attribute]
+    parameters: list[Tensor]
+    seen: list[tuple[Any, ...]]  # of these, which .to() changes in place
+    counts: list[Tensor]  # of the batches
+
+    def holds(self) -> bool:
+        """Whether the modules are what they were."""
+        unchanged = _C.first_changed(self.attributes, None, 0) < 0
+        return unchanged and _kinds_of(self.parameters) == self.seen
+
+
+class Chain:
+    """run_chain() at one place of a model.
+
+    What was asked of the modules and of an input in training is asked again where they are others:
+    that was 150 of the 1030 us of a bottleneck's forward and backward (a Xeon with AVX-512).
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._known: dict[Any, Training] = {}
+
+    def __call__(self, x: Tensor, steps: Sequence[StepModules], residual: Shortcut) -> Tensor:
+        """Run the chain."""
+        added = residual if isinstance(residual, Tensor) else None
+        images = (x,) if added is None else (x, added)
+        if torch.compiler.is_compiling() or not _is_repeatable(images):
+            return run_chain(x, steps, residual, self._options)
+        shapes = [(t.shape, t.stride(), t.dtype) for t in images]
+        key = autocast_dtype(x), steps, residual if added is None else None, *shapes
+        known = self._known.get(key)
+        if known is None or not known.holds():
+            self._known.pop(key, None)
+            known = self._made(x, steps, residual)
+            if known is None:
+                return run_chain(x, steps, residual, self._options)
+            if len(self._known) >= MOST_SIZES:
+                self._known.clear()
+            self._known[key] = known
+        if known.counts:
+            torch._foreach_add_(known.counts, 1)
+        return known.call(x, added)
+
+    def _made(self, x: Tensor, steps: Sequence[StepModules], residual: Shortcut) -> Training | None:
+        """Return a call that can be repeated, None where none can."""
+        every = (*steps, *(residual if isinstance(residual, tuple) else ()))
+        attributes: list[Attribute] = []  # first: another thread may change them meanwhile
+        for conv, bn, _, pool in every:
+            of_step = _attributes_of(conv, bn, pool)
+            if of_step is None or not bn.training:
+                return None
+            attributes += of_step
+        if unfit(x, self._options) or residual_unfit(x, steps, residual):
+            return None
+        added: Any = _steps(residual, False) if isinstance(residual, tuple) else residual
+        call = training_call(x, _steps(steps, False), added, self._options.memory)
+        norms = [bn for _, bn, _, _ in every]
+        counts = [
+            bn.num_batches_tracked
+            for bn in norms
+            if bn.track_running_stats and bn.num_batches_tracked is not None
+        ]
+        read = [(conv.weight, conv.bias, bn.weight, bn.bias) for conv, bn, _, _ in every]
+        parameters = [t for tensors in read for t in tensors if t is not None]
+        return Training(call, attributes, parameters, _kinds_of(parameters), counts)
+
+
+def _is_repeatable(images: Sequence[Any]) -> bool:
+    """Whether a call with these may be repeated with others like them."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if has_torch_function_variadic(*images):
+        return False
+    return all([type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in images])
+
+
+def _attributes_of(conv: nn.Conv2d, bn: Any, pool: nn.MaxPool2d | None) -> list[Attribute] | None:
+    """Return what _step() reads, None where that differs from call to call."""
+    if not isinstance(bn, _BatchNorm) or isinstance(bn, nn.SyncBatchNorm) or bn.momentum is None:
+        return None
+    of_conv, of_norm = attributes_of(conv, OF_CONV), attributes_of(bn, _OF_NORM)
+    of_pool = [] if pool is None else attributes_of(pool, ("kernel_size", "stride", "padding"))
+    if of_conv is None or of_norm is None or of_pool is None:
+        return None
+    return of_conv + of_norm + of_pool
+
+
+def _kinds_of(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [(t.shape, t.dtype, t.device) for t in tensors]
 
 
 def runs_one_by_one(
@@ -272,12 +378,13 @@ def one_by_one(x: Tensor, steps: Sequence[StepModules], residual: Shortcut) -> T
     return x
 
 
-def _steps(steps: Sequence[StepModules]) -> list[functional.ConvBnActStep]:
-    return [_step(*step) for step in steps]
+def _steps(steps: Sequence[StepModules], counts: bool = True) -> list[functional.ConvBnActStep]:
+    """Return what the modules are now; counts: and count one more batch."""
+    return [_step(*step, counts) for step in steps]
 
 
 def _step(
-    conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str, pool: nn.MaxPool2d | None
+    conv: nn.Conv2d, bn: nn.BatchNorm2d, act: str, pool: nn.MaxPool2d | None, counts: bool
 ) -> functional.ConvBnActStep:
     moves = (conv.stride, padding_of(conv), conv.dilation)
     geometry: Any = (conv.weight, conv.bias, *moves, conv.groups)
@@ -285,16 +392,17 @@ def _step(
     if pool is not None:
         window: Any = (pool.kernel_size, pool.stride, pool.padding)
         pooling = functional.MaxPool(*window)
-    norm: Any = (*_batch_norm(bn), act, *_sharing(bn), pooling)
+    norm: Any = (*_batch_norm(bn, counts), act, *_sharing(bn), pooling)
     return functional.ConvBnActStep(*geometry, *norm)
 
 
-def _batch_norm(bn: Any) -> tuple[Any, ...]:
+def _batch_norm(bn: Any, counts: bool = True) -> tuple[Any, ...]:
     """Return running mean, running var, weight, bias, training, momentum and eps."""
-    if not isinstance(bn, nn.modules.batchnorm._BatchNorm):  # torchvision's frozen one
+    if not isinstance(bn, _BatchNorm):  # torchvision's frozen one
         return bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps
     fixed = (bn.weight, bn.bias, uses_batch_statistics(bn))
-    return *running_statistics(bn), *fixed, step_momentum(bn), bn.eps
+    momentum = step_momentum(bn) if counts else bn.momentum
+    return *running_statistics(bn), *fixed, momentum, bn.eps
 
 
 def _sharing(bn: nn.Module) -> tuple[bool, Any]:

@@ -24,6 +24,8 @@ def with_border(x: Tensor, weight: Tensor, g: ConvGeometry) -> tuple[Tensor, Con
 
     Not of the other side too: on AMX oneDNN errs in some convolutions of one column.
     """
+    if g.stride == g.dilation == (1, 1):  # most, and none of those: spared 3 us of each call
+        return x, g
     rows, columns = _padding_only(x, weight, g.stride, g.padding, g.dilation)
     if not rows and not columns:
         return x, g

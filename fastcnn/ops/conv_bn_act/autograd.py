@@ -2,12 +2,13 @@
 
 Its arguments are flat, since autograd sees only tensors among them: x, an outside residual, the
 blocks' settings, then six tensors for each step in the order in which the steps run (a block's
-shortcut before its steps), and what moves the running statistics (library.apply_moving). Its
-outputs are y, and for each step in that order what StepSettings.saved() names: what backward keeps
-must be an input or an output for torch.func. These have no gradient.
+shortcut before its steps), and the call. What backward keeps of each step in that order is what
+StepSettings.saved() names. Where the Function is traced or transformed it must be inputs and
+outputs: there the call is None, and these are outputs without a gradient beside y. Elsewhere the
+call has them, as each output takes 3 us.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.checks import check_like, in_format_of
 from fastcnn.common.conv_operands import Input
-from fastcnn.common.library import once_differentiable, positional
+from fastcnn.common.library import apply, distinct, once_differentiable, positional
 from fastcnn.ops.batch_norm_act.operators import (
     batch_norm_act_apply,
     batch_norm_act_fwd,
@@ -32,23 +33,48 @@ from fastcnn.ops.conv_bn_act.step import (
     leaves_norm,
 )
 
-Tensors = Iterator[Tensor | None]
+
+class Call:
+    """A call in eager mode: what it keeps for backward, and what moves the running statistics.
+
+    move is called before autograd saves a tensor: activation checkpointing ends its second forward
+    with the last one that is saved, and PyTorch's kernels have moved the statistics by then.
+    """
+
+    def __init__(self, move: Callable[[Sequence[Tensor]], None]) -> None:
+        self.move, self.kept = move, list[Tensor]()
+
+
+def run_blocks(
+    x: Tensor,
+    residual: Tensor | None,
+    settings: tuple[BlockSettings, ...],
+    tensors: Sequence[Tensor | None],
+    move: Callable[[Sequence[Tensor]], None],
+) -> Tensor:
+    """Run blocks, and move the running statistics by what they keep for backward."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        image, added, *tensors = distinct(x, residual, *tensors)
+        y, *kept = apply(ConvBnActFunction, image, added, settings, *tensors, None)
+        move(kept)
+        return y
+    return apply(ConvBnActFunction, x, residual, settings, *tensors, Call(move))
 
 
 def _steps_fwd(
     x: Tensor,
     residual: Tensor | None,
     steps: tuple[StepSettings, ...],
-    tensors: Tensors,
+    tensors: Sequence[Tensor | None],
     kept: list[Tensor],
     own: bool,
 ) -> Tensor:
     """Run a chain; own: the residual is of the block's making, not a tensor of the caller's."""
-    a, channels_last = Input(x), any_by_triton(steps)
+    a, by_triton = Input(x), any_by_triton(steps)
     for i, s in enumerate(steps):
-        weight, conv_bias, bn_weight, bn_bias, mean, var = (next(tensors) for _ in range(TENSORS))
+        weight, conv_bias, bn_weight, bn_bias, mean, var = tensors[i * TENSORS : (i + 1) * TENSORS]
         added = residual if i == len(steps) - 1 else None
-        leaves = leaves_norm(steps, i)
+        leaves = by_triton and leaves_norm(steps, i)
         assert weight is not None
         found: tuple[Tensor, ...] = ()
         if s.plan.fwd:
@@ -57,9 +83,7 @@ def _steps_fwd(
             found = tuple(stats) if statistics else ()
         else:
             raw = convolve(written(a), weight, conv_bias, s.conv)
-            if (
-                channels_last
-            ):  # an image of one channel is in both layouts, and PyTorch takes either
+            if by_triton:  # an image of one channel is in both layouts, and PyTorch takes either
                 raw = raw.contiguous(memory_format=torch.channels_last)
         if added is not None and own:
             added = in_format_of(added, raw)
@@ -85,37 +109,43 @@ def _steps_fwd(
         if s.pool is not None:
             pooled, indices = max_pool_with_indices(a.x, s.pool)
             a = Input(pooled)
-            kept += [indices] * s.saves_indices
-        kept += [a.x] * s.saves_output
+            if s.saves_indices:
+                kept.append(indices)
+        if s.saves_output:
+            kept.append(a.x)
     return a.x
 
 
 class ConvBnActFunction(torch.autograd.Function):
-    """y, then what is kept of each step. Backward of y."""
+    """y, and without a call what is kept of each step. Backward of y."""
 
     @staticmethod
     @positional
     def forward(
         x: Tensor, residual: Tensor | None, blocks: tuple[BlockSettings, ...], *args: Any
-    ) -> tuple[Tensor, ...]:
-        tensors = iter(args[:-1])
-        kept: list[Tensor] = []
+    ) -> tuple[Tensor, ...] | Tensor:
+        tensors, call, at = args[:-1], args[-1], 0
+        kept: list[Tensor] = [] if call is None else call.kept
         for block in blocks:
             added = residual
             if block.shortcut is not None:
-                added = _steps_fwd(x, None, block.shortcut, tensors, kept, own=True)
+                added = _steps_fwd(x, None, block.shortcut, tensors[at:], kept, own=True)
+                at += len(block.shortcut) * TENSORS
             # Dynamo of torch 2.11 cannot take a tuple for a truth value.
             own = block.shortcut is not None and len(block.shortcut) > 0
-            x = _steps_fwd(x, added, block.steps, tensors, kept, own)
-        return x, *kept
+            x = _steps_fwd(x, added, block.steps, tensors[at:], kept, own)
+            at += len(block.steps) * TENSORS
+        return (x, *kept) if call is None else x
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, residual, ctx.blocks, *tensors, move = inputs
-        y, *kept = output
-        if move is not None:
-            move(output)
-        ctx.mark_non_differentiable(*kept)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, residual, ctx.blocks, *tensors, call = inputs
+        if call is None:
+            y, *kept = output
+            ctx.mark_non_differentiable(*kept)
+        else:
+            y, kept = output, call.kept
+            call.move(kept)
         ctx.set_materialize_grads(False)
         ctx.has_residual = residual is not None
         last = ctx.blocks[-1]

@@ -216,23 +216,22 @@ class SavedBlock:
 def saved_blocks(blocks: tuple[BlockSettings, ...], saved: Sequence[Any]) -> list[SavedBlock]:
     """Undo setup_context's flattening: the tensors of all steps, then what forward returned."""
     count = sum(len(b.steps) + len(b.shortcut or ()) for b in blocks)
-    tensors, kept = iter(saved[: count * TENSORS]), iter(saved[count * TENSORS :])
-    first = FIRST
+    first, at = 0, count * TENSORS  # of the next step's tensors, and of what was kept of it
 
     def steps_of(settings: tuple[StepSettings, ...]) -> SavedSteps:
-        nonlocal first
-        steps = SavedSteps(settings, first)
+        nonlocal first, at
+        steps = SavedSteps(settings, FIRST + first)
         for s in settings:
-            step = SavedStep(*(next(tensors) for _ in range(TENSORS)))
-            for name in s.saved():
-                setattr(step, name, next(kept))
+            step, names = SavedStep(*saved[first : first + TENSORS]), s.saved()
+            for name, t in zip(names, saved[at : at + len(names)], strict=True):
+                setattr(step, name, t)
             steps.saved.append(step)
-        first += len(settings) * TENSORS
+            first, at = first + TENSORS, at + len(names)
         return steps
 
     found = []
     for block in blocks:
-        start = first
+        start = FIRST + first
         shortcut = None if block.shortcut is None else steps_of(block.shortcut)
         found.append(SavedBlock(block, steps_of(block.steps), shortcut, start))
     return found

@@ -61,7 +61,7 @@ from fastcnn.ops.conv_bn_act.weight_cache import (
 )
 
 _PLAIN = (Tensor, nn.Parameter)
-_OF_CONV = ("weight", "bias", "stride", "padding", "dilation", "groups")
+OF_CONV = ("weight", "bias", "stride", "padding", "dilation", "groups")
 _OF_NORM = ("training", "running_mean", "running_var", "weight", "bias", "eps")
 
 
@@ -143,7 +143,7 @@ class FoldedConv2d:
 
     def attributes(self) -> list[Attribute] | None:
         """Return what read() reads, as it is now; None where that is not told by identity."""
-        conv = attributes_of(self.conv, _OF_CONV)
+        conv = attributes_of(self.conv, OF_CONV)
         if conv is None or self.norm is None:
             return conv
         norm = attributes_of(self.norm, _OF_NORM)

@@ -36,13 +36,14 @@ runs them forward and backward, running.py moves the running statistics.
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from fastcnn.common.autocast import autocast_dtype, cast
 from fastcnn.common.checks import check_image, check_image_of
-from fastcnn.common.library import apply_moving, distinct
 from fastcnn.ops.conv2d.onednn import folds
-from fastcnn.ops.conv_bn_act.autograd import ConvBnActFunction
+from fastcnn.ops.conv_bn_act.autograd import run_blocks
+from fastcnn.ops.conv_bn_act.backward import TENSORS
 from fastcnn.ops.conv_bn_act.inference import convolve_folded, is_inference
 from fastcnn.ops.conv_bn_act.inference_candidates import convolve_planned
 from fastcnn.ops.conv_bn_act.planning import plan_blocks
@@ -73,14 +74,7 @@ def conv_bn_act(
     memory: Memory,
 ) -> Tensor:
     """One block: see fastcnn.functional.conv_bn_act."""
-    if isinstance(residual, Sequence):
-        return _run(x, None, {OP: ConvBnActBlock(steps, residual)}, memory)
-    if residual is not None and not isinstance(residual, Tensor):
-        raise TypeError(
-            f"{OP}: residual: expected a Tensor or a sequence of steps, "
-            f"got {type(residual).__name__}"
-        )
-    return _run(x, residual, {OP: ConvBnActBlock(steps)}, memory)
+    return _run(x, *_block_of(steps, residual), memory)
 
 
 def conv_bn_act_blocks(x: Tensor, blocks: Sequence[ConvBnActBlock], memory: Memory) -> Tensor:
@@ -97,13 +91,71 @@ def conv_bn_act_blocks(x: Tensor, blocks: Sequence[ConvBnActBlock], memory: Memo
     return x
 
 
-def _run(
-    x: Tensor, residual: Tensor | None, blocks: dict[str, ConvBnActBlock], memory: Memory
-) -> Tensor:
-    """Run blocks as one Function; their keys are what errors call them."""
-    check_memory(OP, memory)
+class TrainingCall:
+    """Checked blocks that run as one Function.
+
+    For inputs and a residual like those of the check, as long as the steps' tensors and numbers are
+    as they were then. dtype: autocast's.
+    """
+
+    def __init__(self, blocks: Sequence[CheckedBlock], dtype: torch.dtype | None) -> None:
+        steps = steps_of(blocks)
+        self._dtype = dtype
+        self._settings = tuple(block.settings() for block in blocks)
+        self._move = partial(update_running_statistics, steps)
+        self._tensors: list[Tensor | None] = []
+        for checked in steps:
+            weight, conv_bias = checked.given[:2]
+            norm = checked.given.bn_weight, checked.given.bn_bias, *statistics_of(checked)
+            self._tensors += weight, conv_bias, *norm
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Return the last block's output."""
+        dtype, tensors = self._dtype, self._tensors
+        if dtype is not None:  # of the convolutions: a weight and a bias each
+            x, residual = cast(x, dtype), cast(residual, dtype)
+            tensors = [
+                cast(t, dtype) if i % TENSORS < 2 else t for i, t in enumerate(self._tensors)
+            ]
+        return run_blocks(x, residual, self._settings, tensors, self._move)
+
+
+def training_call(
+    x: Tensor,
+    steps: Sequence[ConvBnActStep],
+    residual: Tensor | Sequence[ConvBnActStep] | None,
+    memory: Memory,
+) -> TrainingCall:
+    """Check a call of one block in training on the CPU, where nothing is planned."""
     dtype = autocast_dtype(x)
-    x, residual = cast(x, dtype), cast(residual, dtype)
+    added, blocks = _block_of(steps, residual)
+    checked = _check(cast(x, dtype), cast(added, dtype), blocks, dtype, memory)
+    return TrainingCall(_saving(checked, x, memory), dtype)
+
+
+def _block_of(
+    steps: Sequence[ConvBnActStep], residual: Tensor | Sequence[ConvBnActStep] | None
+) -> tuple[Tensor | None, dict[str, ConvBnActBlock]]:
+    """Return a residual from outside, and the block by what errors call it."""
+    if isinstance(residual, (tuple, list)):
+        return None, {OP: ConvBnActBlock(steps, residual)}
+    if residual is not None and not isinstance(residual, Tensor):
+        raise TypeError(
+            f"{OP}: residual: expected a Tensor or a sequence of steps, "
+            f"got {type(residual).__name__}"
+        )
+    return residual, {OP: ConvBnActBlock(steps)}
+
+
+def _check(
+    x: Tensor,
+    residual: Tensor | None,
+    blocks: dict[str, ConvBnActBlock],
+    dtype: torch.dtype | None,
+    memory: Memory,
+) -> list[CheckedBlock]:
+    """Check blocks whose input and residual are cast to autocast's dtype."""
+    check_memory(OP, memory)
     check_image(OP, "input", x)
     memory = level_on(x.device.type, memory)
     sizes, checked = list(x.shape), []
@@ -112,6 +164,16 @@ def _run(
         sizes = checked[-1].output
     if residual is not None:
         check_image_of(OP, "residual", residual, sizes, x)
+    return checked
+
+
+def _run(
+    x: Tensor, residual: Tensor | None, blocks: dict[str, ConvBnActBlock], memory: Memory
+) -> Tensor:
+    """Run blocks as one Function; their keys are what errors call them."""
+    dtype = autocast_dtype(x)
+    x, residual = cast(x, dtype), cast(residual, dtype)
+    checked = _check(x, residual, blocks, dtype, memory)
     if is_inference(x, [step.given for step in steps_of(checked)], residual):
         if folds(x):
             return _evaluate(x, residual, checked, convolve_folded)
@@ -119,18 +181,13 @@ def _run(
             return _evaluate(x, residual, checked, convolve_planned)
     if is_planned(x) and x.numel() > 0:
         checked = plan_blocks(checked, x)
-    if memory == "full":
-        checked = [saving_outputs(block) for block in checked]
-    steps = steps_of(checked)
-    tensors: list[Tensor | None] = []
-    for step in steps:
-        tensors += step.weight, step.conv_bias, step.given.bn_weight, step.given.bn_bias
-        tensors += statistics_of(step)
-    image, added, *tensors = distinct(x, residual, *tensors)
-    settings = tuple(block.settings() for block in checked)
-    move = partial(update_running_statistics, steps)
-    y, *_ = apply_moving(ConvBnActFunction, image, added, settings, *tensors, move=move)
-    return y
+    return TrainingCall(_saving(checked, x, memory), dtype)(x, residual)
+
+
+def _saving(blocks: list[CheckedBlock], x: Tensor, memory: Memory) -> list[CheckedBlock]:
+    """Return planned blocks that save what a memory level says."""
+    full = level_on(x.device.type, memory) == "full"
+    return [saving_outputs(block) for block in blocks] if full else blocks
 
 
 def _evaluate(

@@ -19,7 +19,9 @@ def plan_blocks(blocks: Sequence[CheckedBlock], x: Tensor) -> list[CheckedBlock]
         found: list[CheckedStep] = []
         for step in steps:
             before = found[-1].settings if found else None
-            plan = plan_step(step.settings, x, step.input, step.weight, before, wants_dx, trains)
+            plan = plan_step(
+                step.settings, x, step.input, step.given.weight, before, wants_dx, trains
+            )
             found.append(step._replace(settings=step.settings._replace(plan=plan)))
         return tuple(found)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastcnn.common.autocast import cast
 from fastcnn.ops.batch_norm_act.operators import fixed_statistics, update_running
 from fastcnn.ops.conv_bn_act.passes import leaves_out_bias
 from fastcnn.ops.conv_bn_act.validate import CheckedStep
@@ -15,20 +16,23 @@ def statistics_of(checked: CheckedStep) -> tuple[Tensor | None, Tensor | None]:
     if step.training:
         return None, None
     mean, var = fixed_statistics(step.running_mean, step.running_var)
-    if mean is not None and checked.conv_bias is not None and leaves_out_bias(checked.settings):
-        mean = mean - checked.conv_bias.detach()
+    if mean is not None and step.conv_bias is not None and leaves_out_bias(checked.settings):
+        mean = mean - cast(step.conv_bias.detach(), checked.dtype)
     return mean, var
 
 
-def update_running_statistics(steps: Sequence[CheckedStep], output: Sequence[Tensor]) -> None:
-    """Move the running statistics by what the Function has returned beside y."""
-    values = iter(output[1:])
+def update_running_statistics(steps: Sequence[CheckedStep], kept: Sequence[Tensor]) -> None:
+    """Move the running statistics by what the Function has kept of the steps."""
+    at = 0
     for checked in steps:
         step, settings = checked.given, checked.settings
-        saved = {name: next(values) for name in settings.saved()}
+        names = settings.saved()
         if settings.training:
-            mean, var, total = saved["mean"], saved["var"], saved.get("total")
-            if checked.conv_bias is not None and leaves_out_bias(settings):
-                mean = mean + checked.conv_bias.detach()
+            first = at + names.index("mean")
+            mean, var = kept[first : first + 2]
+            total = kept[first + 2] if "total" in names else None
+            if step.conv_bias is not None and leaves_out_bias(settings):
+                mean = mean + cast(step.conv_bias.detach(), checked.dtype)
             moved = step.running_mean, step.running_var
             update_running(*moved, mean, var, step.momentum, checked.values, total)
+        at += len(names)

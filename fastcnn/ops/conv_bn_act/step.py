@@ -1,5 +1,7 @@
 """One step of a conv_bn_act chain: what it takes, and what is asked of it."""
 
+import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -8,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastcnn.common.activation import ACT_NUMBER, act_number, derivative_needs_only_y
+from fastcnn.common.autocast import cast_dtype
 from fastcnn.common.checks import check_choice, check_flag, check_parameters
 from fastcnn.common.conv_geometry import (
     INTEGERS,
@@ -91,6 +94,14 @@ class StepPlan(NamedTuple):
     dw: bool = False
 
 
+_SAVED = ("raw",), ("mean", "var"), ("total",), ("indices",), ("output",)
+
+
+@functools.cache
+def _saved(*which: bool) -> tuple[str, ...]:
+    return sum(itertools.compress(_SAVED, which), ())
+
+
 class StepSettings(NamedTuple):
     """What is not a tensor in a step, as the Function takes it."""
 
@@ -105,13 +116,12 @@ class StepSettings(NamedTuple):
     saves_output: bool = False  # the next step's input: backward recomputes nothing of it
     plan: StepPlan = StepPlan()
 
-    def saved(self) -> list[str]:
-        """Return what the Function returns of a step for backward, in order."""
-        names = [] if self.recompute else ["raw"]
-        if self.training:
-            names += ["mean", "var"] if self.group is None else ["mean", "var", "total"]
-        names += ["indices"] * self.saves_indices
-        return names + ["output"] * self.saves_output
+    def saved(self) -> tuple[str, ...]:
+        """Return what the Function keeps of a step for backward, in order."""
+        has_total = self.training and self.group is not None
+        return _saved(
+            not self.recompute, self.training, has_total, self.saves_indices, self.saves_output
+        )
 
 
 def leaves_norm(steps: Sequence[StepSettings], i: int) -> bool:
@@ -162,21 +172,28 @@ _known: dict[tuple[Any, ...], Checked] = {}
 _MOST_KNOWN = 4096
 
 
-def check_step(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int], memory: str) -> Checked:
-    """Check a step whose input has these sizes and x's dtype.
+def check_step(
+    op: str,
+    step: ConvBnActStep,
+    x: Tensor,
+    sizes: list[int],
+    dtype: torch.dtype | None,
+    memory: str,
+) -> Checked:
+    """Check a step whose input has these sizes and x's dtype, and whose weights are cast to dtype.
 
     Returns the sizes of its convolution output, and of its output, which are others where it pools.
     """
     # Processes may join, groups are not to be kept, sizes may be symbols.
     if step.sync or step.process_group is not None or torch.compiler.is_compiling():
-        return _check_step(op, step, x, sizes, memory)
+        return _check_step(op, step, x, sizes, dtype, memory)
     try:
-        key = (*_seen_of(step), x.dtype, x.device, tuple(sizes), memory)
+        key = (*_seen_of(step), x.dtype, x.device, tuple(sizes), dtype, memory)
         found = _known.get(key)
     except (AttributeError, TypeError):  # no tensors, or a list, which has no hash
-        return _check_step(op, step, x, sizes, memory)
+        return _check_step(op, step, x, sizes, dtype, memory)
     if found is None:
-        found = _check_step(op, step, x, sizes, memory)
+        found = _check_step(op, step, x, sizes, dtype, memory)
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
         _known[key] = found
@@ -202,9 +219,16 @@ def _seen_of(step: ConvBnActStep) -> tuple[Any, ...]:
     return *of_weight, *of_buffers, *of_vectors, *plain, *map(type, plain)  # 1.0 == 1 == True
 
 
-def _check_step(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int], memory: str) -> Checked:
+def _check_step(
+    op: str,
+    step: ConvBnActStep,
+    x: Tensor,
+    sizes: list[int],
+    dtype: torch.dtype | None,
+    memory: str,
+) -> Checked:
     check_flag(op, "training", step.training)
-    c_in = _check_weights(op, step, x, sizes)
+    c_in = _check_weights(op, step, x, sizes, dtype)
     c_out, kernel = step.weight.shape[0], step.weight.shape[2:]
     pool, group = step.pool, group_of(op, step.sync, step.process_group)
     g = ConvGeometry(
@@ -243,7 +267,9 @@ def _check_step(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int], memor
     return s, out, out[:2] + pooled
 
 
-def _check_weights(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int]) -> int:
+def _check_weights(
+    op: str, step: ConvBnActStep, x: Tensor, sizes: list[int], dtype: torch.dtype | None
+) -> int:
     """Check the convolution's tensors against each other and x; return its input channels."""
     weight = step.weight
     if not isinstance(weight, Tensor):
@@ -270,8 +296,8 @@ def _check_weights(op: str, step: ConvBnActStep, x: Tensor, sizes: list[int]) ->
     for name, t in (("weight", weight), ("conv_bias", step.conv_bias)):
         if t is not None and not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name}: expected a Tensor, got {type(t).__name__}")
-        if t is not None and t.dtype != x.dtype:
-            raise TypeError(f"{op}: {name}: expected {x.dtype} as the input, got {t.dtype}")
+        if t is not None and (found := cast_dtype(t, dtype)) != x.dtype:
+            raise TypeError(f"{op}: {name}: expected {x.dtype} as the input, got {found}")
         if t is not None and t.device != x.device:
             raise ValueError(f"{op}: {name}: expected device {x.device}, got {t.device}")
     if step.conv_bias is not None and step.conv_bias.shape != (c_out,):

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcnn.common.autocast import cast
 from fastcnn.ops.conv_bn_act.step import (
     BlockSettings,
     ConvBnActBlock,
@@ -18,11 +17,10 @@ from fastcnn.ops.conv_bn_act.step import (
 
 
 class CheckedStep(NamedTuple):
-    """A step as it came, its weight and bias in autocast's type, and what was found out."""
+    """A step as it came, what its weight and bias are cast to, and what was found out."""
 
     given: ConvBnActStep
-    weight: Tensor
-    conv_bias: Tensor | None
+    dtype: torch.dtype | None
     settings: StepSettings
     input: list[int]  # sizes
     values: int  # of a channel of the convolution's output
@@ -114,12 +112,8 @@ def _chain(
     for i, step in enumerate(steps):
         if not isinstance(step, ConvBnActStep):
             raise TypeError(f"{op}: step {i}: expected a ConvBnActStep, got {type(step).__name__}")
-        weight, conv_bias = cast(step.weight, dtype), cast(step.conv_bias, dtype)
-        in_type = step
-        if dtype is not None:
-            in_type = step._replace(weight=weight, conv_bias=conv_bias)
-        settings, raw, out = check_step(f"{op}: step {i}", in_type, x, sizes, memory)
+        settings, raw, out = check_step(f"{op}: step {i}", step, x, sizes, dtype, memory)
         values = raw[0] * raw[2] * raw[3]
-        found.append(CheckedStep(step, weight, conv_bias, settings, sizes, values))
+        found.append(CheckedStep(step, dtype, settings, sizes, values))
         sizes = out
     return tuple(found), sizes
