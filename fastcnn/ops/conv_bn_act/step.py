@@ -1,7 +1,5 @@
 """One step of a conv_bn_act chain: what it takes, and what is asked of it."""
 
-import functools
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -94,14 +92,6 @@ class StepPlan(NamedTuple):
     dw: bool = False
 
 
-_SAVED = ("raw",), ("mean", "var"), ("total",), ("indices",), ("output",)
-
-
-@functools.cache
-def _saved(*which: bool) -> tuple[str, ...]:
-    return sum(itertools.compress(_SAVED, which), ())
-
-
 class StepSettings(NamedTuple):
     """What is not a tensor in a step, as the Function takes it."""
 
@@ -118,10 +108,11 @@ class StepSettings(NamedTuple):
 
     def saved(self) -> tuple[str, ...]:
         """Return what the Function keeps of a step for backward, in order."""
-        has_total = self.training and self.group is not None
-        return _saved(
-            not self.recompute, self.training, has_total, self.saves_indices, self.saves_output
-        )
+        names: tuple[str, ...] = () if self.recompute else ("raw",)
+        if self.training:
+            names += ("mean", "var") if self.group is None else ("mean", "var", "total")
+        names += ("indices",) if self.saves_indices else ()
+        return (*names, "output") if self.saves_output else names
 
 
 def leaves_norm(steps: Sequence[StepSettings], i: int) -> bool:
