@@ -61,3 +61,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_composite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let converted chains run the kernels for the small images of most tests, too."""
+    from fastcnn.ops.conv_bn_act import composite
+
+    monkeypatch.setattr(composite, "MOST_VALUES", {})

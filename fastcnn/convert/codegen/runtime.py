@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastcnn import _C, functional
 from fastcnn.common.activation import eager_activation
-from fastcnn.common.autocast import autocast_dtype
+from fastcnn.common.autocast import autocast_dtype, cast_dtype
 from fastcnn.common.conv_geometry import padding_of
 from fastcnn.common.overrides import has_torch_function_variadic
 from fastcnn.convert.codegen.fit import (
@@ -34,6 +34,7 @@ from fastcnn.convert.graph.layers import DEPTHWISE, Layer, act_inside
 from fastcnn.convert.graph.patterns import INTERPOLATE
 from fastcnn.convert.options import Options
 from fastcnn.nn.batch_norm_act import running_statistics, step_momentum, uses_batch_statistics
+from fastcnn.ops.conv_bn_act.composite import CompositeCall, too_small
 from fastcnn.ops.conv_bn_act.folded import OF_CONV
 from fastcnn.ops.conv_bn_act.interface import TrainingCall, training_call
 from fastcnn.ops.conv_bn_act.weight_cache import MOST_SIZES, Attribute, attributes_of
@@ -65,7 +66,7 @@ def run_chain(
 class Training(NamedTuple):
     """A chain's call in training, and as long as what it may be repeated."""
 
-    call: TrainingCall
+    call: TrainingCall | CompositeCall
     attributes: list[Attribute]
     parameters: list[Tensor]
     seen: list[tuple[Any, ...]]  # of these, which .to() changes in place
@@ -121,7 +122,13 @@ class Chain:
         if unfit(x, self._options) or residual_unfit(x, steps, residual):
             return None
         added: Any = _steps(residual, False) if isinstance(residual, tuple) else residual
-        call = training_call(x, _steps(steps, False), added, self._options.memory)
+        given = _steps(steps, False)
+        call: TrainingCall | CompositeCall
+        call = training_call(x, given, added, self._options.memory)
+        why = too_small(cast_dtype(x, autocast_dtype(x)), call.most_values())
+        if why is not None and self._options._replace(mode="train") == Options():
+            refuse(steps[-1][1], why, self._options)
+            call = CompositeCall(given, added if isinstance(residual, tuple) else None)
         norms = [bn for _, bn, _, _ in every]
         counts = [
             bn.num_batches_tracked

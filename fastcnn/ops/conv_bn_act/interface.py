@@ -100,7 +100,7 @@ class TrainingCall:
 
     def __init__(self, blocks: Sequence[CheckedBlock], dtype: torch.dtype | None) -> None:
         steps = steps_of(blocks)
-        self._dtype = dtype
+        self._steps, self._dtype = steps, dtype
         self._settings = tuple(block.settings() for block in blocks)
         self._move = partial(update_running_statistics, steps)
         self._tensors: list[Tensor | None] = []
@@ -108,6 +108,10 @@ class TrainingCall:
             weight, conv_bias = checked.given[:2]
             norm = checked.given.bn_weight, checked.given.bn_bias, *statistics_of(checked)
             self._tensors += weight, conv_bias, *norm
+
+    def most_values(self) -> int:
+        """Return how many values the largest convolution output has."""
+        return max(step.values * step.given.weight.shape[0] for step in self._steps)
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Return the last block's output."""
