@@ -65,7 +65,7 @@ _FEW_ELEMENTS = 20480
 
 
 def leaves_onednn(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
-    """Whether a convolution without a residual is too small for what a call of oneDNN costs.
+    """Whether a convolution is too small for what a call of oneDNN costs.
 
     That is 37 us and more, of PyTorch's matrix product 6; up to these sizes it took 0.17 to 0.87 of
     the time, activation included (ten 1x1 convolutions, one thread of a Xeon with AVX-512).
@@ -161,7 +161,8 @@ def convolve_onednn(
         added = residual.float()
         return convolve_onednn(x.float(), weight.float(), wide, g, act, added, own).to(x.dtype)
     x, g = with_border(x, weight, g)
-    if torch.compiler.is_compiling() or is_depthwise(x, weight, g.groups):
+    plain = is_depthwise(x, weight, g.groups) or leaves_onednn(x, weight, g)
+    if torch.compiler.is_compiling() or plain:
         y = convolve(x, weight, bias, g)
         if not own:
             check_like("conv_bn_act", "residual", residual, y)
