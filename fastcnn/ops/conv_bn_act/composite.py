@@ -4,10 +4,7 @@
     y   = act(batch_norm(conv(a)) + residual)
 
 ConvBnActFunction takes more Python than PyTorch's operators, which its kernels earn back where
-feature maps are larger. As fast as eager mode or faster by it, forward with backward: a tiny
-bottleneck 0.60 of eager's speed, this 0.91; basic blocks of [8, 16, 32, 32] 0.96 and 1.00, of
-[32, 16, 32, 32] 1.10 and 0.99; in bfloat16 of [8, 32, 16, 16] 1.17 (a Xeon with AVX-512 and BF16,
-one thread, beside other work).
+feature maps are larger: docs/performance.md, "Small feature maps".
 """
 
 from collections.abc import Sequence
@@ -20,7 +17,7 @@ from fastcnn.common.activation import eager_activation
 from fastcnn.ops.conv_bn_act.step import ConvBnActStep
 
 # Of the largest feature map, up to which this is faster. Of other dtypes nothing was measured.
-MOST_VALUES = {torch.float32: 1 << 17, torch.bfloat16: 1 << 15}
+MOST_VALUES = {torch.float32: 1 << 18, torch.bfloat16: 1 << 17}
 
 
 def too_small(dtype: torch.dtype, values: int) -> str | None:
