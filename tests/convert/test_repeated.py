@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcnn import convert, report
+from fastcnn.ops.conv2d import float32_products, winograd
 from fastcnn.ops.conv_bn_act import composite
+
+LAST = torch.channels_last
+
+
+@pytest.fixture(autouse=True)
+def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let bfloat16 be multiplied as it is, as on processors that are fast at it."""
+    monkeypatch.setattr(float32_products, "LEAST", {})
 
 
 def frames(run: Callable[[], Any]) -> int:
@@ -79,7 +88,15 @@ def test_frames_of_training(few_values: dict[torch.dtype, int]) -> None:
     assert counts[2] <= 2 * counts[0]  # 140
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+BF16 = pytest.param(
+    torch.bfloat16,
+    marks=pytest.mark.skipif(
+        not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here"
+    ),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_frames_of_inference(dtype: torch.dtype) -> None:
     eager, x = bottleneck().eval().to(dtype), image().to(dtype)
     model = convert(copy.deepcopy(eager), mode="infer")
@@ -153,6 +170,28 @@ def test_the_rule(few_values: dict[torch.dtype, int], capsys: pytest.CaptureFixt
     for kwargs in others:
         assert kernels(convert(bottleneck().train(), **kwargs), image())
     assert kernels(convert(bottleneck().train().double()), image().double())
+
+
+def test_convolutions_that_outrun_pytorchs_run_by_kernels(
+    few_values: dict[torch.dtype, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runs_by_kernels(kernel: int, groups: int = 1, dtype: torch.dtype = torch.float32) -> bool:
+        conv = nn.Conv2d(8, 8, kernel, 1, kernel // 2, groups=groups)
+        model = convert(nn.Sequential(conv, nn.BatchNorm2d(8)).to(memory_format=LAST).train())
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            return kernels(model, image(2, 8, 4, 4))
+
+    assert [runs_by_kernels(k, 8) for k in (3, 5, 7)] == [False, True, True]  # depthwise
+    assert not runs_by_kernels(3)
+    assert not runs_by_kernels(3, dtype=torch.bfloat16)
+    least = {torch.bfloat16: float32_products.Least(0, 0)}
+    monkeypatch.setattr(float32_products, "LEAST", least)
+    assert runs_by_kernels(3, dtype=torch.bfloat16)
+    assert not runs_by_kernels(1, dtype=torch.bfloat16)
+    monkeypatch.setattr(winograd, "LEAST_GAIN", 0.0)
+    monkeypatch.setattr(winograd, "_has_kernels", lambda: True)
+    assert runs_by_kernels(3)
+    assert not runs_by_kernels(1)
 
 
 CHANGES: dict[str, Callable[[Any], object]] = {

@@ -126,7 +126,8 @@ class Chain:
         call: TrainingCall | CompositeCall
         call = training_call(x, given, added, self._options.memory)
         why = too_small(cast_dtype(x, autocast_dtype(x)), call.most_values())
-        if why is not None and self._options._replace(mode="train") == Options():
+        automatic = self._options._replace(mode="train") == Options()
+        if why is not None and automatic and not call.outruns_pytorch(x):
             refuse(steps[-1][1], why, self._options)
             call = CompositeCall(given, added if isinstance(residual, tuple) else None)
         norms = [bn for _, bn, _, _ in every]

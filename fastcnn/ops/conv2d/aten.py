@@ -79,6 +79,17 @@ def convolve_bwd(
     return dx, more[0] if by_torch[1] else dweight, more[1] if by_torch[2] else dbias
 
 
+def outruns_pytorch(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
+    """Whether a convolution of images as x, in training, is made otherwise, and far faster.
+
+    docs/performance.md, "Small feature maps", has how much.
+    """
+    if is_depthwise(x, weight, g.groups):
+        return max(weight.shape[2:]) > 3
+    larger = max(weight.shape[2:]) > 1
+    return larger and (by_winograd(x, weight, g, transforms=1) or in_float32(x, weight, g))
+
+
 def _bias_gradient(dy: Tensor) -> Tensor:
     return dy.sum((0, 2, 3), dtype=acc_type(dy)).to(dy.dtype)
 

@@ -4,7 +4,8 @@
     y   = act(batch_norm(conv(a)) + residual)
 
 ConvBnActFunction takes more Python than PyTorch's operators, which its kernels earn back where
-feature maps are larger: docs/performance.md, "Small feature maps".
+feature maps are larger, or where a convolution of the chain is one that outruns_pytorch():
+docs/performance.md, "Small feature maps".
 """
 
 from collections.abc import Sequence

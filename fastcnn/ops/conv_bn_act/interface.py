@@ -35,12 +35,14 @@ runs them forward and backward, running.py moves the running statistics.
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcnn.common.autocast import autocast_dtype, cast
-from fastcnn.common.checks import check_image, check_image_of
+from fastcnn.common.checks import check_image, check_image_of, memory_format_of
+from fastcnn.ops.conv2d.aten import outruns_pytorch
 from fastcnn.ops.conv2d.onednn import folds
 from fastcnn.ops.conv_bn_act.autograd import run_blocks
 from fastcnn.ops.conv_bn_act.backward import TENSORS
@@ -112,6 +114,15 @@ class TrainingCall:
     def most_values(self) -> int:
         """Return how many values the largest convolution output has."""
         return max(step.values * step.given.weight.shape[0] for step in self._steps)
+
+    def outruns_pytorch(self, x: Tensor) -> bool:
+        """Whether a convolution is made in a way of ours that is far faster, for inputs as x."""
+        layout = memory_format_of(x) or torch.contiguous_format
+        like: Any = {"dtype": self._dtype or x.dtype, "device": x.device, "memory_format": layout}
+        return any(
+            outruns_pytorch(torch.empty(s.input, **like), s.given.weight, s.settings.conv)
+            for s in self._steps
+        )
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Return the last block's output."""

@@ -250,10 +250,10 @@ def test_the_rule() -> None:
     assert gain(8, 7, 7, 512, 512, 0) > gain(8, 7, 7, 512, 512, 1) > gain(1, 7, 7, 512, 512, 1)
     assert gain(8, 7, 7, 64, 64, 0) > gain(8, 7, 7, 64, 64, 0, transposes=True)
     assert gain(0, 7, 7, 512, 512, 0) == 0
-    # And where that leads, as measured: 1.24 and more, and less than 1.
-    for n, size, c, transforms in ((8, 7, 512, 1), (8, 56, 32, 1), (1, 56, 64, 0)):
+    # And where that leads, as measured: 1.39 and more, and a loss.
+    for n, size, c, transforms in ((8, 7, 512, 0), (8, 56, 32, 1), (8, 14, 96, 1)):
         assert gain(n, size, size, c, c, transforms) >= winograd.LEAST_GAIN
-    for n, size, c, transforms in ((1, 7, 512, 0), (8, 56, 8, 1), (8, 2, 512, 0)):
+    for n, size, c, transforms in ((1, 7, 512, 0), (8, 7, 576, 1), (8, 14, 48, 1)):
         assert gain(n, size, size, c, c, transforms) < winograd.LEAST_GAIN
 
 
