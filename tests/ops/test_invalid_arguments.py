@@ -62,6 +62,9 @@ VALID_HERE = {
         (op, "weight"): SOUND_STRIDES | {"the other layout"}
         for op in ("conv2d_fused", "conv2d_fused_bwd_input")
     },
+    **{("conv2d_winograd_bwd_weight", key): {"channel less"} for key in ("dy", "x")},
+    ("conv2d_winograd_fwd", "u"): SOUND_STRIDES,  # PyTorch's product reads it
+    ("squeeze_excite_fwd", "x"): ALONE - {"other float", "meta", "channel less"},
     ("upsample_fwd", "x"): {"channel less"},
     ("upsample_fwd", "skip"): {"channel less"},
     ("upsample_bwd", "dy"): ALONE - {"column less", "the other layout"},

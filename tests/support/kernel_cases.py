@@ -106,8 +106,8 @@ def depthwise(kernel: int, layout: str, dtype: torch.dtype) -> None:
         back(depthwise_conv2d(x, weight, bias, stride, kernel // 2, act=act))  # type: ignore[arg-type]
 
 
-def squeezed(layout: str, dtype: torch.dtype) -> None:
-    x = image(2, 16, 5, 24, layout=layout, dtype=dtype)
+def squeezed(sizes: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    x = image(*sizes, layout=layout, dtype=dtype)
     fc1, fc2 = (torch.randn(*size, 1, 1, device=DEVICE) for size in ((6, 16), (16, 6)))
     fc1, fc2 = fc1.requires_grad_(), fc2.requires_grad_()
     bias1, bias2 = torch.randn(6, device=DEVICE), torch.randn(16, device=DEVICE)
@@ -148,7 +148,8 @@ CUDA: dict[str, Callable[[], None]] = {
             "dropout by channel": partial(dropped, True),
             "depthwise 3x3": partial(depthwise, 3),
             "depthwise 4x4": partial(depthwise, 4),
-            "squeeze-and-excitation": squeezed,
+            "squeeze-and-excitation": partial(squeezed, (2, 16, 5, 24)),
+            "squeeze-and-excitation, split": partial(squeezed, (1, 16, 65, 64)),
             "bilinear": partial(upsampled, "bilinear"),
             "nearest": partial(upsampled, "nearest"),
         }.items()
