@@ -36,6 +36,15 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& to) {
   torch::stable::detail::to<Tensor>(stack[0]);  // `to` once more, whose reference is let go here
 }
 
+// u's memory without what autograd knows of it: an `out` may not depend on what requires a
+// gradient.
+Tensor plain(const Tensor& u) {
+  const int64_t sizes[] = {u.size(0), u.size(1), u.size(2)};
+  const int64_t strides[] = {u.stride(0), u.stride(1), u.stride(2)};
+  return torch::stable::from_blob(const_cast<void*>(u.const_data_ptr()), {sizes, 3}, {strides, 3},
+                                  u.device(), ScalarType::Float);
+}
+
 // Points of `count` tiles as matrices, one a point: [36, count, c].
 Tensor matrices(const Tensor& points, int64_t count, int64_t c, int64_t stride, bool transposed) {
   const int64_t sizes[] = {kWinogradPoints, transposed ? c : count, transposed ? count : c};
@@ -138,6 +147,7 @@ Tensor conv2d_winograd_fwd(const Tensor& x, const Tensor& u, const OptionalTenso
   const int64_t tiles = s.n * s.down * s.across, chunk = chunk_of(s, s.c + c_out);
   const int64_t stride = chunk * s.c + kApart;
   const Tensor points = floats(x, kWinogradPoints * stride);
+  const Tensor weight = plain(u);
   const Tensor products = floats(x, kWinogradPoints * chunk * c_out);
   p.points = static_cast<const float*>(products.const_data_ptr());
   for (int64_t first = 0; first < tiles; first += chunk) {
@@ -145,7 +155,7 @@ Tensor conv2d_winograd_fwd(const Tensor& x, const Tensor& u, const OptionalTenso
     s.first = p.tiles.first = first, s.count = p.tiles.count = count;
     read(s, dtype, false, image, points, stride);
     p.stride = count * c_out;
-    multiply(matrices(points, count, s.c, stride, false), u,
+    multiply(matrices(points, count, s.c, stride, false), weight,
              matrices(products, count, c_out, p.stride, false));
     conv2d_winograd_write_cpu(p);
   }
@@ -170,7 +180,7 @@ Tensor conv2d_winograd_bwd_weight(const Tensor& dy, const Tensor& x, int64_t pad
   if (x.numel() == 0 || dy.numel() == 0) return torch::stable::zero_(sum);
   const int64_t tiles = s.n * s.down * s.across;
   // Where the sums are large, more tiles at once: each chunk reads and writes them.
-  const int64_t chunk = chunk_of(s, s.c + c_out, 2 * kWinogradPoints * s.c * c_out * 4);
+  const int64_t chunk = chunk_of(s, s.c + c_out, 2 * kWinogradPoints * s.c * c_out * sizeof(float));
   const int64_t stride = chunk * s.c + kApart, stride_out = chunk * c_out + kApart;
   const Tensor points = floats(x, kWinogradPoints * stride);
   const Tensor points_out = floats(x, kWinogradPoints * stride_out);

@@ -1,6 +1,7 @@
 // squeeze_excite: y = x * gate(z2), with
-//   mean[n, c] = sum over h, w of x / hw     z1 = mean @ fc1.T + bias1     z2 = act(z1) @ fc2.T +
-//   bias2
+//   mean[n, c] = sum over h, w of x / hw
+//   z1 = mean @ fc1.T + bias1
+//   z2 = act(z1) @ fc2.T + bias2
 // or, without an fc1, z2 = mean @ fc2.T + bias2.
 // What the kernels of every device see: sizes, types and pointers. No torch header.
 #pragma once
@@ -29,7 +30,7 @@ FASTCNN_HOST_DEVICE void gate_fwd(Gate gate, V (&z)[kCount]) {
   }
 }
 
-// d gate / dz times dgate; where it jumps 0, as PyTorch's. A hardsigmoid's slope is PyTorch's too,
+// d gate / dz times dgate; where it jumps 0, as PyTorch's. A hardsigmoid's is PyTorch's too,
 // which has float32's 1 / 6 in float64: a converted network is compared with it to 1e-9.
 template <class V>
 FASTCNN_HOST_DEVICE V gate_bwd(Gate gate, V dgate, V z) {
@@ -62,8 +63,10 @@ struct SqueezeExciteFwdParams {
   void* y;            // [n, c, h, w] dtype, in x's layout
 };
 
-// dz2 = gate'(z2) * (sum over h, w of dy * x)     dz1 = act'(z1) * (dz2 @ fc2)     dmean = dz1 @
-// fc1 dx = dy * gate(z2) + dmean / hw
+// dz2 = gate'(z2) * (sum over h, w of dy * x)
+// dz1 = act'(z1) * (dz2 @ fc2)
+// dmean = dz1 @ fc1
+// dx = dy * gate(z2) + dmean / hw
 struct SqueezeExciteBwdParams {
   ImageShape shape;
   DType dtype;

@@ -20,8 +20,7 @@
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 namespace {
 
-// ---- an image's passes
-// ---------------------------------------------------------------------------
+// ---- an image's passes --------------------------------------------------------------------------
 
 // The term of a sum: x, or with a dy dy * x.
 template <class T, bool kDy>
@@ -200,8 +199,7 @@ struct PlaneImages {
   }
 };
 
-// ---- the products
-// --------------------------------------------------------------------------------
+// ---- the products -------------------------------------------------------------------------------
 
 template <class S>
 S dot(const S* a, const S* b, int64_t count) {

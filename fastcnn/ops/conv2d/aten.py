@@ -15,6 +15,7 @@ from fastcnn.ops.conv2d.float32_products import in_backward, in_float32
 from fastcnn.ops.conv2d.onednn_workarounds import onednn_overruns, with_border
 from fastcnn.ops.conv2d.weight_grad import conv2d_bwd_weight, has_conv2d_bwd_weight
 from fastcnn.ops.conv2d.winograd import (
+    STEP,
     by_winograd,
     conv2d_winograd,
     conv2d_winograd_bwd,
@@ -31,7 +32,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) ->
     """Return conv2d(x, weight, bias)."""
     if is_depthwise(x, weight, g.groups):
         return depthwise_fwd(x, weight, bias, g[:3])
-    if by_winograd(x, weight, g, transforms=1):
+    if by_winograd(x, weight, g, STEP):
         return conv2d_winograd(x, transformed(weight), bias, g.padding)
     if in_float32(x, weight, g):
         wide = None if bias is None else bias.float()
@@ -55,7 +56,7 @@ def convolve_bwd(
     if is_depthwise(x, weight, g.groups):
         dx, dweight, sums = depthwise_bwd(in_format_of(dy, x), x, weight, g[:3], want)
         return dx, dweight, None if sums is None else sums.to(dy.dtype)
-    if any(want[:2]) and by_winograd(x, weight, g, transforms=1):
+    if any(want[:2]) and by_winograd(x, weight, g, STEP):
         pair = conv2d_winograd_bwd(dy, x, weight, g.padding, want[:2])
         return *pair, _bias_gradient(dy) if want[2] else None
     if in_float32(x, weight, g, backward=True):
@@ -87,7 +88,7 @@ def outruns_pytorch(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
     if is_depthwise(x, weight, g.groups):
         return max(weight.shape[2:]) > 3
     larger = max(weight.shape[2:]) > 1
-    return larger and (by_winograd(x, weight, g, transforms=1) or in_float32(x, weight, g))
+    return larger and (by_winograd(x, weight, g, STEP) or in_float32(x, weight, g))
 
 
 def _bias_gradient(dy: Tensor) -> Tensor:

@@ -61,10 +61,15 @@ LEAST = _least()
 _convert = torch.ops.prims.convert_element_type.default
 
 
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether this processor is slower at a half type than at float32."""
+    return dtype in LEAST
+
+
 @constant_result
 def is_exporting() -> bool:
     """Whether a program is being made, which other processors run too."""
-    return torch.compiler.is_exporting()
+    return torch.compiler.is_exporting() or torch.jit._trace.is_tracing()
 
 
 def in_backward(t: Tensor) -> Tensor:

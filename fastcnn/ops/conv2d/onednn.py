@@ -12,9 +12,9 @@ from fastcnn.common.activation import ACT_NUMBER, eager_activation
 from fastcnn.common.checks import check_format, check_like, in_format_of, memory_format_of
 from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.ops.conv2d.aten import convolve
-from fastcnn.ops.conv2d.float32_products import LEAST, in_float32
+from fastcnn.ops.conv2d.float32_products import in_float32, is_slow
 from fastcnn.ops.conv2d.onednn_workarounds import onednn_crashes, with_border
-from fastcnn.ops.conv2d.winograd import by_winograd, conv2d_winograd, transformed
+from fastcnn.ops.conv2d.winograd import EACH_CALL, by_winograd, conv2d_winograd, transformed
 from fastcnn.ops.depthwise_conv2d import depthwise_calling, is_depthwise
 
 _convolution_pointwise = torch.ops.mkldnn._convolution_pointwise
@@ -26,7 +26,7 @@ def _onednn_types() -> tuple[torch.dtype, ...]:
     if not torch.backends.mkldnn.is_available():
         return ()
     bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return (torch.float32, *([torch.bfloat16] if bf16 else []), *LEAST)
+    return (torch.float32, *([torch.bfloat16] if bf16 else []))
 
 
 # Asked once: torch.compile cannot trace the questions.
@@ -49,15 +49,13 @@ def folds(x: Tensor) -> bool:
     """Whether oneDNN runs a step in inference as one convolution: its types on this processor."""
     if x.device.type != "cpu" or torch.compiler.is_exporting():
         return False
-    return x.dtype in _ONEDNN_TYPES
+    return x.dtype in _ONEDNN_TYPES or (torch.float32 in _ONEDNN_TYPES and is_slow(x.dtype))
 
 
 def weight_type(x: Tensor, weight: Tensor, g: ConvGeometry) -> torch.dtype:
-    """Return the type in which convolve_onednn() reads a weight and a bias, and need not cast."""
-    if is_depthwise(x, weight, g.groups):
-        return x.dtype
-    wide = by_winograd(x, weight, g) or in_float32(x, weight, g)
-    return torch.float32 if wide else x.dtype
+    """Return the type in which a convolution reads a weight and a bias, and need not cast them."""
+    own = is_depthwise(x, weight, g.groups)
+    return torch.float32 if not own and in_float32(x, weight, g) else x.dtype
 
 
 # PyTorch's own limit for one image, up to which its convolution leaves oneDNN alone.
@@ -70,8 +68,10 @@ def leaves_onednn(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
     That is 37 us and more, of PyTorch's matrix product 6; up to these sizes it took 0.17 to 0.87 of
     the time, activation included (ten 1x1 convolutions, one thread of a Xeon with AVX-512).
     """
-    few = x.dtype is torch.float32 and x.shape[0] == 1 and x.numel() <= _FEW_ELEMENTS
-    return few and g == ConvGeometry() and weight.shape[2:] == (1, 1)
+    few = x.shape[0] == 1 and x.numel() <= _FEW_ELEMENTS
+    if not few or g != ConvGeometry() or weight.shape[2:] != (1, 1):
+        return False
+    return weight_type(x, weight, g) is torch.float32
 
 
 def packed_onednn(x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
@@ -93,7 +93,7 @@ def convolving_onednn(
     """Return what computes act(conv2d(x)) of images like x: which kernel does is asked once."""
     if is_depthwise(x, weight, g.groups):
         return depthwise_calling(x, weight, bias, g[:3], ACT_NUMBER[act])
-    if by_winograd(x, weight, g):
+    if by_winograd(x, weight, g, EACH_CALL):
         u = transformed(weight)
         return lambda x: conv2d_winograd(x, u, bias, g.padding, ACT_NUMBER[act])
     if in_float32(x, weight, g):
@@ -154,7 +154,7 @@ def convolve_onednn(
     """
     if residual is None:
         return convolving_onednn(x, weight, bias, g, act)(x)
-    if by_winograd(x, weight, g):
+    if by_winograd(x, weight, g, EACH_CALL):
         return add_by_winograd(x, transformed(weight), bias, g, act, residual, own)
     if not is_depthwise(x, weight, g.groups) and in_float32(x, weight, g):
         wide = None if bias is None else bias.float()

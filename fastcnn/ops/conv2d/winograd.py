@@ -13,7 +13,9 @@ they stay in a cache. Saved for backward: what the convolution's caller saves, x
 
 The points are 0, 3/4, -3/4, 4/3, -4/3 and infinity. Where 0, 1, -1, 2, -2 make 2.7 to 4.1 times the
 error of oneDNN's direct sums (root mean square over 2x24x24 outputs of 64 to 512 channels, all
-normal), these make 1.4 to 2.2 times. An infinity or NaN in x reaches all of the tiles that read it.
+normal), these make 1.4 to 2.2 times. A tile's error is that of its largest value, where a direct
+sum has that of its own terms: beside one value of 1e6 others are off by 0.1. An infinity or NaN in
+x reaches all of the tiles that read it.
 With FASTCNN_WINOGRAD=off in the environment oneDNN makes them.
 
 PyTorch's time over this, 8 images in channels_last, 2 cores of a Xeon (model 207), torch 2.13, in
@@ -49,12 +51,13 @@ from torch import Tensor
 
 from fastcnn import _C
 from fastcnn.common.activation import ACT_NUMBER
+from fastcnn.common.autocast import without_autocast
 from fastcnn.common.checks import in_format_of, memory_format_of
 from fastcnn.common.constant_result import constant_result
 from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.common.dtypes import new_image
 from fastcnn.common.library import declare
-from fastcnn.ops.conv2d.float32_products import LEAST, is_exporting
+from fastcnn.ops.conv2d.float32_products import is_exporting, is_slow
 
 _POINTS = (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(4, 3), Fraction(-4, 3))
 _STEP, _KERNEL = 4, 3
@@ -79,13 +82,13 @@ def _sum_rows() -> list[list[Fraction]]:
     return [[*(q**k for q in _POINTS), Fraction(int(k == _KERNEL - 1))] for k in range(_KERNEL)]
 
 
-def _both_ways(rows: Sequence[Sequence[Fraction]]) -> Tensor:
+def _both_ways(rows: Sequence[Sequence[Fraction]]) -> list[list[float]]:
     """Return what is applied to a matrix row by row, column by column, as one matrix."""
-    m = torch.tensor([[float(v) for v in row] for row in rows], dtype=torch.float64, device="cpu")
-    return torch.kron(m, m).float()
+    return [[float(a * b) for a in left for b in right] for left in rows for right in rows]
 
 
-_WEIGHT, _SUM = _both_ways(_weight_rows()), _both_ways(_sum_rows())  # [36, 9], [9, 36]
+# [36, 9], [9, 36]; lists, since of what a trace sees a tensor would be none.
+_WEIGHT, _SUM = _both_ways(_weight_rows()), _both_ways(_sum_rows())
 
 
 def _fwd_fake(
@@ -135,20 +138,24 @@ def _has_kernels() -> bool:
     return _WANTED and _C.cpu_capability() != "baseline"
 
 
-def by_winograd(x: Tensor, weight: Tensor, g: ConvGeometry, transforms: int = 0) -> bool:
-    """Whether a convolution of x is made so.
+# Transforms of the weight that a call makes: of one that is kept, in a training step for each of
+# forward and backward, and where inference folds a batch norm into it each time, whose copies cost
+# as much: with 512 channels on 49 to 196 pixels those calls took 1.3 to 3 times the direct ones'.
+KEPT, STEP, EACH_CALL = 0, 1, 3
 
-    transforms: of the weight, that each call makes.
-    """
+
+def by_winograd(x: Tensor, weight: Tensor, g: ConvGeometry, transforms: int) -> bool:
+    """Whether a convolution of x is made so; transforms: KEPT, STEP or EACH_CALL."""
     c_out, c_in, *kernel = weight.shape
     if kernel != [_KERNEL, _KERNEL] or g.stride != (1, 1) or g.dilation != (1, 1) or g.groups != 1:
         return False
-    if not (x.dtype is torch.float32 or x.dtype in LEAST) or max(g.padding) > _KERNEL - 1:
+    if not (x.dtype is torch.float32 or is_slow(x.dtype)) or max(g.padding) > _KERNEL - 1:
         return False
     layout = memory_format_of(x)
     if x.device.type != "cpu" or layout is None:
         return False
-    if not _has_kernels() or is_exporting():
+    # torch.func's batches of weights have no operators of ours.
+    if not _has_kernels() or is_exporting() or torch._C._are_functorch_transforms_active():
         return False
     (n, _, h, w), (p_h, p_w) = x.shape, g.padding
     sides = h + 2 * p_h - 2, w + 2 * p_w - 2
@@ -220,6 +227,6 @@ def _of_taps(taps: Tensor) -> Tensor:
     return _product(_WEIGHT, taps.float().reshape(_KERNEL**2, -1)).view(_MATRICES, *sizes)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b: by the operator with an `out`, which autocast does not cast."""
-    return torch.mm(a, b, out=b.new_empty(a.shape[0], b.shape[1]))
+def _product(rows: list[list[float]], t: Tensor) -> Tensor:
+    with without_autocast(t):
+        return t.new_tensor(rows) @ t

@@ -2,12 +2,15 @@
 
     y = act(batch_norm(conv2d(x)) + residual)          batch norm and residual are optional
 
-A step of conv_bn_act, with the same checks and the same bits (but a sum written into a residual
-that dies is another kernel's on processors without AVX2). That one folds the batch norm into the
-weights at every call, and oneDNN lays them out anew; here both are kept:
+A step of conv_bn_act, with the same checks and the same bits, but in two places: where a weight
+that is kept makes Winograd's products pay, and a sum written into a residual that dies, which is
+another kernel's on processors without AVX2. That one folds the batch norm into the weights at every
+call, and oneDNN lays them out anew; here both are kept:
 
     CPU, channels_last   the weight in oneDNN's layout, for each of the last sizes of x; as
-                         winograd.py transforms it; of a depthwise convolution as it is
+                         winograd.py transforms it, in either layout, in float32: four times the
+                         weight of float32, eight times that of half types; of a depthwise
+                         convolution, which is not oneDNN's, as it is
     CPU, NCHW            the folded weight: oneDNN's operator answers a packed one in channels_last
     CUDA                 the folded weight, for the plan that wants it folded
 
@@ -43,7 +46,7 @@ from fastcnn.ops.conv2d.onednn import (
     packed_onednn,
     weight_type,
 )
-from fastcnn.ops.conv2d.winograd import by_winograd, transformed
+from fastcnn.ops.conv2d.winograd import KEPT, by_winograd, transformed
 from fastcnn.ops.conv_bn_act.inference import folded, norm_of_step
 from fastcnn.ops.conv_bn_act.inference_candidates import convolve_planned
 from fastcnn.ops.conv_bn_act.interface import OP, conv_bn_act
@@ -218,14 +221,15 @@ class FoldedConv2d:
         if is_planned(x):
             return lambda x, residual, _: convolve_planned(x, step, s, residual, False, state.kept)
         norm, g = norm_of_step(step), s.conv
-        tensors = step.weight, step.conv_bias, norm, weight_type(x, step.weight, g)
-        if by_winograd(x, step.weight, g):  # one for all sizes, four times the weight
-            u, bias = state.kept(_transformed, *tensors)
+        tensors = step.weight, step.conv_bias, norm
+        if by_winograd(x, step.weight, g, KEPT):  # one for all sizes, four times the weight
+            u, bias = state.kept(_transformed, *tensors, torch.float32)
             return lambda x, residual, _: add_by_winograd(x, u, bias, g, step.act, residual, False)
-        folded_weight, bias = folded(*tensors)
+        dtype = weight_type(x, step.weight, g)
+        folded_weight, bias = folded(*tensors, dtype)
         weight = packed_onednn(x, folded_weight, g)
         if weight is folded_weight:  # for other sizes, too
-            weight, bias = state.kept(folded, *tensors)
+            weight, bias = state.kept(folded, *tensors, dtype)
         alone = convolving_onednn(x, weight, bias, g, step.act)
 
         def run(x: Tensor, residual: Tensor | None, dies: bool) -> Tensor:

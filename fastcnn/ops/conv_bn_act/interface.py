@@ -24,8 +24,8 @@ residual that came as a tensor:
                convolutions to more channels
 
 Eager saves what "full" does. What is recomputed has the same bits: the kernels that made it run
-again. The convolutions are PyTorch's own, but for depthwise ones on the CPU (depthwise_conv2d.py);
-on CUDA those of a step are Triton's where the planner finds them faster, and what stands before and
+again. The convolutions on the CPU are those of conv2d/aten.py, most of them PyTorch's own; on CUDA
+those of a step are Triton's where the planner finds them faster, and what stands before and
 behind is fused into them (passes.py, candidates.py). In evaluation, where no gradient is required,
 each step is one convolution on the CPU (conv2d/onednn.py), on CUDA one of inference_candidates.py.
 

@@ -21,7 +21,7 @@ from fastcnn.ops.conv2d.onednn import (
     packed_onednn,
     weight_type,
 )
-from fastcnn.ops.conv2d.winograd import by_winograd, transformed
+from fastcnn.ops.conv2d.winograd import KEPT, by_winograd, transformed
 from fastcnn.ops.conv_bn_act.folded import FoldedConv2d
 from fastcnn.ops.conv_bn_act.inference import folded, norm_of_step
 from fastcnn.ops.conv_bn_act.step import ConvBnActStep
@@ -106,10 +106,13 @@ def _run(
     wz = packed_onednn(x, wz.to(weight_type(x, wz, POINTWISE)), POINTWISE)
     of_x = convolving_onednn(x, wz, None, POINTWISE, "none")
     if ws is not None and concat is not None:
-        ws = ws.to(weight_type(concat, ws, AROUND))
-        bias = bias.to(ws.dtype)
-        winograd = by_winograd(concat, ws, AROUND)
-        ws = transformed(ws) if winograd else packed_onednn(concat, ws, AROUND)
+        winograd = by_winograd(concat, ws, AROUND, KEPT)
+        if winograd:
+            ws = transformed(ws)
+        else:
+            ws = ws.to(weight_type(concat, ws, AROUND))
+            bias = bias.to(ws.dtype)
+            ws = packed_onednn(concat, ws, AROUND)
     else:
         bias = bias.to(x.dtype)
 

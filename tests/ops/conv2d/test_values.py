@@ -12,6 +12,7 @@ from support.seeds import seeded
 from support.shapes import LAYOUTS
 from support.tolerance import assert_rounded, walk
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +23,9 @@ from fastcnn.ops.conv2d import float32_products, winograd
 from fastcnn.ops.conv2d.aten import convolve, convolve_bwd
 from fastcnn.ops.conv2d.onednn import convolve_onednn
 from fastcnn.ops.conv2d.winograd import (
+    EACH_CALL,
+    KEPT,
+    STEP,
     by_winograd,
     conv2d_winograd,
     conv2d_winograd_bwd,
@@ -220,16 +224,16 @@ def test_it_can_be_turned_off(value: str, expected: str) -> None:
 def test_what_can_be() -> None:
     x = torch.empty(2, 8, 6, 6).to(memory_format=LAST)
     weight = torch.empty(16, 8, 3, 3)
-    assert by_winograd(x, weight, G)
-    assert by_winograd(x.contiguous(), weight, G)
+    assert by_winograd(x, weight, G, KEPT)
+    assert by_winograd(x.contiguous(), weight, G, KEPT)
     for other in (x[..., ::2], x.double(), x.to("meta")):
-        assert not by_winograd(other, weight, G)
+        assert not by_winograd(other, weight, G, KEPT)
     for kernel in ((1, 1), (5, 5), (3, 1)):
-        assert not by_winograd(x, torch.empty(16, 8, *kernel), G)
+        assert not by_winograd(x, torch.empty(16, 8, *kernel), G, KEPT)
     for change in (
         {"stride": (1, 2)}, {"dilation": (2, 1)}, {"padding": (1, 3)}, {"groups": 2},
     ):  # fmt: skip
-        assert not by_winograd(x, weight, G._replace(**change))
+        assert not by_winograd(x, weight, G._replace(**change), KEPT)
 
 
 def test_half_types_where_products_are_in_float32(
@@ -239,8 +243,8 @@ def test_half_types_where_products_are_in_float32(
     for dtype in (torch.bfloat16, torch.float16):
         for slow in (True, False):
             least = {dtype: float32_products.Least(0, 0)} if slow else {}
-            monkeypatch.setattr(winograd, "LEAST", least)
-            assert by_winograd(x.to(dtype), weight, G) is slow
+            monkeypatch.setattr(float32_products, "LEAST", least)
+            assert by_winograd(x.to(dtype), weight, G, KEPT) is slow
 
 
 def test_the_rule() -> None:
@@ -251,9 +255,14 @@ def test_the_rule() -> None:
     assert gain(8, 7, 7, 64, 64, 0) > gain(8, 7, 7, 64, 64, 0, transposes=True)
     assert gain(0, 7, 7, 512, 512, 0) == 0
     # And where that leads, as measured: 1.39 and more, and a loss.
-    for n, size, c, transforms in ((8, 7, 512, 0), (8, 56, 32, 1), (8, 14, 96, 1)):
+    for n, size, c, transforms in ((8, 7, 512, KEPT), (8, 56, 32, STEP), (8, 14, 96, STEP)):
         assert gain(n, size, size, c, c, transforms) >= winograd.LEAST_GAIN
-    for n, size, c, transforms in ((1, 7, 512, 0), (8, 7, 576, 1), (8, 14, 48, 1)):
+    for n, size, c, transforms in (
+        (1, 7, 512, KEPT),
+        (8, 7, 576, STEP),
+        (8, 14, 48, STEP),
+        (16, 7, 512, EACH_CALL),
+    ):
         assert gain(n, size, size, c, c, transforms) < winograd.LEAST_GAIN
 
 
@@ -276,7 +285,8 @@ FWD, BWD_WEIGHT = "conv2d_winograd_fwd", "conv2d_winograd_bwd_weight"
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("half", [True, False])
 def test_a_chain_runs_by_it(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "LEAST", {torch.bfloat16: float32_products.Least(0, 0)})
+    least = {torch.bfloat16: float32_products.Least(0, 0)}
+    monkeypatch.setattr(float32_products, "LEAST", least)
     conv = nn.Conv2d(8, 16, 3, padding=1).to(memory_format=LAST)
     bn = BatchNormAct2d(16)
     x = torch.randn(2, 8, 6, 6).to(memory_format=LAST).requires_grad_()
@@ -320,6 +330,39 @@ def test_kept_weights_give_the_same_bits() -> None:
         assert len(folded._state._made) == 1  # type: ignore[union-attr]
         folded(torch.cat([x, x]))
         assert len(folded._state._made) == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("always")
+def test_ensembles_of_weights_and_tensors_without_data() -> None:
+    conv, bn = nn.Conv2d(8, 16, 3, padding=1), BatchNormAct2d(16).eval()
+    x = torch.randn(2, 8, 6, 6)
+    weights = torch.stack([conv.weight.detach(), 2 * conv.weight.detach()])
+
+    def call(weight: Tensor) -> Tensor:
+        return F.relu(convolve(x, weight, None, G))
+
+    found = torch.func.vmap(call)(weights)
+    for y, weight in zip(found, weights, strict=True):
+        exact, size = (
+            F.conv2d(a, b, padding=1)
+            for a, b in ((x.double(), weight.double()), (x.double().abs(), weight.double().abs()))
+        )
+        assert_rounded("y", y, exact.relu(), walk(8 * 9, y.dtype) * size)
+    for training in (False, True):
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(training):
+            assert conv_bn_act(torch.randn(2, 8, 6, 6), [(conv, bn)]).shape == (2, 16, 6, 6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_one_image(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Few values in float32 are PyTorch's product's, those of half types multiplied in it as well.
+    monkeypatch.setattr(float32_products, "LEAST", {dtype: float32_products.Least(0, 0)})
+    conv, bn = nn.Conv2d(64, 16, 1, dtype=dtype), BatchNormAct2d(16).eval()
+    folded = FoldedConv2d(conv, bn, "relu")
+    x, added = drawn(dtype, (1, 64, 7, 7), (1, 16, 7, 7))
+    with torch.no_grad():
+        for residual in (None, added):
+            assert torch.equal(folded(x, residual), conv_bn_act(x, [(conv, bn)], residual))
 
 
 @pytest.mark.usefixtures("always")
