@@ -1,6 +1,7 @@
 """convert(mode="infer"): folded weights, kept between calls, of every idiom."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,10 @@ from support.oracles import torchvision
 from torch import Tensor, nn
 
 from fastcnn import convert, revert
+from fastcnn.convert.codegen.folded import FoldedChain
+from fastcnn.convert.options import Options
+
+LAST = torch.channels_last
 
 # Without any weight there is nothing to fold, and nothing to halve in assert_infers.
 WITHOUT = ("frozen batch norm", "instance norm with statistics")
@@ -147,3 +152,77 @@ def test_pruning_and_recalibration_without_a_counter_are_seen() -> None:
             y, anew = model(x), convert(revert(copy.deepcopy(model)), mode="infer")(x)
             assert torch.equal(y, anew)
             assert not torch.equal(y, before)
+
+
+class Upsampled(nn.Module):
+    """A Decoder on an image and a skip that are parts of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Decoder(nn.Upsample(scale_factor=2), True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = x[:, :4].contiguous(memory_format=LAST)
+        y: Tensor = self.part(x[:, :, ::2, ::2].contiguous(memory_format=LAST), skip)
+        return y
+
+
+def projection() -> nn.Module:
+    return net(lambda m, x: F.relu(m.bn(m.conv(x)) + m.bn2(m.conv2(x))))
+
+
+# A model, the channels of its images, and where the parameters of two of its steps are.
+CHAINS: dict[str, tuple[Callable[[], nn.Module], int, tuple[str, str]]] = {
+    "chain": (lambda: nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU())), 4, ("0", "1")),
+    "projection": (projection, 4, ("conv", "bn")),
+    "upsampled": (Upsampled, 32, ("part.first", "part.body")),
+    "no batch norm": (lambda: nn.Sequential(conv(), nn.ReLU(), conv()), 4, ("0", "2")),
+}
+TRAINS: dict[str, Callable[[str, tuple[str, str]], bool]] = {
+    "all": lambda name, steps: True,
+    "first frozen": lambda name, steps: not name.startswith(steps[0]),
+    "first alone": lambda name, steps: name.startswith(steps[0]),
+    "biases": lambda name, steps: name.endswith("bias"),
+}
+
+
+@pytest.mark.parametrize("trains", TRAINS)
+@pytest.mark.parametrize("name", CHAINS)
+def test_gradients_after_a_call_without(name: str, trains: str) -> None:
+    make, c, steps = CHAINS[name]
+    given = prepared(make()).float().eval().to(memory_format=LAST)
+    model = convert(copy.deepcopy(given), mode="infer")
+    x = images(2, c, 8, 6).float().to(memory_format=LAST)
+    for grads in (False, True):  # a call under no_grad; one of a model of which nothing trains
+        model.requires_grad_(not grads)
+        with torch.set_grad_enabled(grads):
+            assert not model(x).requires_grad
+            assert not model(x).requires_grad
+        anew = convert(copy.deepcopy(given), mode="infer")
+        for m in (model, anew):
+            for parameter, p in m.named_parameters():
+                p.requires_grad_(TRAINS[trains](parameter, steps))
+                p.grad = None
+            m(x).square().sum().backward()
+        for p, expected in zip(model.parameters(), anew.parameters(), strict=True):
+            assert (p.grad is not None) == p.requires_grad
+            assert p.grad is None or torch.equal(p.grad, expected.grad)
+
+
+def folded_chain(model: Any) -> FoldedChain:
+    steps = [(c, norm, "relu", None) for c, norm, _ in model]
+    return FoldedChain(steps, None, False, Options(mode="infer"))
+
+
+def test_refresh_reaches_kept_chains() -> None:
+    model: Any = prepared(nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU()))).float().eval()
+    chain, x = folded_chain(model), images(2, 4, 8, 8).float().to(memory_format=LAST)
+    with torch.no_grad():
+        chain(x, None)
+        states = [step._state for step, _ in chain._main]
+        chain(x, None)
+        assert [step._state for step, _ in chain._main] == states
+        chain._main[1][0].refresh()
+        chain(x, None)
+        assert chain._main[0][0]._state is states[0]
+        assert chain._main[1][0]._state not in (None, states[1])

@@ -83,15 +83,12 @@ class FoldedChain:
 
     def _ask(self, x: Tensor, residual: Tensor | None, key: Any) -> Tensor:
         """Return its output, and keep what inputs with this key run, if it is not None."""
-        weight, options = self._steps[0][0].weight, self._options
+        options = self._options
         added: Shortcut = residual if self._shortcut is None else self._shortcut
-        asks = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        if asks or any(bn.training or bn.running_mean is None for bn in self._norms):
-            self._known.clear()
-            for step, _ in (*self._main, *self._beside):
-                step.refresh()  # an optimizer that writes to .data is not seen
+        if self.trains((x, residual)):
+            self.refresh()  # an optimizer that writes to .data is not seen
             return _differentiable(x, self._steps, added, options)
-        converts = _converts_layout(x, weight)
+        converts = _converts_layout(x, self._steps[0][0].weight)
         if converts:
             x = x.contiguous(memory_format=torch.channels_last)
         if runtime.runs_one_by_one(x, self._steps, added, options):
@@ -100,7 +97,7 @@ class FoldedChain:
             beside = residual if self._shortcut is None else _through(x, self._beside)
             return _through(x, self._main, beside, self._dies)
         attributes = self._attributes()  # first: another thread may change them meanwhile
-        dtype, states = key[0], list[State]()
+        dtype, states = key[0], list[tuple[State, Attribute]]()
         x, residual, ran = cast(x, dtype), cast(residual, dtype), list[Ran]()
         if self._shortcut is not None:
             residual, ran = _prepared(x, self._beside, None, False, dtype, states)
@@ -108,8 +105,25 @@ class FoldedChain:
         if attributes is not None and len(states) == len(self._main) + len(self._beside):
             if len(self._known) >= MOST_SIZES:
                 self._known.clear()
-            self._known[key] = _Known(converts, ran, main, Unchanged(states, attributes))
+            attributes += [kept for _, kept in states]
+            unchanged = Unchanged([state for state, _ in states], attributes)
+            self._known[key] = _Known(converts, ran, main, unchanged)
         return y
+
+    def trains(self, images: Sequence[Tensor | None]) -> bool:
+        """Whether a step takes the batch's statistics, or a gradient is asked of anything."""
+        if any(bn.training or bn.running_mean is None for bn in self._norms):
+            return True
+        if not torch.is_grad_enabled():
+            return False
+        read = [step.tensors() for step, _ in (*self._main, *self._beside)]
+        return any(t is not None and t.requires_grad for t in itertools.chain(images, *read))
+
+    def refresh(self) -> None:
+        """Fold anew at the next call."""
+        self._known.clear()
+        for step, _ in (*self._main, *self._beside):
+            step.refresh()
 
     def _attributes(self) -> list[Attribute] | None:
         """Return what the steps read of their modules, None where that is not told by identity."""
@@ -134,16 +148,18 @@ def folded_upsampled_chain(
     def run(x: Tensor, concat: Tensor | None, how: Resizing, residual: Tensor | None) -> Tensor:
         how = runtime.resizing(how)
         beside: Any = {"concat": concat, "concat_last": concat_last}
-        asks = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
-        of_batch = isinstance(bn, _BatchNorm) and (bn.training or bn.running_mean is None)
-        if asks or of_batch:
+        trains = whole.trains((x, concat, residual))
+        if trains:
             first.refresh()
+            whole.refresh()
+            if rest is not None:
+                rest.refresh()
         small = runtime.upsamples_small(x, concat, conv, how, options)
-        if bn is not None and (asks or of_batch) and all(b is not None for _, b, _, _ in others):
+        if trains and all(b is not None for _, b, _, _ in steps):
             return runtime.run_upsampled_chain(
                 x, concat, concat_last, how, steps, residual, options
             )
-        if asks or of_batch or not small or (residual is not None and rest is None):
+        if trains or not small or (residual is not None and rest is None):
             return whole(runtime.run_interpolate(x, **how, **beside, options=options), residual)
         y = first(x, **beside, **how)
         y = y if pool is None else pool(y)
@@ -195,14 +211,14 @@ def _prepared(
     residual: Tensor | None,
     dies: bool,
     dtype: torch.dtype | None,
-    states: list[State],
+    states: list[tuple[State, Attribute]],
 ) -> tuple[Tensor, list[Ran]]:
-    """Return the output and what has run; add the states of steps that keep one."""
+    """Return the output and what has run; add the states of steps that keep one, as they do."""
     ran: list[Ran] = []
     for i, (step, pool) in enumerate(steps, start=1):
         added = residual if i == len(steps) else None
         found = step.prepare(x, added, dtype)
-        states += [] if found is None else [found[0]]
+        states += [] if found is None else [(found[0], step.keeps(found[0]))]
         ran.append((step if found is None else found[1], pool))
         x = _through(x, ran[-1:], added, dies)
     return x, ran

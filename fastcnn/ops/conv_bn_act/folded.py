@@ -152,6 +152,10 @@ class FoldedConv2d:
         norm = attributes_of(self.norm, _OF_NORM)
         return None if norm is None else conv + norm
 
+    def keeps(self, state: State) -> Attribute:
+        """Return what tells by identity that neither refresh() nor another state came since."""
+        return vars(self), "_state", state
+
     def state_for(
         self, x: Tensor, other: Tensor | None, tensors: Tensors, numbers: tuple[Any, ...]
     ) -> State | None:
@@ -177,17 +181,24 @@ class FoldedConv2d:
         """Return the modules' tensors and numbers, as they are now."""
         conv, norm = self.conv, self.norm
         numbers = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        weights = (parameter_of(conv, "weight"), parameter_of(conv, "bias"))
         if norm is None:
-            return (*weights, None, None, None, None), numbers
+            return self.tensors(), numbers
         of_batch = norm.training and isinstance(norm, _BatchNorm)  # not torchvision's frozen one
         if of_batch or norm.running_mean is None:
             raise ValueError(
                 f"{OP}: expected a batch norm in evaluation with running statistics, which are "
                 f"folded into the convolution, got {norm} with training={norm.training}"
             )
+        return self.tensors(), (*numbers, norm.eps)
+
+    def tensors(self) -> Tensors:
+        """Return the modules' tensors, as they are now."""
+        weights = (parameter_of(self.conv, "weight"), parameter_of(self.conv, "bias"))
+        norm = self.norm
+        if norm is None:
+            return (*weights, None, None, None, None)
         affine = (parameter_of(norm, "weight"), parameter_of(norm, "bias"))
-        return (*weights, norm.running_mean, norm.running_var, *affine), (*numbers, norm.eps)
+        return (*weights, norm.running_mean, norm.running_var, *affine)
 
     def step(self, tensors: Tensors) -> ConvBnActStep:
         """Return the step, without a batch norm with one that changes nothing, not a bit."""

@@ -65,7 +65,10 @@ def _snapshot(tensors: Tensors) -> Snapshot | None:
 
 
 class Unchanged:
-    """Says whether modules, and the tensors that states were made of, are as they were."""
+    """Says whether modules, and the tensors that states were made of, are as they were.
+
+    And whether no gradient is asked of these: what was made of them has none.
+    """
 
     def __init__(self, states: Sequence["State"], attributes: Sequence[Attribute] = ()) -> None:
         self._attributes = list(attributes)
@@ -76,6 +79,8 @@ class Unchanged:
     def holds(self) -> bool:
         """Say it, as far as one call looks at values."""
         if self._attributes and _C.first_changed(self._attributes, None, 0) >= 0:
+            return False
+        if torch.is_grad_enabled() and any([t.requires_grad for t in self._tensors]):
             return False
         if _as_seen(self._tensors) != self._seen:
             return False
