@@ -1,6 +1,7 @@
 """convert(mode="infer"): folded weights, kept between calls, of every idiom."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -226,3 +227,17 @@ def test_refresh_reaches_kept_chains() -> None:
         chain(x, None)
         assert chain._main[0][0]._state is states[0]
         assert chain._main[1][0]._state not in (None, states[1])
+
+
+def test_what_is_kept_goes_with_the_type() -> None:
+    model: Any = prepared(nn.Sequential(cbr(nn.ReLU()), cbr(nn.ReLU()))).float().eval()
+    chain = folded_chain(model)
+    with torch.no_grad():
+        for n in (1, 2, 3):
+            chain(images(n, 4, 8, 8).float().to(memory_format=LAST), None)
+        assert len(chain._known) == 3
+        states: list[Any] = [weakref.ref(step._state) for step, _ in chain._main]
+        model.bfloat16()
+        chain(images(1, 4, 8, 8).bfloat16().to(memory_format=LAST), None)
+    assert len(chain._known) <= 1  # none where oneDNN has no bfloat16
+    assert [state() for state in states] == [None, None]

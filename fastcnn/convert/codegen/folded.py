@@ -72,7 +72,9 @@ class FoldedChain:
         key = (dtype, *[(t.shape, t.stride(), t.dtype, t.device) for t in images])
         known = self._known.get(key)
         if known is None or not known.unchanged.holds():
-            self._known.pop(key, None)
+            # All that do not hold: after .bfloat16() inputs in float32 never come again.
+            others = [(k, other) for k, other in list(self._known.items()) if other is not known]
+            self._known = {k: other for k, other in others if other.unchanged.holds()}
             return self._ask(x, residual, key)
         x, added = cast(x, dtype), cast(residual, dtype)
         if known.converts:
