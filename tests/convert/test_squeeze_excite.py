@@ -135,12 +135,20 @@ def test_inference(name: str) -> None:
     ]
 
 
-def test_an_image_without_a_batch_runs_as_written() -> None:
-    model = nn.Sequential(SqueezeExcitation(6, 3))
+@pytest.mark.parametrize("name", ["torchvision", "methods"])  # pooled, a mean over (-2, -1)
+def test_an_image_without_a_batch_runs_as_written(name: str) -> None:
+    model = CASES[name][0]()
     x = torch.randn(6, 5, 4)
     expected = model(x)
     assert torch.equal(convert(model)(x), expected)
-    assert fit.notes[model[0].fc2] == "its input has 3 dimensions, the kernels take 4"
+    fc2 = next(module for path, module in model.named_modules() if path.endswith("fc2"))
+    assert fit.notes[fc2] == "its input has 3 dimensions, the kernels take 4"
+
+
+def test_a_mean_of_dims_that_an_image_lacks_is_pytorch_s_error() -> None:
+    model = convert(CASES["mean, the image first"][0]())
+    with pytest.raises(IndexError, match="Dimension out of range"):
+        model(torch.randn(6, 5, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

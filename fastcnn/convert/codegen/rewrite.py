@@ -108,7 +108,7 @@ class _Emitter:
             return call(runtime.run_layer_act, arguments)
         if isinstance(p, SqueezePattern):
             fcs = self._module(p.fc1), None if p.fc2 is None else self._module(p.fc2)
-            return call(runtime.run_squeeze_excite, (x, *fcs, p.act, p.gate, p.pooled, options))
+            return call(runtime.run_squeeze_excite, (x, *fcs, p.act, p.gate, p.dims, options))
         if isinstance(p, DropPattern) and p.drop.op == "call_module":
             return call(runtime.run_dropout_layer, (x, self._module(p.drop), options))
         if isinstance(p, DropPattern):

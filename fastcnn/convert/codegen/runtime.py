@@ -356,17 +356,17 @@ def run_squeeze_excite(
     fc2: nn.Conv2d | None,
     act: Any,
     gate: Any,
-    pooled: bool,
+    dims: tuple[int, ...],
     options: Options,
 ) -> Tensor:
-    """Run squeeze-and-excitation; pooled: as written its mean is adaptive_avg_pool2d's."""
+    """Run squeeze-and-excitation; dims: of its mean, () for adaptive_avg_pool2d's."""
     second = (None, None) if fc2 is None else (fc2.weight, fc2.bias)
     parameters = (fc1.weight, fc1.bias, *second)
     why = unfit(x, options) or squeeze_unfit(x, fc1.in_channels, parameters)
     if why is None:
         return functional.squeeze_excite(x, *parameters, act=act, gate=gate)
     refuse(fc1 if fc2 is None else fc2, why, options)
-    z = fc1(F.adaptive_avg_pool2d(x, 1) if pooled else x.mean((2, 3), keepdim=True))
+    z = fc1(x.mean(dims, keepdim=True) if dims else F.adaptive_avg_pool2d(x, 1))
     z = z if fc2 is None else fc2(eager_activation(z, act))
     return x * (z.sigmoid() if gate == "sigmoid" else F.hardsigmoid(z))
 

@@ -156,13 +156,13 @@ class Matcher:
                 fc1, fc2 = before, fc1
                 nodes.append(fc1)
                 before = fc1.args[0]
-        pooled = self._mean_of(before, x) if len(nodes) > 2 else None
-        if pooled is None or any(len(n.users) != 1 for n in (*nodes[1:], before)):
+        dims = self._mean_of(before, x) if len(nodes) > 2 else None
+        if dims is None or any(len(n.users) != 1 for n in (*nodes[1:], before)):
             return None
         ends = self.module(fc2 or fc1).out_channels, self.module(fc1).in_channels
         if ends[0] != ends[1]:  # PyTorch would broadcast
             return None
-        return SqueezePattern(x, pooled, fc1, fc2, act, name, [before, *reversed(nodes)])
+        return SqueezePattern(x, dims, fc1, fc2, act, name, [before, *reversed(nodes)])
 
     def _act_of(self, node: Any) -> str | None:
         """Return the activation that a node applies, if it does."""
@@ -183,23 +183,23 @@ class Matcher:
             (1, 1), (1, 1), (0, 0), 1,
         )  # fmt: skip
 
-    def _mean_of(self, node: Any, x: fx.Node) -> bool | None:
-        """Whether a node is x's mean over h and w by pooling, or by mean; None: it is neither."""
+    def _mean_of(self, node: Any, x: fx.Node) -> tuple[int, ...] | None:
+        """Return over which dims a node is x's mean, () where it pools; None: it is neither."""
         if not isinstance(node, fx.Node) or not node.args or node.args[0] is not x:
             return None
         if self._kind(node) == "adaptive_pool":
             ones = self.module(node).output_size in (1, (1, 1), [1, 1])
-            return True if ones and self._no_layer(node) is None else None
+            return () if ones and self._no_layer(node) is None else None
         given = zip(("dim", "keepdim"), node.args[1:], strict=False)
         options: dict[str, Any] = {**dict(given), **node.kwargs}
         if node.target is F.adaptive_avg_pool2d:
             size = options.pop("output_size", options.pop("dim", None))
-            return True if size in (1, (1, 1), [1, 1]) and not options else None
+            return () if size in (1, (1, 1), [1, 1]) and not options else None
         if node.target not in ("mean", torch.mean) or len(node.args) > 3:
             return None
         dim, keeps = options.pop("dim", ()), options.pop("keepdim", False)
         plain = isinstance(dim, (tuple, list)) and not options and keeps is True
-        return False if plain and sorted(dim) in ([2, 3], [-2, -1]) else None
+        return tuple(dim) if plain and sorted(dim) in ([2, 3], [-2, -1]) else None
 
     # Chains
 

@@ -118,11 +118,11 @@ class DropPattern:
 class SqueezePattern:
     """x * gate(fc2(act(fc1(mean of x)))), or x * gate(fc1(mean of x)).
 
-    pooled: the mean is adaptive_avg_pool2d's.
+    dims: of the mean as written, () where it is adaptive_avg_pool2d's.
     """
 
     x: fx.Node
-    pooled: bool
+    dims: tuple[int, ...]
     fc1: fx.Node
     fc2: fx.Node | None
     act: str
