@@ -466,9 +466,9 @@ def depthwise_conv2d(
             or "hardswish". A NaN comes through; at -inf each has its limit.
 
     Returns:
-        y [n, c, h_out, w_out] in the input's dtype and memory layout. Sums are float32 (float64 for
-        float64). Results and gradients are bitwise the same from run to run and on any number of
-        threads.
+        y [n, c, h_out, w_out] in the input's dtype, in channels_last where the input or on the CPU
+        the weight is, as conv2d's. Sums are float32 (float64 for float64). Results and gradients
+        are bitwise the same from run to run and on any number of threads.
 
     Raises:
         TypeError: an argument that is no Tensor, or of another dtype than named above.

@@ -54,6 +54,25 @@ def memory_format_of(x: Tensor) -> torch.memory_format | None:
     return None
 
 
+def is_channels_last(t: Tensor) -> bool:
+    """Whether PyTorch's convolution takes [n, c, h, w] for channels_last: its own rule, by strides.
+
+    Unlike memory_format_of() it tells of a 1x1 filter too which of both it was made as.
+    """
+    (_, c, h, w), (s_n, s_c, s_h, s_w) = t.shape, t.stride()
+    return s_w >= s_c * c and s_h >= s_w * w and s_n >= s_h * h != s_c > 0
+
+
+def as_convolved(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x in the layout in which PyTorch's convolution of it answers.
+
+    That is channels_last as soon as x or the weight is, and PyTorch copies x then, too.
+    """
+    if x.device.type != "cpu" or not is_channels_last(weight):
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def check_dense(op: str, name: str, x: Tensor) -> None:
     """Check a dense tensor of a floating type and any rank on a device with kernels."""
     if not isinstance(x, Tensor):

@@ -4,9 +4,10 @@
         weight[c, 0, a, b] * x[n, c, i * stride_h + a * dilation_h - padding_h, likewise j]
     y = act(z)
 
-x: [n, c, h, w]; weight: [c, 1, kh, kw]; bias: [c]; y: [n, c, h_out, w_out] in x's layout. Sums are
-float32 (float64 for float64), in a fixed order: that of the kernel's taps, and for dweight that of
-dy's rows within splits that the shape alone decides, then of the splits.
+x: [n, c, h, w]; weight: [c, 1, kh, kw]; bias: [c]; y: [n, c, h_out, w_out], channels_last where
+x or the weight is, as PyTorch's. Sums are float32 (float64 for float64), in a fixed order: that of
+the kernel's taps, and for dweight that of dy's rows within splits that the shape alone decides,
+then of the splits.
 
 Data movement: forward, dx and dweight each read their operands and write their result once: 2
 passes over the image with stride 1, and kh * kw multiply-adds a value of y. dbias comes with
@@ -27,6 +28,7 @@ from fastcnn.common.autocast import autocast_dtype, cast, cast_dtype
 from fastcnn.common.checks import (
     FLOATS,
     HALVES,
+    as_convolved,
     check_channels,
     check_image,
     check_parameter_type,
@@ -146,7 +148,7 @@ def depthwise_calling(
 ) -> Callable[[Tensor], Tensor]:
     """Return what computes it of images of x's dtype: the weight is converted once."""
     arguments = _weight_as_acc(x, weight), as_acc(x, bias), *window, act
-    return lambda x: _fwd(x, *arguments)
+    return lambda x: _fwd(as_convolved(x, weight), *arguments)
 
 
 def depthwise_bwd(

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastcnn.common.activation import eager_activation
 from fastcnn.common.autocast import autocast_dtype, cast
+from fastcnn.common.checks import as_convolved, is_channels_last
 from fastcnn.convert.codegen import runtime
 from fastcnn.convert.codegen.fit import Shortcut, StepModules
 from fastcnn.convert.codegen.runtime import Resizing
@@ -81,6 +82,8 @@ class FoldedChain:
             x = x.contiguous(memory_format=torch.channels_last)
         if self._shortcut is not None:
             added = _through(x, known.beside)
+        if added is not None:
+            added = runtime.as_added(added, x, self._steps)
         return _through(x, known.main, added, self._dies)
 
     def _ask(self, x: Tensor, residual: Tensor | None, key: Any) -> Tensor:
@@ -97,12 +100,15 @@ class FoldedChain:
             return runtime.one_by_one(x, self._steps, added)
         if key is None:
             beside = residual if self._shortcut is None else _through(x, self._beside)
+            beside = None if beside is None else runtime.as_added(beside, x, self._steps)
             return _through(x, self._main, beside, self._dies)
         attributes = self._attributes()  # first: another thread may change them meanwhile
         dtype, states = key[0], list[tuple[State, Attribute]]()
         x, residual, ran = cast(x, dtype), cast(residual, dtype), list[Ran]()
         if self._shortcut is not None:
             residual, ran = _prepared(x, self._beside, None, False, dtype, states)
+        if residual is not None:
+            residual = runtime.as_added(residual, x, self._steps)
         y, main = _prepared(x, self._main, residual, self._dies, dtype, states)
         if attributes is not None and len(states) == len(self._main) + len(self._beside):
             if len(self._known) >= MOST_SIZES:
@@ -163,6 +169,8 @@ def folded_upsampled_chain(
             )
         if trains or not small or (residual is not None and rest is None):
             return whole(runtime.run_interpolate(x, **how, **beside, options=options), residual)
+        x = as_convolved(x, conv.weight)
+        beside["concat"] = None if concat is None else as_convolved(concat, conv.weight)
         y = first(x, **beside, **how)
         y = y if pool is None else pool(y)
         return y if rest is None else rest(y, residual)
@@ -192,9 +200,8 @@ class Kept:
 
 def _converts_layout(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch's convolution would go on in channels_last from NCHW images."""
-    last = torch.channels_last
-    nchw = x.dim() == 4 and not x.is_contiguous(memory_format=last)
-    return nchw and weight.is_contiguous(memory_format=last) and not weight.is_contiguous()
+    nchw = x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last)
+    return nchw and is_channels_last(weight)
 
 
 def _through(

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastcnn import _C, functional
 from fastcnn.common.activation import eager_activation
 from fastcnn.common.autocast import autocast_dtype, cast_dtype
+from fastcnn.common.checks import as_convolved, is_channels_last
 from fastcnn.common.conv_geometry import padding_of
 from fastcnn.common.overrides import has_torch_function_variadic
 from fastcnn.convert.codegen.fit import (
@@ -59,8 +60,19 @@ def run_chain(
     """Run a chain; residual: None, a tensor, or the steps of a projection, () for x itself."""
     if runs_one_by_one(x, steps, residual, options):
         return one_by_one(x, steps, residual)
-    added = residual if residual is None or isinstance(residual, Tensor) else _steps(residual)
+    added: Any = residual
+    if isinstance(residual, Tensor):
+        added = as_added(residual, x, steps)
+    elif residual is not None:
+        added = _steps(residual)
     return functional.conv_bn_act(x, _steps(steps), added, memory=options.memory)
+
+
+def as_added(residual: Tensor, x: Tensor, steps: Sequence[StepModules]) -> Tensor:
+    """Return a residual in the layout of the output to which it is added, as PyTorch adds any."""
+    last = is_channels_last(x) or any(is_channels_last(conv.weight) for conv, *_ in steps)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return residual.contiguous(memory_format=layout)
 
 
 class Training(NamedTuple):
@@ -108,7 +120,7 @@ class Chain:
             self._known[key] = known
         if known.counts:
             torch._foreach_add_(known.counts, 1)
-        return known.call(x, added)
+        return known.call(x, None if added is None else as_added(added, x, steps))
 
     def _made(self, x: Tensor, steps: Sequence[StepModules], residual: Shortcut) -> Training | None:
         """Return a call that can be repeated, None where none can."""
@@ -192,6 +204,8 @@ def run_upsampled_chain(
         y = run_interpolate(x, **how, concat=concat, concat_last=concat_last, options=options)
         return run_chain(y, steps, residual, options)
     beside: Any = {"concat": concat, "concat_last": concat_last}
+    x = as_convolved(x, conv.weight)
+    beside["concat"] = None if concat is None else as_convolved(concat, conv.weight)
     raw = upsample_conv2d(x, conv.weight, conv.bias, **beside, **how)
     added = residual if len(steps) == 1 else None
     assert added is None or isinstance(added, Tensor)

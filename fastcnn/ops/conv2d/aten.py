@@ -8,7 +8,7 @@ products in float32 (float32_products.py).
 import torch
 from torch import Tensor
 
-from fastcnn.common.checks import in_format_of
+from fastcnn.common.checks import as_convolved, in_format_of
 from fastcnn.common.conv_geometry import ConvGeometry, Pool
 from fastcnn.common.dtypes import acc_type
 from fastcnn.ops.conv2d.float32_products import in_backward, in_float32
@@ -29,7 +29,8 @@ _max_pool_backward = torch.ops.aten.max_pool2d_with_indices_backward.default
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
-    """Return conv2d(x, weight, bias)."""
+    """Return conv2d(x, weight, bias), whichever kernel makes it in the layout of PyTorch's."""
+    x = as_convolved(x, weight)
     if is_depthwise(x, weight, g.groups):
         return depthwise_fwd(x, weight, bias, g[:3])
     if by_winograd(x, weight, g, STEP):

@@ -69,7 +69,7 @@ def _steps_fwd(
     kept: list[Tensor],
     own: bool,
 ) -> Tensor:
-    """Run a chain; own: the residual is of the block's making, not a tensor of the caller's."""
+    """Run a chain; own: the residual is the block's input or made of it, not the caller's."""
     a, by_triton = Input(x), any_by_triton(steps)
     for i, s in enumerate(steps):
         weight, conv_bias, bn_weight, bn_bias, mean, var = tensors[i * TENSORS : (i + 1) * TENSORS]
@@ -131,8 +131,7 @@ class ConvBnActFunction(torch.autograd.Function):
             if block.shortcut is not None:
                 added = _steps_fwd(x, None, block.shortcut, tensors[at:], kept, own=True)
                 at += len(block.shortcut) * TENSORS
-            # Dynamo of torch 2.11 cannot take a tuple for a truth value.
-            own = block.shortcut is not None and len(block.shortcut) > 0
+            own = block.shortcut is not None
             x = _steps_fwd(x, added, block.steps, tensors[at:], kept, own)
             at += len(block.steps) * TENSORS
         return (x, *kept) if call is None else x

@@ -36,7 +36,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastcnn.common.activation import act_number
 from fastcnn.common.autocast import autocast_dtype, cast
-from fastcnn.common.checks import check_image
+from fastcnn.common.checks import as_convolved, check_image
 from fastcnn.common.conv_geometry import padding_of
 from fastcnn.ops.conv2d.onednn import (
     add_by_winograd,
@@ -225,7 +225,14 @@ class FoldedConv2d:
         check_image(OP, "input", x)
         step = self.step(tensors)
         block = check_block(OP, ConvBnActBlock([step]), x, list(x.shape), dtype, "default", False)
-        run = self._run(state, x, step, block.steps[0].settings)
+        image = as_convolved(x, step.weight)
+        run = self._run(state, image, step, block.steps[0].settings)
+        if image is not x:
+            inner = run
+
+            def run(x: Tensor, residual: Tensor | None, dies: bool) -> Tensor:
+                return inner(x.contiguous(memory_format=torch.channels_last), residual, dies)
+
         return state.keep(key, run, block.output)
 
     def _run(self, state: State, x: Tensor, step: ConvBnActStep, s: StepSettings) -> Run:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from fastcnn.common.batch_norm_params import Norm
+from fastcnn.common.checks import as_convolved
 from fastcnn.ops.conv2d.aten import max_pool
 from fastcnn.ops.conv2d.onednn import convolve_onednn, weight_type
 from fastcnn.ops.conv_bn_act.step import ConvBnActStep, StepSettings
@@ -61,6 +62,7 @@ def convolve_folded(
 
     They are folded at every call, as parameters may change; conv_bn_act/folded.py keeps them.
     """
+    x = as_convolved(x, step.weight)
     dtype = weight_type(x, step.weight, s.conv)
     weight, bias = folded(step.weight, step.conv_bias, norm_of_step(step), dtype)
     y = convolve_onednn(x, weight, bias, s.conv, step.act, residual, own)

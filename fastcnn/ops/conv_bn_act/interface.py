@@ -221,5 +221,5 @@ def _evaluate(
 
     for block in blocks:
         added = residual if block.shortcut is None else run(x, block.shortcut, None, True)
-        x = run(x, block.steps, added, bool(block.shortcut))
+        x = run(x, block.steps, added, block.shortcut is not None)
     return x
