@@ -97,7 +97,8 @@ def test_edits_of_one_channel_or_filter_are_seen_at_once_without_a_counter(how: 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_edits_of_one_weight_are_seen_after_as_many_calls_as_a_filter_has(layout: str) -> None:
-    model, x = pair().to(memory_format=LAYOUTS[layout]), torch.randn(2, 4, 9, 8)
+    model = pair().to(memory_format=LAYOUTS[layout])
+    x = torch.randn(2, 4, 9, 8).contiguous(memory_format=LAYOUTS[layout])  # else it is copied
     with torch.no_grad():
         for place in range(model.conv.weight[0].numel()):
             model(x)
