@@ -65,7 +65,8 @@ NETWORKS = {
         256,
         4,
     ),
-    "unet": Network(partial(fastcnn.create_model, "unet", num_classes=2), 256, 4),
+    # As anybody would write it: create_model converts what it makes.
+    "unet": Network(lambda: fastcnn.revert(fastcnn.create_model("unet", num_classes=2)), 256, 4),
     "smp_unet": Network(
         lambda: segmentation_models_pytorch.Unet("resnet34", encoder_weights=None), 256, 4
     ),
