@@ -68,6 +68,8 @@ def operators(run: Callable[[], Any]) -> list[str]:
 
 
 def kept(run: Callable[[], Any]) -> bool:
-    names = [n for n in operators(run) if "detach" not in n]
+    # An image of a half type may be converted; folding anew is some products besides.
+    passed = ("detach", "_to_copy", "empty_like")
+    names = [n for n in operators(run) if not any(word in n for word in passed)]
     assert any("convolution" in n for n in names)
     return len(names) == 1
