@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.conv2d_folded_cases import operators
 from support.conversion_cases import bn, conv
 from support.oracles import torchvision
 from support.shapes import LAYOUTS
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcnn import convert, report
 from fastcnn.ops.conv2d import float32_products, winograd
@@ -41,22 +41,6 @@ def frames(run: Callable[[], Any]) -> int:
     finally:
         sys.setprofile(None)
     return count
-
-
-class Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(op))
-        return op(*args, **(kwargs or {}))
-
-
-def operators(run: Callable[[], Any]) -> list[str]:
-    with Operators() as found:
-        run()
-    return found.names
 
 
 def bottleneck(**kwargs: Any) -> nn.Module:

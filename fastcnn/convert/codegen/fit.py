@@ -153,12 +153,12 @@ def squeeze_unfit(x: Tensor, c: int, parameters: Sequence[Tensor | None]) -> str
     if on is not None and own not in (on, torch.float32, torch.float64):
         return f"its input is {own} where autocast casts to {on}"
     if x.shape[1] != c:
-        return f"its input has {x.shape[1]} channels beside {c}"
+        return f"its input has {x.shape[1]} channels where its weights take {c}"
     for t in parameters:
         if t is None or (t.dtype is own and t.device == x.device):
             continue
         if on is None or t.dtype is not torch.float32 or own not in HALVES or t.device != x.device:
-            return f"its weights are {t.dtype} on {t.device} beside {own} on {x.device}"
+            return f"its weights are {t.dtype} on {t.device}, its input {own} on {x.device}"
     return None
 
 
