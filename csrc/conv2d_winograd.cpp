@@ -63,23 +63,6 @@ DType image_dtype(const char* op, const Tensor& x) {
   return dtype;
 }
 
-const void* channels_last(const char* op, const char* name, const Tensor& t, const Tensor& x,
-                          int64_t n, int64_t c, int64_t h, int64_t w) {
-  if (t.device() != x.device() || t.scalar_type() != x.scalar_type()) {
-    fail(op, name, ": expected ", torch::headeronly::toString(x.scalar_type()), " and ",
-         device_of(x), ", got ", torch::headeronly::toString(t.scalar_type()), " and ",
-         device_of(t));
-  }
-  if (t.dim() != 4 || t.size(0) != n || t.size(1) != c || t.size(2) != h || t.size(3) != w) {
-    fail(op, name, ": expected sizes [", n, ", ", c, ", ", h, ", ", w, "], got ", sizes_of(t));
-  }
-  check_storage(op, name, t);
-  if (!is_dense(t, true)) {
-    fail(op, name, ": expected the channels_last layout, got other strides");
-  }
-  return t.const_data_ptr();
-}
-
 // The tiles of a convolution of x, for y's image or with x's.
 WinogradTiles tiles_of(const char* op, const Tensor& x, int64_t padding_h, int64_t padding_w) {
   constexpr int64_t kMost = int64_t{1} << 30;
@@ -118,7 +101,7 @@ Tensor conv2d_winograd_fwd(const Tensor& x, const Tensor& u, const OptionalTenso
   WinogradTiles s = tiles_of(kOp, x, padding_h, padding_w);
   const Check check(kOp, x);
   const DType dtype = image_dtype(kOp, x);
-  const void* image = channels_last(kOp, "x", x, x, s.n, s.c, s.h, s.w);
+  const void* image = image_of(kOp, "x", x, x, s.n, s.c, s.h, s.w, true);
   const bool sound = u.dim() == 3 && u.size(0) == kWinogradPoints && u.size(1) == s.c &&
                      u.scalar_type() == ScalarType::Float && u.device() == x.device();
   if (!sound) {
@@ -140,7 +123,7 @@ Tensor conv2d_winograd_fwd(const Tensor& x, const Tensor& u, const OptionalTenso
     p.bias = static_cast<const float*>(bias->const_data_ptr());
   }
   if (residual) {
-    p.residual = channels_last(kOp, "residual", *residual, x, s.n, c_out, out.h, out.w);
+    p.residual = image_of(kOp, "residual", *residual, x, s.n, c_out, out.h, out.w, true);
   }
   if (y.numel() == 0) return y;
   p.image = y.mutable_data_ptr();
@@ -167,11 +150,11 @@ Tensor conv2d_winograd_bwd_weight(const Tensor& dy, const Tensor& x, int64_t pad
   constexpr const char* kOp = "conv2d_winograd_bwd_weight";
   WinogradTiles s = tiles_of(kOp, x, padding_h, padding_w);
   const DType dtype = image_dtype(kOp, x);
-  const void* image = channels_last(kOp, "x", x, x, s.n, s.c, s.h, s.w);
+  const void* image = image_of(kOp, "x", x, x, s.n, s.c, s.h, s.w, true);
   if (dy.dim() != 4) fail(kOp, "dy: expected 4 dimensions, got sizes ", sizes_of(dy));
   const int64_t c_out = dy.size(1);
   WinogradTiles out = tiles_of_output(s, c_out);
-  const void* gradient = channels_last(kOp, "dy", dy, x, s.n, c_out, out.h, out.w);
+  const void* gradient = image_of(kOp, "dy", dy, x, s.n, c_out, out.h, out.w, true);
   const int64_t sizes[] = {kWinogradPoints, s.c, c_out};
   const auto sums = [&] {
     return torch::stable::empty({sizes, 3}, ScalarType::Float, std::nullopt, x.device());

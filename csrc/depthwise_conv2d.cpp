@@ -58,25 +58,6 @@ DepthwiseShape shape_of(const char* op, int64_t n, int64_t c, int64_t h, int64_t
 // What is dense in both orders counts as NCHW, as fastcnn/common/checks.py has it.
 bool is_channels_last(const Tensor& t) { return !is_dense(t, false); }
 
-// A tensor [n, c, h, w] of x's dtype and device, dense in a layout.
-const void* image(const char* op, const char* name, const Tensor& t, const Tensor& x, int64_t n,
-                  int64_t c, int64_t h, int64_t w, bool channels_last) {
-  if (t.device() != x.device() || t.scalar_type() != x.scalar_type()) {
-    fail(op, name, ": expected ", torch::headeronly::toString(x.scalar_type()), " and ",
-         device_of(x), ", got ", torch::headeronly::toString(t.scalar_type()), " and ",
-         device_of(t));
-  }
-  check_storage(op, name, t);
-  if (t.dim() != 4 || t.size(0) != n || t.size(1) != c || t.size(2) != h || t.size(3) != w) {
-    fail(op, name, ": expected sizes [", n, ", ", c, ", ", h, ", ", w, "], got ", sizes_of(t));
-  }
-  if (!is_dense(t, channels_last)) {
-    fail(op, name, ": expected the ", channels_last ? "channels_last" : "NCHW",
-         " layout, got other strides");
-  }
-  return t.const_data_ptr();
-}
-
 const void* weight_of(const char* op, const Tensor& weight, const Tensor& x, ScalarType acc,
                       int64_t c) {
   if (weight.device() != x.device() || weight.scalar_type() != acc || weight.dim() != 4 ||
@@ -105,7 +86,7 @@ Tensor run_fwd(const char* op, const OptionalTensor& dy, const Tensor& x, const 
   s = shape_of(op, x.size(0), x.size(1), x.size(2), x.size(3), weight.size(2), weight.size(3),
                stride, padding, dilation, channels_last);
   const int64_t h = s.rows.size_out, w = s.columns.size_out;
-  if (dy) p.dy = image(op, "dy", *dy, x, s.n, s.c, h, w, channels_last);
+  if (dy) p.dy = image_of(op, "dy", *dy, x, s.n, s.c, h, w, channels_last);
   Tensor y = empty_image(x, x.scalar_type(), s.n, s.c, h, w, channels_last);
   p.x = x.const_data_ptr();
   p.y = y.mutable_data_ptr();
@@ -139,8 +120,8 @@ Tensor bwd_data(const Tensor& dy, const Tensor& weight, int64_t h, int64_t w, co
   const int64_t n = dy.size(0), c = dy.size(1);
   p.shape = shape_of(kOp, n, c, h, w, weight.size(2), weight.size(3), stride, padding, dilation,
                      channels_last);
-  p.dy = image(kOp, "dy", dy, dy, n, c, p.shape.rows.size_out, p.shape.columns.size_out,
-               channels_last);
+  p.dy = image_of(kOp, "dy", dy, dy, n, c, p.shape.rows.size_out, p.shape.columns.size_out,
+                  channels_last);
   Tensor dx = empty_image(dy, dy.scalar_type(), n, c, h, w, channels_last);
   p.dx = dx.mutable_data_ptr();
   if (dx.numel() > 0) launch(kOp, p, dy);
@@ -160,8 +141,8 @@ std::tuple<Tensor, Tensor> bwd_weight(const Tensor& dy, const Tensor& x, int64_t
   p.shape = shape_of(kOp, x.size(0), x.size(1), x.size(2), x.size(3), kernel_h, kernel_w, stride,
                      padding, dilation, channels_last);
   const int64_t n = p.shape.n, c = p.shape.c;
-  p.dy =
-      image(kOp, "dy", dy, x, n, c, p.shape.rows.size_out, p.shape.columns.size_out, channels_last);
+  p.dy = image_of(kOp, "dy", dy, x, n, c, p.shape.rows.size_out, p.shape.columns.size_out,
+                  channels_last);
   p.x = x.const_data_ptr();
   Tensor dweight = empty_image(x, check.acc(), c, 1, kernel_h, kernel_w, false);
   Tensor dbias = check.new_channels();

@@ -104,6 +104,25 @@ inline Tensor empty_image(const Tensor& like, ScalarType dtype, int64_t n, int64
       std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
+// A tensor [n, c, h, w] of x's dtype and device, dense in a layout.
+inline const void* image_of(const char* op, const char* name, const Tensor& t, const Tensor& x,
+                            int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last) {
+  if (t.device() != x.device() || t.scalar_type() != x.scalar_type()) {
+    fail(op, name, ": expected ", torch::headeronly::toString(x.scalar_type()), " and ",
+         device_of(x), ", got ", torch::headeronly::toString(t.scalar_type()), " and ",
+         device_of(t));
+  }
+  check_storage(op, name, t);
+  if (t.dim() != 4 || t.size(0) != n || t.size(1) != c || t.size(2) != h || t.size(3) != w) {
+    fail(op, name, ": expected sizes [", n, ", ", c, ", ", h, ", ", w, "], got ", sizes_of(t));
+  }
+  if (!is_dense(t, channels_last)) {
+    fail(op, name, ": expected the ", channels_last ? "channels_last" : "NCHW",
+         " layout, got other strides");
+  }
+  return t.const_data_ptr();
+}
+
 // Checks of one operator call. Every tensor must be where x is.
 class Check {
  public:
