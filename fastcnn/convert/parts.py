@@ -20,7 +20,7 @@ from fastcnn.convert.converted import (
 from fastcnn.convert.graph.describe import Left
 from fastcnn.convert.graph.guards import has_hooks
 from fastcnn.convert.graph.layers import Layer, Layers
-from fastcnn.convert.graph.trace import Untraceable
+from fastcnn.convert.graph.trace import Untraceable, without_gc
 from fastcnn.convert.options import Options
 
 
@@ -49,7 +49,7 @@ def decide(model: nn.Module, options: Options) -> Parts:
     happens. Only below a forward that does not trace each module is traced at once. Layers come
     last: those of a traced forward keep their class, which other tools may ask for.
     """
-    with as_original(list(model.modules())):
+    with as_original(list(model.modules())), without_gc():
         return _Decision(model, options).parts
 
 
