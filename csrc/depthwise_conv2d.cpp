@@ -157,6 +157,35 @@ std::tuple<Tensor, Tensor> bwd_weight(const Tensor& dy, const Tensor& x, int64_t
   return {dweight, dbias};
 }
 
+// -> y, [n, c, h_out, w_out] in channels_last
+Tensor pointwise_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t act,
+                     const Tensor& dw_weight, const OptionalTensor& dw_bias, const Pair& stride,
+                     const Pair& padding, const Pair& dilation, int64_t dw_act) {
+  constexpr const char* kOp = "pointwise_depthwise_conv2d_fwd";
+  const Check check(kOp, x);
+  if (!is_dense(x, true)) {
+    fail(kOp, "x: expected a dense tensor in channels_last, got sizes ", sizes_of(x));
+  }
+  PointwiseDepthwiseConv2dFwdParams p{};
+  const int64_t c = dw_weight.dim() > 0 ? dw_weight.size(0) : 0;
+  p.dtype = p.depthwise.dtype = check.dtype();
+  p.act = check.act(act);
+  p.depthwise.act = check.act(dw_act);
+  p.c_in = x.size(1);
+  p.weight = check.matrix("weight", weight, c, p.c_in);
+  p.bias = bias ? check.numbers("bias", *bias, c) : nullptr;
+  p.depthwise.weight = weight_of(kOp, dw_weight, x, check.acc(), c);
+  p.depthwise.bias = dw_bias ? check.numbers("dw_bias", *dw_bias, c) : nullptr;
+  DepthwiseShape& s = p.depthwise.shape;
+  s = shape_of(kOp, x.size(0), c, x.size(2), x.size(3), dw_weight.size(2), dw_weight.size(3),
+               stride, padding, dilation, true);
+  Tensor y = empty_image(x, x.scalar_type(), s.n, c, s.rows.size_out, s.columns.size_out, true);
+  p.depthwise.x = x.const_data_ptr();
+  p.depthwise.y = y.mutable_data_ptr();
+  if (y.numel() > 0) pointwise_depthwise_conv2d_fwd_cpu(p);
+  return y;
+}
+
 #ifdef FASTCNN_WITH_CUDA
 int64_t workspace(const DepthwiseShape& shape, DType, const CudaDevice&) {
   return depthwise_conv2d_workspace(shape);
@@ -178,6 +207,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastcnn, CPU, m) {
          TORCH_BOX((&bwd_act<on_cpu<depthwise_conv2d_fwd_cpu, FwdParams>>)));
   m.impl("depthwise_conv2d_bwd_data",
          TORCH_BOX((&bwd_data<on_cpu<depthwise_conv2d_bwd_data_cpu, DataParams>>)));
+  m.impl("pointwise_depthwise_conv2d_fwd", TORCH_BOX(&pointwise_fwd));
   m.impl("depthwise_conv2d_bwd_weight",
          TORCH_BOX((&bwd_weight<on_cpu<depthwise_conv2d_bwd_weight_cpu, WeightParams>>)));
 }

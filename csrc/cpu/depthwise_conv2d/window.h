@@ -177,17 +177,27 @@ template <class T>
 using Finish = void (*)(const Vec<Acc<T>>* sums, Act act, const T* dy, T* y, int64_t columns,
                         int64_t pixel, int64_t lanes);
 
-// y = act(z)
+// y = act(z), of as many pixels at a time as the activation takes.
 template <class T, class A>
 void finish_act(const Vec<Acc<T>>* sums, Act number, const T*, T* y, int64_t columns, int64_t pixel,
                 int64_t lanes) {
   using S = Acc<T>;
   const A act(number);
-  if (lanes == kLanes<S>) {
-    for (int64_t q = 0; q < columns; ++q, y += pixel) store(y, act_fwd_one(act, sums[q]));
-  } else {
-    for (int64_t q = 0; q < columns; ++q, y += pixel) store(y, act_fwd_one(act, sums[q]), lanes);
-  }
+  const auto finish = [&](auto count, int64_t q) __attribute__((always_inline)) {
+    Vec<S> values[count.value];
+    for (int i = 0; i < count.value; ++i) values[i] = sums[q + i];
+    act.fwd(values);
+    for (int i = 0; i < count.value; ++i, y += pixel) {
+      if (lanes == kLanes<S>) {
+        store(y, values[i]);
+      } else {
+        store(y, values[i], lanes);
+      }
+    }
+  };
+  int64_t q = 0;
+  for (; q + A::kVectors <= columns; q += A::kVectors) finish(Index<A::kVectors>{}, q);
+  for (; q < columns; ++q) finish(Index<1>{}, q);
 }
 
 // y = dy * act'(z)

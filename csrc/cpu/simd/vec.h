@@ -67,7 +67,7 @@ struct IntOf<double> {
 
 template <class S>
 inline Vec<S> splat(S value) {
-  return Vec<S>{} + value;
+  return value - Vec<S>{};  // is the value itself, where adding 0 is an addition: -0 becomes 0
 }
 
 // x, or the bound that it is beyond; a NaN comes through. One instruction, where GCC 12 makes two

@@ -19,7 +19,7 @@ from fastcnn.convert.codegen import runtime
 from fastcnn.convert.codegen.fit import Shortcut, StepModules
 from fastcnn.convert.codegen.runtime import Resizing
 from fastcnn.convert.options import Options
-from fastcnn.ops.conv_bn_act.folded import FoldedConv2d, is_plain_inference
+from fastcnn.ops.conv_bn_act.folded import FoldedConv2d, is_plain_inference, prepare_pair
 from fastcnn.ops.conv_bn_act.weight_cache import MOST_SIZES, Attribute, State, Unchanged
 from fastcnn.ops.upsample_conv2d.folded import FoldedUpsampleConv2d
 
@@ -223,12 +223,20 @@ def _prepared(
     states: list[tuple[State, Attribute]],
 ) -> tuple[Tensor, list[Ran]]:
     """Return the output and what has run; add the states of steps that keep one, as they do."""
-    ran: list[Ran] = []
-    for i, (step, pool) in enumerate(steps, start=1):
-        added = residual if i == len(steps) else None
-        found = step.prepare(x, added, dtype)
-        states += [] if found is None else [(found[0], step.keeps(found[0]))]
-        ran.append((step if found is None else found[1], pool))
+    ran, rest = list[Ran](), list(steps)
+    while rest:
+        (step, pool), *rest = rest
+        added, paired = None if rest else residual, None
+        if pool is None and rest and (residual is None or len(rest) > 1):
+            paired = prepare_pair(step, rest[0][0], x, dtype)
+        if paired is not None:
+            (kept, run), ((_, pool), *rest) = paired, rest
+        else:
+            found = step.prepare(x, added, dtype)
+            kept = [] if found is None else [(found[0], step.keeps(found[0]))]
+            run = step if found is None else found[1]
+        states += kept
+        ran.append((run, pool))
         x = _through(x, ran[-1:], added, dies)
     return x, ran
 

@@ -38,6 +38,7 @@ from fastcnn.common.activation import act_number
 from fastcnn.common.autocast import autocast_dtype, cast
 from fastcnn.common.checks import as_convolved, check_image
 from fastcnn.common.conv_geometry import padding_of
+from fastcnn.common.dtypes import acc_type
 from fastcnn.ops.conv2d.onednn import (
     add_by_winograd,
     convolve_onednn,
@@ -46,6 +47,7 @@ from fastcnn.ops.conv2d.onednn import (
     packed_onednn,
     weight_type,
 )
+from fastcnn.ops.conv2d.pointwise_depthwise import outruns_two, pointwise_depthwise_conv2d
 from fastcnn.ops.conv2d.winograd import KEPT, by_winograd, transformed
 from fastcnn.ops.conv_bn_act.inference import folded, norm_of_step
 from fastcnn.ops.conv_bn_act.inference_candidates import convolve_planned
@@ -257,6 +259,34 @@ class FoldedConv2d:
             return convolve_onednn(x, weight, bias, g, step.act, residual, False, into)
 
         return run
+
+
+def prepare_pair(
+    first: FoldedConv2d, second: FoldedConv2d, x: Tensor, dtype: torch.dtype | None
+) -> tuple[list[tuple[State, Attribute]], Run] | None:
+    """Return what runs two steps as one call on images like x, and for how long it may.
+
+    None where they are not known to be faster so, or nothing is kept. dtype: as prepare's.
+    """
+    if first.conv.groups > 1 or second.conv.groups == 1:
+        return None
+    both, numbers, kept = (first, second), list[Tensor](), list[tuple[State, Attribute]]()
+    given = [folding.read() for folding in both]
+    one, two = steps = [folding.step(read[0]) for folding, read in zip(both, given, strict=True)]
+    block = check_block(OP, ConvBnActBlock(steps), x, list(x.shape), dtype, "default", False)
+    g, dw_g = [checked.settings.conv for checked in block.steps]
+    if not outruns_two(x, one.weight, g, one.act, two.weight, dw_g):
+        return None
+    for folding, read, step in zip(both, given, steps, strict=True):
+        state = folding.state_for(x, None, *read)
+        if state is None:
+            return None
+        numbers += state.kept(folded, step.weight, step.conv_bias, norm_of_step(step), acc_type(x))
+        kept.append((state, folding.keeps(state)))
+    w, b, dw_w, dw_b = numbers
+    return kept, lambda x, *_: pointwise_depthwise_conv2d(
+        x, w, b, one.act, dw_w, dw_b, dw_g, two.act
+    )
 
 
 def _transformed(*how: Any) -> tuple[Tensor, Tensor]:
