@@ -341,6 +341,10 @@ class Converted:
         if name == "forward":  # as accelerate's unwrap_model sets it
             self._drop_method_of_class()
 
+    def __delattr__(self, name: str) -> None:
+        if name != "forward" or name in self.__dict__:  # else one of its class's was set, see below
+            super().__delattr__(name)
+
     def _drop_method_of_class(self: Any) -> None:
         """Take a forward from the instance that is its class's, and would hide the fused one."""
         if own_method(self, "forward") is None:

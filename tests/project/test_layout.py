@@ -25,8 +25,8 @@ COMPOSED = {"conv_bn_act"}  # made of other ops: no kernels of their own
 MODULES = {"augment": "fastcnn/augment/module.py"}  # the others: fastcnn/nn/<op>.py
 NO_CUDA_SOURCE = {"conv2d_int8"}  # on GPUs convolutions are Triton's
 NO_MODULE = {"conv2d_int8"}  # quantisation makes its modules
-# cuDNN's weight gradient needs no help, and it has a Winograd of its own; a 1x1 convolution with the
-# depthwise one behind it is two calls there; conv2d_int8 is one kernel with its epilogue.
+# cuDNN's weight gradient needs no help, and it has a Winograd of its own; a 1x1 convolution and the
+# depthwise one behind it are two calls there; conv2d_int8 is one kernel with its epilogue.
 CPU_ONLY = {
     "conv2d_bwd_weight",
     "conv2d_int8_epilogue",
