@@ -2,7 +2,7 @@
 
 An op registers candidates (registry.py). Each of its calls makes a `Problem` (problem.py) and asks
 which candidate to take; the planner (planner.py) looks it up, or tunes it (tune.py) and writes the
-plan file (plan_file.py), or predicts it (roofline.py).
+plan file (plan_file.py), or takes PyTorch's own way.
 
     name = choose(problem)       a dict's lookup
     y = run(problem, x, weight)  the same, and calls the candidate

@@ -29,8 +29,6 @@ class Candidate:
     # finalize(problem, inputs, outputs) -> the outputs as the op has them, for the check. It takes
     # no time: what a candidate may leave to its consumer, who does it on the way.
     finalize: Finalize | None = None
-    # It may refuse when it runs: only tuning, which finds that out, chooses it.
-    only_tuned: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,8 @@ class Op:
     tensors: Callable[[Problem, torch.Generator], tuple[Tensor, ...]]
     # reference(problem, *tensors) -> the outputs, more exact than any candidate's
     reference: Callable[..., Tensor | tuple[Tensor, ...]]
-    # The candidate that is PyTorch's own way: the others may err a few times as much (accuracy.py).
+    # The candidate that is PyTorch's own way: what runs where nothing was measured. The others may
+    # err a few times as much (accuracy.py).
     baseline: str
     # By output, of which output's values it is a sum that may cancel: that one's largest value says
     # what is right for it. None: each is its own.

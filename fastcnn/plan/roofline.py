@@ -2,8 +2,7 @@
 
     seconds = max(bytes / bandwidth, flops / rate) + launch
 
-It orders candidates where nothing was measured: kernels are taken to reach the same share of their
-GPU, so that what counts is how often memory is walked, and how many launches that takes.
+It says which candidates may be worth tuning: a bound, since no kernel's instructions are in it.
 """
 
 import re

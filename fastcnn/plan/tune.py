@@ -20,7 +20,7 @@ from fastcnn.plan.problem import Problem
 from fastcnn.plan.registry import Candidate, Op
 from fastcnn.plan.timer import Timer
 
-__all__ = ["tune", "verify_candidate"]
+__all__ = ["tune"]
 
 WARMUP = 2
 REPEATS = 9
@@ -47,14 +47,6 @@ def tune(op: Op, problem: Problem, candidates: Sequence[Candidate], timer: Timer
         times = interleaved(right, REPEATS, WARMUP, timer.seconds)
     milliseconds = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
     return Entry(min(milliseconds, key=milliseconds.__getitem__), milliseconds, refused)
-
-
-def verify_candidate(op: Op, problem: Problem, candidate: Candidate, timer: Timer) -> str | None:
-    """Say why a candidate that nobody has timed is not right, run once on a single image."""
-    one = problem._replace(x=(1, *problem.x[1:]))
-    with _apart(problem.device):
-        _, refused = _checked(op, one, [op.candidates[op.baseline], candidate], timer)
-    return refused.get(candidate.name)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from fastcnn import plan
 from fastcnn.plan.plan_file import Entry
 from fastcnn.plan.planner import measured
 from fastcnn.plan.problem import Problem
-from fastcnn.plan.tune import verify_candidate
 
 
 def test_the_fastest_runs(tmp_path: Path) -> None:
@@ -97,8 +96,8 @@ def test_short_memory_says_nothing_about_a_candidate(tmp_path: Path) -> None:
     ways = [candidate("a", clock, passes=2), candidate("b", clock, run=out_of_memory)]
     plans = planner("tune", clock, tmp_path, *ways)
     plan = plans.choose(problem())
-    assert (plan.name, plan.source) == ("b", "model")
-    assert plan.reason.startswith("not tuned for want of memory; predicted from the numbers of CPU")
+    assert (plan.name, plan.source) == ("a", "default")
+    assert plan.reason.startswith("not tuned for want of memory; not measured; at least, by the ")
     assert plans.choose(problem()) == plan
     assert clock.calls == ["a", "b"]  # tried once, not at every call
     assert not list(tmp_path.iterdir())
@@ -126,8 +125,8 @@ def test_who_cannot_do_it_does_not_take_part(tmp_path: Path) -> None:
     # From the file, and without it.
     assert planner("read", clock, tmp_path, *ways).choose(problem(1)) == plan
     plan = planner("off", clock, None, *ways).choose(problem(1))
-    assert plan.source == "model"
-    assert plan.reason.startswith("predicted from the numbers of CPU: plain ")
+    assert plan.source == "default"
+    assert plan.reason.startswith("not measured; at least, by the numbers of CPU: plain ")
     assert plan.reason.endswith(" ms; picky: n: 1 is too few")
     with pytest.raises(ValueError, match=r"double: no candidate for .*: picky: n: 1 is too few"):
         planner("tune", clock, tmp_path, picky).choose(problem(1))
@@ -140,8 +139,8 @@ def test_default_plans_say_where_they_come_from() -> None:
     gpu = {"describe": lambda _: H200, "busy": lambda _: None}
     on_gpu = problem(device=torch.device("cuda", 0))
     plan = planner("read", clock, None, *ways, **gpu).choose(on_gpu)
-    reason = "predicted from the numbers of H200: two 0.4731 ms, one 0.2366 ms"
-    assert plan == ("one", "model", reason, None)
+    reason = "not measured; at least, by the numbers of H200: two 0.4731 ms, one 0.2366 ms"
+    assert plan == ("two", "default", reason, None)  # the baseline
 
     entry = Entry("two", {"two": 0.2, "one": 0.3}, {})
     known = {on_gpu.key(H200): entry}
@@ -149,51 +148,20 @@ def test_default_plans_say_where_they_come_from() -> None:
     assert plan == ("two", "measured", "two 0.2 ms, one 0.3 ms", 0.2)
     # A measured candidate that is no longer there cannot run.
     plan = planner("off", clock, None, ways[1], **gpu, defaults=known).choose(on_gpu)
-    assert (plan.name, plan.source) == ("one", "model")
+    assert (plan.name, plan.source) == ("one", "default")
     assert not clock.calls
 
 
-def test_the_model_s_choice_is_checked_on_one_image(tmp_path: Path) -> None:
-    # In the modes that time nothing. The baseline, "two", is what PyTorch would run.
-    shapes = []
-
-    def wrong(asked: Problem, x: Tensor) -> Tensor:
-        shapes.append(list(x.shape))
-        return x * 3
-
+def test_without_measurement_the_baseline_runs(tmp_path: Path) -> None:
+    """Whatever the model says; where it cannot do a problem, the first that can."""
     clock = Clock()
-    ways = [candidate("two", clock, passes=2), candidate("one", clock, run=wrong, passes=1)]
+    few = candidate("few", clock, passes=1)
+    many = candidate("many", clock, passes=3, supports=lambda p: "n: 2" if p.x[0] == 2 else None)
     for mode in ("read", "off"):
-        plans = planner(mode, clock, tmp_path, *ways, verify=verify_candidate)
-        with pytest.warns(UserWarning, match="double: one refused: output 0: error"):
-            plan = plans.choose(problem(64))
-        assert (plan.name, plan.source) == ("two", "model")
-        assert "one refused: output 0: error" in plan.reason
-        assert plans.choose(problem(64)) == plan
-    assert shapes == [[1, 8, 4, 4]] * 2
-
-    # Not while a graph is captured: it is checked when it is met elsewhere.
-    busy: list[str | None] = ["while a CUDA graph is captured"]
-    plans = planner("read", clock, tmp_path, *ways, verify=verify_candidate, busy=lambda _: busy[0])
-    plan = plans.choose(problem(64))
-    assert plan.name == "one"
-    assert plan.reason.startswith("not checked while a CUDA graph is captured; predicted")
-    busy[0] = None
-    with pytest.warns(UserWarning, match="one refused"):
-        assert plans.choose(problem(64)).name == "two"
-
-
-def test_what_may_refuse_is_only_chosen_where_tuned(tmp_path: Path) -> None:
-    clock = Clock()
-    ways = [
-        candidate("sure", clock, 2.0, passes=2),
-        candidate("unsure", clock, 1.0, only_tuned=True),
-    ]
-    plan = planner("read", clock, tmp_path, *ways).choose(problem())
-    assert (plan.name, plan.source) == ("sure", "model")
-    assert "unsure" in plan.reason
-    assert "ms (only where tuned)" in plan.reason
-    assert planner("tune", clock, tmp_path, *ways).choose(problem()).name == "unsure"
+        plans = planner(mode, clock, tmp_path, few, many, baseline="many")
+        assert plans.choose(problem(1))[:2] == ("many", "default")
+        assert plans.choose(problem(2))[:2] == ("few", "default")
+    assert not clock.calls
 
 
 def test_the_packaged_measurements_can_be_read() -> None:
@@ -209,7 +177,7 @@ def test_a_new_candidate_is_tuned_and_a_lost_one_replaced(tmp_path: Path) -> Non
     plan = planner("read", clock, tmp_path, a, b).choose(problem())
     assert plan[:3] == ("a", "tuned", "a 2 ms; b: not timed")
     assert planner("tune", clock, tmp_path, a, b).choose(problem()).name == "b"
-    assert planner("read", clock, tmp_path, a).choose(problem()).source == "model"
+    assert planner("read", clock, tmp_path, a).choose(problem()).source == "default"
     assert planner("tune", clock, tmp_path, a).choose(problem())[:2] == ("a", "tuned")
 
 

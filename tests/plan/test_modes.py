@@ -24,18 +24,20 @@ def test_modes(tmp_path: Path) -> None:
     ways = [candidate("fast", clock, 1.0, passes=2), candidate("slow", clock, 2.0, passes=1)]
     chosen = {}
     for mode in ("off", "read"):  # nothing there yet
-        chosen[mode] = planner(mode, clock, tmp_path, *ways).choose(problem())[:2]
+        plans = planner(mode, clock, tmp_path, *ways, baseline="slow")
+        chosen[mode] = plans.choose(problem())[:2]
     assert not clock.calls
     assert not list(tmp_path.iterdir())
-    assert chosen == {"off": ("slow", "model"), "read": ("slow", "model")}
+    assert chosen == {"off": ("slow", "default"), "read": ("slow", "default")}
 
-    planner("tune", clock, tmp_path, *ways).choose(problem())
+    planner("tune", clock, tmp_path, *ways, baseline="slow").choose(problem())
     clock.calls.clear()
     for mode in ("off", "read", "tune"):
-        chosen[mode] = planner(mode, clock, tmp_path, *ways).choose(problem())[:2]
+        plans = planner(mode, clock, tmp_path, *ways, baseline="slow")
+        chosen[mode] = plans.choose(problem())[:2]
     assert not clock.calls
     assert chosen == {
-        "off": ("slow", "model"),
+        "off": ("slow", "default"),
         "read": ("fast", "tuned"),
         "tune": ("fast", "tuned"),
     }
@@ -47,7 +49,7 @@ def test_off_does_not_look_at_the_file() -> None:
 
     clock = Clock()
     plans = planner("off", clock, None, candidate("a", clock), open_file=opened)
-    assert plans.choose(problem()).source == "model"
+    assert plans.choose(problem()).source == "default"
 
 
 def test_the_environment_s_mode(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,6 @@ def candidate(
     supports: Callable[[Problem], str | None] = lambda _: None,
     passes: int = 1,
     finalize: Finalize | None = None,
-    only_tuned: bool = False,
 ) -> Candidate:
     """Takes these milliseconds, the last of them for ever; the model is told of `passes` over x."""
     times = iter([milliseconds] if isinstance(milliseconds, float) else milliseconds)
@@ -74,7 +73,7 @@ def candidate(
     def kernels(problem: Problem) -> list[Kernel]:
         return [Kernel(1e9)] * passes
 
-    return Candidate(name, timed, supports, kernels, finalize, only_tuned)
+    return Candidate(name, timed, supports, kernels, finalize)
 
 
 def op(*candidates: Candidate, baseline: str | None = None) -> Op:
@@ -108,7 +107,6 @@ def planner(
         "defaults": {},
         "open_file": open_file,
         "timer_for": lambda _: clock,
-        "verify": lambda *_: None,
         **others,
     }
     return Planner(mode, {"double": op(*candidates, baseline=baseline)}, **asked)  # type: ignore[arg-type]

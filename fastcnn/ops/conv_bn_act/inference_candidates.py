@@ -175,7 +175,6 @@ register(
             partial(_run, plan),
             partial(_supports, plan),
             partial(_kernels, plan),
-            only_tuned=plan == "cudnn_fused",
         )
         for plan in _RUN
     ),
