@@ -54,6 +54,7 @@ def test_pointwise_depthwise_conv2d(
     kernel, padding, stride = block.kernel, block.kernel // 2, block.stride
     g = ConvGeometry((stride, stride), (padding, padding), (1, 1), c)
     weight, bias = torch.randn(c, c_in, 1, 1), torch.randn(c)
+    transposed = weight.flatten(1).t().contiguous()
     dw_weight, dw_bias = torch.randn(c, 1, kernel, kernel), torch.randn(c)
     inputs = [
         torch.randn(n, c_in, side, side).to(dtype).to(memory_format=torch.channels_last)
@@ -68,7 +69,7 @@ def test_pointwise_depthwise_conv2d(
         return second(first(x))
 
     def ours(x: Tensor) -> Tensor:
-        return pointwise_depthwise_conv2d(x, weight, bias, act, dw_weight, dw_bias, g, act)
+        return pointwise_depthwise_conv2d(x, transposed, bias, act, dw_weight, dw_bias, g, act)
 
     passes = 1 + ours(inputs[0]).numel() / inputs[0].numel()
     compare(ours, apart, inputs, passes, inputs[0])

@@ -172,7 +172,7 @@ Tensor pointwise_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor
   p.act = check.act(act);
   p.depthwise.act = check.act(dw_act);
   p.c_in = x.size(1);
-  p.weight = check.matrix("weight", weight, c, p.c_in);
+  p.weight = check.matrix("weight", weight, p.c_in, c);
   p.bias = bias ? check.numbers("bias", *bias, c) : nullptr;
   p.depthwise.weight = weight_of(kOp, dw_weight, x, check.acc(), c);
   p.depthwise.bias = dw_bias ? check.numbers("dw_bias", *dw_bias, c) : nullptr;

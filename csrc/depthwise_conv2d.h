@@ -64,7 +64,7 @@ struct PointwiseDepthwiseConv2dFwdParams {
   DepthwiseConv2dFwdParams depthwise;
   int64_t c_in;  // of x
   Act act;
-  const void* weight;  // [c, c_in] acc
+  const void* weight;  // [c_in, c] acc
   const void* bias;    // [c] acc; null: 0
 };
 

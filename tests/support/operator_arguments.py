@@ -118,7 +118,7 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str, w: int = 4) -> dict
         return call if op.endswith("fwd") else {"dy": image(), **call}
     if op.startswith("pointwise_depthwise"):
         layout, how = "channels_last", {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
-        first = {"x": image(), "weight": torch.ones(5, 6, dtype=acc), "bias": c[0][:5], "act": 1}
+        first = {"x": image(), "weight": torch.ones(6, 5, dtype=acc), "bias": c[0][:5], "act": 1}
         second = {"dw_weight": torch.ones(5, 1, 3, 3, dtype=acc), "dw_bias": c[1][:5].clone()}
         return {**first, **second, **how, "dw_act": 4}
     if op.startswith("squeeze_excite"):

@@ -157,12 +157,10 @@ class PointwiseDepthwise {
       const int64_t group = v / per_group_, wide = in_group(group) * kWide;
       S* to = pointwise(group) + v % per_group_ * kWide;
       const int64_t channel = v * kWide, count = min(kWide, s_.c - channel);
-      for (int64_t lane = 0; lane < count; ++lane) {
-        const int64_t c = channel + lane;
-        for (int64_t k = 0; k < p_.c_in; ++k) to[k * wide + lane] = weight[c * p_.c_in + k];
-        if (bias != nullptr) to[p_.c_in * wide + lane] = bias[c];
-        if (dw_bias != nullptr) depthwise(v)[taps_ * kWide + lane] = dw_bias[c];
-      }
+      const auto copy = [&](const S* from, S* to) { store(to, load(from + channel, count)); };
+      for (int64_t k = 0; k < p_.c_in; ++k) copy(weight + k * s_.c, to + k * wide);
+      if (bias != nullptr) copy(bias, to + p_.c_in * wide);
+      if (dw_bias != nullptr) copy(dw_bias, depthwise(v) + taps_ * kWide);
       pack_block(dw_weight + channel * taps_, count, taps_, false, depthwise(v));
     }
   }

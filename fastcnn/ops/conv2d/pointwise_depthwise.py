@@ -3,7 +3,7 @@
     y = act2(conv2d(act(conv2d(x, w) + b), w2, groups=c) + b2)        of inverted residual blocks
                                                                       (Sandler et al., CVPR 2018)
 
-x: [n, c_in, h, w] in channels_last on the CPU; w: [c, c_in]; w2: [c, 1, kh, kw]; y: [n, c, h_out,
+x: [n, c_in, h, w] in channels_last on the CPU; w: [c_in, c]; w2: [c, 1, kh, kw]; y: [n, c, h_out,
 w_out]. The image between the two has up to six times the channels of x, and is the largest of its
 network: it is made for some rows and vectors of channels at a time, which stay in the L2 cache
 (csrc/cpu/depthwise_conv2d/pointwise.cpp), and of half types in float32. Bytes: x is read and y
@@ -15,15 +15,17 @@ time, in turns, beside other work. In bf16 oneDNN's convolution is of bf16 produ
 
                                                   fp32                    bf16
     c_in, c, h = w, kernel, stride     ReLU6  hardswish  SiLU        ReLU6  SiLU
-    16, 96, 112, 3, 2                   1.48       1.11  1.41         1.55  1.53
-    24, 144, 56, 3, 1                   0.91       0.83  1.20         1.36  1.36
-    24, 144, 56, 5, 2                   1.14       1.09  1.31         1.63  1.57
-    32, 192, 28, 3, 1                   1.00       0.96  1.25         1.53  1.49
-    40, 240, 28, 5, 1                   0.85       0.88  1.07         1.56  1.43
-    64, 384, 14, 3, 1                   1.00       0.96  1.16         1.63  1.58
-    96, 576, 14, 3, 1                   0.89       0.85  1.04         1.46  1.47
-    160, 960, 7, 3, 1                   0.83       0.83  0.95         1.39  1.40
-    192, 1152, 7, 5, 1                  0.74       0.82  0.84         1.14  1.33
+    16, 96, 112, 3, 2                   1.70       1.48  1.49         1.55  1.56
+    24, 144, 56, 3, 1                   0.95       0.84  1.12         1.35  1.35
+    24, 144, 56, 5, 2                   1.06       1.17  1.30         1.60  1.59
+    32, 192, 28, 3, 1                   1.02       0.93  1.29         1.50  1.50
+    40, 240, 28, 5, 1                   0.90       0.84  1.16         1.46  1.49
+    64, 384, 14, 3, 1                   1.11       0.94  1.26         1.70  1.64
+    96, 576, 14, 3, 1                   0.89       0.88  1.12         1.46  1.49
+    112, 672, 14, 5, 1                  0.79       0.85  0.97         1.33  1.40
+    160, 960, 7, 3, 1                   0.89       0.95  1.02         1.53  1.56
+    192, 1152, 7, 5, 1                  0.85       0.96  1.04         1.39  1.46
+    160, 960, 7, 3, 1, one image        1.06       1.04  1.02         1.47  1.45
 
 Its own products have two thirds of oneDNN's speed, and what it gains is memory's and, of SiLU, the
 sigmoid and GELU, oneDNN's own functions. With AVX2 (oneDNN's and this) it takes 0.8 to 1.1 of it in
@@ -45,7 +47,7 @@ from fastcnn.ops.conv2d.float32_products import is_slow
 
 # Channels of x up to which it is the faster way, by what the first activation costs oneDNN; of half
 # types that the processor is slow at, any.
-MOST_INPUTS = {"cheap": 16, "costly": 64, "half": 192}
+MOST_INPUTS = {"cheap": 16, "costly": 96, "half": 192}
 _COSTLY = ("silu", "sigmoid", "gelu")
 
 
@@ -101,9 +103,12 @@ def pointwise_depthwise_conv2d(
     dw_g: ConvGeometry,
     dw_act: str,
 ) -> Tensor:
-    """Return act2(depthwise(act(conv2d(x, weight) + bias)) + dw_bias), weights in acc_type(x)."""
+    """Return act2(depthwise(act(conv2d(x, weight) + bias)) + dw_bias), all in acc_type(x).
+
+    weight: [c_in, c].
+    """
     y: Tensor = _fwd(
-        x, weight.flatten(1), bias, ACT_NUMBER[act], dw_weight, dw_bias, *dw_g[:3],
+        x, weight, bias, ACT_NUMBER[act], dw_weight, dw_bias, *dw_g[:3],
         ACT_NUMBER[dw_act],
     )  # fmt: skip
     return y

@@ -284,6 +284,7 @@ def prepare_pair(
         numbers += state.kept(folded, step.weight, step.conv_bias, norm_of_step(step), acc_type(x))
         kept.append((state, folding.keeps(state)))
     w, b, dw_w, dw_b = numbers
+    w = w.flatten(1).t().contiguous()
     return kept, lambda x, *_: pointwise_depthwise_conv2d(
         x, w, b, one.act, dw_w, dw_b, dw_g, two.act
     )

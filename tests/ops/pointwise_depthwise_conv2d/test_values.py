@@ -37,7 +37,7 @@ def tensors(window: Window, dtype: torch.dtype, c_in: int) -> list[Tensor]:
     """x, and weight and bias of both convolutions."""
     g, (n, c, h, w) = seeded(sum(window.sizes) + c_in), window.sizes
     acc = torch.promote_types(dtype, torch.float32)
-    sizes: list[tuple[int, ...]] = [(c, c_in), (c,), (c, 1, *window.kernel), (c,)]
+    sizes: list[tuple[int, ...]] = [(c_in, c), (c,), (c, 1, *window.kernel), (c,)]
     x = torch.randn(n, c_in, h, w, generator=g).to(dtype).contiguous(memory_format=LAST)
     return [x, *[torch.randn(size, generator=g).to(acc) for size in sizes]]
 
@@ -47,9 +47,9 @@ def of_both(
 ) -> tuple[Tensor, Tensor]:
     """Return what both activations are of, in float64."""
     x, w, b, dw_w, dw_b = [t.double() for t in given]
-    z = F.conv2d(x, w[:, :, None, None], b)
+    z = F.conv2d(x, w.t()[:, :, None, None], b)
     between = z if first is None else first(z)
-    return z, F.conv2d(between, dw_w, dw_b, *window.geometry, groups=len(w))
+    return z, F.conv2d(between, dw_w, dw_b, *window.geometry, groups=len(b))
 
 
 def check(window: Window, dtype: torch.dtype, c_in: int, acts: tuple[str, str]) -> None:
@@ -69,7 +69,7 @@ def check(window: Window, dtype: torch.dtype, c_in: int, acts: tuple[str, str]) 
 
     def depthwise(image: Tensor, bias: Tensor | None) -> Tensor:
         weight = x_like[1].double()
-        return F.conv2d(image, weight, bias, *window.geometry, groups=len(w))
+        return F.conv2d(image, weight, bias, *window.geometry, groups=len(b))
 
     through = depthwise(error, None)
     magnitude = depthwise(between, x_like[2].double())
@@ -129,8 +129,8 @@ def test_errors_name_what_was_expected() -> None:
     how = (*WINDOWS[8].geometry, 2)
     with pytest.raises(RuntimeError, match="x: expected a dense tensor in channels_last"):
         op(x.contiguous(), w, b, 1, dw_w, dw_b, *how)
-    with pytest.raises(RuntimeError, match=r"weight: expected a dense matrix \[24, 5\]"):
-        op(x, w[:, :4], b, 1, dw_w, dw_b, *how)
+    with pytest.raises(RuntimeError, match=r"weight: expected a dense matrix \[5, 24\]"):
+        op(x, w[:4], b, 1, dw_w, dw_b, *how)
     with pytest.raises(RuntimeError, match="dw_bias: expected a dense vector of 24"):
         op(x, w, b, 1, dw_w, dw_b[:3], *how)
     with pytest.raises(RuntimeError, match=r"weight: expected a dense tensor \[24, 1, kernel_h"):
@@ -154,8 +154,8 @@ def test_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert wanted(image(16), "relu6")
     assert not wanted(image(17), "relu6")
-    assert wanted(image(64))
-    assert not wanted(image(65))
+    assert wanted(image(96))
+    assert not wanted(image(97))
     assert wanted(image(192, torch.float16))
     assert not wanted(image(193, torch.float16))
     assert not wanted(image(16, torch.bfloat16)), "no processor that is fast at it was measured"
