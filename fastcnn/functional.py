@@ -30,6 +30,7 @@ from fastcnn.ops.conv2d_int8.packed_weight import (
 )
 from fastcnn.ops.conv_bn_act import interface as _conv_bn_act
 from fastcnn.ops.conv_bn_act.step import ConvBnActBlock, ConvBnActStep, MaxPool, Memory
+from fastcnn.ops.linear_act import interface as _linear_act
 from fastcnn.ops.squeeze_excite import Gate
 from fastcnn.ops.upsample import interface as _upsample
 
@@ -48,6 +49,7 @@ __all__ = [
     "dropout",
     "group_norm_act",
     "interpolate",
+    "linear_act",
     "pack_conv2d_int8",
     "squeeze_excite",
 ]
@@ -671,6 +673,52 @@ def dropout(
         input=input, p=p, training=training, inplace=inplace, residual=residual,
         per_channel=per_channel, generator=generator,
     )  # fmt: skip
+
+
+@overridable
+def linear_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    act: Activation = "none",
+) -> Tensor:
+    r"""Apply a linear layer and an activation.
+
+    .. math::
+        y_{\ldots o} = \mathrm{act}\left(\sum_c W_{oc}\, x_{\ldots c} + b_o\right)
+
+    On the CPU half types are multiplied in float32 where the processor is slower at them, and by a
+    float32 weight as it is: under autocast, which leaves such weights to this function, it is not
+    rounded there, and its gradient neither. Elsewhere the product is PyTorch's, on CUDA too.
+    Differentiable twice, in reverse mode.
+
+    Args:
+        input: [..., c_in], contiguous, or with four dimensions in channels_last, of which the
+            product makes a copy, as PyTorch's does; float32, bfloat16, float16, and on the CPU
+            float64. An empty batch gives an empty output.
+        weight: [c_out, c_in] in the input's dtype, or float32 beside a half input.
+        bias: [c_out], likewise; None stands for 0.
+        act: "none", "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu" (by erf), "sigmoid"
+            or "hardswish".
+
+    Returns:
+        y [..., c_out], contiguous, in the input's dtype, under autocast in that which it casts to.
+
+    Raises:
+        TypeError: an argument that is no Tensor, or of another dtype than named above.
+        ValueError: other sizes, another device or memory layout; an unknown activation.
+
+    Source: torch.nn.functional.linear; Hendrycks and Gimpel 2016, arXiv:1606.08415 (GELU).
+
+    Example:
+        >>> x, weight, bias = torch.randn(2, 7, 8), torch.randn(32, 8), torch.randn(32)
+        >>> fastcnn.functional.linear_act(x, weight, bias, act="gelu").shape
+        torch.Size([2, 7, 32])
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return overridden(locals())
+    return _linear_act.linear_act(input=input, weight=weight, bias=bias, act=act)
 
 
 @overridable

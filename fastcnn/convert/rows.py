@@ -23,11 +23,15 @@ _OPS = {
     "dropout": "dropout",
     "depthwise_conv2d": "depthwise_conv2d",
     "squeeze_excite": "squeeze_excite",
+    "linear": "linear_act",
 }
 # Layers that people look for, and why they are never fused.
 UNKNOWN = {"layer_norm": "fastcnn has no kernel for a LayerNorm over the last dimension"}
 # Ops that convert takes on the CPU alone, and why.
-_ON_CPU = {"depthwise_conv2d": "without a batch norm it runs fused on the CPU alone"}
+_ON_CPU = {
+    "depthwise_conv2d": "without a batch norm it runs fused on the CPU alone",
+    "linear_act": "it runs fused on the CPU alone",
+}
 _NEVER = {*UNKNOWN.values(), *_ON_CPU.values()}
 
 

@@ -5,6 +5,7 @@ from fastcnn.nn.conv_bn_act import Block, conv_bn_act, conv_bn_act_blocks
 from fastcnn.nn.depthwise_conv2d import DepthwiseConv2d
 from fastcnn.nn.dropout import Dropout, Dropout2d
 from fastcnn.nn.group_norm_act import GroupNormAct, InstanceNormAct2d, LayerNorm2d
+from fastcnn.nn.linear_act import LinearAct
 from fastcnn.nn.squeeze_excite import SqueezeExcite
 from fastcnn.nn.upsample import Upsample
 
@@ -17,6 +18,7 @@ __all__ = [
     "GroupNormAct",
     "InstanceNormAct2d",
     "LayerNorm2d",
+    "LinearAct",
     "SqueezeExcite",
     "Upsample",
     "conv_bn_act",

@@ -12,6 +12,7 @@ BACKENDS = {
     "depthwise_conv2d": ("C++", "CUDA C++"),
     "dropout": ("C++", "CUDA C++"),
     "group_norm_act": ("C++", "CUDA C++"),
+    "linear_act": ("oneDNN and BLAS through PyTorch", "cuBLAS through PyTorch"),
     "squeeze_excite": ("C++", "CUDA C++"),
     "upsample": ("C++", "CUDA C++"),
 }

@@ -7,6 +7,7 @@ from fastcnn.reference.conv_bn_act import conv_bn_act, conv_bn_act_blocks
 from fastcnn.reference.depthwise_conv2d import depthwise_conv2d
 from fastcnn.reference.dropout import dropout
 from fastcnn.reference.group_norm_act import group_norm_act
+from fastcnn.reference.linear_act import linear_act
 from fastcnn.reference.squeeze_excite import squeeze_excite
 from fastcnn.reference.upsample import upsample
 
@@ -19,6 +20,7 @@ __all__ = [
     "depthwise_conv2d",
     "dropout",
     "group_norm_act",
+    "linear_act",
     "squeeze_excite",
     "upsample",
 ]

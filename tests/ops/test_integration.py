@@ -69,7 +69,7 @@ FUNCTIONS = {
     "conv_bn_act": "ConvBnActFunction", "depthwise_conv2d": "DepthwiseConv2dFunction",
     "dropout": "DropoutFunction", "squeeze_excite": "SqueezeExciteFunction",
     "interpolate": "UpsampleFunction", "upsample_conv2d": "UpsampleConv2dFunction",
-    "converted": "ConvBnActFunction",
+    "linear_act": "LinearActFunction", "converted": "ConvBnActFunction",
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ NAMES = {
     "pack_conv2d_int8": "conv2d_int8",
 }
 OPS = sorted({NAMES.get(name, name) for name in functional.__all__ if name.islower()})
-COMPOSED = {"conv_bn_act"}  # made of other ops: no kernels of their own
+COMPOSED = {"conv_bn_act", "linear_act"}  # of other ops or PyTorch's: no kernels of their own
 MODULES = {"augment": "fastcnn/augment/module.py"}  # the others: fastcnn/nn/<op>.py
 NO_CUDA_SOURCE = {"conv2d_int8"}  # on GPUs convolutions are Triton's
 NO_MODULE = {"conv2d_int8"}  # quantisation makes its modules

@@ -21,6 +21,7 @@ OPS = [
     "conv_bn_act",
     "depthwise_conv2d",
     "squeeze_excite",
+    "linear_act",
     "conv2d_int8",
     "augment",
 ]

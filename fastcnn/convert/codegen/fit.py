@@ -22,6 +22,7 @@ from fastcnn.common.autocast import autocast_dtype, cast_dtype
 from fastcnn.common.checks import FLOATS, HALVES, memory_format_of, one_of
 from fastcnn.common.conv_geometry import output_size, padding_of, pair
 from fastcnn.convert.options import Options
+from fastcnn.ops.linear_act.folded import LinearAct
 
 # conv, batch norm or, in folded chains, None; activation; max pooling or None.
 StepModules = tuple[nn.Conv2d, Any, str, nn.MaxPool2d | None]
@@ -159,6 +160,28 @@ def squeeze_unfit(x: Tensor, c: int, parameters: Sequence[Tensor | None]) -> str
             continue
         if on is None or t.dtype is not torch.float32 or own not in HALVES or t.device != x.device:
             return f"its weights are {t.dtype} on {t.device}, its input {own} on {x.device}"
+    return None
+
+
+def linears_unfit(x: Any, steps: Sequence[LinearAct], options: Options) -> str | None:
+    """Say why linear layers of an input are PyTorch's own, if so: its errors too."""
+    why = unfit(x, options, dims=None)
+    if why is not None:
+        return why
+    if x.device.type == "cuda":
+        return "it runs fused on the CPU alone"
+    on, sizes = autocast_dtype(x), x.shape[-1:]
+    for linear, _ in steps:
+        tensors: tuple[Tensor | None, ...] = linear.weight, linear.bias
+        weight = linear.weight
+        if sizes != weight.shape[1:]:
+            return f"its input has sizes [..., {sizes[-1]}] where its weight is {weight.shape}"
+        sizes = weight.shape[:1]
+        for t in tensors:
+            if t is None:
+                continue
+            if cast_dtype(t, on) != cast_dtype(x, on) or t.device != x.device or _is_wrapper(t):
+                return f"its weights are {t.dtype} on {t.device}, its input {x.dtype} on {x.device}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Chains in inference: each step's weights folded and packed once, by FoldedConv2d.
+"""Chains in inference: each step's weights folded and packed once, by FoldedConv2d, FoldedLinears.
 
 In training, and where a gradient is required, the steps run as runtime.py's.
 """
@@ -16,11 +16,12 @@ from fastcnn.common.activation import eager_activation
 from fastcnn.common.autocast import autocast_dtype, cast
 from fastcnn.common.checks import as_convolved, is_channels_last
 from fastcnn.convert.codegen import runtime
-from fastcnn.convert.codegen.fit import Shortcut, StepModules
+from fastcnn.convert.codegen.fit import Shortcut, StepModules, linears_unfit
 from fastcnn.convert.codegen.runtime import Resizing
 from fastcnn.convert.options import Options
 from fastcnn.ops.conv_bn_act.folded import FoldedConv2d, is_plain_inference, prepare_pair
 from fastcnn.ops.conv_bn_act.weight_cache import MOST_SIZES, Attribute, State, Unchanged
+from fastcnn.ops.linear_act.folded import FoldedLinears, LinearAct
 from fastcnn.ops.upsample_conv2d.folded import FoldedUpsampleConv2d
 
 # What runs a step on x, a residual, and whether that dies; and the pooling behind it.
@@ -174,6 +175,19 @@ def folded_upsampled_chain(
         y = first(x, **beside, **how)
         y = y if pool is None else pool(y)
         return y if rest is None else rest(y, residual)
+
+    return run
+
+
+def folded_linears(steps: Sequence[LinearAct], options: Options) -> Callable[[Tensor], Tensor]:
+    """Return what runs linear layers and activations one behind the other."""
+    linears = FoldedLinears(steps)
+
+    def run(x: Tensor) -> Tensor:
+        call = linears.known(x)
+        if call is None and linears_unfit(x, steps, options) is None:
+            call = linears.prepare(x)
+        return runtime.run_linears(x, steps, options) if call is None else call(x)
 
     return run
 

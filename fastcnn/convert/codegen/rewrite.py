@@ -13,7 +13,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastcnn.convert.codegen import fit, runtime
-from fastcnn.convert.codegen.folded import FoldedChain, Kept, folded_upsampled_chain
+from fastcnn.convert.codegen.folded import (
+    FoldedChain,
+    Kept,
+    folded_linears,
+    folded_upsampled_chain,
+)
 from fastcnn.convert.graph.guards import Compared, has_hooks
 from fastcnn.convert.graph.layers import Layers
 from fastcnn.convert.graph.matcher import Matcher
@@ -22,6 +27,7 @@ from fastcnn.convert.graph.patterns import (
     ChainPattern,
     DropPattern,
     LayerPattern,
+    LinearPattern,
     Pattern,
     ResizePattern,
     SqueezePattern,
@@ -109,6 +115,12 @@ class _Emitter:
         if isinstance(p, SqueezePattern):
             fcs = self._module(p.fc1), None if p.fc2 is None else self._module(p.fc2)
             return call(runtime.run_squeeze_excite, (x, *fcs, p.act, p.gate, p.dims, options))
+        if isinstance(p, LinearPattern) and options.mode == "infer":
+            linears = [(self._matcher.module(node), act) for node, act in p.steps]
+            return call(Kept(folded_linears(linears, options)), (x,))
+        if isinstance(p, LinearPattern):
+            nodes = tuple((self._module(node), act) for node, act in p.steps)
+            return call(runtime.run_linears, (x, nodes, options))
         if isinstance(p, DropPattern) and p.drop.op == "call_module":
             return call(runtime.run_dropout_layer, (x, self._module(p.drop), options))
         if isinstance(p, DropPattern):

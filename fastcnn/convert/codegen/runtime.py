@@ -15,13 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastcnn import _C, functional
 from fastcnn.common.activation import eager_activation
-from fastcnn.common.autocast import autocast_dtype, cast_dtype
+from fastcnn.common.autocast import autocast_dtype, cast, cast_dtype
 from fastcnn.common.checks import as_convolved, is_channels_last
 from fastcnn.common.conv_geometry import padding_of
 from fastcnn.common.overrides import has_torch_function_variadic
 from fastcnn.convert.codegen.fit import (
     Shortcut,
     StepModules,
+    linears_unfit,
     notes,
     refuse,
     residual_unfit,
@@ -42,6 +43,8 @@ from fastcnn.ops.conv_bn_act.weight_cache import MOST_SIZES, Attribute, attribut
 from fastcnn.ops.depthwise_conv2d import is_depthwise, outruns_onednn
 from fastcnn.ops.group_norm_act import pixel_norm_act
 from fastcnn.ops.instance_norm_act import instance_norm_act
+from fastcnn.ops.linear_act.folded import LinearAct
+from fastcnn.ops.linear_act.interface import outruns_pytorch
 from fastcnn.ops.upsample_conv2d.interface import by_taps, resize_of, upsample_conv2d
 
 # interpolate's arguments by name, or the module that has them.
@@ -383,6 +386,23 @@ def run_squeeze_excite(
     z = fc1(x.mean(dims, keepdim=True) if dims else F.adaptive_avg_pool2d(x, 1))
     z = z if fc2 is None else fc2(eager_activation(z, act))
     return x * (z.sigmoid() if gate == "sigmoid" else F.hardsigmoid(z))
+
+
+def run_linears(x: Tensor, steps: Sequence[LinearAct], options: Options) -> Tensor:
+    """Run linear layers and activations one behind the other, each by what is faster."""
+    why, fused = linears_unfit(x, steps, options), False
+    if why is None:
+        x = cast(x, autocast_dtype(x))
+    for linear, act in steps:
+        if why is None and outruns_pytorch(x, linear.weight, act):
+            x, fused = functional.linear_act(x, linear.weight, linear.bias, act=act), True
+        else:
+            x = eager_activation(linear(x), act)
+    if why is not None:
+        refuse(steps[-1][0], why, options)
+    elif not fused and not torch.compiler.is_compiling():
+        notes[steps[-1][0]] = "PyTorch's kernel is as fast there"
+    return x
 
 
 def one_by_one(x: Tensor, steps: Sequence[StepModules], residual: Shortcut) -> Tensor:

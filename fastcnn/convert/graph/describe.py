@@ -9,6 +9,7 @@ from fastcnn.convert.graph.patterns import (
     ChainPattern,
     DropPattern,
     LayerPattern,
+    LinearPattern,
     Pattern,
     ResizePattern,
     SqueezePattern,
@@ -51,6 +52,9 @@ def describe(pattern: Pattern, matcher: Matcher) -> Call:
         ends_in = matcher.module(pattern.resize)
     elif isinstance(pattern, SqueezePattern):
         ends_in = matcher.module(pattern.fc2 or pattern.fc1)
+    elif isinstance(pattern, LinearPattern):
+        ends_in = matcher.module(pattern.steps[-1][0])
+        reads = [str(pattern.steps[0][0].target)]
     words, last = _words(pattern, matcher), matcher.last_of(pattern).name
     return Call(where, words, last, ends_in, paths, tuple(reads))
 
@@ -111,6 +115,8 @@ def _words(p: Pattern, matcher: Matcher) -> str:
         return "upsample" if by_layer else "interpolate" if p.skip is None else "interpolate-cat"
     if isinstance(p, SqueezePattern):
         return "squeeze_excite" + (f"-{p.act}" if p.act != "none" else "") + f"-{p.gate}"
+    if isinstance(p, LinearPattern):
+        return " > ".join("linear" + (f"-{act}" if act != "none" else "") for _, act in p.steps)
     assert isinstance(p, DropPattern)
     return "dropout"
 

@@ -21,6 +21,7 @@ _KINDS: dict[type[nn.Module], str] = {
     nn.GroupNorm: "group_norm",
     nn.InstanceNorm2d: "instance_norm",
     nn.LayerNorm: "layer_norm",  # known, without a kernel
+    nn.Linear: "linear",
     nn.Dropout: "dropout",
     nn.Dropout2d: "dropout",
     nn.Upsample: "upsample",

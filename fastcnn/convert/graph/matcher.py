@@ -1,4 +1,4 @@
-"""Finds the patterns of a graph: squeezes, chains, single layers, resizings, dropouts, in order."""
+"""Finds the patterns of a graph: squeezes, chains, layers, resizings, dropouts, linear layers."""
 
 import operator
 from collections.abc import Iterator, Sequence
@@ -25,6 +25,7 @@ from fastcnn.convert.graph.patterns import (
     ChainPattern,
     DropPattern,
     LayerPattern,
+    LinearPattern,
     Pattern,
     ResizePattern,
     SqueezePattern,
@@ -54,7 +55,7 @@ class Matcher:
         """Return the patterns, in the order of their last nodes."""
         found: list[Pattern] = []
         finders = (self._squeezes, self._chains, self._single, self._resizes, self._drops)
-        for candidates in finders:
+        for candidates in (*finders, self._linears):
             for pattern in candidates():
                 if self.may_move([pattern]):
                     self._used.update(pattern.nodes)
@@ -405,6 +406,23 @@ class Matcher:
                 continue
             if node.kwargs.get("p", node.args[1] if len(node.args) > 1 else None) != 0:
                 yield DropPattern(node, [node])
+
+    def _linears(self) -> Iterator[LinearPattern]:
+        by_end: dict[fx.Node, LinearPattern] = {}
+        for node in self._graph.nodes:
+            if self._kind(node) != "linear" or self._no_layer(node) is not None:
+                continue
+            act, *more = self._act_behind(node) or ("none",)
+            before = by_end.pop(node.args[0], None)
+            if before is not None and len(before.nodes[-1].users) > 1:
+                by_end[before.nodes[-1]] = before
+                before = None
+            found = before or LinearPattern([], [])
+            found.steps.append((node, act))
+            found.nodes += [node, *more]
+            by_end[found.nodes[-1]] = found
+        # Without any, float32 has nothing to gain.
+        yield from (p for p in by_end.values() if any(act != "none" for _, act in p.steps))
 
 
 def _operands(add: fx.Node) -> list[fx.Node]:

@@ -8,6 +8,7 @@
     ResizePattern    a resizing, also one whose output is concatenated with one tensor
     DropPattern      a dropout
     SqueezePattern   squeeze-and-excitation: an image times gates made of its channels' means
+    LinearPattern    linear layers one behind the other, of which some have an activation
 
 Each stands for layers, which then keep their own class, or for functions. Nodes of one pattern are
 consumed by nobody outside it but the last.
@@ -135,7 +136,21 @@ class SqueezePattern:
         return [self.x]
 
 
-Pattern = ChainPattern | LayerPattern | ResizePattern | DropPattern | SqueezePattern
+@dataclass
+class LinearPattern:
+    """act(linear(x)), and others on what that gives."""
+
+    steps: list[tuple[fx.Node, Any]]  # with the activation's name
+    nodes: list[fx.Node]
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """What it reads."""
+        x: Any = self.steps[0][0].args[0]
+        return [x]
+
+
+Pattern = ChainPattern | LayerPattern | ResizePattern | DropPattern | SqueezePattern | LinearPattern
 
 # F.interpolate's arguments, in their order.
 INTERPOLATE = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")

@@ -33,7 +33,7 @@ def _onednn_types() -> tuple[torch.dtype, ...]:
 _ONEDNN_TYPES = _onednn_types()
 
 # oneDNN's names of the activations, with their parameters: what the convolution's epilogue applies.
-_EPILOGUES: dict[str, tuple[str, list[float], str]] = {
+EPILOGUES: dict[str, tuple[str, list[float], str]] = {
     "none": ("none", [], ""),
     "relu": ("relu", [], ""),
     "relu6": ("hardtanh", [0.0, 6.0], ""),
@@ -116,7 +116,7 @@ def convolving_onednn(
 def _pointwise(x: Tensor, g: ConvGeometry, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
     stride, padding, dilation, groups = g
     y: Tensor = _convolution_pointwise.default(
-        x, weight, bias, padding, stride, dilation, groups, *_EPILOGUES[act]
+        x, weight, bias, padding, stride, dilation, groups, *EPILOGUES[act]
     )
     return y
 
