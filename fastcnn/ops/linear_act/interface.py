@@ -34,7 +34,7 @@ from fastcnn.ops.conv2d.float32_products import in_backward, pays
 
 OP = "linear_act"
 # From how many values of z on adding the bias in place is worth a Function's 40 us, see above.
-_MANY = 2**21
+_MANY = 2**23
 
 _aten = torch.ops.aten
 

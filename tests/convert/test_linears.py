@@ -1,0 +1,211 @@
+"""Linear layers with activations in foreign forwards: found, fused where it pays, left alone."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.conversion_cases import Forward
+from support.conversions import assert_converts, assert_infers, images, patterns
+from support.linear_act_cases import RULES, Types, answer
+from support.oracles import timm, torchvision
+from support.roundings import Expected
+from torch import nn
+
+import fastcnn
+from fastcnn import convert
+from fastcnn.convert.codegen import fit
+from fastcnn.ops.linear_act import folded
+
+
+def net(run: Callable[..., Any], **more: nn.Module) -> Forward:
+    layers = {"fc1": nn.Linear(6, 24), "fc2": nn.Linear(24, 6), "act": nn.GELU()}
+    return Forward(run, **{**layers, **more})
+
+
+def mlp(*more: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 24), nn.GELU(), *more, nn.Linear(24, 6))
+
+
+# A model of [2, 5, 6], and what is one call of it.
+CASES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "an MLP": (mlp, ["linear-gelu > linear"]),
+    "torchvision's": (
+        lambda: nn.Sequential(
+            torchvision.models.vision_transformer.MLPBlock(6, 24, 0.0),
+        ),
+        ["linear-gelu > linear"],
+    ),
+    "timm's": (lambda: nn.Sequential(timm.layers.Mlp(6, 24)), ["linear-gelu > linear"]),
+    "functions": (
+        lambda: net(lambda m, x: F.relu(m.fc2(torch.sigmoid(m.fc1(x))))),
+        ["linear-sigmoid > linear-relu"],
+    ),
+    "without a bias, and three": (
+        lambda: nn.Sequential(
+            nn.Linear(6, 9, bias=False), nn.Linear(9, 8), nn.SiLU(), nn.Linear(8, 4), nn.ReLU6()
+        ),
+        ["linear > linear-silu > linear-relu6"],
+    ),
+    "a dropout between": (lambda: mlp(nn.Dropout(0.0)), ["linear-gelu > linear"]),
+    "an activation that has no kernel": (
+        lambda: nn.Sequential(nn.Linear(6, 9), nn.GELU("tanh"), nn.Linear(9, 8), nn.ReLU()),
+        ["linear-relu"],
+    ),
+    "a hidden value that is read again": (
+        lambda: net(lambda m, x: (lambda h: m.fc2(h) + h.sum())(m.act(m.fc1(x)))),
+        ["linear-gelu"],
+    ),
+    "one layer twice": (
+        lambda: net(lambda m, x: m.fc2(m.act(m.fc1(m.fc2(m.act(m.fc1(x))))))),
+        ["linear-gelu > linear > linear-gelu > linear"],
+    ),
+}
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "without an activation": lambda: nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 3)),
+    "the sum before the activation": lambda: net(lambda m, x: m.fc2(m.act(m.fc1(x) + 1))),
+    "z is read again": lambda: net(lambda m, x: (lambda z: m.fc2(m.act(z) + z))(m.fc1(x))),
+}
+
+
+@pytest.fixture(params=RULES)
+def rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Ask both answers of the rule, and oneDNN for small layers."""
+    answer(request.param, monkeypatch)
+    monkeypatch.setattr(folded, "_FEW", 0)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_found(name: str) -> None:
+    make, expected = CASES[name]
+    assert assert_converts(make(), images(2, 5, 6)) == expected
+
+
+@pytest.mark.usefixtures("rule")
+@pytest.mark.parametrize("name", CASES)
+def test_inference(name: str) -> None:
+    make, expected = CASES[name]
+    assert assert_infers(make(), images(2, 3, 5, 6)) == expected
+
+
+@pytest.mark.filterwarnings("ignore:fastcnn.convert. nothing in")
+@pytest.mark.parametrize("name", OTHERS)
+def test_left_alone(name: str) -> None:
+    model = OTHERS[name]()
+    assert assert_converts(model, images(2, 5, 6)) == []
+    assert not fastcnn.report(model)  # and no row says so
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_types(rule: str, autocast: bool, mode: Any) -> None:
+    torch.manual_seed(0)
+    model = mlp().requires_grad_(mode == "train")
+    exact, x = copy.deepcopy(model).double(), torch.randn(4, 5, 6)
+    if not autocast:
+        model.bfloat16()
+        exact.load_state_dict(model.state_dict())
+        x = x.bfloat16()
+    plain = copy.deepcopy(model)
+    convert(model, mode=mode)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Types() as types:
+        y = model(x)
+        if mode == "train":
+            y.float().square().sum().backward()
+    fused = rule == "in float32"
+    if fused or mode == "train":
+        assert set(types.read) == {torch.float32 if fused else torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = plain(x)
+    assert y.dtype is expected.dtype
+    state = torch.float32 if autocast else torch.bfloat16
+    limits = Expected(lambda: {"y": exact(x.double())}, torch.bfloat16, state, autocast=True)
+    limits.check({"y": y.detach()})
+    if mode == "train":
+        note = fit.notes.get(model[2])
+        assert note == (None if fused else "PyTorch's kernel is as fast there")
+
+
+def test_float32_in_training_is_pytorch_s() -> None:
+    model, x = mlp(), torch.randn(4, 5, 6)
+    plain = copy.deepcopy(model)
+    convert(model)
+    assert torch.equal(model(x), plain(x))
+    assert fit.notes[model[2]] == "PyTorch's kernel is as fast there"
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_what_does_not_go_together_is_pytorch_s_error(mode: Any) -> None:
+    model = convert(mlp(), mode=mode)
+    for x in (torch.randn(4, 7), torch.randn(4, 6).bfloat16()):
+        with pytest.raises(RuntimeError), torch.no_grad():
+            model(x)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
+        model(torch.randn(4, 6).double())
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_any_strides_run_as_written(mode: Any) -> None:
+    model = mlp().eval()
+    x = torch.randn(4, 6, 5).mT
+    expected = model(x)
+    assert torch.equal(convert(model, mode=mode)(x), expected)
+    assert fit.notes[model[2]].startswith("its input is not dense")
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_vmap_runs_as_written(mode: Any) -> None:
+    model, x = mlp().eval(), torch.randn(4, 5, 6)
+    expected = torch.func.vmap(model)(x)
+    assert torch.equal(torch.func.vmap(convert(model, mode=mode))(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.usefixtures("rule")
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_compiled_without_graph_breaks(mode: Any) -> None:
+    model = convert(mlp().bfloat16().eval(), mode=mode)
+    x = torch.randn(4, 5, 6).bfloat16()
+    torch.compiler.reset()
+    with torch.set_grad_enabled(mode == "train"):
+        y = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(y, model(x), rtol=2**-6, atol=2**-6)
+
+
+def test_a_hook_on_a_layer_runs() -> None:
+    model = convert(mlp())
+    x, seen = torch.randn(4, 6), []
+    model(x)
+    handle = model[0].register_forward_hook(lambda *_: seen.append(1))
+    with pytest.warns(UserWarning, match="has hooks now"):
+        model(x)
+    handle.remove()
+    assert seen == [1]
+
+
+def test_another_classifier_behind_the_fused_layers() -> None:
+    # As fine-tuning gives a VGG: behind a dropout it is nobody's part.
+    model = mlp(nn.Dropout(0.5))
+    convert(model)
+    model[3] = nn.Linear(24, 2)
+    assert model(torch.randn(4, 6)).shape == (4, 2)
+    assert patterns(model) == ["linear-gelu", "dropout"]
+
+
+@pytest.mark.usefixtures("rule")
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_verify(mode: Any) -> None:
+    model = convert(mlp().eval(), mode=mode)
+    assert fastcnn.verify(model, torch.randn(4, 5, 6)).ok
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fastcnn.verify(model, torch.randn(4, 5, 6)).ok
+
+
+def test_report_names_the_op(capsys: pytest.CaptureFixture[str]) -> None:
+    fastcnn.report(convert(mlp()), verbose=True)
+    said = capsys.readouterr().out
+    assert "linear-gelu > linear" in said
+    assert "oneDNN and BLAS through" in said
