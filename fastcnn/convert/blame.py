@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastcnn.common.autocast import autocast_dtype
 from fastcnn.common.checks import HALVES
+from fastcnn.convert.codegen.rewrite import layer_called
 from fastcnn.convert.fused_forward import FusedForward
 from fastcnn.convert.graph.describe import Call
 
@@ -47,8 +48,8 @@ def named(
     if node is None:
         return None
     x = frames[at].f_locals.get(str(node.args[0])) if node.args else None
-    if node.op == "call_module":
-        path = str(node.target)
+    path = layer_called(node)
+    if path is not None:
         layer = module.get_submodule(path)
         if not type(layer).__module__.startswith("torch.nn."):
             return None

@@ -12,7 +12,7 @@ from support.conversions import assert_converts, assert_infers, images, patterns
 from support.linear_act_cases import RULES, Types, answer
 from support.oracles import timm, torchvision
 from support.roundings import Expected
-from torch import nn
+from torch import Tensor, nn
 
 import fastcnn
 from fastcnn import convert
@@ -127,6 +127,43 @@ def test_half_types(rule: str, autocast: bool, mode: Any) -> None:
     if mode == "train":
         note = fit.notes.get(model[2])
         assert note == (None if fused else "PyTorch's kernel is as fast there")
+
+
+class Attention(nn.Module):
+    """Linear layers by themselves, behind a layer that is fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.qkv, self.proj = *mlp()[:2], nn.Linear(24, 72), nn.Linear(24, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.act(self.fc1(x)).tanh()).chunk(3, -1)
+        y: Tensor = self.proj(F.softmax(q * k, -1) * v)
+        return y
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_half_types_of_linear_layers_by_themselves(rule: str, mode: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Attention(), torch.randn(4, 5, 6)
+    plain = copy.deepcopy(model)
+    convert(model, mode=mode)
+    assert patterns(model) == ["linear-gelu"]  # and none says more
+    assert torch.equal(model(x), plain(x))  # float32 is PyTorch's
+    with torch.autocast("cpu", torch.bfloat16), Types() as types:
+        y, expected = model(x), plain(x)
+        y.float().square().sum().backward()
+    half = torch.bfloat16
+    assert y.dtype is expected.dtype is half
+    assert types.read[:6] == [torch.float32 if rule == "in float32" else half] * 6
+    torch.testing.assert_close(y, expected, rtol=2**-5, atol=2**-5)
+    model.proj = nn.Linear(24, 2)  # any other
+    assert model(x).shape == (4, 5, 2)
+    seen: list[int] = []
+    model.proj.register_forward_hook(lambda *_: seen.append(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert seen == [1]
 
 
 def test_float32_in_training_is_pytorch_s() -> None:

@@ -60,7 +60,20 @@ def fuse(
 ) -> list[tuple[fx.Node, list[Pattern]]]:
     """Put each call in the place of its patterns' last node, in the graph itself; return them."""
     emit = _Emitter(graph, matcher, options)
-    return [(emit.run(run), run) for run in _runs(patterns, matcher, options)]
+    calls = [(emit.run(run), run) for run in _runs(patterns, matcher, options)]
+    for node in list(graph.nodes):
+        plain = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+        if plain and matcher.layer(node).kind == "linear":
+            emit.linear(node)
+    return calls
+
+
+def layer_called(node: fx.Node) -> str | None:
+    """Return the path of the layer that a node calls, if it does no more."""
+    if node.target is runtime.run_linear:
+        node = cast(fx.Node, node.args[1])
+        return str(node.target)
+    return str(node.target) if node.op == "call_module" else None
 
 
 def _runs(patterns: Sequence[Pattern], matcher: Matcher, options: Options) -> list[list[Pattern]]:
@@ -101,6 +114,13 @@ class _Emitter:
         for node in reversed(self._matcher.nodes_of(run)):
             self._graph.erase_node(node)
         return call
+
+    def linear(self, node: fx.Node) -> None:
+        """Let a call of a linear layer choose its products, under the same name."""
+        with self._graph.inserting_before(node):
+            layer = self._module(node)
+        node.op, node.target = "call_function", runtime.run_linear
+        node.args = (node.args[0], layer, self._options)
 
     def _call(self, p: Pattern) -> fx.Node:
         call, options = self._graph.call_function, self._options

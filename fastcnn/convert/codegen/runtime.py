@@ -32,10 +32,12 @@ from fastcnn.convert.codegen.fit import (
     unfit,
     unlike,
 )
+from fastcnn.convert.graph.guards import has_hooks
 from fastcnn.convert.graph.layers import DEPTHWISE, Layer, act_inside
 from fastcnn.convert.graph.patterns import INTERPOLATE
 from fastcnn.convert.options import Options
 from fastcnn.nn.batch_norm_act import running_statistics, step_momentum, uses_batch_statistics
+from fastcnn.ops.conv2d.float32_products import is_slow
 from fastcnn.ops.conv_bn_act.composite import CompositeCall, too_small
 from fastcnn.ops.conv_bn_act.folded import OF_CONV
 from fastcnn.ops.conv_bn_act.interface import TrainingCall, training_call
@@ -403,6 +405,18 @@ def run_linears(x: Tensor, steps: Sequence[LinearAct], options: Options) -> Tens
     elif not fused and not torch.compiler.is_compiling():
         notes[steps[-1][0]] = "PyTorch's kernel is as fast there"
     return x
+
+
+def run_linear(x: Any, linear: nn.Linear, options: Options) -> Any:
+    """Call a linear layer that nothing is fused with, in float32 where a half type gains by it."""
+    plain = type(linear) is nn.Linear and not has_hooks(linear) and "forward" not in vars(linear)
+    if not plain or not isinstance(x, Tensor) or not is_slow(cast_dtype(x, autocast_dtype(x))):
+        return linear(x)
+    if linears_unfit(x, ((linear, "none"),), options) is None:
+        x = cast(x, autocast_dtype(x))
+        if outruns_pytorch(x, linear.weight, "none"):
+            return functional.linear_act(x, linear.weight, linear.bias)
+    return linear(x)
 
 
 def one_by_one(x: Tensor, steps: Sequence[StepModules], residual: Shortcut) -> Tensor:

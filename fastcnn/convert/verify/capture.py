@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
+from fastcnn.convert.codegen.rewrite import layer_called
 from fastcnn.convert.converted import Conversion, Converted, bind
 from fastcnn.convert.fused_forward import FusedForward
 from fastcnn.convert.graph.layers import Layers, class_of
@@ -94,7 +95,7 @@ def _places(
     def title(node: fx.Node) -> str:
         call = made.calls.get(node.name)
         if call is None:
-            return child_path(path, str(node.target) if node.op == "call_module" else node.name)
+            return child_path(path, layer_called(node) or node.name)
         return place(path, call.where)
 
     for node in made.fused.nodes:
@@ -102,8 +103,8 @@ def _places(
         readers = tuple(title(user) for user in node.users if user.op != "output")
         if call is not None:
             yield child_path(path, call.last), Place(title(node), call.words, readers)
-        elif node.op == "call_module":
-            words = _words(module.get_submodule(str(node.target)), layers)
+        elif (called := layer_called(node)) is not None:
+            words = _words(module.get_submodule(called), layers)
             yield child_path(path, node.name), Place(title(node), words, readers)
 
 

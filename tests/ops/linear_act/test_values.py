@@ -151,7 +151,7 @@ def test_the_rule_counts_what_is_converted(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_float32_is_pytorch_s_without_an_activation() -> None:
-    large, small, weight = torch.empty(2**19, 1), torch.empty(8, 1), torch.empty(4, 1)
+    large, small, weight = torch.empty(2**21, 1), torch.empty(8, 1), torch.empty(4, 1)
     assert outruns_pytorch(large, weight, "gelu")
     assert not outruns_pytorch(large, weight, "none")
     assert not outruns_pytorch(small, weight, "gelu")
