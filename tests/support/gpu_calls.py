@@ -230,6 +230,13 @@ def _squeeze_excite(x: Tensor, fc1: Tensor, fc2: Tensor, dy: Tensor) -> list[Ten
     return differentiated(forward, dy, x, fc1, fc2)
 
 
+def _linear_act(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> list[Tensor]:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional.linear_act(x, weight, bias, act="gelu")
+
+    return differentiated(forward, dy, x, weight, bias)
+
+
 def _dropout_in_place(x: Tensor) -> list[Tensor]:
     return [functional.dropout(x.clone(), 0.3, inplace=True)]
 
@@ -291,6 +298,7 @@ CALLS = {
     "squeeze_excite": Call(
         _images((2, 16, 9, 7), (6, 16, 1, 1), (16, 6, 1, 1), (2, 16, 9, 7)), _squeeze_excite
     ),
+    "linear_act": Call(_images((2, 9, 16), (24, 16), (24,), (2, 9, 24)), _linear_act),
     "dropout": Call(
         _images(*[(3, 8, 9, 7)] * 3, dtype=_BF16, layout=LAST), partial(_dropout, False)
     ),
