@@ -57,7 +57,7 @@ def test_linear_act(compare: Any, what: str, case: tuple[Layer, bool]) -> None:
     def run(fn: Any) -> Any:
         def once(one: tuple[Tensor, Tensor]) -> Tensor:
             x, dy = one
-            with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
                 y: Tensor = fn(x, *parameters)
             return torch.autograd.grad(y, [x, *parameters], dy)[0] if trains else y
 

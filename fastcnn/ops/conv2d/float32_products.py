@@ -40,6 +40,7 @@ call; one in bfloat16 is converted, and counted with the values.
     64 rows, 1024 to 1024             512      1.48      1.78      57    1.21      1.39
     25088 rows, 32 to 32               16      0.89      1.15      16    0.95      1.14
     25088 rows, 96 to 96               48      1.31      1.49      48    1.30      1.55
+    25088 rows, 96 to 384              77      0.96      1.31      77    1.14      1.37
     392 rows, 768 to 3072             614      1.78      1.71     239    1.65      1.73
 """
 
