@@ -63,7 +63,21 @@ class Matcher:
                         self.left.pop(pattern.layer, None)  # why it is in no chain
                     found.append(pattern)
         order = {node: i for i, node in enumerate(self._graph.nodes)}
+        self._keep_read_residuals(found, order)
         return sorted(found, key=lambda p: order[self.last_of(p)])
+
+    def _keep_read_residuals(self, found: list[Pattern], order: dict[fx.Node, int]) -> None:
+        """Let no chain write into a residual that a call around it reads: each reads at its end."""
+        for chain in found:
+            if not isinstance(chain, ChainPattern) or not chain.residual_dies:
+                continue
+            residual: Any = chain.residual or chain.input
+            at = order[chain.last]
+            chain.residual_dies = not any(
+                order[p.nodes[0]] < at < order[self.last_of(p)]
+                and any(self._aliasing.shares(residual, n) for n in p.inputs)
+                for p in found
+            )
 
     def has_bare_chains(self) -> bool:
         """Whether there is no batch norm, and a convolution is fused with what follows it."""
