@@ -1,7 +1,7 @@
 """batch_norm_act, forward and backward in training, beside F.batch_norm + add + relu.
 
 Floor in passes over the tensor (docs/performance.md): forward 3, backward 5, and one more each for
-a residual.
+a residual. Of a concatenation the same, where torch.cat has 2 more forward.
 """
 
 import functools
@@ -44,6 +44,16 @@ GPU_CASES = [
     "64x112x112-bf16-nhwc-",
     "1024x14x14-bf16-nhwc-residual",
 ]
+
+
+# DenseNet-121's last layer in each of its first three blocks: channels before the block, and the
+# layers in it before this one, of 32 each.
+CONCATS = {
+    f"{before}+{layers}x32x{side}x{side}-{dtype}{kind}": (before, layers, side, dtype, kind == "")
+    for before, layers, side in ((64, 5, 56), (128, 11, 28), (256, 23, 14))
+    for dtype in DTYPES
+    for kind in ("", "-inference")
+}
 
 
 class Layer(NamedTuple):
@@ -101,3 +111,56 @@ def test_training(compare: Any, case: tuple[str, str, torch.memory_format, bool]
     layers = [layer(*case) for _ in range(INPUTS)]
     others = {name: gradients(forward) for name, forward in beside(eager).items()}
     compare(gradients(ours), others, layers, 10 if case[-1] else 8, layers[0].dy)
+
+
+class Concat(NamedTuple):
+    """Tensors whose concatenation is normalised."""
+
+    xs: list[Tensor]
+    weight: Tensor
+    bias: Tensor
+    stats: tuple[Tensor, Tensor]
+    dy: Tensor
+
+
+def concat(before: int, layers: int, side: int, dtype: str, training: bool) -> Concat:
+    sizes = [tiny(on(8, 128), c, side, side) for c in (before, *[32] * layers)]
+
+    def image(n: int, c: int, h: int, w: int) -> Tensor:
+        x = torch.randn(n, c, h, w, device=DEVICE).to(DTYPES[dtype])
+        return x.contiguous(memory_format=torch.channels_last)
+
+    c = sum(size[1] for size in sizes)
+    n, _, h, w = sizes[0]
+    ones, zeros = (functools.partial(make, c, device=DEVICE) for make in (torch.ones, torch.zeros))
+    weight, bias = ones(requires_grad=training), zeros(requires_grad=training)
+    xs = [image(*size).requires_grad_(training) for size in sizes]
+    return Concat(xs, weight, bias, (zeros(), ones()), image(n, c, h, w))
+
+
+def ours_of_pieces(given: Concat) -> Tensor:
+    training = given.weight.requires_grad
+    return batch_norm_act(given.xs, *given.stats, given.weight, given.bias, training=training)
+
+
+def eager_of_pieces(given: Concat) -> Tensor:
+    training = given.weight.requires_grad
+    x = torch.cat(given.xs, 1)
+    return F.relu_(F.batch_norm(x, *given.stats, given.weight, given.bias, training=training))
+
+
+def with_gradients(forward: Callable[[Concat], Tensor]) -> Callable[[Concat], object]:
+    def run(given: Concat) -> object:
+        y = forward(given)
+        leaves = [*given.xs, given.weight, given.bias]
+        return torch.autograd.grad(y, leaves, given.dy) if y.requires_grad else y
+
+    return run
+
+
+@pytest.mark.parametrize("case", cases(CONCATS, list(CONCATS)[:4]))
+def test_concatenations(compare: Any, case: tuple[int, int, int, str, bool]) -> None:
+    given = [concat(*case) for _ in range(INPUTS)]
+    others = {name: with_gradients(forward) for name, forward in beside(eager_of_pieces).items()}
+    ours = with_gradients(ours_of_pieces)
+    compare(ours, others, given, 8 if case[-1] else 2, given[0].dy)

@@ -11,25 +11,6 @@
 namespace fastcnn {
 namespace {
 
-BatchNormActFwdParams fwd_params(const Check& check, const Tensor& x,
-                                 const OptionalTensor& residual, const OptionalTensor& weight,
-                                 const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
-                                 double eps, int64_t act, const Tensor& y) {
-  BatchNormActFwdParams p{};
-  p.shape = check.shape();
-  p.dtype = check.dtype();
-  p.act = check.act(act);
-  p.eps = check.eps(eps);
-  p.x = x.const_data_ptr();
-  p.residual = check.image("residual", residual);
-  p.weight = check.channels("weight", weight);
-  p.bias = check.channels("bias", bias);
-  p.mean = const_cast<void*>(check.channels("mean", mean));
-  p.var = const_cast<void*>(check.channels("var", var));
-  p.y = y.mutable_data_ptr();
-  return p;
-}
-
 // -> y, mean, var
 template <auto launch>
 std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& x, const OptionalTensor& residual,

@@ -11,19 +11,28 @@
 
 namespace fastcnn {
 
+// One of the tensors of which x is the concatenation: channels [first, first + c) of it.
+struct BatchNormPiece {
+  int64_t first, c;
+  const void* x;  // [n, c, h, w] dtype, in y's layout
+  void* dx;       // likewise; of the backward alone
+};
+
 // acc is the accumulate type: float, and double where dtype is kFloat64.
 struct BatchNormActFwdParams {
   ImageShape shape;
   DType dtype;
   Act act;
   double eps;
-  const void* x;         // [n, c, h, w] dtype
-  const void* residual;  // [n, c, h, w] dtype, in x's layout; null: none
-  const void* weight;    // [c] acc; null: 1
-  const void* bias;      // [c] acc; null: 0
-  void* mean;            // [c] acc: written by fwd, read by apply
-  void* var;             // [c] acc: biased variance; likewise
-  void* y;               // [n, c, h, w] dtype, in x's layout; null: the statistics alone
+  const void* x;                 // [n, c, h, w] dtype
+  const void* residual;          // [n, c, h, w] dtype, in x's layout; null: none
+  const void* weight;            // [c] acc; null: 1
+  const void* bias;              // [c] acc; null: 0
+  void* mean;                    // [c] acc: written by fwd, read by apply
+  void* var;                     // [c] acc: biased variance; likewise
+  void* y;                       // [n, c, h, w] dtype, in x's layout; null: the statistics alone
+  const BatchNormPiece* pieces;  // CPU: where x lies, none of them empty; null: it is whole
+  int64_t piece_count;
 };
 
 struct BatchNormActBwdParams {
@@ -47,6 +56,8 @@ struct BatchNormActBwdParams {
   void* dresidual;     // [n, c, h, w] dtype; null: not wanted
   void* dweight;       // [c] acc: sum(dz * (x - mean)) * rstd
   void* dbias;         // [c] acc: sum(dz)
+  const BatchNormPiece* pieces;  // CPU: where x and dx lie, none empty; null: they are whole
+  int64_t piece_count;
 };
 
 // The statistics of several ranks' parts of a batch, merged in the order of the ranks.

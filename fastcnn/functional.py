@@ -137,7 +137,7 @@ def augment(
 
 @overridable
 def batch_norm_act(
-    input: Tensor,
+    input: Tensor | tuple[Tensor, ...] | list[Tensor],
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -164,6 +164,8 @@ def batch_norm_act(
     Args:
         input: [n, c, h, w], dense in NCHW or channels_last; float32, bfloat16, float16, and on the
             CPU float64. An empty batch gives an empty output and leaves the running statistics.
+            Several tensors, alike in all but c, stand for torch.cat(input, 1); on the CPU, without
+            sync, each is read where it lies, and none is concatenated.
         running_mean: [c] in the input's dtype, or float32 beside a half input.
         running_var: likewise.
         weight: gamma, [c], likewise; None stands for 1.
@@ -201,7 +203,10 @@ def batch_norm_act(
         >>> mean.abs().min() > 0  # it has moved towards the batch's
         tensor(True)
     """
-    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
+    if has_torch_function_variadic(
+        *(input if isinstance(input, (tuple, list)) else (input,)),
+        running_mean, running_var, weight, bias, residual,
+    ):  # fmt: skip
         return overridden(locals())
     return _batch_norm_act.batch_norm_act(
         input=input, running_mean=running_mean, running_var=running_var, weight=weight,

@@ -8,6 +8,27 @@
 
 namespace fastcnn {
 
+// What the kernels of the forward read and write.
+inline BatchNormActFwdParams fwd_params(const Check& check, const Tensor& x,
+                                        const OptionalTensor& residual,
+                                        const OptionalTensor& weight, const OptionalTensor& bias,
+                                        const Tensor& mean, const Tensor& var, double eps,
+                                        int64_t act, const Tensor& y) {
+  BatchNormActFwdParams p{};
+  p.shape = check.shape();
+  p.dtype = check.dtype();
+  p.act = check.act(act);
+  p.eps = check.eps(eps);
+  p.x = x.const_data_ptr();
+  p.residual = check.image("residual", residual);
+  p.weight = check.channels("weight", weight);
+  p.bias = check.channels("bias", bias);
+  p.mean = const_cast<void*>(check.channels("mean", mean));
+  p.var = const_cast<void*>(check.channels("var", var));
+  p.y = y.mutable_data_ptr();
+  return p;
+}
+
 // What all kernels of the backward read; dx, dresidual, dweight and dbias are not there yet.
 inline BatchNormActBwdParams bwd_params(const Check& check, const Tensor& dy, const Tensor& x,
                                         const OptionalTensor& saved, const OptionalTensor& weight,

@@ -143,13 +143,13 @@ void column_moments(const T* x, int64_t begin, int64_t end, const WideRows& w, A
   }
 }
 
-// One channel of some planes.
+// One channel of some planes, `stride` apart from image to image; x is its plane of the first one.
 template <class T>
-Moments<Acc<T>> plane_moments(const T* x, const Planes& planes, int64_t task) {
+Moments<Acc<T>> plane_moments(const T* x, int64_t stride, const Planes& planes, int64_t task) {
   using S = Acc<T>;
   Moments<S> moments;
   S center = 0;
-  const int64_t channel = planes.channel(task), last = planes.last(task);
+  const int64_t last = planes.last(task);
   for (int64_t image = planes.first(task); image < last; image += planes.group) {
     const int64_t images = min(planes.group, last - image);
     for (int64_t begin = 0; begin < planes.hw; begin += planes.piece) {
@@ -158,7 +158,7 @@ Moments<Acc<T>> plane_moments(const T* x, const Planes& planes, int64_t task) {
       if (moments.count == 0) {
         const int64_t few = min(length, 4 * kLanes<S>);
         for_each_vector<S>(few, [&](int64_t i, int64_t lanes) {
-          center += horizontal_sum<S>(load(x + planes.offset(image, channel) + i, lanes));
+          center += horizontal_sum<S>(load(x + image * stride + i, lanes));
         });
         center /= static_cast<S>(few);
         if (center - center != 0) center = 0;
@@ -172,7 +172,7 @@ Moments<Acc<T>> plane_moments(const T* x, const Planes& planes, int64_t task) {
             [&](auto block, int64_t row, int64_t i, int64_t lanes) __attribute__((always_inline)) {
 #pragma GCC unroll 4
               for (int u = 0; u < block.value; ++u) {
-                const T* span = x + planes.offset(image + row + u, channel) + begin;
+                const T* span = x + (image + row + u) * stride + begin;
                 Vec<S> a = load(span + i, lanes) - from;
                 if (lanes < kLanes<S>) a = first_lanes<S>(a, lanes);
                 sum += a;
@@ -193,7 +193,7 @@ Moments<Acc<T>> plane_moments(const T* x, const Planes& planes, int64_t task) {
   if (!kDoubleIsWider<S> || moments.is_finite()) return moments;
   return moments_in_double<T>(moments.count, [&](auto body) {
     for (int64_t image = planes.first(task); image < last; ++image) {
-      body(x + planes.offset(image, channel), planes.hw);
+      body(x + image * stride, planes.hw);
     }
   });
 }

@@ -32,13 +32,13 @@ inline void add_in_double(double* to, const S* from, int64_t length) {
 
 // Adds sum(dz) and sum(dz * (x - mean)) to the columns' accumulators, or for a plane to one vector
 // each. read(offset, count, (x - mean) * scale + bias, dz, z) sets dy and z of one row, for which
-// finish(offset, count, dz, z) makes dz of all rows of a block, `stride` apart. The lanes beyond a
-// span's end must have dz = 0 and add nothing.
-template <class T, class A, bool kArray, class Read, class Finish>
+// finish(offset, count, dz, z) makes dz of all rows of a block, `stride` apart, those of a
+// piece of x `x_stride`. The lanes beyond a span's end must have dz = 0 and add nothing.
+template <class T, class A, bool kArray, bool kPiece, class Read, class Finish>
 inline __attribute__((always_inline)) void reduce_rows(
-    const T* x, int64_t rows, int64_t stride, int64_t length, PerChannel<Acc<T>, kArray> mean,
-    PerChannel<Acc<T>, kArray> scale, PerChannel<Acc<T>, kArray> bias, Acc<T>* sum_dz,
-    Acc<T>* sum_dzx, Read read, Finish finish) {
+    const T* x, int64_t x_stride, int64_t rows, int64_t stride, int64_t length,
+    PerChannel<Acc<T>, kArray> mean, PerChannel<Acc<T>, kArray> scale,
+    PerChannel<Acc<T>, kArray> bias, Acc<T>* sum_dz, Acc<T>* sum_dzx, Read read, Finish finish) {
   using S = Acc<T>;
   Vec<S> total_dz = load(sum_dz), total_dzx = load(sum_dzx);
   for_each_block<S>(
@@ -55,8 +55,14 @@ inline __attribute__((always_inline)) void reduce_rows(
 #pragma GCC unroll 4
               for (int u = 0; u < calls.value; ++u) {
                 const int64_t o = (row + first + u) * stride + i;
-                prefetch_row<kArray>(x + o, stride);
-                centered[u] = load(x + o, count) - m;
+                const T* x_at = x + o;
+                if constexpr (kPiece) {
+                  x_at = x + (row + first + u) * x_stride + i;
+                  prefetch_row<kArray>(x_at, x_stride);
+                } else {
+                  prefetch_row<kArray>(x_at, stride);
+                }
+                centered[u] = load(x_at, count) - m;
                 read(o, count, centered[u] * s + b, dz[u], z[u]);
               }
               finish((row + first) * stride + i, count, dz, z);

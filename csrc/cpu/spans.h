@@ -142,13 +142,15 @@ void for_each_channels(int64_t c, int64_t elements, const Body& body) {
 struct WideRows {
   int64_t c, pixels, repeat, wide, rows, rest, chunk, rows_per_task, tasks, grain;
 
+  // repeats: whether a row may be several pixels; else it is one, and may end within a vector.
   WideRows(const ImageShape& shape, int64_t element_bytes, int64_t lanes,
-           int64_t most_tasks = kTasks)
+           int64_t most_tasks = kTasks, bool repeats = true)
       : c(shape.c), pixels(shape.per_channel()) {
     int64_t step = lanes;  // pixels until the vectors come out even: lanes / gcd(lanes, c)
     while (step > 1 && (c * (step / 2)) % lanes == 0) step /= 2;
     repeat = step * max(1, ceil_div(8 * lanes, c * step));
     if (repeat > pixels) repeat = max(step, pixels / step * step);
+    if (!repeats) repeat = 1;
     wide = c * repeat;
     rows = pixels / repeat;
     rest = pixels % repeat * c;

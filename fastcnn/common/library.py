@@ -29,7 +29,8 @@ def declare(schema: str, fake: Callable[..., Any]) -> None:
         _check_required(name, args)
         # Not only tracing comes here: the dispatcher sends a call to the fake as soon as one tensor
         # is on meta, and the others may hold data, for which there is no result.
-        devices = {str(t.device) for t in args if isinstance(t, Tensor)}
+        several = [t for a in args for t in (a if isinstance(a, (tuple, list)) else (a,))]
+        devices = {str(t.device) for t in several if isinstance(t, Tensor)}
         if len(devices) > 1:
             raise RuntimeError(f"{name}: expected one device, got {', '.join(sorted(devices))}")
         return fake(*args)

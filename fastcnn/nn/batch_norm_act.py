@@ -40,7 +40,8 @@ def step_momentum(bn: _BatchNorm) -> float:
 class BatchNormAct2d(torch.nn.BatchNorm2d):
     """Batch normalisation, an optional residual and an activation as one fused operation.
 
-    ``forward(x, residual=None) = act(batch_norm(x) + residual)``. Parameters, buffers, state_dict
+    ``forward(x, residual=None) = act(batch_norm(x) + residual)``, where several tensors for x stand
+    for their concatenation along the channels. Parameters, buffers, state_dict
     keys and running statistics are torch.nn.BatchNorm2d's, which it is an instance of. Shapes,
     dtypes and errors are those of :func:`fastcnn.functional.batch_norm_act`.
 
@@ -89,7 +90,9 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         self.sync = sync
         self.process_group = process_group
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor | tuple[Tensor, ...] | list[Tensor], residual: Tensor | None = None
+    ) -> Tensor:
         """Return act(batch_norm(input) + residual)."""
         return batch_norm_act(
             input,

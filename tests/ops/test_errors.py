@@ -16,7 +16,7 @@ NAN = float("nan")
 
 # What replaces a good argument of batch_norm_act, the error, and what its message names.
 BATCH_NORM_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"input": [1.0]}, TypeError, r"input: expected a Tensor, got list"),
+    ({"input": [1.0]}, TypeError, r"input\[0\]: expected a Tensor, got float"),
     ({"input": X[0]}, ValueError, r"input: expected 4 dimensions .*, got 3: \[3, 4, 4\]"),
     ({"input": X[None]}, ValueError, r"input: expected 4 dimensions .*, got 5"),
     ({"input": X.long()}, TypeError, r"input: expected float32, .*, got torch.int64"),
@@ -40,6 +40,25 @@ BATCH_NORM_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         {"running_mean": None, "running_var": None, "training": False},
         ValueError,
         r"running_mean: expected a Tensor where training=False, got None",
+    ),
+    ({"input": []}, ValueError, r"input: expected a Tensor or several, got none"),
+    ({"input": [X, 2]}, TypeError, r"input\[1\]: expected a Tensor, got int"),
+    ({"input": [X[0], X[0]]}, ValueError, r"input\[0\]: expected 4 dimensions .*, got 3"),
+    ({"input": [X, X[:, :, 0]]}, ValueError, r"input\[1\]: expected 4 dimensions .*, got 3"),
+    ({"input": [X, X[:1]]}, ValueError, r"input\[1\]: expected sizes \[2, 3, 4, 4\], got \[1, 3, "),
+    ({"input": [X, HALF]}, TypeError, r"input\[1\]: expected torch.float32 .*, got torch.bfloat16"),
+    ({"input": [X, X.to("meta")]}, ValueError, r"input\[1\]: expected device cpu, got meta"),
+    ({"input": [X, X.mT]}, ValueError, r"input\[1\]: expected a dense NCHW or channels_last"),
+    (
+        {"input": [X, X.contiguous(memory_format=torch.channels_last)]},
+        ValueError,
+        r"input\[1\]: expected the input's memory format torch.contiguous_format, got strides",
+    ),
+    ({"input": [X, X]}, ValueError, r"running_mean: expected 3 numbers|weight: expected 6 numbers"),
+    (
+        {"input": [X[:, :1].clone(), X[:, 1:].clone()], "residual": X[:, 1:].clone()},
+        ValueError,
+        r"residual: expected sizes \[2, 3, 4, 4\], got \[2, 2, 4, 4",
     ),
     ({"residual": 0}, TypeError, r"residual: expected a Tensor, got int"),
     ({"residual": X[:1]}, ValueError, r"residual: expected sizes \[2, 3, 4, 4\], got \[1, 3, 4, 4"),

@@ -35,6 +35,16 @@ def run_all() -> None:
                 ops.batch_norm_act_fwd(x, residual, w, b, 1e-5, 5)
                 for saved, act in ((None, 1), (guarded(y), 1), (None, 5), (residual, 5)):
                     ops.batch_norm_act_bwd(dy, x, saved, w, b, mean, var, 1e-5, act, True, True)
+                xs = [guarded(t.contiguous(memory_format=layout)) for t in (image[:, :1], image)]
+                c, both = 1 + shape[1], torch.cat([image[:, :1], image], 1)
+                both = guarded(both.contiguous(memory_format=layout))
+                four = [guarded(torch.rand(c, dtype=acc)) for _ in range(4)]
+                ops.batch_norm_act_concat_fwd(xs, both, *four[:2], 1e-5, 1)
+                ops.batch_norm_act_concat_apply(xs, None, *four, 1e-5, 5)
+                for saved, act in ((None, 1), (both, 5)):
+                    ops.batch_norm_act_concat_bwd(
+                        both, xs, saved, *four, 1e-5, act, True, saved is None
+                    )
                 ops.batch_norm_act_stats(x)
                 ops.batch_norm_act_reduce(dy, x, residual, w, b, mean, var, 1e-5, 1, True)
                 ops.batch_norm_act_dx(dy, x, None, w, b, mean, var, w, b, w[-1:], 1e-5, 1, True)

@@ -25,9 +25,11 @@ COMPOSED = {"conv_bn_act", "linear_act"}  # of other ops or PyTorch's: no kernel
 MODULES = {"augment": "fastcnn/augment/module.py"}  # the others: fastcnn/nn/<op>.py
 NO_CUDA_SOURCE = {"conv2d_int8"}  # on GPUs convolutions are Triton's
 NO_MODULE = {"conv2d_int8"}  # quantisation makes its modules
-# cuDNN's weight gradient needs no help, and it has a Winograd of its own; a 1x1 convolution and the
-# depthwise one behind it are two calls there; conv2d_int8 is one kernel with its epilogue.
+# On CUDA cuDNN's weight gradient needs no help, and it has a Winograd of its own; a 1x1 convolution
+# and the depthwise one behind it are two calls, pieces are concatenated first, and conv2d_int8 is one
+# kernel with its epilogue.
 CPU_ONLY = {
+    *(f"batch_norm_act_concat_{way}" for way in ("fwd", "apply", "bwd")),
     "conv2d_bwd_weight",
     "conv2d_int8_epilogue",
     "conv2d_winograd_bwd_weight",

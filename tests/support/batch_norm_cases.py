@@ -1,6 +1,6 @@
 """Calls of batch_norm_act: what they get, both ways to run them, and how they are compared."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ TENSORS = ("x", "residual", "weight", "bias", "dy", "running_mean", "running_var
 class Case:
     """Arguments of one call; the gradient of y is dy."""
 
-    x: Tensor
+    x: Any
     residual: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
@@ -85,6 +85,13 @@ def fastcnn_batch_norm_act(case: Case, **synchronised: Any) -> Tensor:
     )  # fmt: skip
 
 
+def of_pieces(case: Case, channels: Sequence[int]) -> Tensor:
+    """Of x in several tensors of so many channels; x gets their gradients."""
+    layout = torch.contiguous_format if case.x.is_contiguous() else torch.channels_last
+    pieces = [t.contiguous(memory_format=layout) for t in case.x.split(list(channels), 1)]
+    return fastcnn_batch_norm_act(replace(case, x=pieces))
+
+
 def run(fn: Callable[[Case], Tensor], case: Case, forward_only: bool = False) -> dict[str, Tensor]:
     """y, the gradients of all that is there, and the running statistics after the call."""
     given = {k: t for k in TENSORS[:4] if (t := getattr(case, k)) is not None}
@@ -115,9 +122,11 @@ def normalised(case: Case) -> Normalised:
     )  # fmt: skip
 
 
-def check(case: Case, place: Place = CPU) -> dict[str, Tensor]:
+def check(
+    case: Case, place: Place = CPU, fn: Callable[[Case], Tensor] = fastcnn_batch_norm_act
+) -> dict[str, Tensor]:
     """Compare everything with float64."""
-    (actual,) = place.run(run, case, fastcnn_batch_norm_act)
+    (actual,) = place.run(run, case, fn)
     exact, terms = run(torch_batch_norm_act, case.to(torch.float64)), normalised(case)
     errors = norm_errors(terms, case.x.dtype)
     compare(case, actual, exact, errors, {} if case.residual is None else halved(terms))

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from support.guarded import guarded
-from support.invalid_arguments import ANY, CHANNELS, IMAGE, IMAGES, STORAGE, numbers
+from support.invalid_arguments import ANY, CHANNELS, IMAGE, IMAGES, STORAGE, numbers, spoiled
 from support.operator_arguments import OPERATORS, PYTORCHS_OWN, good_arguments, variants
 from support.paths import TESTS
 from support.shapes import LAYOUTS
@@ -62,11 +62,16 @@ def drawn(seed: int, number: int) -> Call:
         refused |= kind in STORAGE or _is_no_eps(name, spoiled[name])
     front = r.random() < 0.3
     arguments |= spoiled
-    for name, t in arguments.items():
-        if isinstance(t, Tensor) and t.is_meta:
-            refused = False  # without data nothing is computed
-        elif isinstance(t, Tensor) and t.layout is torch.strided and name not in lacking:
-            arguments[name] = guarded(t, front)
+    for name, given in arguments.items():
+        several = isinstance(given, list)
+        for i, t in enumerate(given if several else [given]):
+            if isinstance(t, Tensor) and t.is_meta:
+                refused = False  # without data nothing is computed
+            elif isinstance(t, Tensor) and t.layout is torch.strided and name not in lacking:
+                if several:
+                    given[i] = guarded(t, front)
+                else:
+                    arguments[name] = guarded(t, front)
     how = f"{op} {dtype} {layout} front={front}"
     return Call(op, arguments, f"{how}: {'; '.join(words) or 'good'}", refused)
 
@@ -82,10 +87,11 @@ def _far_resized(r: random.Random, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _spoiled(r: random.Random, op: str, name: str, good: Any) -> tuple[str, Any]:
-    if isinstance(good, Tensor):
-        kinds = ANY | (IMAGE if name in IMAGES and good.dim() == 4 else CHANNELS)
+    one = good[-1] if isinstance(good, list) else good
+    if isinstance(one, Tensor):
+        kinds = ANY | (IMAGE if name in IMAGES and one.dim() == 4 else CHANNELS)
         kind = r.choice(list(STORAGE if r.random() < 0.4 else kinds))
-        return kind, kinds[kind](good)
+        return kind, spoiled(good, kinds[kind])
     values = list(numbers(op, name))
     values += REALS if isinstance(good, float) else SIZES if isinstance(good, int) else []
     value = r.choice([*values, None])

@@ -7,7 +7,7 @@ import torch
 from support.shapes import LAYOUTS
 from torch import Tensor
 
-IMAGES = ("x", "z", "residual", "saved", "dy", "skip", "y", "acc", "add", "in_raw", "out_raw")
+IMAGES = ("x", "xs", "z", "residual", "saved", "dy", "skip", "y", "acc", "add", "in_raw", "out_raw")
 
 
 def without_storage(t: Tensor, kept: float, offset: int = 0) -> Tensor:
@@ -108,6 +108,11 @@ NUMBERS_OF: dict[tuple[str, str], list[Any]] = {
         for side in ("kernel_h", "kernel_w")
     },
 }
+
+
+def spoiled(given: Any, spoil: Callable[[Tensor], Any]) -> Any:
+    """An argument, of several tensors the last one."""
+    return [*given[:-1], spoil(given[-1])] if isinstance(given, list) else spoil(given)
 
 
 def numbers(op: str, name: str) -> list[Any]:

@@ -11,6 +11,7 @@ from fastcnn import _C
 OPERATORS = [
     "batch_norm_act_fwd", "batch_norm_act_apply", "batch_norm_act_bwd", "batch_norm_act_stats",
     "batch_norm_act_reduce", "batch_norm_act_dx", "batch_norm_join_stats",
+    "batch_norm_act_concat_fwd", "batch_norm_act_concat_apply", "batch_norm_act_concat_bwd",
     "batch_norm_update_running", "conv2d_int8", "conv2d_int8_epilogue", "conv2d_fused",
     "conv2d_fused_bwd_input", "conv2d_fused_bwd_weight", "upsample_fwd", "upsample_bwd",
     "upsample_taps_fwd", "upsample_taps_bwd", "augment", "augment_mask", "dropout_apply",
@@ -57,6 +58,14 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str, w: int = 4) -> dict
             name: torch.ones(2, 4 * w if per_pixel else 3, dtype=c[0].dtype) for name in stats
         }
         return {"dy": image(), "x": image(), **norm, **matrices, **rest}
+    if op.startswith("batch_norm_act_concat"):
+        last = torch.randn(2, 2, 4, w).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+        xs = {"xs": [image()[:, :4].contiguous(memory_format=LAYOUTS[layout]), last]}
+        if op.endswith("bwd"):
+            more = {"training": True, "want_dresidual": True}
+            return {"dy": image(), **xs, "saved": image(), **norm, **stats, **rest, **more}
+        given = stats if op.endswith("apply") else {}
+        return {**xs, "residual": image(), **norm, **given, **rest}
     if op == "batch_norm_act_fwd":
         return {"x": image(), "residual": image(), **norm, **rest}
     if op == "batch_norm_act_apply":
@@ -181,6 +190,7 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "squeeze_excite_fwd": [{"gate": 0, "act": 1}],
     "squeeze_excite_bwd": [{"gate": 0, "act": 1}],
     "batch_norm_act_bwd": [{"want_dresidual": False}, {"saved": None}],
+    "batch_norm_act_concat_bwd": [{"want_dresidual": False}, {"saved": None}, {"training": False}],
     "batch_norm_act_reduce": [{"want_dresidual": False}, {"saved": None}],
     "batch_norm_act_dx": [{"saved": None}, {"training": False}],
     "batch_norm_update_running": [{"total": torch.tensor([60.0])}],

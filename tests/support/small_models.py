@@ -54,6 +54,18 @@ class FixedStatistics(BatchNormAct2d):
         return super().train(False)
 
 
+class Concatenated(nn.Module):
+    """Batch norms of several tensors, one of them twice, with a residual and without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = BatchNormAct2d(11), BatchNormAct2d(15, act="silu")
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        y = self.first([x, other, x])
+        return self.second((y, x), torch.cat([x, y], 1))
+
+
 class AllNorms(nn.Module):
     """With trained and frozen statistics, around a chain."""
 
@@ -200,6 +212,7 @@ def _bottlenecks(memory: str) -> nn.Module:
 SMALL: dict[str, Small] = {
     "batch_norm_act": Small(lambda: BatchNormAct2d(4, act="relu6")),
     "batch_norm_act with a residual": Small(Residual),
+    "batch_norm_act of several tensors": Small(Concatenated, ((4, 9, 8), (3, 9, 8))),
     "batch_norm_act, fixed statistics": Small(FixedStatistics),
     "group_norm_act": Small(lambda: GroupNormAct(2, 4, act="silu")),
     "LayerNorm2d": Small(lambda: LayerNorm2d(4)),

@@ -4,6 +4,7 @@
 // a residual was added, then writing dresidual); dx reads dy (or dresidual) and x and writes dx:
 // 5T, and 7T with a residual. NCHW: a task is a channel, whose second read comes from the cache
 // where it fits. All sums have an order that depends on the shape alone.
+// Of a concatenation x is read, and dx written, in its pieces: no pass more.
 #include "cpu/batch_norm_act/coefficients.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
@@ -16,13 +17,16 @@ template <class T>
 struct BwdSpan {
   const T *dy, *x, *saved;
   T *dx, *dresidual;
+  int64_t x_stride;  // from row to row of a piece; of the others: stride
 
-  BwdSpan(const BatchNormActBwdParams& p, int64_t offset)
+  BwdSpan(const BatchNormActBwdParams& p, int64_t offset, const BatchNormPiece& piece,
+          int64_t x_offset, int64_t x_stride)
       : dy(static_cast<const T*>(p.dy) + offset),
-        x(static_cast<const T*>(p.x) + offset),
+        x(static_cast<const T*>(piece.x) + x_offset),
         saved(at(static_cast<const T*>(p.saved), offset)),
-        dx(at(static_cast<T*>(p.dx), offset)),
-        dresidual(at(static_cast<T*>(p.dresidual), offset)) {}
+        dx(at(static_cast<T*>(piece.dx), x_offset)),
+        dresidual(at(static_cast<T*>(p.dresidual), offset)),
+        x_stride(x_stride) {}
 };
 
 // dz = dy * act'(z): what it is made from. z is recomputed exactly as the forward made it; where a
@@ -43,7 +47,7 @@ inline __attribute__((always_inline)) void read_z(const BwdSpan<T>& s, A act, in
 
 // reduce_rows, which also writes dz where the residual's gradient is wanted. For a plane the lanes
 // are added up once a task and not once a plane.
-template <class T, class A, Z kZ, bool kArray>
+template <class T, class A, Z kZ, bool kArray, bool kPiece>
 void reduce_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
                  const BatchNormCoefficients<Acc<T>>& k, int64_t j, Acc<T>* sum_dz,
                  Acc<T>* sum_dzx) {
@@ -51,8 +55,8 @@ void reduce_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
   const A act(k.act);
   const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
       bias{k.bias.get() + j};
-  reduce_rows<T, A, kArray>(
-      s.x, rows, stride, length, mean, scale, bias, sum_dz, sum_dzx,
+  reduce_rows<T, A, kArray, kPiece>(
+      s.x, s.x_stride, rows, stride, length, mean, scale, bias, sum_dz, sum_dzx,
       [&](int64_t o, int64_t count, Vec<S> z_of_x, Vec<S> & dy, Vec<S> & z)
           __attribute__((always_inline)) {
             prefetch_row<kArray>(s.dy + o, stride);
@@ -70,11 +74,12 @@ void reduce_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
 
 // dx = scale * (dz - shift - (x - mean) * slope); with fixed statistics dx = scale * dz. of_dy: the
 // activation, or kNone where dy is dz already.
-template <class T, class A, Z kZ, bool kArray>
+template <class T, class A, Z kZ, bool kArray, bool kPiece>
 void dx_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
              const BatchNormCoefficients<Acc<T>>& k, int64_t j, Act of_dy, bool training) {
   using S = Acc<T>;
-  const bool past_caches = k.past_caches && can_store_past_caches(s.dx, stride);
+  const bool past_caches =
+      k.past_caches && can_store_past_caches(s.dx, kPiece ? s.x_stride : stride);
   const A act(of_dy);
   const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
       bias{k.bias.get() + j}, shift{k.shift.get() + j}, slope{k.slope.get() + j};
@@ -89,20 +94,27 @@ void dx_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
 #pragma GCC unroll 4
               for (int u = 0; u < calls.value; ++u) {
                 const int64_t o = (row + first + u) * stride + i;
-                prefetch_row<kArray>(s.x + o, stride);
+                const T* x_at = s.x + o;
+                if constexpr (kPiece) {
+                  x_at = s.x + (row + first + u) * s.x_stride + i;
+                  prefetch_row<kArray>(x_at, s.x_stride);
+                } else {
+                  prefetch_row<kArray>(x_at, stride);
+                }
                 prefetch_row<kArray>(s.dy + o, stride);
-                centered[u] = load(s.x + o, count) - m;
+                centered[u] = load(x_at, count) - m;
                 read_z<T, A, kZ>(s, act, o, count, centered[u] * sc + b, dz[u], z[u]);
               }
               if constexpr (kZ != Z::kUnused) act.bwd(dz, z);
 #pragma GCC unroll 4
               for (int u = 0; u < calls.value; ++u) {
-                const int64_t o = (row + first + u) * stride + i;
+                T* dx_at = s.dx + (row + first + u) * stride + i;
+                if constexpr (kPiece) dx_at = s.dx + (row + first + u) * s.x_stride + i;
                 if (training) dz[u] -= sh + centered[u] * sl;
                 if (past_caches && count == kLanes<S>) {
-                  store_past_caches(s.dx + o, dz[u] * sc);
+                  store_past_caches(dx_at, dz[u] * sc);
                 } else {
-                  store(s.dx + o, dz[u] * sc, count);
+                  store(dx_at, dz[u] * sc, count);
                 }
               }
             });
@@ -129,9 +141,13 @@ struct BwdLoops {
 
   explicit BwdLoops(const BatchNormActBwdParams& p)
       : of_dy(p.dresidual != nullptr ? Act::kNone : p.act), training(p.training) {
-    dispatch_z(p.act, p.saved != nullptr,
-               [&]<class A, Z kZ>() { reduce = reduce_span<T, A, kZ, kArray>; });
-    dispatch_z(of_dy, p.saved != nullptr, [&]<class A, Z kZ>() { dx = dx_span<T, A, kZ, kArray>; });
+    dispatch_bool(kArray && p.pieces != nullptr, [&](auto piece) {
+      constexpr bool kPiece = kArray && decltype(piece)::value;
+      dispatch_z(p.act, p.saved != nullptr,
+                 [&]<class A, Z kZ>() { reduce = reduce_span<T, A, kZ, kArray, kPiece>; });
+      dispatch_z(of_dy, p.saved != nullptr,
+                 [&]<class A, Z kZ>() { dx = dx_span<T, A, kZ, kArray, kPiece>; });
+    });
   }
 
   // Calls body<A, kZ>(). Without an activation there is one loop, whatever was saved.
@@ -180,22 +196,33 @@ template <class T>
 void bwd_channels_last(const BatchNormActBwdParams& p) {
   using S = Acc<T>;
   const BwdLoops<T, true> loops(p);
-  const WideRows w(p.shape, sizeof(T), kLanes<S>);
+  const Pieces pieces(p);
+  const WideRows w = pieces.rows(p.shape, sizeof(T), kLanes<S>);
   BatchNormCoefficients<S> k(w.c, w.repeat, p.act, p.shape.numel() * sizeof(T));
   const auto set = [&](int64_t j) { k.set(p, j); };
   parallel_for(w.c, kSetGrain, set);
   const int64_t slots = w.tasks + 1;  // the last one for the rest
-  Scratch<double> sum_dz(slots * w.wide), sum_dzx(slots * w.wide);
+  // Whole vectors, and another one: a piece's last vector may end behind it, with zeros.
+  const int64_t columns = (ceil_div(w.wide, kLanes<S>) + 1) * kLanes<S>;
+  Scratch<double> sum_dz(slots * columns), sum_dzx(slots * columns);
+  const auto span = [&](const BatchNormPiece& piece, int64_t row) {
+    const int64_t wide = piece.c * w.repeat;
+    return BwdSpan<T>(p, row * w.wide + piece.first, piece, row * wide, wide);
+  };
   const auto reduce = [&](int64_t slot, int64_t first, int64_t last, int64_t length) {
     if (p.total != nullptr) return;
-    Scratch<S> of_rows(2 * w.wide, Fill::kNothing);
-    S *dz = of_rows.get(), *dzx = dz + w.wide;
+    Scratch<S> of_rows(2 * columns, Fill::kNothing);
+    S *dz = of_rows.get(), *dzx = dz + columns;
+    const auto add = [&](const BatchNormPiece& piece, int64_t row, int64_t rows) {
+      const BwdSpan<T> s = span(piece, row);
+      loops.reduce(s, rows, w.wide, min(s.x_stride, length), k, piece.first, dz + piece.first,
+                   dzx + piece.first);
+    };
     for (int64_t row = first; row < last; row += kSumRows) {
-      for_each_vector<S>(2 * w.wide, [&](int64_t i, int64_t) { store(dz + i, Vec<S>{}); });
-      loops.reduce(BwdSpan<T>(p, row * w.wide), min(kSumRows, last - row), length, length, k, 0, dz,
-                   dzx);
-      add_in_double(sum_dz.get() + slot * w.wide, dz, w.wide);
-      add_in_double(sum_dzx.get() + slot * w.wide, dzx, w.wide);
+      for_each_vector<S>(2 * columns, [&](int64_t i, int64_t) { store(dz + i, Vec<S>{}); });
+      pieces.for_each(w, row, min(kSumRows, last - row), add);
+      add_in_double(sum_dz.get() + slot * columns, dz, columns);
+      add_in_double(sum_dzx.get() + slot * columns, dzx, columns);
     }
   };
   const auto reduce_rows = [&](int64_t task) { reduce(task, w.first(task), w.last(task), w.wide); };
@@ -203,17 +230,23 @@ void bwd_channels_last(const BatchNormActBwdParams& p) {
   reduce(w.tasks, w.rows, w.rows + 1, w.rest);
   for_each_channels<S>(w.c, slots * w.wide, [&](int64_t j, int64_t count) {
     double dz[kLanes<S>] = {}, dzx[kLanes<S>] = {};
-    for (int64_t i = j; i < slots * w.wide; i += w.c) {
-      for (int64_t l = 0; l < count; ++l) {
-        dz[l] += sum_dz[i + l];
-        dzx[l] += sum_dzx[i + l];
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      for (int64_t i = slot * columns + j; i < slot * columns + w.wide; i += w.c) {
+        for (int64_t l = 0; l < count; ++l) {
+          dz[l] += sum_dz[i + l];
+          dzx[l] += sum_dzx[i + l];
+        }
       }
     }
     for (int64_t l = 0; l < count; ++l) finalize_channel<S>(p, k, j + l, dz[l], dzx[l]);
   });
   const auto dx = [&](int64_t row, int64_t rows, int64_t length) {
-    if (p.dx == nullptr) return;
-    loops.run_dx(BwdSpan<T>(p, row * w.wide), rows, length, length, k, 0);
+    pieces.for_each(w, row, rows, [&](const BatchNormPiece& piece, int64_t first, int64_t count) {
+      const BwdSpan<T> s = span(piece, first);
+      if (s.dx != nullptr) {
+        loops.run_dx(s, count, w.wide, min(s.x_stride, length), k, piece.first);
+      }
+    });
   };
   const auto dx_rows = [&](int64_t task) {
     dx(w.first(task), w.last(task) - w.first(task), w.wide);
@@ -226,6 +259,7 @@ template <class T>
 void bwd_planes(const BatchNormActBwdParams& p) {
   using S = Acc<T>;
   const BwdLoops<T, false> loops(p);
+  const Pieces pieces(p);
   const Planes planes(p.shape, sizeof(T));
   BatchNormCoefficients<S> k(planes.c, 1, p.act, p.shape.numel() * sizeof(T));
   // Elements whose terms are added up in single precision, in a vector, before they go to doubles.
@@ -233,14 +267,23 @@ void bwd_planes(const BatchNormActBwdParams& p) {
   const int64_t piece = min(planes.hw, kTerms), group = max(1, kTerms / planes.hw);
   Scratch<double> sum_dz(planes.tasks), sum_dzx(planes.tasks);
   const auto set = [&](int64_t j) { k.set(p, j); };
+  const auto span = [&](int64_t image, int64_t j, int64_t begin) {
+    const BatchNormPiece& piece = pieces.of_channel(j);
+    const int64_t x_stride = piece.c * planes.hw;
+    const int64_t x_offset = image * x_stride + (j - piece.first) * planes.hw + begin;
+    return BwdSpan<T>(p, planes.offset(image, j) + begin, piece, x_offset, x_stride);
+  };
   const auto reduce = [&](int64_t task) {
     if (p.total != nullptr) return;
     const int64_t j = planes.channel(task), last = planes.last(task);
     for (int64_t image = planes.first(task); image < last; image += group) {
+      const int64_t images = min(group, last - image);
       for (int64_t begin = 0; begin < planes.hw; begin += piece) {
         S dz[kLanes<S>] = {}, dzx[kLanes<S>] = {};
-        loops.reduce(BwdSpan<T>(p, planes.offset(image, j) + begin), min(group, last - image),
-                     planes.stride(), min(piece, planes.hw - begin), k, j, dz, dzx);
+        pieces.for_each(image, image + images, [&](int64_t first, int64_t count) {
+          loops.reduce(span(first, j, begin), count, planes.stride(), min(piece, planes.hw - begin),
+                       k, j, dz, dzx);
+        });
         sum_dz[task] += static_cast<double>(horizontal_sum<S>(load(dz)));
         sum_dzx[task] += static_cast<double>(horizontal_sum<S>(load(dzx)));
       }
@@ -255,10 +298,11 @@ void bwd_planes(const BatchNormActBwdParams& p) {
     finalize_channel<S>(p, k, j, total_dz, total_dzx);
   };
   const auto dx = [&](int64_t task) {
-    if (p.dx == nullptr) return;
     const int64_t j = planes.channel(task);
-    loops.run_dx(BwdSpan<T>(p, planes.offset(planes.first(task), j)),
-                 planes.last(task) - planes.first(task), planes.stride(), planes.hw, k, j);
+    pieces.for_each(planes.first(task), planes.last(task), [&](int64_t image, int64_t images) {
+      const BwdSpan<T> s = span(image, j, 0);
+      if (s.dx != nullptr) loops.run_dx(s, images, planes.stride(), planes.hw, k, j);
+    });
   };
   if (planes.parts == 1) {
     const auto all = [&](int64_t task) {

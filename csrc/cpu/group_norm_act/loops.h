@@ -53,9 +53,9 @@ void reduce(const T* dy, const T* x, int64_t rows, int64_t length, GroupNormCoef
             Acc<T>* sum_dz, Acc<T>* sum_dzx) {
   using S = Acc<T>;
   const A act(k.act);
-  reduce_rows<T, A, kArray>(
-      x, rows, length, length, PerChannel<S, kArray>{k.mean}, PerChannel<S, kArray>{k.scale},
-      PerChannel<S, kArray>{k.bias}, sum_dz, sum_dzx,
+  reduce_rows<T, A, kArray, false>(
+      x, length, rows, length, length, PerChannel<S, kArray>{k.mean},
+      PerChannel<S, kArray>{k.scale}, PerChannel<S, kArray>{k.bias}, sum_dz, sum_dzx,
       [&](int64_t o, int64_t count, Vec<S> z_of_x, Vec<S> & dy_of_o, Vec<S> & z)
           __attribute__((always_inline)) {
             prefetch_row<kArray>(dy + o, length);

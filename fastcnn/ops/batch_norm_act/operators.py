@@ -1,7 +1,7 @@
 """The operators of batch_norm_act, what they return, and the calls that autograd is made of.
 
 The formula and the passes over memory: interface.py, whose Function calls these, as the chains of
-conv_bn_act do.
+conv_bn_act do. x is a tensor, or a list of those whose concatenation it is: concat.py.
 """
 
 from typing import Any
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastcnn.common.activation import ACT_NUMBER, derivative_needs_only_y
-from fastcnn.common.checks import memory_format_of
 from fastcnn.common.dtypes import as_acc, new_channels
 from fastcnn.common.library import declare
 from fastcnn.common.process_group import Group
+from fastcnn.ops.batch_norm_act.concat import concat_apply, concat_bwd, concat_fwd, format_of
 from fastcnn.ops.batch_norm_act.sync import frozen_bwd, merged_statistics, synced_bwd
 
 
@@ -71,7 +71,7 @@ def image_to_save(act: int, y: Tensor, residual: Tensor | None) -> Tensor | None
 
 
 def batch_norm_act_fwd(
-    x: Tensor,
+    x: Tensor | list[Tensor],
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -81,18 +81,21 @@ def batch_norm_act_fwd(
 ) -> tuple[Tensor, ...]:
     """Return y, mean and biased variance, with the statistics of the batch.
 
-    group: whose parts of the batch the statistics are over; a fourth tensor is then their count.
+    group: whose parts of the batch the statistics are over; a fourth tensor is then their count,
+    and x is one tensor.
     """
-    weight, bias = as_acc(x, weight), as_acc(x, bias)
+    first = x if isinstance(x, Tensor) else x[0]
+    weight, bias = as_acc(first, weight), as_acc(first, bias)
     if group is not None:
-        mean, var, total = merged_statistics(x, group)
-        return _apply(x, residual, weight, bias, mean, var, eps, act), mean, var, total
-    y, mean, var = _fwd(x, residual, weight, bias, eps, act)
+        mean, var, total = merged_statistics(first, group)
+        return _apply(first, residual, weight, bias, mean, var, eps, act), mean, var, total
+    run = _fwd if isinstance(x, Tensor) else concat_fwd
+    y, mean, var = run(x, residual, weight, bias, eps, act)
     return y, mean, var
 
 
 def batch_norm_act_apply(
-    x: Tensor,
+    x: Tensor | list[Tensor],
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -102,13 +105,14 @@ def batch_norm_act_apply(
     act: int,
 ) -> Tensor:
     """Return y with the statistics given: evaluation, and the recomputation of an activation."""
-    parameters = (as_acc(x, t) for t in (weight, bias, mean, var))
-    return _apply(x, residual, *parameters, eps, act)
+    first, run = (x, _apply) if isinstance(x, Tensor) else (x[0], concat_apply)
+    parameters = (as_acc(first, t) for t in (weight, bias, mean, var))
+    return run(x, residual, *parameters, eps, act)
 
 
 def batch_norm_act_bwd(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | list[Tensor],
     saved: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -122,25 +126,29 @@ def batch_norm_act_bwd(
     want_parameters: bool = True,
     total: Tensor | None = None,
     group: Group | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Any, Tensor | None, Tensor | None, Tensor | None]:
     """Return dx, dresidual, dweight, dbias, with None for what was not there or not wanted.
 
-    saved: image_to_save(...) of the forward. dy may come in any layout, also expanded; it is
-    brought to x's. total, group: of the forward; want_dx spares a group the collective, and
-    want_parameters a frozen batch norm (fixed statistics) the pass that sums.
+    dx: a list where x is one. saved: image_to_save(...) of the forward. dy may come in any layout,
+    also expanded; it is brought to x's. total, group: of the forward; want_dx spares a group the
+    collective, and want_parameters a frozen batch norm (fixed statistics) the pass that sums.
     """
-    dy = dy.contiguous(memory_format=memory_format_of(x) or torch.contiguous_format)
+    xs = [x] if isinstance(x, Tensor) else x
+    first = xs[0]
+    dy = dy.contiguous(memory_format=format_of(xs) or torch.contiguous_format)
     if group is not None and total is not None:
         dx, dresidual, dweight, dbias = synced_bwd(
-            dy, x, saved, weight, bias, mean, var, eps, act, want_dx, want_dresidual, total, group
-        )
+            dy, first, saved, weight, bias, mean, var, eps, act, want_dx, want_dresidual, total,
+            group,
+        )  # fmt: skip
     else:
-        stats = as_acc(x, mean), as_acc(x, var)
-        affine = as_acc(x, weight), as_acc(x, bias)
-        if not (training or want_parameters or want_dresidual):
-            dx = frozen_bwd(dy, x, saved, *affine, mean, var, eps, act)
+        stats = as_acc(first, mean), as_acc(first, var)
+        affine = as_acc(first, weight), as_acc(first, bias)
+        if len(xs) == 1 and not (training or want_parameters or want_dresidual):
+            dx = frozen_bwd(dy, first, saved, *affine, mean, var, eps, act)
             return dx, None, None, None
-        dx, dresidual, dweight, dbias = _bwd(
+        run = _bwd if isinstance(x, Tensor) else concat_bwd
+        dx, dresidual, dweight, dbias = run(
             dy, x, saved, *affine, *stats, eps, act, training, want_dresidual
         )
     return (
