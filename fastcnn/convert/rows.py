@@ -18,6 +18,7 @@ from fastcnn.ops.backends import BACKENDS
 # By a pattern's first word: the op that runs it.
 _OPS = {
     "batch_norm": "batch_norm_act",
+    "cat": "batch_norm_act",
     "interpolate": "upsample",
     "upsample": "upsample",
     "dropout": "dropout",

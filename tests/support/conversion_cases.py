@@ -167,6 +167,47 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         lambda: nn.Sequential(conv(), torchvision.ops.FrozenBatchNorm2d(4), nn.ReLU()),
         ["conv-bn-relu"],
     ),
+    # Concatenations that a batch norm alone reads.
+    "concatenated": (
+        lambda: net(lambda m, x: m.relu(m.big(torch.cat([x, m.conv(x)], 1))), big=bn(8)),
+        ["cat-batch_norm-relu"],
+    ),
+    "concatenated, twice the same": (
+        lambda: net(
+            lambda m, x: m.big(torch.concat((y := m.conv(x), x, y), dim=-3)), big=bn(12)
+        ),
+        ["cat-batch_norm"],
+    ),
+    "one tensor concatenated": (
+        lambda: net(lambda m, x: F.relu(m.bn(torch.cat([x], 1)))), ["cat-batch_norm-relu"],
+    ),
+    "concatenated and added": (
+        lambda: net(
+            lambda m, x: m.relu(m.big(torch.cat([x, m.conv(x)], 1)) + torch.cat([x, x], 1)),
+            big=bn(8),
+        ),
+        ["cat-batch_norm + residual-relu"],
+    ),
+    "concatenated, of half the channels": (  # one whole image is broadcast
+        lambda: net(
+            lambda m, x: m.relu(m.big(torch.cat([x, m.conv(x)], 1)) + x[:, :1]), big=bn(8),
+        ),
+        ["cat-batch_norm + residual-relu"],
+    ),
+    "concatenated for two": (
+        lambda: net(lambda m, x: m.big(y := torch.cat([x, m.conv(x)], 1)) + y, big=bn(8)),
+        ["batch_norm + residual"],
+    ),
+    "concatenated along rows": (
+        lambda: net(lambda m, x: m.bn(torch.cat([x, m.conv(x)], 2))), ["batch_norm"],
+    ),
+    "concatenated, then a piece is overwritten": (
+        # Backward would read what is no longer there.
+        lambda: net(
+            lambda m, x: m.big(torch.cat([x, y := m.conv(x)], 1)).mean() + y.tanh_(), big=bn(8)
+        ),
+        ["batch_norm"],
+    ),
     # Resizing.
     "interpolate": (
         lambda: net(lambda m, x: F.interpolate(x, scale_factor=2.0)), ["interpolate"],

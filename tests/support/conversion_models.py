@@ -173,7 +173,7 @@ def summary(model: nn.Module) -> Summary:
     untraced = {type(m).__name__: untraceable[m] for m in model.modules() if m in untraceable}
     return Summary(
         steps=sum(p.count("conv-bn") + p.count("projection") for p in fused),
-        alone=first.count("batch_norm"),
+        alone=first.count("batch_norm") + first.count("cat"),
         batch_norms=kinds.count("batch_norm"),
         norms=sum(kind in others for kind in first),
         all_norms=sum(kind in others for kind in kinds) + _plain_layer_norms(model),

@@ -22,6 +22,7 @@ from fastcnn.common.autocast import autocast_dtype, cast_dtype
 from fastcnn.common.checks import FLOATS, HALVES, memory_format_of, one_of
 from fastcnn.common.conv_geometry import output_size, padding_of, pair
 from fastcnn.convert.options import Options
+from fastcnn.ops.batch_norm_act.concat import is_piece
 from fastcnn.ops.linear_act.folded import LinearAct
 
 # conv, batch norm or, in folded chains, None; activation; max pooling or None.
@@ -127,6 +128,20 @@ def unlike(
         return f"its second input is not dense: strides {t.stride()} of {list(t.shape)}"
     if here is not there and not t.is_contiguous(memory_format=there or torch.contiguous_format):
         return f"its second input is {here} beside {there}"
+    return None
+
+
+def pieces_unfit(xs: Sequence[Any], options: Options) -> str | None:
+    """Say why there is no kernel for tensors that are read as one along their channels, if so."""
+    why = unfit(xs[0], options)
+    if why is not None:
+        return why
+    first, (n, _, h, w), layout = xs[0], xs[0].shape, memory_format_of(xs[0])
+    for x in xs[1:]:
+        if type(x) is not Tensor or not is_piece(x, first, layout):
+            why = unfit(x, options) or unlike(x, [n, x.shape[1], h, w], first)
+        if why is not None:
+            return why
     return None
 
 

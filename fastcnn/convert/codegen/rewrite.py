@@ -128,6 +128,11 @@ class _Emitter:
             return self._chain(p)
         x, *more = [self._value(node) for node in p.inputs]
         second = more[0] if more else None
+        if isinstance(p, LayerPattern) and p.pieces:
+            xs = tuple(self._value(node) for node in p.pieces)
+            residual = None if p.residual is None else more[-1]
+            layer = (self._module(p.layer), p.act, residual, options)
+            return call(runtime.run_concat_norm, (xs, *layer))
         if isinstance(p, LayerPattern):
             kind = self._matcher.layer(p.layer).kind
             arguments = (x, self._module(p.layer), kind, p.act, second, options)

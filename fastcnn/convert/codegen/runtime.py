@@ -24,6 +24,7 @@ from fastcnn.convert.codegen.fit import (
     StepModules,
     linears_unfit,
     notes,
+    pieces_unfit,
     refuse,
     residual_unfit,
     resize_unfit,
@@ -37,6 +38,7 @@ from fastcnn.convert.graph.layers import DEPTHWISE, Layer, act_inside
 from fastcnn.convert.graph.patterns import INTERPOLATE
 from fastcnn.convert.options import Options
 from fastcnn.nn.batch_norm_act import running_statistics, step_momentum, uses_batch_statistics
+from fastcnn.ops.batch_norm_act.concat import sizes_of
 from fastcnn.ops.conv2d.float32_products import is_slow
 from fastcnn.ops.conv_bn_act.composite import CompositeCall, too_small
 from fastcnn.ops.conv_bn_act.folded import OF_CONV
@@ -271,8 +273,26 @@ def run_layer_act(
     return run_layer(x, layer, kind, act, residual)
 
 
-def run_layer(x: Tensor, norm: Any, kind: str, act: Any, residual: Tensor | None = None) -> Tensor:
-    """Run a norm (layers.NORMS) or a depthwise convolution that its input fits."""
+def run_concat_norm(
+    xs: tuple[Tensor, ...], norm: Any, act: Any, residual: Tensor | None, options: Options
+) -> Tensor:
+    """Run a batch norm of a concatenation, an addition and an activation.
+
+    Pieces of several types or layouts are concatenated, as PyTorch does it.
+    """
+    why = pieces_unfit(xs, options)
+    if why is None and residual is not None:
+        why = unlike(residual, sizes_of(xs), xs[0])
+    if why is not None:
+        return run_layer_act(torch.cat(xs, 1), norm, "batch_norm", act, residual, options)
+    return run_layer(xs, norm, "batch_norm", act, residual)
+
+
+def run_layer(x: Any, norm: Any, kind: str, act: Any, residual: Tensor | None = None) -> Tensor:
+    """Run a norm (layers.NORMS) or a depthwise convolution that its input fits.
+
+    x: a tensor, of a batch norm also those whose concatenation it is.
+    """
     if kind == DEPTHWISE:
         conv, window = norm, (norm.stride, padding_of(norm), norm.dilation)
         return functional.depthwise_conv2d(x, conv.weight, conv.bias, *window, act=act)

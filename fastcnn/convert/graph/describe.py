@@ -45,7 +45,7 @@ def describe(pattern: Pattern, matcher: Matcher) -> Call:
             reads += [] if pattern.resize else [str(s.conv.target) for s in steps[:1]]
     elif isinstance(pattern, LayerPattern):
         ends_in = matcher.module(pattern.layer)
-        reads = [str(pattern.layer.target)]
+        reads = [] if pattern.pieces else [str(pattern.layer.target)]
     elif isinstance(pattern, DropPattern) and layers:
         ends_in = matcher.module(pattern.drop)
     elif isinstance(pattern, ResizePattern) and layers:
@@ -107,7 +107,7 @@ def _words(p: Pattern, matcher: Matcher) -> str:
         conv = "conv" if p.steps[-1].bn is None else "conv-bn"
         return " > ".join([*before, f"{conv} + {beside}" + (f" - {act}" if act != "none" else "")])
     if isinstance(p, LayerPattern):
-        kind = matcher.layer(p.layer).kind
+        kind = ("cat-" if p.pieces else "") + str(matcher.layer(p.layer).kind)
         added = " + residual" if p.residual is not None else ""
         return f"{kind}{added}" + (f"-{p.act}" if p.act != "none" else "")
     if isinstance(p, ResizePattern):

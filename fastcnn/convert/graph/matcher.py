@@ -260,8 +260,7 @@ class Matcher:
             return None
         if not isinstance(x, fx.Node) or len(x.users) != 1:
             return None
-        cat = _concatenated(x)
-        for node in cat or [x]:
+        for node in _two_of(x) or [x]:
             made = self._resize(node)
             if made is not None and made.nodes[-1] is x:
                 return made
@@ -354,10 +353,12 @@ class Matcher:
             if why is not None:
                 self.left[node] = why
                 continue
+            pieces = self._pieces(node)
+            before: Any = [node.args[0]] if pieces else []
+            nodes, residual, last = [*before, node], None, node
             if act != "none":
-                yield LayerPattern(node, str(act), [node])
+                yield LayerPattern(node, str(act), nodes, pieces=pieces)
                 continue
-            nodes, residual, last = [node], None, node
             then = self._then(node)
             adds = then is not None and then.target in _ADDS and then not in self._used
             if then is not None and adds and self._kind(node) == "batch_norm":
@@ -370,9 +371,23 @@ class Matcher:
                     last = then
             behind = self._act_behind(last)
             if behind is None:
-                yield LayerPattern(node, "none", nodes, residual)
+                yield LayerPattern(node, "none", nodes, residual, pieces)
             else:
-                yield LayerPattern(node, behind[0], [*nodes, behind[1]], residual)
+                yield LayerPattern(node, behind[0], [*nodes, behind[1]], residual, pieces)
+
+    def _pieces(self, bn: fx.Node) -> tuple[fx.Node, ...]:
+        """Return what a batch norm's input is concatenated of, if it can be read where it lies.
+
+        A layer's gradients are made of its input: who writes into a piece later writes, where
+        there is a concatenation, into what nobody needs any more.
+        """
+        cat: Any = bn.args[0]
+        if self._kind(bn) != "batch_norm" or cat in self._used or len(cat.users) != 1:
+            return ()
+        pieces = _concatenated(cat)
+        end = next(reversed(self._graph.nodes))
+        writer = self._aliasing.writer_between(cat, end, pieces, set()) if pieces else None
+        return tuple(pieces) if writer is None else ()
 
     def _resizes(self) -> Iterator[ResizePattern]:
         for node in self._graph.nodes:
@@ -402,8 +417,8 @@ class Matcher:
             self.left[node] = f"there is no kernel for mode={mode!r}"
             return None
         cat = next(iter(node.users)) if len(node.users) == 1 else None
-        parts = [] if cat is None or cat in self._used else _concatenated(cat)
-        if cat is None or len(parts) != 2:
+        parts = [] if cat is None or cat in self._used else _two_of(cat)
+        if cat is None or not parts:
             return ResizePattern(node, [node])
         at = parts.index(node)
         return ResizePattern(node, [node, cat], parts[1 - at], skip_last=at == 0)
@@ -447,10 +462,15 @@ def _operands(add: fx.Node) -> list[fx.Node]:
 
 
 def _concatenated(cat: fx.Node) -> list[fx.Node]:
-    """Return the two different nodes whose channels torch.cat joins, none for anything else."""
+    """Return the nodes whose channels torch.cat joins, none for anything else."""
     if cat.target not in _CATS or not cat.args or not isinstance(cat.args[0], (list, tuple)):
         return []
     dim = cat.kwargs.get("dim", cat.kwargs.get("axis", cat.args[1] if len(cat.args) > 1 else 0))
     parts = [part for part in cat.args[0] if isinstance(part, fx.Node)]
-    plain = dim in (1, -3) and len(parts) == len(cat.args[0]) == 2
-    return parts if plain and parts[0] is not parts[1] else []
+    return parts if dim in (1, -3) and len(parts) == len(cat.args[0]) else []
+
+
+def _two_of(cat: fx.Node) -> list[fx.Node]:
+    """Return the two different nodes whose channels torch.cat joins, none for anything else."""
+    parts = _concatenated(cat)
+    return parts if len(parts) == len(set(parts)) == 2 else []

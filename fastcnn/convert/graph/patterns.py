@@ -4,7 +4,7 @@
                      last activation: a tensor, the chain's own input, or steps on that input. Where
                      they are folded, for inference, convolutions without a batch norm are steps too
     LayerPattern     a norm, or a depthwise convolution in no chain, with an activation behind it; a
-                     batch norm also with an addition
+                     batch norm also with an addition, and with a concatenation before it
     ResizePattern    a resizing, also one whose output is concatenated with one tensor
     DropPattern      a dropout
     SqueezePattern   squeeze-and-excitation: an image times gates made of its channels' means
@@ -87,18 +87,20 @@ class ChainPattern:
 
 @dataclass
 class LayerPattern:
-    """act(layer(x) + residual)."""
+    """act(layer(x) + residual); pieces: what x is the concatenation of, if nobody else reads it."""
 
     layer: fx.Node
     act: str
     nodes: list[fx.Node]
     residual: fx.Node | None = None
+    pieces: tuple[fx.Node, ...] = ()
 
     @property
     def inputs(self) -> list[fx.Node]:
         """What it reads: its input, then what is added or concatenated."""
         x: Any = self.layer.args[0]
-        return [x, *([self.residual] if self.residual is not None else [])]
+        read = self.pieces or [x]
+        return [*read, *([self.residual] if self.residual is not None else [])]
 
 
 @dataclass
