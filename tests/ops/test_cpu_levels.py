@@ -25,7 +25,8 @@ BELOW = LEVELS[: LEVELS.index(_C.cpu_capability())]
 def test_every_lower_instruction_set(level: str) -> None:
     check = f"from fastcnn import _C; assert _C.cpu_capability() == {level!r}"
     here = Path(__file__).parent
-    tests = [f"{path}" for path in (here / "test_activation.py", *here.glob("*/test_values.py"))]
+    files = "test_activation.py", "*/test_values.py", "batch_norm_act/test_concat.py"
+    tests = [f"{path}" for pattern in files for path in here.glob(pattern)]
     arguments = [*tests, "-q", "-m", "every_level and not slow", "-p", "no:cacheprovider"]
     arguments.append(f"--seed={os.environ[seeds.VARIABLE]}")
     code = f"{check}; import pytest; raise SystemExit(pytest.main({arguments}))"
