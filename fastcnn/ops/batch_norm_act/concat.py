@@ -6,10 +6,11 @@
 xs: [n, c_i, h, w], all NCHW or all channels_last; y, residual: [n, c, h, w], c = sum(c_i).
 
 Data movement in passes over x, T: forward in training 3 (the statistics read the pieces; they are
-read again, and y is written), in evaluation 2: torch.cat would add 2. Backward 5: dx is written in
-tensors like the pieces, dense, so that what gathers a piece's gradients adds dense tensors. Saved
-for backward: the pieces, which all their readers share, and what batch_norm_act saves beside x. So
-of a DenseNet's layers none keeps the concatenation of all before it, which grows with their square.
+read again, and y is written), in evaluation 2: torch.cat would add 2. Backward 5, also of a frozen
+batch norm, which takes 3 where x is one tensor: dx is written in tensors like the pieces, dense, so
+that what gathers a piece's gradients adds dense tensors. Saved for backward: the pieces, which all
+their readers share, and what batch_norm_act saves beside x. So of a DenseNet's layers none keeps
+the concatenation of all before it, which grows with their square.
 
 On CUDA, and where other processes hold more of the batch, torch.cat runs before batch_norm_act.
 """
