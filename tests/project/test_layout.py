@@ -26,8 +26,8 @@ MODULES = {"augment": "fastcnn/augment/module.py"}  # the others: fastcnn/nn/<op
 NO_CUDA_SOURCE = {"conv2d_int8"}  # on GPUs convolutions are Triton's
 NO_MODULE = {"conv2d_int8"}  # quantisation makes its modules
 # On CUDA cuDNN's weight gradient needs no help, and it has a Winograd of its own; a 1x1 convolution
-# and the depthwise one behind it are two calls, pieces are concatenated first, and conv2d_int8 is one
-# kernel with its epilogue.
+# and the depthwise one behind it are two calls, pieces are concatenated first, and conv2d_int8 is
+# one kernel with its epilogue.
 CPU_ONLY = {
     *(f"batch_norm_act_concat_{way}" for way in ("fwd", "apply", "bwd")),
     "conv2d_bwd_weight",
