@@ -76,14 +76,14 @@ NETWORKS = {
 QUICK = ["resnet50", "vgg16_bn", "mobilenet_v2", "efficientnet_b0", "densenet121", "convnext_tiny"]
 
 
-def candidates(network: Network, what: str, half: bool, others: bool) -> dict[str, Run]:
-    """Return the calls by name, "ours" first; with others, also what has to be compiled first."""
+def candidates(network: Network, what: str, half: bool, compiles: bool) -> dict[str, Run]:
+    """Return the calls by name, "ours" first; torch.compile's takes a minute to make."""
     x = torch.randn(network.batch, 3, network.size, network.size)
     x = x.to(memory_format=torch.channels_last)
-    return (_training if what == "training" else _inference)(network, x, half, others)
+    return (_training if what == "training" else _inference)(network, x, half, compiles)
 
 
-def _training(network: Network, x: Tensor, half: bool, others: bool) -> dict[str, Run]:
+def _training(network: Network, x: Tensor, half: bool, compiles: bool) -> dict[str, Run]:
     eager = network.built().train()
     ours = fastcnn.convert(copy.deepcopy(eager))
     with torch.no_grad():
@@ -104,12 +104,12 @@ def _training(network: Network, x: Tensor, half: bool, others: bool) -> dict[str
         return run
 
     ways = {"ours": ours, "eager": eager}
-    if others:
+    if compiles:
         ways["torch.compile"] = torch.compile(copy.deepcopy(eager), dynamic=False)
     return {name: step(model) for name, model in ways.items()}
 
 
-def _inference(network: Network, x: Tensor, half: bool, others: bool) -> dict[str, Run]:
+def _inference(network: Network, x: Tensor, half: bool, compiles: bool) -> dict[str, Run]:
     model = network.built().eval()
     ours = fastcnn.convert(copy.deepcopy(model), mode="infer")
 
@@ -120,15 +120,13 @@ def _inference(network: Network, x: Tensor, half: bool, others: bool) -> dict[st
 
         return run
 
-    latency = _openvino(model, x, half) if others else None
+    latency = _openvino(model, x, half)
     eager, image = (model.bfloat16(), x.bfloat16()) if half else (model, x)
     runs = {"ours": call(ours, x, half), "eager": call(eager, image, False)}
-    if others:
+    if compiles:
         frozen = torch.compile(copy.deepcopy(eager), dynamic=False, options={"freezing": True})
         runs["torch.compile"] = call(frozen, image, False)
-    if latency is not None:
-        runs["OpenVINO"] = latency
-    return runs
+    return {**runs, "OpenVINO": latency}
 
 
 def _openvino(model: nn.Module, x: Tensor, half: bool) -> Run:

@@ -1,7 +1,8 @@
 """make bench-models: networks of other people through convert, training and inference, two types.
 
 Each network runs in a process of its own; in it all candidates take turns, so that a slow spell of
-the machine is everybody's. Of each case a row is kept at once:
+the machine is everybody's, each after a pause: OpenVINO's threads and OpenMP's first wait for more
+work in a loop, on cores that the next candidate needs. Of each case a row is kept at once:
 
     network what dtype batch size     of the images
     ms          medians of a call, by candidate
@@ -9,7 +10,7 @@ the machine is everybody's. Of each case a row is kept at once:
     errors      by candidate, which then has no times
 
     python benchmarks/models.py FILE.json [NETWORK ...]   networks that it has are not run again
-    --quick     six networks, eager alone, few rounds: five minutes
+    --quick     six networks, few rounds, without torch.compile: five minutes
     --table     print the table of a file
 """
 
@@ -21,6 +22,8 @@ import os
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ COLUMNS = [(what, dtype) for what in ("training", "inference") for dtype in ("bf
 OTHERS = ("eager", "torch.compile", "OpenVINO")
 FLOOR = 0.97  # below it a network is slower: the rest is noise
 ROUNDS, QUICK_ROUNDS = (9, 2), (3, 1)  # that count, and of warm-up
+PAUSE = 0.02  # seconds
 
 Row = dict[str, Any]
 
@@ -105,7 +109,7 @@ def conditions(quick: bool) -> Row:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "memory_format": "channels_last",
-        "rounds": f"medians of {rounds} after {warmup} of warm-up, interleaved in one process",
+        "rounds": f"medians of {rounds} after {warmup} of warm-up, in turns, each after a pause",
     }
 
 
@@ -117,7 +121,7 @@ def measured(name: str, what: str, dtype: str, quick: bool) -> Row:
     from fastcnn.lab import interleaved, ratio
 
     network = NETWORKS[name]
-    runs = candidates(network, what, dtype == "bf16", others=not quick)
+    runs = candidates(network, what, dtype == "bf16", compiles=not quick)
     errors: dict[str, str] = {}
     for way in list(runs):
         try:
@@ -127,7 +131,7 @@ def measured(name: str, what: str, dtype: str, quick: bool) -> Row:
                 raise
             errors[way] = f"{type(error).__name__}: {error}"[:300]
             del runs[way]
-    times = interleaved(runs, *(QUICK_ROUNDS if quick else ROUNDS))
+    times = interleaved(runs, *(QUICK_ROUNDS if quick else ROUNDS), _rested)
     torch.compiler.reset()
     row: Row = {
         "network": name, "what": what, "dtype": dtype, "batch": network.batch, "size": network.size,
@@ -140,6 +144,14 @@ def measured(name: str, what: str, dtype: str, quick: bool) -> Row:
         row["errors"] = errors
     print(name, what, dtype, row["ms"], row["speedup"], *errors.values(), flush=True)
     return row
+
+
+def _rested(call: Callable[[], object]) -> float:
+    """Return the seconds of a call that finds the cores idle."""
+    time.sleep(PAUSE)
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def table(found: Row) -> str:
