@@ -57,7 +57,7 @@ class FoldedLinears:
 
     def refresh(self) -> None:
         """Pack anew at the next call."""
-        self._states.clear()
+        self._states = []  # another: a thread may be at what was kept
         self._known.clear()
 
     def known(self, x: Tensor) -> Run | None:
@@ -95,11 +95,12 @@ class FoldedLinears:
         if not folds(like) or like.numel() == 0:
             return None
         tensors = [(*pair, None, None, None, None) for pair in pairs]
-        if not self._states or not all(map(State.is_of, self._states, tensors, repeat(()))):
+        states = self._states
+        if not states or not all(map(State.is_of, states, tensors, repeat(()))):
             self.refresh()
-            self._states = [State(of_step, ()) for of_step in tensors]
+            self._states = states = [State(of_step, ()) for of_step in tensors]
         inner = []
-        for (weight, bias), (_, act), state in zip(pairs, self.steps, self._states, strict=True):
+        for (weight, bias), (_, act), state in zip(pairs, self.steps, states, strict=True):
             weight, bias = as_parameter(weight, dtype), as_parameter(bias, dtype)
             check_linear(like, weight, bias)
             inner.append(_calling(like, weight, bias, act, state))
@@ -112,7 +113,7 @@ class FoldedLinears:
                     x = one(x)
                 return x.to(own)
 
-        return run, Unchanged(self._states, attributes)
+        return run, Unchanged(states, attributes)
 
 
 def _kind_of(x: Tensor) -> tuple[Any, ...]:

@@ -168,6 +168,22 @@ def test_inference_mode_before_and_after() -> None:
     assert torch.equal(call(run, x), first)
 
 
+def test_another_thread_may_forget_what_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As one that asks for gradients, at the same time.
+    model, x = mlp(), torch.randn(9, 24)
+    run, check_linear = linears(model), folded.check_linear
+
+    def meanwhile(*tensors: Any) -> None:
+        check_linear(*tensors)
+        run.refresh()
+
+    monkeypatch.setattr(folded, "check_linear", meanwhile)
+    for _ in range(2):
+        check(model, call(run, x), x, torch.float32, False)
+    model[0].weight.mul_(2)  # type: ignore[operator]
+    check(model, call(run, x), x, torch.float32, False)
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"linear_act: input: expected sizes \[\.\.\., 24\]"):
         linears(mlp()).prepare(torch.randn(9, 23))
