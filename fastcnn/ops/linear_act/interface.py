@@ -120,8 +120,9 @@ class LinearActFunction(torch.autograd.Function):
         if dy is None:
             return (None,) * 4
         x, weight, bias, saved = ctx.saved_tensors
-        if torch.compiler.is_compiling():
-            return _gradients(ctx, dy, x, weight, bias, saved)
+        if torch.compiler.is_compiling():  # which traces it where forward was called
+            with without_autocast(x):
+                return _gradients(ctx, dy, x, weight, bias, saved)
         with plain_tensors(), without_autocast(x):
             if saved is not None and ctx.act not in _FROM_Y and torch.is_grad_enabled():
                 saved = _linear(x, weight, bias)  # the same bits, and a function of x

@@ -1,14 +1,17 @@
 """linear_act against torch.nn.functional.linear in float64: values, gradients, types, bits."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from support import linear_act_cases as cases
 from support.activations import ACTS
 from support.linear_act_cases import HALVES, RULES, SIZES, Types, answer, made, results
 from support.tolerance import assert_rounded
-from torch import nn
+from torch import fx, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from fastcnn import reference
 from fastcnn.functional import linear_act
@@ -164,3 +167,22 @@ def test_the_module_is_a_linear_layer() -> None:
     x = torch.randn(2, 9, 6)
     torch.testing.assert_close(ours(x), ACTS["relu6"](theirs(x)))
     assert repr(ours) == "LinearAct(in_features=6, out_features=5, bias=True, act=relu6)"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_autocast_is_off_in_a_compiled_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer("in float32", monkeypatch)
+    tensors = [t.requires_grad_() for t in (torch.randn(33, 17), torch.randn(20, 17))]
+    read: list[torch.dtype] = []
+
+    def note(graph: fx.GraphModule, _: Any) -> Any:
+        products = [node for node in graph.graph.nodes if node.target is torch.ops.aten.mm.default]
+        read.extend(a.meta["val"].dtype for node in products for a in node.all_input_nodes)
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    compiled = torch.compile(linear_act, fullgraph=True, backend=aot_autograd(fw_compiler=note))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = compiled(*tensors, act="gelu")
+    y.float().square().sum().backward()
+    assert read == [torch.float32] * 6
