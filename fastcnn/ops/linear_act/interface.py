@@ -77,8 +77,9 @@ def outruns_pytorch(x: Tensor, weight: Tensor, act: str) -> bool:
         return False
     if x.dtype in HALVES:
         return in_float32(x, weight) or in_float32(x, weight, backward=True)
-    large = math.prod(x.shape[:-1]) * weight.shape[0] >= _MANY
-    return act != "none" and large and not torch.compiler.is_compiling()
+    if act == "none" or torch.compiler.is_compiling():  # first: sizes may be symbols there
+        return False
+    return math.prod(x.shape[:-1]) * weight.shape[0] >= _MANY
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
