@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 import fastcnn
 from fastcnn import convert
 from fastcnn.convert.codegen import fit
-from fastcnn.ops.linear_act import folded
+from fastcnn.ops.linear_act import folded, interface
 
 
 def net(run: Callable[..., Any], **more: nn.Module) -> Forward:
@@ -191,6 +192,58 @@ def test_any_strides_run_as_written(mode: Any) -> None:
     expected = model(x)
     assert torch.equal(convert(model, mode=mode)(x), expected)
     assert fit.notes[model[2]].startswith("its input is not dense")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_what_pytorch_takes_besides_runs_as_written(mode: Any) -> None:
+    model, x = mlp().eval().requires_grad_(False), torch.randn(4, 6)
+    model[0].weight = nn.Parameter(model[0].weight.to_sparse_csr(), False)
+    model[2].bias = nn.Parameter(torch.randn(1), False)  # addmm broadcasts it
+    expected = model(x)
+    convert(model, mode=mode)
+    assert torch.equal(model(x), expected)
+    assert fit.notes[model[2]].startswith("its weights are torch.sparse_csr")
+    model[0].weight = nn.Parameter(model[0].weight.to_dense(), False)
+    torch.testing.assert_close(model(x), expected)
+    assert fit.notes[model[2]].startswith("its bias has sizes [1]")
+    with pytest.raises(RuntimeError, match="expected 6 features"):
+        model(torch.tensor(1.0))
+
+
+@pytest.mark.usefixtures("rule")
+@pytest.mark.parametrize("mode", ["train", "infer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_parametrization_computes_once_a_call(dtype: torch.dtype, mode: Any) -> None:
+    calls: list[int] = []
+
+    class Counts(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            calls.append(1)  # as spectral_norm's power iteration
+            return weight * len(calls)
+
+    model, x = mlp().to(dtype), torch.randn(4, 6, dtype=dtype)
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Counts(), unsafe=True)
+    convert(model, mode=mode)
+    for grads in (True, False):
+        for given, error in ((x, None), (x.T.contiguous().T, None), (x[:, 1:], RuntimeError)):
+            calls.clear()
+            with torch.set_grad_enabled(grads), pytest.raises(error) if error else nullcontext():
+                model(given)
+            assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_exported_for_any_batch(mode: Any, dtype: torch.dtype) -> None:
+    model, rows = mlp().to(dtype).eval(), interface._MANY // 24 + 1
+    expected = copy.deepcopy(model)
+    batch = {0: torch.export.Dim("batch", min=2, max=2 * rows)}
+    program = torch.export.export(
+        convert(model, mode=mode), (torch.randn(4, 6, dtype=dtype),), dynamic_shapes=(batch,)
+    )
+    x = torch.randn(rows, 6, dtype=dtype)
+    torch.testing.assert_close(program.module()(x), expected(x))
 
 
 @pytest.mark.parametrize("mode", ["train", "infer"])

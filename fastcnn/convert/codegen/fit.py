@@ -23,11 +23,11 @@ from fastcnn.common.checks import FLOATS, HALVES, memory_format_of, one_of
 from fastcnn.common.conv_geometry import output_size, padding_of, pair
 from fastcnn.convert.options import Options
 from fastcnn.ops.batch_norm_act.concat import is_piece
-from fastcnn.ops.linear_act.folded import LinearAct
 
 # conv, batch norm or, in folded chains, None; activation; max pooling or None.
 StepModules = tuple[nn.Conv2d, Any, str, nn.MaxPool2d | None]
 Shortcut = Tensor | Sequence[StepModules] | None
+WeightBias = tuple[Tensor, Tensor | None]
 HAS_CUDA = bool(_C.cuda_version)
 
 # By the module that a call ends in: why its last unfused call was not fused.
@@ -56,6 +56,8 @@ def unfit(x: Any, options: Options, dims: int | None = 4) -> str | None:
         return "there are no CUDA kernels for float64"
     if options.backend not in ("auto", device):
         return f"its input is on {device}"
+    if x.layout is not torch.strided:
+        return f"its input is {x.layout}"
     dense = memory_format_of(x) is not None if x.dim() == 4 else x.is_contiguous()
     return None if dense else f"its input is not dense: strides {x.stride()} of {list(x.shape)}"
 
@@ -178,7 +180,7 @@ def squeeze_unfit(x: Tensor, c: int, parameters: Sequence[Tensor | None]) -> str
     return None
 
 
-def linears_unfit(x: Any, steps: Sequence[LinearAct], options: Options) -> str | None:
+def linears_unfit(x: Any, parameters: Sequence[WeightBias], options: Options) -> str | None:
     """Say why linear layers of an input are PyTorch's own, if so: its errors too."""
     why = unfit(x, options, dims=None)
     if why is not None:
@@ -186,15 +188,17 @@ def linears_unfit(x: Any, steps: Sequence[LinearAct], options: Options) -> str |
     if x.device.type == "cuda":
         return "it runs fused on the CPU alone"
     on, sizes = autocast_dtype(x), x.shape[-1:]
-    for linear, _ in steps:
-        tensors: tuple[Tensor | None, ...] = linear.weight, linear.bias
-        weight = linear.weight
+    for weight, bias in parameters:
         if sizes != weight.shape[1:]:
-            return f"its input has sizes [..., {sizes[-1]}] where its weight is {weight.shape}"
+            return f"its input ends in sizes {list(sizes)}, its weight has {list(weight.shape)}"
         sizes = weight.shape[:1]
-        for t in tensors:
+        if bias is not None and bias.shape != sizes:  # which PyTorch may broadcast
+            return f"its bias has sizes {list(bias.shape)}, its weight {list(weight.shape)}"
+        for t in (weight, bias):
             if t is None:
                 continue
+            if t.layout is not torch.strided:
+                return f"its weights are {t.layout}"
             if cast_dtype(t, on) != cast_dtype(x, on) or t.device != x.device or _is_wrapper(t):
                 return f"its weights are {t.dtype} on {t.device}, its input {x.dtype} on {x.device}"
     return None

@@ -185,8 +185,10 @@ def folded_linears(steps: Sequence[LinearAct], options: Options) -> Callable[[Te
 
     def run(x: Tensor) -> Tensor:
         call = linears.known(x)
-        if call is None and linears_unfit(x, steps, options) is None:
-            call = linears.prepare(x)
+        if call is None:
+            parameters = [(linear.weight, linear.bias) for linear, _ in steps]
+            fits = linears_unfit(x, parameters, options) is None
+            call = linears.prepare(x) if fits else None
         return runtime.run_linears(x, steps, options) if call is None else call(x)
 
     return run

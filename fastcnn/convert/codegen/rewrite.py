@@ -140,10 +140,11 @@ class _Emitter:
         if isinstance(p, SqueezePattern):
             fcs = self._module(p.fc1), None if p.fc2 is None else self._module(p.fc2)
             return call(runtime.run_squeeze_excite, (x, *fcs, p.act, p.gate, p.dims, options))
-        if isinstance(p, LinearPattern) and options.mode == "infer":
-            linears = [(self._matcher.module(node), act) for node, act in p.steps]
-            return call(Kept(folded_linears(linears, options)), (x,))
         if isinstance(p, LinearPattern):
+            computed = any(self._matcher.layer(node).parametrized for node, _ in p.steps)
+            if options.mode == "infer" and not computed:
+                linears = [(self._matcher.module(node), act) for node, act in p.steps]
+                return call(Kept(folded_linears(linears, options)), (x,))
             nodes = tuple((self._module(node), act) for node, act in p.steps)
             return call(runtime.run_linears, (x, nodes, options))
         if isinstance(p, DropPattern) and p.drop.op == "call_module":

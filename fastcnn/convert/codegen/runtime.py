@@ -412,14 +412,16 @@ def run_squeeze_excite(
 
 def run_linears(x: Tensor, steps: Sequence[LinearAct], options: Options) -> Tensor:
     """Run linear layers and activations one behind the other, each by what is faster."""
-    why, fused = linears_unfit(x, steps, options), False
+    # Once, as nn.Linear does: a parametrization computes them, and spectral_norm's moves with it.
+    parameters = [(linear.weight, linear.bias) for linear, _ in steps]
+    why, fused = linears_unfit(x, parameters, options), False
     if why is None:
         x = cast(x, autocast_dtype(x))
-    for linear, act in steps:
-        if why is None and outruns_pytorch(x, linear.weight, act):
-            x, fused = functional.linear_act(x, linear.weight, linear.bias, act=act), True
+    for (weight, bias), (_, act) in zip(parameters, steps, strict=True):
+        if why is None and outruns_pytorch(x, weight, act):
+            x, fused = functional.linear_act(x, weight, bias, act=act), True
         else:
-            x = eager_activation(linear(x), act)
+            x = eager_activation(F.linear(x, weight, bias), act)
     if why is not None:
         refuse(steps[-1][0], why, options)
     elif not fused and not torch.compiler.is_compiling():
@@ -432,7 +434,7 @@ def run_linear(x: Any, linear: nn.Linear, options: Options) -> Any:
     plain = type(linear) is nn.Linear and not has_hooks(linear) and "forward" not in vars(linear)
     if not plain or not isinstance(x, Tensor) or not is_slow(cast_dtype(x, autocast_dtype(x))):
         return linear(x)
-    if linears_unfit(x, ((linear, "none"),), options) is None:
+    if linears_unfit(x, ((linear.weight, linear.bias),), options) is None:
         x = cast(x, autocast_dtype(x))
         if outruns_pytorch(x, linear.weight, "none"):
             return functional.linear_act(x, linear.weight, linear.bias)
