@@ -154,6 +154,18 @@ def test_depthwise_convolutions_are_pytorchs_where_they_are_as_fast() -> None:
     assert reasons() == [why, ""]
 
 
+def test_a_depthwise_convolution_of_a_computed_weight_is_computed_once() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 7, padding=3, groups=16), nn.ReLU(), conv(16, 2))
+    torch.nn.utils.parametrizations.spectral_norm(model[0])
+    plain, x = copy.deepcopy(model), torch.ones(1, 16, 8, 8)
+    model.append(nn.BatchNorm2d(2)), plain.append(nn.BatchNorm2d(2))
+    convert(model)
+    model(x), plain(x)  # a step of the power iteration
+    for mine, theirs in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert [row.reason for row in left(rows(model))] == ["0 has a parametrization"]
+
+
 def test_depthwise_convolutions_by_themselves_are_fused_on_the_cpu_alone() -> None:
     model = convert(nn.Sequential(conv(4, 4, groups=4)))
     (row,) = rows(model.to("meta"))

@@ -350,6 +350,8 @@ class Matcher:
             why = (self._no_conv if self._kind(node) == DEPTHWISE else self._no_layer)(node)
             if why is None and act is None:
                 why = f"the activation inside {node.target} has no kernel"
+            if why is None and self._kind(node) == DEPTHWISE and self.layer(node).parametrized:
+                why = f"{node.target} has a parametrization"  # computed anew at each read
             if why is not None:
                 self.left[node] = why
                 continue
