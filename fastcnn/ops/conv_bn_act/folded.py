@@ -277,17 +277,22 @@ def prepare_pair(
     g, dw_g = [checked.settings.conv for checked in block.steps]
     if not outruns_two(x, one.weight, g, one.act, two.weight, dw_g):
         return None
-    for folding, read, step in zip(both, given, steps, strict=True):
+    made = zip(both, given, steps, (_turned, folded), strict=True)
+    for folding, read, step, make in made:
         state = folding.state_for(x, None, *read)
         if state is None:
             return None
-        numbers += state.kept(folded, step.weight, step.conv_bias, norm_of_step(step), acc_type(x))
+        numbers += state.kept(make, step.weight, step.conv_bias, norm_of_step(step), acc_type(x))
         kept.append((state, folding.keeps(state)))
     w, b, dw_w, dw_b = numbers
-    w = w.flatten(1).t().contiguous()
     return kept, lambda x, *_: pointwise_depthwise_conv2d(
         x, w, b, one.act, dw_w, dw_b, dw_g, two.act
     )
+
+
+def _turned(*how: Any) -> tuple[Tensor, Tensor]:
+    weight, bias = folded(*how)
+    return weight.flatten(1).t().contiguous(), bias
 
 
 def _transformed(*how: Any) -> tuple[Tensor, Tensor]:
