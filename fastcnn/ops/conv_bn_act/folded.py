@@ -175,7 +175,7 @@ class FoldedConv2d:
             return None
         state = self._state
         if state is None or not state.is_of(tensors, numbers):
-            state = State(tensors, numbers) if is_comparable(tensors) else None
+            state = State(OP, tensors, numbers) if is_comparable(tensors) else None
             self._state = state
         return state
 

@@ -90,9 +90,9 @@ class Unchanged:
 class State:
     """What was made of tensors and numbers that have not changed since."""
 
-    def __init__(self, tensors: Tensors, numbers: tuple[Any, ...]) -> None:
+    def __init__(self, op: str, tensors: Tensors, numbers: tuple[Any, ...]) -> None:
         names = ("weight", "bias", "running_mean", "running_var", "bn_weight", "bn_bias")
-        check_storage("conv_bn_act", **dict(zip(names, tensors, strict=True)))
+        check_storage(op, **dict(zip(names, tensors, strict=True)))
         self._given = tensors
         self.tensors = [t for t in tensors if t is not None]
         # Held, so that no other tensor gets their addresses.

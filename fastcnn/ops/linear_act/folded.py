@@ -32,7 +32,7 @@ from fastcnn.ops.conv_bn_act.weight_cache import (
     is_comparable,
     parameter_of,
 )
-from fastcnn.ops.linear_act.interface import as_parameter, check_linear, in_float32
+from fastcnn.ops.linear_act.interface import OP, as_parameter, check_linear, in_float32
 
 LinearAct = tuple[nn.Linear, Activation]
 Run = Callable[[Tensor], Tensor]
@@ -98,7 +98,7 @@ class FoldedLinears:
         states = self._states
         if not states or not all(map(State.is_of, states, tensors, repeat(()))):
             self.refresh()
-            self._states = states = [State(of_step, ()) for of_step in tensors]
+            self._states = states = [State(OP, of_step, ()) for of_step in tensors]
         inner = []
         for (weight, bias), (_, act), state in zip(pairs, self.steps, states, strict=True):
             weight, bias = as_parameter(weight, dtype), as_parameter(bias, dtype)
