@@ -102,10 +102,15 @@ NUMBERS_OF: dict[tuple[str, str], list[Any]] = {
     ("augment", "dtype"): [-1, 3, 2**31, None, "x"],
     ("augment_mask", "fill"): [None],
     ("conv2d_int8_epilogue", "residual_scale"): [0.0, -1.0, float("nan"), None, "x"],
-    # A kernel of 2 makes the same output of an image that has a column less.
+    # None of which, nor two or three, fit an image that has a column less: a kernel of 2 would.
     **{
-        ("depthwise_conv2d_bwd_weight", side): [0, -1, 4, 2**21, 2**62, None, "x"]
+        (op, side): [0, -1, 9, 2**21, 2**62, None, "x"]
+        for op in ("conv2d_bwd_weight", "depthwise_conv2d_bwd_weight")
         for side in ("kernel_h", "kernel_w")
+    },
+    **{
+        ("conv2d_bwd_weight", side): [-1, 5, 2**21, 2**62, None, "x"]
+        for side in ("padding_h", "padding_w")
     },
 }
 
