@@ -40,6 +40,7 @@ inline __attribute__((always_inline)) void reduce_rows(
     PerChannel<Acc<T>, kArray> mean, PerChannel<Acc<T>, kArray> scale,
     PerChannel<Acc<T>, kArray> bias, Acc<T>* sum_dz, Acc<T>* sum_dzx, Read read, Finish finish) {
   using S = Acc<T>;
+  const int64_t apart = kPiece ? x_stride : stride;  // rows of x
   Vec<S> total_dz = load(sum_dz), total_dzx = load(sum_dzx);
   for_each_block<S>(
       rows, length,
@@ -55,13 +56,8 @@ inline __attribute__((always_inline)) void reduce_rows(
 #pragma GCC unroll 4
               for (int u = 0; u < calls.value; ++u) {
                 const int64_t o = (row + first + u) * stride + i;
-                const T* x_at = x + o;
-                if constexpr (kPiece) {
-                  x_at = x + (row + first + u) * x_stride + i;
-                  prefetch_row<kArray>(x_at, x_stride);
-                } else {
-                  prefetch_row<kArray>(x_at, stride);
-                }
+                const T* x_at = x + (row + first + u) * apart + i;
+                prefetch_row<kArray>(x_at, apart);
                 centered[u] = load(x_at, count) - m;
                 read(o, count, centered[u] * s + b, dz[u], z[u]);
               }

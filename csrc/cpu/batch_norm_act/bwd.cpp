@@ -78,8 +78,8 @@ template <class T, class A, Z kZ, bool kArray, bool kPiece>
 void dx_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
              const BatchNormCoefficients<Acc<T>>& k, int64_t j, Act of_dy, bool training) {
   using S = Acc<T>;
-  const bool past_caches =
-      k.past_caches && can_store_past_caches(s.dx, kPiece ? s.x_stride : stride);
+  const int64_t apart = kPiece ? s.x_stride : stride;  // rows of x and dx
+  const bool past_caches = k.past_caches && can_store_past_caches(s.dx, apart);
   const A act(of_dy);
   const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
       bias{k.bias.get() + j}, shift{k.shift.get() + j}, slope{k.slope.get() + j};
@@ -94,13 +94,8 @@ void dx_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
 #pragma GCC unroll 4
               for (int u = 0; u < calls.value; ++u) {
                 const int64_t o = (row + first + u) * stride + i;
-                const T* x_at = s.x + o;
-                if constexpr (kPiece) {
-                  x_at = s.x + (row + first + u) * s.x_stride + i;
-                  prefetch_row<kArray>(x_at, s.x_stride);
-                } else {
-                  prefetch_row<kArray>(x_at, stride);
-                }
+                const T* x_at = s.x + (row + first + u) * apart + i;
+                prefetch_row<kArray>(x_at, apart);
                 prefetch_row<kArray>(s.dy + o, stride);
                 centered[u] = load(x_at, count) - m;
                 read_z<T, A, kZ>(s, act, o, count, centered[u] * sc + b, dz[u], z[u]);
@@ -108,8 +103,7 @@ void dx_span(BwdSpan<T> s, int64_t rows, int64_t stride, int64_t length,
               if constexpr (kZ != Z::kUnused) act.bwd(dz, z);
 #pragma GCC unroll 4
               for (int u = 0; u < calls.value; ++u) {
-                T* dx_at = s.dx + (row + first + u) * stride + i;
-                if constexpr (kPiece) dx_at = s.dx + (row + first + u) * s.x_stride + i;
+                T* dx_at = s.dx + (row + first + u) * apart + i;
                 if (training) dz[u] -= sh + centered[u] * sl;
                 if (past_caches && count == kLanes<S>) {
                   store_past_caches(dx_at, dz[u] * sc);

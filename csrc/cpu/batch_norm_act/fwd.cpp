@@ -20,6 +20,7 @@ void normalize(const T* x, const T* residual, T* y, int64_t rows, int64_t stride
                const BatchNormCoefficients<Acc<T>>& k, int64_t j, int64_t x_stride) {
   using S = Acc<T>;
   const A act(k.act);
+  const int64_t apart = kPiece ? x_stride : stride;  // rows of x
   const bool past_caches = k.past_caches && can_store_past_caches(y, stride);
   const PerChannel<S, kArray> mean{k.mean.get() + j}, scale{k.scale.get() + j},
       bias{k.bias.get() + j};
@@ -33,13 +34,8 @@ void normalize(const T* x, const T* residual, T* y, int64_t rows, int64_t stride
 #pragma GCC unroll 4
               for (int u = 0; u < calls.value; ++u) {
                 const int64_t o = (row + first + u) * stride + i;
-                const T* x_at = x + o;
-                if constexpr (kPiece) {
-                  x_at = x + (row + first + u) * x_stride + i;
-                  prefetch_row<kArray>(x_at, x_stride);
-                } else {
-                  prefetch_row<kArray>(x_at, stride);
-                }
+                const T* x_at = x + (row + first + u) * apart + i;
+                prefetch_row<kArray>(x_at, apart);
                 z[u] = (load(x_at, count) - m) * s + b;
                 if constexpr (kAdd) {
                   prefetch_row<kArray>(residual + o, stride);

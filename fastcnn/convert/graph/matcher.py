@@ -54,8 +54,10 @@ class Matcher:
     def match(self) -> list[Pattern]:
         """Return the patterns, in the order of their last nodes."""
         found: list[Pattern] = []
-        finders = (self._squeezes, self._chains, self._single, self._resizes, self._drops)
-        for candidates in (*finders, self._linears):
+        finders = (
+            self._squeezes, self._chains, self._single, self._resizes, self._drops, self._linears,
+        )  # fmt: skip
+        for candidates in finders:
             for pattern in candidates():
                 if self.may_move([pattern]):
                     self._used.update(pattern.nodes)

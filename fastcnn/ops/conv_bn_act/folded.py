@@ -165,13 +165,7 @@ class FoldedConv2d:
         images = (x,) if other is None else (x, other)
         if torch.compiler.is_compiling() or not is_plain_inference(images):
             return None
-        grads = torch.is_grad_enabled()
-        for t in tensors:
-            if t is not None and (
-                type(t) not in _PLAIN or t.is_inference() or (grads and t.requires_grad)
-            ):
-                return None
-        if not (folds(x) or is_planned(x)) or x.numel() == 0:
+        if not may_be_kept(tensors) or not (folds(x) or is_planned(x)) or x.numel() == 0:
             return None
         state = self._state
         if state is None or not state.is_of(tensors, numbers):
@@ -306,6 +300,16 @@ def is_plain_inference(images: Iterable[Tensor]) -> bool:
         return False
     grads = torch.is_grad_enabled()
     return not any(type(t) not in _PLAIN or (grads and t.requires_grad) for t in images)
+
+
+def may_be_kept(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether parameters have a version counter, and no gradient is required of them."""
+    grads = torch.is_grad_enabled()
+    return not any(
+        type(t) not in _PLAIN or t.is_inference() or (grads and t.requires_grad)
+        for t in tensors
+        if t is not None
+    )
 
 
 def _may_be_written(residual: Tensor, x: Tensor) -> bool:

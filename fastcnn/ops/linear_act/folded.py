@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fastcnn.common.activation import Activation, eager_activation
 from fastcnn.common.autocast import autocast_dtype, cast_dtype, without_autocast
 from fastcnn.ops.conv2d.onednn import EPILOGUES, folds
-from fastcnn.ops.conv_bn_act.folded import is_plain_inference
+from fastcnn.ops.conv_bn_act.folded import is_plain_inference, may_be_kept
 from fastcnn.ops.conv_bn_act.weight_cache import (
     MOST_SIZES,
     State,
@@ -38,7 +38,6 @@ LinearAct = tuple[nn.Linear, Activation]
 Run = Callable[[Tensor], Tensor]
 
 _FEW, _LARGE = 2**20, 2**24  # multiply-adds, and values of a weight, see above
-_PLAIN = (Tensor, nn.Parameter)
 _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
 _reorder = torch.ops.mkldnn._reorder_linear_weight.default
 
@@ -89,7 +88,8 @@ class FoldedLinears:
                 return None
             attributes += found
             pairs.append((parameter_of(linear, "weight"), parameter_of(linear, "bias")))
-        if not _may_be_kept([t for pair in pairs for t in pair]):
+        flat = [t for pair in pairs for t in pair]
+        if not may_be_kept(flat) or not is_comparable(tuple(flat)):
             return None
         like = torch.empty_like(x, dtype=cast_dtype(x, dtype))
         if not folds(like) or like.numel() == 0:
@@ -120,27 +120,16 @@ def _kind_of(x: Tensor) -> tuple[Any, ...]:
     return autocast_dtype(x), x.dtype, x.shape, x.stride(), x.device
 
 
-def _may_be_kept(tensors: Sequence[Tensor | None]) -> bool:
-    grads = torch.is_grad_enabled()
-    for t in tensors:
-        if t is not None and (
-            type(t) not in _PLAIN or t.is_inference() or (grads and t.requires_grad)
-        ):
-            return False
-    return is_comparable(tuple(tensors))
-
-
 def _calling(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, state: State) -> Run:
     """Return what computes act(linear()) of what is like x, in the type in which it multiplies."""
     dtype = torch.float32 if in_float32(x, weight) else x.dtype
     (c_out, c_in), rows = weight.shape, math.prod(x.shape[:-1])
-    packs = weight.numel() < _LARGE
     exact = act == "none" and x.dtype is torch.float32
     if exact or rows == 1 or rows * c_out * c_in < _FEW or not folds(x.new_empty(0, dtype=dtype)):
         weight, bias = state.kept(_converted, weight, bias, dtype)
         linear = torch.nn.functional.linear
         return lambda x: eager_activation(linear(x.to(dtype), weight, bias), act, inplace=True)
-    make = _packed if packs else _converted
+    make = _packed if weight.numel() < _LARGE else _converted
     weight, bias = state.kept(make, weight, bias, dtype)
     epilogue = EPILOGUES[act]
     return lambda x: _linear_pointwise(x.to(dtype), weight, bias, *epilogue)
