@@ -214,7 +214,7 @@ void bwd_channels_last(const BatchNormActBwdParams& p) {
     };
     for (int64_t row = first; row < last; row += kSumRows) {
       for_each_vector<S>(2 * columns, [&](int64_t i, int64_t) { store(dz + i, Vec<S>{}); });
-      pieces.for_each(w, row, min(kSumRows, last - row), add);
+      pieces.for_rows(row, min(kSumRows, last - row), add);
       add_in_double(sum_dz.get() + slot * columns, dz, columns);
       add_in_double(sum_dzx.get() + slot * columns, dzx, columns);
     }
@@ -235,7 +235,7 @@ void bwd_channels_last(const BatchNormActBwdParams& p) {
     for (int64_t l = 0; l < count; ++l) finalize_channel<S>(p, k, j + l, dz[l], dzx[l]);
   });
   const auto dx = [&](int64_t row, int64_t rows, int64_t length) {
-    pieces.for_each(w, row, rows, [&](const BatchNormPiece& piece, int64_t first, int64_t count) {
+    pieces.for_rows(row, rows, [&](const BatchNormPiece& piece, int64_t first, int64_t count) {
       const BwdSpan<T> s = span(piece, first);
       if (s.dx != nullptr) {
         loops.run_dx(s, count, w.wide, min(s.x_stride, length), k, piece.first);
@@ -274,7 +274,7 @@ void bwd_planes(const BatchNormActBwdParams& p) {
       const int64_t images = min(group, last - image);
       for (int64_t begin = 0; begin < planes.hw; begin += piece) {
         S dz[kLanes<S>] = {}, dzx[kLanes<S>] = {};
-        pieces.for_each(image, image + images, [&](int64_t first, int64_t count) {
+        pieces.for_images(image, image + images, [&](int64_t first, int64_t count) {
           loops.reduce(span(first, j, begin), count, planes.stride(), min(piece, planes.hw - begin),
                        k, j, dz, dzx);
         });
@@ -293,7 +293,7 @@ void bwd_planes(const BatchNormActBwdParams& p) {
   };
   const auto dx = [&](int64_t task) {
     const int64_t j = planes.channel(task);
-    pieces.for_each(planes.first(task), planes.last(task), [&](int64_t image, int64_t images) {
+    pieces.for_images(planes.first(task), planes.last(task), [&](int64_t image, int64_t images) {
       const BwdSpan<T> s = span(image, j, 0);
       if (s.dx != nullptr) loops.run_dx(s, images, planes.stride(), planes.hw, k, j);
     });

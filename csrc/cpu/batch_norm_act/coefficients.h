@@ -66,7 +66,7 @@ class Pieces {
   // body(image, images) for planes of NCHW: of several pieces one after the other, whose planes are
   // not as far apart as y's.
   template <class Body>
-  void for_each(int64_t first, int64_t last, Body body) const {
+  void for_images(int64_t first, int64_t last, Body body) const {
     if (count_ == 1) return body(first, last - first);
     for (int64_t image = first; image < last; ++image) body(image, int64_t{1});
   }
@@ -74,7 +74,7 @@ class Pieces {
   // body(piece, row, rows) for rows of channels_last: all pieces of some rows, then those of the
   // next ones, so that y and dy come from memory and go there in whole rows.
   template <class Body>
-  void for_each(const WideRows& w, int64_t first, int64_t rows, Body body) const {
+  void for_rows(int64_t first, int64_t rows, Body body) const {
     const int64_t step = count_ == 1 ? rows : kSumRows;
     for (int64_t row = first; row < first + rows; row += step) {
       for (const BatchNormPiece& piece : *this) body(piece, row, min(step, first + rows - row));

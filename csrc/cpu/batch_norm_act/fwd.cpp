@@ -83,7 +83,7 @@ void apply_channels_last(const BatchNormActFwdParams& p, const Pieces& pieces) {
   const auto set = [&](int64_t j) { k.set(p, j); };
   parallel_for(w.c, kSetGrain, set);
   const auto span = [&](int64_t row, int64_t rows, int64_t length) {
-    pieces.for_each(w, row, rows, [&](const BatchNormPiece& piece, int64_t first, int64_t count) {
+    pieces.for_rows(row, rows, [&](const BatchNormPiece& piece, int64_t first, int64_t count) {
       const int64_t wide = piece.c * w.repeat, o = first * w.wide + piece.first;
       normalize_span(static_cast<const T*>(piece.x) + first * wide,
                      at(static_cast<const T*>(p.residual), o), static_cast<T*>(p.y) + o, count,
@@ -126,7 +126,7 @@ void fwd_planes(const BatchNormActFwdParams& p, const Pieces& pieces, bool train
     if (p.y == nullptr) return;
     const int64_t j = planes.channel(task);
     const BatchNormPiece& piece = pieces.of_channel(j);
-    pieces.for_each(planes.first(task), planes.last(task), [&](int64_t image, int64_t images) {
+    pieces.for_images(planes.first(task), planes.last(task), [&](int64_t image, int64_t images) {
       const int64_t o = planes.offset(image, j);
       normalize_span(plane(piece, j) + image * piece.c * planes.hw,
                      at(static_cast<const T*>(p.residual), o), static_cast<T*>(p.y) + o, images,
