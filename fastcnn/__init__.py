@@ -9,6 +9,7 @@
     fastcnn.augment                 augmentation of uint8 batches in one pass
     fastcnn.models                  the networks, and load_weights
     fastcnn.plan                    which of several kernels runs, and why
+    fastcnn.graphed(step, *example) on a GPU: replay a training step or a network as a CUDA graph
     fastcnn.keep_freed_memory()     on the CPU: reuse what tensors free
 
 On the console: fastcnn demo, fastcnn info. Each name's help has its shapes, errors and an example.
@@ -27,6 +28,7 @@ check_torch(torch.__version__, _C.version)
 from fastcnn import augment, functional, models, nn, plan  # noqa: E402
 from fastcnn.common.library import load_kernels  # noqa: E402
 from fastcnn.convert import convert, report, revert, verify  # noqa: E402
+from fastcnn.graphs import graphed  # noqa: E402
 from fastcnn.memory import keep_freed_memory  # noqa: E402
 from fastcnn.models import create_model, list_models  # noqa: E402
 
@@ -39,6 +41,7 @@ __all__ = [
     "convert",
     "create_model",
     "functional",
+    "graphed",
     "keep_freed_memory",
     "list_models",
     "models",

@@ -1,10 +1,14 @@
 """CUDA graphs for tests: captured on a GPU, recomputed where there is none."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from support.device import HAS_GPU
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fastcnn.graphs import GraphedFunction, graphed
 
 Replay = Callable[[], None]
 WARM_UPS = 2
@@ -35,3 +39,52 @@ def captured(run: Callable[[], Sequence[Tensor]]) -> tuple[list[Tensor], Replay]
     with torch.cuda.graph(graph, stream=stream):
         found = list(run())
     return found, graph.replay
+
+
+class RepeatedGraph:
+    """What graphed() needs of a graph, without a GPU: a replay runs the captured function again.
+
+    Its results stay where they were at the capture, as those of a CUDA graph do. A capture changes
+    nothing: the tensors of state, and PyTorch's generator, are put back.
+    """
+
+    def __init__(self, state: Sequence[Tensor]) -> None:
+        self._state = state
+        self._function: Callable[[], Any] = lambda: None
+        self._results: list[Tensor] = []
+
+    def run(self, function: Callable[[], Any]) -> Any:
+        """Return function()."""
+        return function()
+
+    def capture(self, function: Callable[[], Any]) -> Any:
+        """Return the results that each replay fills anew."""
+        before, random = [t.detach().clone() for t in self._state], torch.get_rng_state()
+        result = function()
+        with torch.no_grad():
+            for t, value in zip(self._state, before, strict=True):
+                t.copy_(value)
+        torch.set_rng_state(random)
+        self._function, self._results = function, tensors_of(result)
+        for t in self._results:
+            t.detach().zero_()
+        return result
+
+    def replay(self) -> None:
+        """Run the function."""
+        for old, new in zip(self._results, tensors_of(self._function()), strict=True):
+            old.detach().copy_(new)
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    """Return the tensors in a result."""
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def graphed_here(
+    function: Callable[..., Any], *example: Any, state: Sequence[Tensor] = (), warmup: int = 3
+) -> Callable[..., Any]:
+    """Return fastcnn.graphed of a function, without a GPU with a RepeatedGraph that has a state."""
+    if HAS_GPU:
+        return graphed(function, *example, warmup=warmup)
+    return GraphedFunction(function, example, warmup, RepeatedGraph(state))
