@@ -17,7 +17,7 @@ help:
 	@echo "make bench  the kernels and whole networks compared with PyTorch, interleaved in one process"
 	@echo "make bench-models     20 networks of other people vs. PyTorch and OpenVINO: hours; QUICK=1 minutes"
 	@echo "make chart  docs/networks.svg and README's table of networks, from benchmarks/results/"
-	@echo "make gpu    with a GPU: build, test, sanitize, tune, bench into RESULTS=dir; STAGES=test,bench"
+	@echo "make gpu    with a GPU: build, measure, test, sanitize, tune into RESULTS=dir; STAGES=build,step"
 	@echo "make wheel  a wheel for this Python and CUDA, in dist/"
 
 demo:

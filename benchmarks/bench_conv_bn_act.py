@@ -49,7 +49,13 @@ GPU_CASES = {
         "resnet50-512-2048-k1-s1-7",
         "unet-64-64-k3-s1-256",
     ],
-    "train": ["resnet50-64-256-k1-s1-56", "resnet50-128-128-k3-s1-28"],
+    "train": [
+        "resnet50-64-256-k1-s1-56",
+        "resnet50-256-64-k1-s1-56",
+        "resnet50-128-128-k3-s1-28",
+        "resnet50-256-256-k3-s1-14",
+        "resnet50-1024-256-k1-s1-14",
+    ],
 }
 BLOCKS_ON_GPU = ["stage1-identity-bf16", "stage3-identity-bf16"]
 

@@ -60,6 +60,7 @@ TRAINING = {
     "resnet20-32px-fp32": Training("resnet20", 128, 32, None),
     "resnet18-224px-fp32": Training("resnet18", on(8, 256), 224, None),
     "resnet50-224px-bf16": Training("resnet50", on(16, 256), 224, compiled=True),
+    "resnet50-224px-bf16-full": Training("resnet50", on(16, 256), 224, memory="full"),
     "resnet50-224px-bf16-low": Training("resnet50", on(16, 256), 224, memory="low"),
     "resnet50-224px-bf16-lowest": Training("resnet50", on(16, 256), 224, memory="lowest"),
     # Of compiling on a GPU, half a minute each, one must do in three minutes.

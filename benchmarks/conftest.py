@@ -10,6 +10,7 @@ where there was a choice.
 
     --rows=FILE   each case becomes a line of JSON there at once (records.py)
     --seconds=N   cases that would begin later are skipped, which their rows say
+    --eager       torch.compile, which takes most of the time, is left out
     --warm        every candidate is called once and nothing timed: what they compile is then in
                   the caches on disk, and may be compiled by many processes at once
 """
@@ -54,6 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastcnn")
     group.addoption("--rows", type=Path, help="file for a line of JSON a case")
     group.addoption("--seconds", type=float, help="skip cases that would begin later")
+    group.addoption("--eager", action="store_true", help="leave out torch.compile")
     group.addoption("--warm", action="store_true", help="call every candidate once, time nothing")
 
 
@@ -134,7 +136,9 @@ def compare(benchmark: Any, warm: bool, request: pytest.FixtureRequest) -> Calla
         whole: bool = False,
         **facts: Any,
     ) -> None:
-        baselines = eager if isinstance(eager, Mapping) else {"eager": eager}
+        baselines = dict(eager) if isinstance(eager, Mapping) else {"eager": eager}
+        if request.config.getoption("eager"):
+            baselines = {name: one for name, one in baselines.items() if "compiled" not in name}
 
         def in_turn(candidate: Candidate) -> Callable[[], object]:
             turn = itertools.cycle(inputs)

@@ -121,3 +121,12 @@ def test_warming_up_times_nothing(tmp_path: Path) -> None:
     status, _, rows = bench(tmp_path, "-p", "conftest", "--warm", str(file), "-k", "right or ours")
     assert status == 1
     assert [(row["case"], "error" in row) for row in rows] == [("ours", True)]
+
+
+def test_what_is_compiled_is_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "bench_synthetic.py"
+    file.write_text(SYNTHETIC)
+    arguments = ("-p", "conftest", "--eager", str(file), "-k", "right or baseline")
+    _, _, rows = bench(tmp_path, *arguments)
+    assert [set(row["ms"]) for row in rows] == [{"ours", "eager", "copy"}] * 2
+    assert not any("errors" in row for row in rows)

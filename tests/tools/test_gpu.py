@@ -15,6 +15,8 @@ from support.benchmark_rows import row
 from support.device import HAS_GPU
 from support.paths import ROOT
 
+from fastcnn.plan import Candidate, Op, Problem
+
 MACHINE = {"commit": "c0ffee", "device": "gpu", "driver": "1.2", "versions": {"torch": "2.11"}}
 
 
@@ -48,11 +50,12 @@ def slow(run: Run) -> Found:
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Synthetic stages of each kind; the folder of their results."""
-    of_kind = {"build": good, "test": bad, "sanitize": broken, "tune": slow, "bench": good}
+    of_kind = {"build": good, "test": bad, "sanitize": broken, "tune": slow, "step": good}
     limits = {name: 2.0 if name == "tune" else 60.0 for name in of_kind}
     monkeypatch.setattr(
         make_gpu, "STAGES", {name: (run, limits[name]) for name, run in of_kind.items()}
     )
+    monkeypatch.setattr(make_gpu, "ON_REQUEST", {"bench": (good, 60.0)})
     monkeypatch.setattr(runs, "PATIENCE", 1.0)
     monkeypatch.setattr(make_gpu, "look", lambda: MACHINE)
     monkeypatch.setattr(make_gpu, "START", time.monotonic())
@@ -74,13 +77,13 @@ def test_a_stage_that_fails_loses_nothing(results: Path, capsys: pytest.CaptureF
         "test": "failed",
         "sanitize": "failed",
         "tune": "failed",
-        "bench": "passed",
+        "step": "passed",  # and bench does not run unasked
     }
     assert found["stages"]["test"]["failures"] == {"a::b": "assert 1 | 2"}
     assert found["stages"]["sanitize"]["why"] == "IndexError: list index out of range"
     assert found["stages"]["tune"]["why"] == "a sleeper took too long"
     assert "so far: 5" in (results / "tune.log").read_text()  # interrupted, not killed
-    assert "a word" in (results / "bench.log").read_text()
+    assert "a word" in (results / "step.log").read_text()
     assert {name: found[name] for name in MACHINE} == MACHINE
     table = (results / "table.md").read_text()
     assert "| a::b | assert 1 / 2 |" in table
@@ -170,11 +173,41 @@ def test_nothing_of_an_interrupted_process_goes_on(results: Path) -> None:
 def test_all_stages_end_in_time(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Were each as late as it may be, what is given ten minutes would be killed before its end.
     monkeypatch.setattr(make_gpu, "ALL", 1.0)
-    monkeypatch.setattr(make_gpu, "STAGES", {"bench": (slow, 60.0)})
+    monkeypatch.setattr(make_gpu, "STAGES", {"build": (slow, 60.0)})
     start = time.monotonic()
     assert make_gpu.main([f"{results}"]) == 1
     assert time.monotonic() - start < 30
-    assert results_in(results)["stages"]["bench"]["why"] == "a sleeper took too long"
+    assert results_in(results)["stages"]["build"]["why"] == "a sleeper took too long"
+
+
+def test_what_is_worth_most_comes_first() -> None:
+    # A GPU is there for minutes: the step and the kernels before tests, tests before tuning. All
+    # of it in nine minutes, and the build with any other stage in three.
+    limits = {name: limit for name, (_, limit) in stages.STAGES.items()}
+    assert [*limits][:4] == ["build", "step", "memory", "test"]
+    assert [*limits][-1] == "tune"
+    assert sum(limits.values()) <= make_gpu.ALL == 9 * 60
+    assert max(limits.values()) <= 3 * 60
+
+
+SAYS_A_ROW = """
+import sys, time
+rows = next(a.removeprefix("--rows=") for a in sys.argv if a.startswith("--rows="))
+open(rows, "w").write('{"case": "first"}\\n')
+time.sleep(60)
+"""
+
+
+def test_what_was_measured_is_kept_at_once(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In the results' folder, line by line, and in the stage's findings though it took too long.
+    results.mkdir()
+    monkeypatch.setattr(stages, "BENCHMARKS", [sys.executable, "-c", SAYS_A_ROW])
+    monkeypatch.setattr(stages, "CACHE", results / "none")
+    run = Run(results, results / "memory.log", time.monotonic() + 3)
+    with pytest.raises(Failed, match="benchmarks took too long") as failed:
+        stages.memory(run)
+    assert failed.value.found["rows"] == [{"case": "first"}]
+    assert (results / "memory.jsonl").read_text() == '{"case": "first"}\n'
 
 
 def test_a_commit_is_named_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +284,28 @@ def test_networks_are_met_for_tuning(capsys: pytest.CaptureFixture) -> None:
     assert len(lines) > 4
 
 
+def test_candidates_are_compiled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each candidate of each problem that was met is run by one of the processes, but PyTorch's own.
+    ran = []
+    ways = [
+        Candidate(name, lambda p, x, name=name: ran.append((p.x, name)), lambda _: None, None)
+        for name in ("plain", "first", "second")
+    ]
+    op = Op("op", lambda p, _: (torch.ones(p.x),), None, "plain")
+    op.candidates.update({way.name: way for way in ways})
+    monkeypatch.setattr(tune_networks, "OPS", {"op": op})
+    problems = [
+        Problem("op", (n,), (1, 1, 1, 1), torch.float32, torch.device("cpu")) for n in (1, 2, 3)
+    ]
+    monkeypatch.setattr(tune_networks, "meet_all", lambda *_: None)
+    monkeypatch.setattr(tune_networks, "met", lambda: problems)
+    parts = [tune_networks.compile_part(part, 4) for part in range(4)]
+    expected = [((n,), name) for n in (1, 2, 3) for name in ("first", "second")]
+    assert sorted(ran) == expected
+    assert sorted((p.x, name) for part in parts for p, name in part) == expected
+    assert max(map(len, parts)) == 2
+
+
 MEASURES = """
 import json, os, pathlib, sys
 if "--warm" in sys.argv:
@@ -275,8 +330,8 @@ def test_benchmarks_that_fail_keep_their_rows(
     text = MEASURES.replace("ROW", repr(one)).replace("CHOSEN", repr(f"{chosen}"))
     program.write_text(text)
     monkeypatch.setattr(stages, "BENCHMARKS", [sys.executable, program])
-    monkeypatch.setattr(make_gpu, "STAGES", {"bench": (stages.bench, 60.0)})
-    assert make_gpu.main([f"{results}"]) == 1
+    monkeypatch.setattr(make_gpu, "ON_REQUEST", {"bench": (stages.bench, 60.0)})
+    assert make_gpu.main([f"{results}", "bench"]) == 1
     found = results_in(results)["stages"]["bench"]
     assert found["why"] == "benchmarks ended with status 1"
     assert found["rows"] == [one]

@@ -25,8 +25,12 @@ PYTEST: list[str | Path] = [
     *("-W", "default", "-p", "no:cacheprovider"),
 ]  # fmt: skip
 BENCHMARKS = [*PYTEST, "-q", "--benchmark-disable", "-p", "no:logging"]
-WARMERS = 4  # each with tensors of a whole network's training, 30 GB
-WARMING = 0.4  # of the benchmarks' time at most
+MEMORY_BOUND = (
+    "batch_norm_act", "group_norm_act", "dropout", "upsample", "depthwise_conv2d", "squeeze_excite",
+)  # fmt: skip
+LAST_CASE = 15  # seconds for the case that is running when a stage's time is over
+WARMERS = 4  # processes that compile, each with tensors of a whole network's training, 30 GB
+WARMING = 0.4  # of their stage's time at most
 NONE_SELECTED = 5  # pytest's status
 HANGS = 60  # seconds after which a test's log says where it is
 # A file each: a launch that goes wrong ends all else in its process. Most of their time is Triton's
@@ -98,9 +102,48 @@ def first_line(text: str) -> str:
     return (text.splitlines() or [""])[0][:200]
 
 
+def step(run: Run) -> Found:
+    """Time a training step of ResNet-50, all convolutions cuDNN's, and the same as a CUDA graph."""
+    return benchmark(run, "off", "bench_networks.py::test_training_step[resnet50-224px-bf16-full]")
+
+
+def memory(run: Run) -> Found:
+    """Time the kernels that memory bounds."""
+    return benchmark(run, "off", *[f"bench_{name}.py" for name in MEMORY_BOUND])
+
+
+def convolutions(run: Run) -> Found:
+    """Time five shapes of each of Triton's kernels, vs. cuDNN's."""
+    return benchmark(run, "tune", "bench_conv_bn_act.py", "bench_conv2d_int8.py")
+
+
+def benchmark(run: Run, plans: str, *names: str) -> Found:
+    """Run benchmarks vs. PyTorch's eager mode: compiling its others would take most of the time.
+
+    plans: FASTCNN_PLAN. The rows are in the results' folder as they are measured.
+    """
+    rows = run.log.with_suffix(".jsonl")
+    rows.unlink(missing_ok=True)
+    seconds = max(1, int(run.seconds_left()) - LAST_CASE)
+    options = ["--eager", f"--rows={rows}", f"--seconds={seconds}"]
+    files = [ROOT / "benchmarks" / name for name in names]
+    return measured(run, run.execute([*BENCHMARKS, *options, *files], FASTCNN_PLAN=plans), rows)
+
+
+def measured(run: Run, status: int | None, rows: Path) -> Found:
+    """Return the rows that there are, and the plans."""
+    found = {"rows": benchmark_table.read(rows) if rows.exists() else [], **keep_plans(run)}
+    if status != 0:
+        raise Failed(how(status, "benchmarks"), found)
+    return found
+
+
 def tune(run: Run) -> Found:
-    """Time all candidates of the convolutions of ResNet-50 and U-Net."""
+    """Time all candidates of the convolutions of ResNet-50 and U-Net, once they are compiled."""
     program = Path(__file__).with_name("tune_networks.py")
+    before = warming(run)
+    with ThreadPoolExecutor(WARMERS) as pool:
+        [*pool.map(lambda part: compile_part(before, program, part), range(WARMERS))]
     status = run.execute([sys.executable, program], FASTCNN_PLAN="tune")
     found = keep_plans(run)
     if status != 0:
@@ -108,29 +151,34 @@ def tune(run: Run) -> Found:
     return found
 
 
+def warming(run: Run) -> Run:
+    """Return the run for what only compiles."""
+    return run._replace(deadline=run.deadline - run.seconds_left() * (1 - WARMING))
+
+
+def compile_part(run: Run, program: Path, part: int) -> None:
+    """Compile a part of the candidates; what fails there is met again in tuning."""
+    own = run.apart(f"compile-{part}")
+    own.execute([sys.executable, program, f"{part}", f"{WARMERS}"], FASTCNN_PLAN="off")
+    run.append(own)
+
+
 def bench(run: Run) -> Found:
-    """Run the benchmarks, with the plans there are; what has none is tuned there."""
+    """Run all benchmarks, with the plans there are; what has none is tuned there."""
     if importlib.util.find_spec("xdist"):
         # Compiling takes longer than measuring, but several processes may do it at once. Planned
         # without tuning: what is timed beside others is timed wrongly.
-        warming = run._replace(deadline=run.deadline - run.seconds_left() * (1 - WARMING))
-        warming.execute(
+        warming(run).execute(
             [*BENCHMARKS, "--warm", "-n", f"{WARMERS}", ROOT / "benchmarks"], FASTCNN_PLAN="read"
         )
         # Nor has inductor timed its kernels alone: it does so again.
         for path in (WORK / "inductor").rglob("*.best_config"):
             path.unlink()
-    rows = WORK / "rows.jsonl"
+    rows = run.log.with_suffix(".jsonl")
     rows.unlink(missing_ok=True)
-    seconds = int(run.seconds_left()) - 20  # the case that is running then may end
-    status = run.execute(
-        [*BENCHMARKS, f"--rows={rows}", f"--seconds={seconds}", ROOT / "benchmarks"],
-        FASTCNN_PLAN="tune",
-    )
-    found = {"rows": benchmark_table.read(rows) if rows.exists() else [], **keep_plans(run)}
-    if status != 0:
-        raise Failed(how(status, "benchmarks"), found)
-    return found
+    options = [f"--rows={rows}", f"--seconds={int(run.seconds_left()) - LAST_CASE}"]
+    command = [*BENCHMARKS, *options, ROOT / "benchmarks"]
+    return measured(run, run.execute(command, FASTCNN_PLAN="tune"), rows)
 
 
 def keep_plans(run: Run) -> Found:
@@ -142,12 +190,15 @@ def keep_plans(run: Run) -> Found:
     return {"plans": len(json.loads(files[-1].read_text())["plans"])}
 
 
-# In this order: tuning before the benchmarks, which find its plans then. With the seconds that each
-# may take, ten minutes in all.
+# What is worth most comes first, with the seconds that each may take: nine minutes in all.
 STAGES: dict[str, tuple[Callable[[Run], Found], float]] = {
     "build": (build, 120),
-    "test": (test, 150),
-    "sanitize": (sanitize, 80),
-    "tune": (tune, 50),
-    "bench": (bench, 200),
+    "step": (step, 40),
+    "memory": (memory, 95),
+    "test": (test, 115),
+    "convolutions": (convolutions, 55),
+    "sanitize": (sanitize, 55),
+    "tune": (tune, 60),
 }
+# Only where they are named.
+ON_REQUEST: dict[str, tuple[Callable[[Run], Found], float]] = {"bench": (bench, 200)}

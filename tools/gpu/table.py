@@ -56,7 +56,8 @@ def whole(found: Found) -> str:
     if errors := found["stages"].get("sanitize", {}).get("errors"):
         rows = [(job, f"{number}") for job, number in errors.items()]
         parts.append(markdown(("compute-sanitizer", "errors"), rows))
-    if rows := found["stages"].get("bench", {}).get("rows"):
+    rows = [row for stage in found["stages"].values() for row in stage.get("rows", ())]
+    if rows:
         parts.append(benchmark_table.table(rows))
     return "\n\n".join(parts) + "\n"
 
