@@ -31,11 +31,17 @@ def configure(tmp_path: Path, *options: str) -> str:
     return said
 
 
-def choose_cuda(tmp_path: Path, *options: str, gpus: str = "", cmake: str = "3.25.2") -> str:
+def choose_cuda(
+    tmp_path: Path,
+    *options: str,
+    gpus: str = "",
+    cmake: str = "3.25.2",
+    nvcc: str = r"printf 'sm_75\nsm_80\nsm_90\n'",
+) -> str:
     """Return what the build says of CUDA with these GPUs, an nvcc and a torch with CUDA."""
     # A broken driver prints numbers, too.
     smi = f"printf '{gpus or 'driver 535.54 failed'}'; exit {not gpus:d}"
-    write_programs(tmp_path, nvidia_smi=smi, nvcc="exit 1")
+    write_programs(tmp_path, nvidia_smi=smi, nvcc=nvcc)
     script = tmp_path / "ask.cmake"
     script.write_text(
         "cmake_minimum_required(VERSION 3.24)\n"
@@ -276,6 +282,26 @@ def test_architectures_are_understood_as_people_write_them(
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", torch_archs)
     options = ("-DFASTCNN_CUDA=ON", f"-DFASTCNN_CUDA_ARCHS={archs}")
     assert said in choose_cuda(tmp_path, *options, gpus=gpus)
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "said"),
+    [
+        (
+            r"printf 'sm_75\nsm_80\nsm_86\nsm_89\nsm_90\nsm_100\nsm_103\nsm_120\nsm_121\n'",
+            "kernels for 80-real,86-real,89-real,90-real,100-real,120 by",
+        ),
+        (r"printf 'sm_80\nsm_86\nsm_89\nsm_90\nsm_90a\n'", "for 80-real,86-real,89-real,90 by"),
+        ("exit 1", "expected an nvcc that lists what it compiles for, as 12.4 and later do, got 1"),
+        ("echo", "name numbers in FASTCNN_CUDA_ARCHS"),
+    ],
+)
+def test_without_a_gpu_the_usual_ones_have_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nvcc: str, said: str
+) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    told = choose_cuda(tmp_path, "-DFASTCNN_CUDA=ON", nvcc=nvcc)
+    assert said in " ".join(told.split())
 
 
 @pytest.mark.parametrize(("version", "accepted"), [("3.25.1", False), ("3.25.2", True)])
