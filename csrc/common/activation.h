@@ -138,7 +138,8 @@ FASTCNN_HOST_DEVICE V act_bwd(V dy, V z) {
 }
 
 // Those whose derivative needs only y, as one: z within bounds. A bound that an activation lacks is
-// NaN, with which no comparison holds. Loops of CUDA kernels have it inline, without a branch.
+// NaN, with which no comparison holds. Loops of CUDA kernels have it inline; nvcc makes two
+// selections of two conditions one behind the other, and branches of nested ones.
 class BoundedAct {
  public:
   static constexpr bool kLong = false;
@@ -151,11 +152,17 @@ class BoundedAct {
 
   template <int kCount>
   FASTCNN_HOST_DEVICE void fwd_each(float (&z)[kCount]) const {
-    for (int i = 0; i < kCount; ++i) z[i] = z[i] < low_ ? low_ : (z[i] > high_ ? high_ : z[i]);
+    for (int i = 0; i < kCount; ++i) {
+      z[i] = z[i] < low_ ? low_ : z[i];
+      z[i] = z[i] > high_ ? high_ : z[i];
+    }
   }
   template <int kCount>
   FASTCNN_HOST_DEVICE void bwd_each(float (&dy)[kCount], const float (&z)[kCount]) const {
-    for (int i = 0; i < kCount; ++i) dy[i] = z[i] <= low_ ? 0.f : (z[i] >= high_ ? 0.f : dy[i]);
+    for (int i = 0; i < kCount; ++i) {
+      dy[i] = z[i] <= low_ ? 0.f : dy[i];
+      dy[i] = z[i] >= high_ ? 0.f : dy[i];
+    }
   }
 
  private:

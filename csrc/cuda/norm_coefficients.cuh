@@ -5,6 +5,23 @@
 
 namespace fastcnn {
 
+// values[first, first + kCount), or `otherwise` where there are none: 16 bytes at a time where
+// kCount is whole words, for which values and first are to lie on them.
+template <int kCount>
+__device__ void load_parameters(const void* values, int64_t first, float otherwise,
+                                float (&out)[kCount]) {
+  constexpr int kWide = kCount % 4 == 0 ? 4 : 1;
+#pragma unroll
+  for (int v = 0; v < kCount; v += kWide) {
+    float word[kWide];
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) word[i] = otherwise;
+    if (values != nullptr) load(static_cast<const float*>(values) + first + v, word);
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) out[v + i] = word[i];
+  }
+}
+
 // z = (x - mean) * scale + bias
 template <int kCount>
 struct NormCoefficients {

@@ -277,7 +277,7 @@ int64_t group_norm_act_workspace(const ImageShape& shape, DType dtype, const Cud
 int launch_group_norm_act_fwd(const GroupNormActFwdParams& p, float* workspace,
                               const CudaDevice& device) {
   const int bytes = element_bytes(p.dtype);
-  const bool whole = aligned({p.x, p.y});
+  const bool whole = aligned({p.x, p.y, p.weight, p.bias});
   const OnePassPlan one_pass = plan_one_pass(p.shape, p.groups, bytes, whole);
   if (is_on_chip(p.shape, one_pass, bytes, device.sm_count)) {
     return launch_one_pass_norm_act_fwd(p, one_pass, device);

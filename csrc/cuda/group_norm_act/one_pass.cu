@@ -1,13 +1,50 @@
 // The forward whose tiles a block holds: cuda/group_norm_act/one_pass.cuh.
 #include "cuda/group_norm_act/one_pass.cuh"
+#include "cuda/norm_coefficients.cuh"
 
 namespace fastcnn {
 namespace {
 
+// A thread's walk over the vectors of its tile: rows of `per_row` vectors side by side, which begin
+// `apart` vectors from each other. No division a vector.
+struct TileWalk {
+  int vector, row, within;
+  int64_t place;  // in vectors from the tile's first
+
+  __device__ TileWalk(int lane, int lanes, int per_row, int64_t apart)
+      : vector(lane),
+        row(lane / per_row),
+        within(lane - row * per_row),
+        place(row * apart + within),
+        step_(lanes),
+        rows_(lanes / per_row),
+        rest_(lanes - rows_ * per_row),
+        per_row_(per_row),
+        advance_(rows_ * apart + rest_),
+        wrap_(apart - per_row) {}
+
+  __device__ void next() {
+    vector += step_;
+    row += rows_;
+    within += rest_;
+    place += advance_;
+    if (within >= per_row_) {
+      within -= per_row_;
+      ++row;
+      place += wrap_;
+    }
+  }
+
+ private:
+  int step_, rows_, rest_, per_row_;
+  int64_t advance_, wrap_;
+};
+
 template <class T, int kVector, bool kChannelsLast>
 __global__ void __launch_bounds__(kOnePassThreads, 1)
     one_pass_norm_act_fwd_kernel(GroupNormActFwdParams p, OnePassPlan plan) {
-  using Vector = Pack<T, kVector>;
+  using Vector = Word<T, kVector>;
+  constexpr int kCount = kSlots<kVector, kChannelsLast>;
   const int lanes = plan.lanes, lane = threadIdx.x % lanes, own = threadIdx.x / lanes;
   const int64_t tile = blockIdx.x * static_cast<int64_t>(plan.per_block) + own;
   const bool active = tile < plan.tiles;
@@ -22,42 +59,42 @@ __global__ void __launch_bounds__(kOnePassThreads, 1)
   const T* x = static_cast<const T*>(p.x) + begin;
   T* y = static_cast<T*>(p.y) + begin;
 
-  const auto offset = [&](int i) {  // of the tile's vector i
-    if (channels_last) {
-      const int pixel = i / plan.per_pixel;
-      return pixel * p.shape.c + (i - pixel * plan.per_pixel) * kVector;
-    }
-    return static_cast<int64_t>(i) * kVector;
+  // A row is a pixel's channels of the tile (channels_last), or a channel, the next one behind it.
+  const TileWalk first = channels_last ? TileWalk(lane, lanes, plan.per_pixel, p.shape.c / kVector)
+                                       : TileWalk(lane, lanes, plan.per_plane, plan.per_plane);
+  const auto offset = [&](const TileWalk& at) {
+    return (channels_last ? at.place : static_cast<int64_t>(at.vector)) * kVector;
   };
-  const auto fetch = [&](int i) { return *reinterpret_cast<const Vector*>(x + offset(i)); };
-  const auto again = [&](int i) { return plan.held ? held[i] : fetch(i); };
+  const auto fetch = [&](const TileWalk& at) { return load_word<kVector>(x + offset(at)); };
+  const auto again = [&](const TileWalk& at) { return plan.held ? held[at.vector] : fetch(at); };
 
   float sum = 0;
-  const auto take = [&](int i, const Vector& values) {
-    if (plan.held) held[i] = values;
+  const auto take = [&](int i, const Vector& word) {
+    if (plan.held) held[i] = word;
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) sum += to_float(values.values[v]);
+    for (int v = 0; v < kVector; ++v) sum += element<T, kVector>(word, v);
   };
-  int i = lane;
-  for (; i + (kUnroll - 1) * lanes < vectors; i += kUnroll * lanes) {
-    Vector values[kUnroll];
+  TileWalk at = first;
+  while (at.vector + (kUnroll - 1) * lanes < vectors) {
+    Vector words[kUnroll];
+    const int i = at.vector;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) values[u] = fetch(i + u * lanes);
+    for (int u = 0; u < kUnroll; ++u, at.next()) words[u] = fetch(at);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) take(i + u * lanes, values[u]);
+    for (int u = 0; u < kUnroll; ++u) take(i + u * lanes, words[u]);
   }
-  for (; i < vectors; i += lanes) take(i, fetch(i));
+  for (; at.vector < vectors; at.next()) take(at.vector, fetch(at));
   const float inverse = 1.f / static_cast<float>(per_group * p.shape.hw);
   float center = sum_of_tile(sum, lanes, sums) * inverse;
   if (center - center != 0)
     center = 0;  // the mean is to be the sum over the count: cuda/reduce.cuh
 
   float deviations = 0, squares = 0;
-  for (i = lane; i < vectors; i += lanes) {
-    const Vector values = again(i);
+  for (at = first; at.vector < vectors; at.next()) {
+    const Vector word = again(at);
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      const float a = to_float(values.values[v]) - center;
+      const float a = element<T, kVector>(word, v) - center;
       deviations += a;
       squares += a * a;
     }
@@ -73,24 +110,22 @@ __global__ void __launch_bounds__(kOnePassThreads, 1)
     static_cast<float*>(p.var)[tile] = var;
   }
 
-  const float *weight = static_cast<const float*>(p.weight),
-              *bias = static_cast<const float*>(p.bias);
-  for (i = lane; i < vectors; i += lanes) {
-    const Vector values = again(i);
-    // Of the vector's first element, or of all (NCHW).
-    const int64_t channel =
-        group * per_group + (channels_last ? i % plan.per_pixel * kVector : i / plan.per_plane);
-    float out[kVector];
+  with_act(p.act, [&](auto act) {
+    for (at = first; at.vector < vectors; at.next()) {
+      const Vector word = again(at);
+      const int64_t channel = group * per_group + (channels_last ? at.within * kVector : at.row);
+      float weight[kCount], bias[kCount], out[kVector];
+      load_parameters(p.weight, channel, 1.f, weight);
+      load_parameters(p.bias, channel, 0.f, bias);
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) {
-      const int64_t c = channel + (kChannelsLast ? v : 0);
-      const float scale = weight == nullptr ? rstd : rstd * weight[c];
-      const float added = bias == nullptr ? 0.f : bias[c];
-      out[v] = (to_float(values.values[v]) - mean) * scale + added;
+      for (int v = 0; v < kVector; ++v) {
+        const int s = kChannelsLast ? v : 0;
+        out[v] = (element<T, kVector>(word, v) - mean) * (rstd * weight[s]) + bias[s];
+      }
+      act.fwd_each(out);
+      store(y + offset(at), out);
     }
-    act_fwd(p.act, out);
-    store(y + offset(i), out);
-  }
+  });
 }
 
 }  // namespace

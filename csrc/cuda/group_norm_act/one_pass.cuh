@@ -28,7 +28,6 @@ struct OnePassPlan {
   bool fits;      // the numbers below do
   bool held;      // in shared memory; else read from global memory three times
   int64_t tiles;  // n * groups
-  // Vectors; 32 bits, whose division has no branch that would part the loads:
   int vectors;    // of a tile
   int per_pixel;  // of a pixel's channels of the tile (channels_last)
   int per_plane;  // of a channel's pixels (NCHW)

@@ -10,6 +10,7 @@
 #include "cuda/group_norm_act/one_pass.cuh"
 #include "cuda/group_norm_act/pixel_tiles.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/norm_coefficients.cuh"
 #include "cuda/reduce.cuh"
 #include "group_norm_act.h"
 
@@ -43,14 +44,15 @@ __global__ void __launch_bounds__(kOnePassThreads, 1)
           },
           [&](const auto& group, int u, int64_t i) {
             const int64_t channel = i * kVector;
-            float weight[kVector], xhat[kVector], grad[kVector], z[kVector];
+            float weight[kVector], bias[kVector], xhat[kVector], grad[kVector], z[kVector];
+            load_parameters(p.weight, channel, 1.f, weight);
+            load_parameters(p.bias, channel, 0.f, bias);
             group.to_floats(0, u, xhat);
             group.to_floats(1, u, grad);
 #pragma unroll
             for (int v = 0; v < kVector; ++v) {
-              weight[v] = number(p.weight, channel + v, 1.f);
               const float centered = xhat[v] - mean;
-              z[v] = centered * (rstd * weight[v]) + number(p.bias, channel + v, 0.f);
+              z[v] = centered * (rstd * weight[v]) + bias[v];
               xhat[v] = centered * rstd;
             }
             act.bwd_each(grad, z);
@@ -204,7 +206,7 @@ int64_t pixel_norm_act_workspace(const ImageShape& shape, DType dtype, const Cud
 }
 
 int launch_pixel_norm_act_fwd(const GroupNormActFwdParams& p, float*, const CudaDevice& device) {
-  const bool whole = aligned({p.x, p.y});
+  const bool whole = aligned({p.x, p.y, p.weight, p.bias});
   if (!p.shape.channels_last) {
     return launch_tiles(p, device, whole, [](auto t, auto vector) {
       return pixel_norm_act_fwd_kernel<decltype(t), decltype(vector)::value>;
@@ -219,7 +221,7 @@ int launch_pixel_norm_act_fwd(const GroupNormActFwdParams& p, float*, const Cuda
 
 int launch_pixel_norm_act_bwd(const GroupNormActBwdParams& p, float* workspace,
                               const CudaDevice& device) {
-  const bool whole = aligned({p.dy, p.x, p.dx});
+  const bool whole = aligned({p.dy, p.x, p.dx, p.weight, p.bias});
   const ColumnPlan plan = plan_columns(p.shape, element_bytes(p.dtype), whole, device.sm_count);
   if (!fits_a_grid(plan.tiles, plan.splits)) return cudaErrorInvalidValue;
   const int dx = launch_dx(p, device, whole);
