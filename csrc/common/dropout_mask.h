@@ -45,33 +45,57 @@ inline double keep_scale(uint64_t threshold) {
   return threshold == 0 ? 0 : kDraws / static_cast<double>(threshold);
 }
 
-// Bit j: h(8 * block + j, stream) is below `below`, and in `equal` whether it is equal.
-FASTCNN_HOST_DEVICE uint32_t draw_below(uint64_t block, uint32_t stream, uint64_t seed,
-                                        uint32_t below, uint32_t* equal) {
-  uint64_t words[4] = {block, block >> 32, stream, 0};
-  philox4x32_10(words, PhiloxKeys(seed), MultiplyScalar{});
-  uint32_t bits = 0, same = 0;
-  for (int j = 0; j < kKeepBlock; ++j) {
-    const uint32_t word = static_cast<uint32_t>(words[j / 2]);
-    const uint32_t half = j % 2 == 0 ? word & 0xffff : word >> 16;
-    bits |= static_cast<uint32_t>(half < below) << j;
-    same |= static_cast<uint32_t>(half == below) << j;
+// h(8 * block + j, stream) for j = 0 to 7, two to a word.
+struct Halves8 {
+  uint32_t words[4];
+
+  FASTCNN_HOST_DEVICE Halves8(uint64_t block, uint32_t stream, uint64_t seed) {
+    uint64_t wide[4] = {block, block >> 32, stream, 0};
+    philox4x32_10(wide, PhiloxKeys(seed), MultiplyScalar{});
+    for (int i = 0; i < 4; ++i) words[i] = static_cast<uint32_t>(wide[i]);
   }
-  *equal = same;
-  return bits;
-}
+
+  FASTCNN_HOST_DEVICE uint32_t at(int j) const {
+    return j % 2 == 0 ? words[j / 2] & 0xffff : words[j / 2] >> 16;
+  }
+
+  // Bit j: number j is below a limit of at most 2^16. Each difference's sign enters from below.
+  FASTCNN_HOST_DEVICE uint32_t below(uint32_t limit) const {
+    uint32_t bits = 0;
+    for (int j = kKeepBlock - 1; j >= 0; --j) bits = bits << 1 | (at(j) - limit) >> 31;
+    return bits;
+  }
+
+  // Whether one of them is a number of 16 bits. A half of a word is 0 where subtracting 1 sets its
+  // highest bit anew; a borrow of the lower half can deceive the upper one only where that is so.
+  FASTCNN_HOST_DEVICE bool any_is(uint32_t number) const {
+    uint32_t found = 0;
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t apart = words[i] ^ number * 0x10001u;
+      found |= (apart - 0x10001u) & ~apart;
+    }
+    return (found & 0x80008000u) != 0;
+  }
+
+  FASTCNN_HOST_DEVICE uint32_t equal(uint32_t number) const {
+    uint32_t bits = 0;
+    for (int j = 0; j < kKeepBlock; ++j) bits |= static_cast<uint32_t>(at(j) == number) << j;
+    return bits;
+  }
+};
 
 // For the elements that `equal` names in a block: which of them the further draw keeps.
 FASTCNN_HOST_DEVICE uint32_t keep_equal(const Keep& keep, uint64_t block, uint32_t equal) {
-  uint32_t unused;
-  return equal & draw_below(block, 1, keep.seed, keep.low, &unused);
+  return equal & Halves8(block, 1, keep.seed).below(keep.low);
 }
 
 // Bit j: element 8 * block + j is kept.
 FASTCNN_HOST_DEVICE uint32_t keep_block(const Keep& keep, uint64_t block) {
-  uint32_t equal;
-  uint32_t bits = draw_below(block, 0, keep.seed, keep.high, &equal);
-  if (equal != 0 && keep.low != 0) bits |= keep_equal(keep, block, equal);
+  const Halves8 halves(block, 0, keep.seed);
+  uint32_t bits = halves.below(keep.high);
+  if (keep.low != 0 && halves.any_is(keep.high)) {
+    bits |= keep_equal(keep, block, halves.equal(keep.high));
+  }
   return bits;
 }
 

@@ -123,6 +123,19 @@ struct Column {
   }
 };
 
+// Bit j of byte i becomes bit i of byte j: blocks of 1, 2 and 4 bits are exchanged across the
+// diagonal. Source: Warren, "Hacker's Delight", 2nd edition, section 7-3.
+__device__ uint64_t transposed(uint64_t bits) {
+  const auto exchange = [&](int apart, uint64_t mask) {
+    const uint64_t differ = (bits ^ bits >> apart) & mask;
+    bits ^= differ ^ differ << apart;
+  };
+  exchange(7, 0x00aa00aa00aa00aaull);
+  exchange(14, 0x0000cccc0000ccccull);
+  exchange(28, 0x00000000f0f0f0f0ull);
+  return bits;
+}
+
 template <class T, int kVector, bool kAdd>
 __global__ void __launch_bounds__(kThreads)
     dropout_channels_last_kernel(DropoutParams p, int64_t pixels, int64_t parts) {
@@ -154,14 +167,10 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t offset = (own.image * hw + pixel) * c + own.channel;
     const auto at = [&](int row) { return offset + row * c; };
     const auto bits = [&](uint32_t(&drawn)[kKeepBlock]) {
-      const uint64_t aligned = draw(pixel);
+      const uint64_t of_rows = transposed(draw(pixel));
 #pragma unroll
       for (int row = 0; row < kKeepBlock; ++row) {
-        drawn[row] = 0;
-#pragma unroll
-        for (int v = 0; v < kVector; ++v) {
-          drawn[row] |= static_cast<uint32_t>(aligned >> (8 * v + row) & 1) << v;
-        }
+        drawn[row] = static_cast<uint32_t>(of_rows >> 8 * row);
       }
     };
     if (pixel + kKeepBlock <= own.last) {
