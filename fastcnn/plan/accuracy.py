@@ -8,8 +8,8 @@ error: the largest difference from the reference, where that is finite; largest:
 or that of the output whose values it sums up, as a mean may be far smaller; eps * largest is a unit
 in the last place of that. 4, because ways that are equally good differ by chance, in the order of
 their sums and in what they round in between; the unit, because the baseline's error may be 0 by
-chance. dtype is the output's own, float64 where it is finalized in that. Integers are equal. The
-baseline itself only has to be finite: what PyTorch computes is what the user would have had.
+chance. dtype is the output's own. Integers are equal. The baseline itself only has to be finite:
+what PyTorch computes is what the user would have had.
 
 Where it cannot run there is a bound instead, for sums of k = prod(weight[1:]) products:
 

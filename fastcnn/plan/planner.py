@@ -8,9 +8,9 @@
 
 The default plan is from measurement on GPUs that were measured (measured.json), else the op's
 baseline, PyTorch's own way. The model of roofline.py says beside it which candidates may be worth
-tuning, and chooses nothing: by its bytes and flops Triton's kernels would run 42 of ResNet-50's 53
-convolutions on a H200, whose instructions, counted in the compiled code, make a step of 60 to 66 ms
-of the 35 to 41 that cuDNN's take. Nothing is run while a CUDA graph is captured, under
+tuning, and chooses nothing: it knows bytes and flops, and Triton's kernels by which it would have
+run 42 of ResNet-50's 53 convolutions on a H200 were up to 6 times slower than cuDNN's by the
+instructions in their code (docs/gpu-notes.md). Nothing is run while a CUDA graph is captured, under
 torch.compile, or under a dispatch mode (whose tensors may be fakes); an entry counts there as well,
 else the default plan runs, and the problem is tuned the next time that it is met elsewhere.
 """

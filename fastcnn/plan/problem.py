@@ -39,7 +39,7 @@ class Problem(NamedTuple):
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
-    # All else that changes what is computed or how fast: epilogue, prologue, layout, arithmetic.
+    # All else that changes what is computed or how fast: epilogue, layout, arithmetic.
     # "act=relu", "residual", "channels_last", "tf32", "out=int8"; in any order.
     options: tuple[str, ...] = ()
 

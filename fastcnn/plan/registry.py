@@ -11,8 +11,6 @@ from fastcnn.plan.roofline import Kernel
 
 __all__ = ["OPS", "Candidate", "Op", "register"]
 
-Finalize = Callable[[Problem, tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -26,9 +24,6 @@ class Candidate:
     supports: Callable[[Problem], str | None]
     # The kernels that it runs one after another, for the model of roofline.py.
     kernels: Callable[[Problem], Sequence[Kernel]]
-    # finalize(problem, inputs, outputs) -> the outputs as the op has them, for the check. It takes
-    # no time: what a candidate may leave to its consumer, who does it on the way.
-    finalize: Finalize | None = None
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,6 @@ def _errors(
     inputs = tuple(tensor.clone() for tensor in tensors)
     try:
         outputs = _tuple(candidate.run(problem, *inputs))
-        if candidate.finalize is not None:
-            outputs = candidate.finalize(problem, inputs, outputs)
         timer.synchronize()
     except torch.OutOfMemoryError:
         raise  # that says nothing about the candidate: another time there is room

@@ -13,11 +13,6 @@ FAR = tl.constexpr(1e4)  # beyond it the factors of silu and gelu are 0 or 1 in 
 
 
 @triton.jit
-def _within_far(z):
-    return tl.where(z < -FAR, -FAR, tl.where(z > FAR, FAR, z))
-
-
-@triton.jit
 def _sigmoid(z):
     e = tl.exp(tl.where(z < 0, z, -z))  # of -|z|: nothing overflows
     large = 1 / (1 + e)
@@ -47,27 +42,3 @@ def act_fwd(z, ACT: tl.constexpr):
     elif ACT == HARDSWISH:
         z = tl.where(z <= -3, 0.0, tl.where(z >= 3, z, z * (z + 3) * (1.0 / 6)))
     return z
-
-
-@triton.jit
-def act_bwd(dy, z, ACT: tl.constexpr):
-    """Return dy times the derivative at z; where it jumps, the one that PyTorch takes."""
-    if ACT == RELU:
-        dy = tl.where(z <= 0, 0.0, dy)
-    elif ACT == RELU6:
-        dy = tl.where(z <= 0, 0.0, tl.where(z >= 6, 0.0, dy))
-    elif ACT == LEAKY_RELU:
-        dy = tl.where(z > 0, dy, dy * 0.01)
-    elif ACT == SILU:
-        value = _sigmoid(z)
-        dy = dy * (value + _within_far(z) * (value * _sigmoid(-z)))
-    elif ACT == GELU:
-        near = _within_far(z)
-        density = tl.exp(near * near * -0.5)
-        dy = dy * (_normal_cdf(z) + near * density * 0.39894228040143267794)
-    elif ACT == SIGMOID:
-        dy = dy * (_sigmoid(z) * _sigmoid(-z))
-    elif ACT == HARDSWISH:
-        derivative = z * (1.0 / 3) + 0.5
-        dy = tl.where(z <= -3, 0.0, tl.where(z >= 3, dy, dy * derivative))
-    return dy

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastcnn.common.conv_epilogue import Epilogue
 from fastcnn.common.conv_geometry import ConvGeometry
-from fastcnn.common.conv_operands import Input, Output
 from fastcnn.triton.conv2d_kernels import (
     conv2d_kernel,
     merge_statistics_kernel,
@@ -25,6 +25,7 @@ from fastcnn.triton.tiles import (
     power_of_2,
 )
 from fastcnn.triton.validate import (
+    check_act,
     check_groups,
     check_per_channel,
     check_pixels,
@@ -43,25 +44,25 @@ class Statistics(NamedTuple):
 
 
 def conv2d(
-    a: Input,
+    x: Tensor,
     weight: Tensor,
     geometry: ConvGeometry = ConvGeometry(),  # noqa: B008 (immutable)
-    out: Output = Output(),  # noqa: B008 (immutable)
+    behind: Epilogue = Epilogue(),  # noqa: B008 (immutable)
     tile: Tile | None = None,
 ) -> tuple[Tensor, Statistics | None]:
-    """Return the convolution with what stands before and behind it, and its statistics if asked.
+    """Return the convolution with what stands behind it, and its statistics if asked.
 
-    a.x is [n, c, h, w], weight [c_out, c / groups, kh, kw], both channels_last and of one type of
+    x is [n, c, h, w], weight [c_out, c / groups, kh, kw], both channels_last and of one type of
     DTYPES; float32 is multiplied as allows_tf32() says. tile: another than default_tile() would
     take.
     """
-    x, (stride, padding, dilation, groups) = a.x, geometry
+    stride, padding, dilation, groups = geometry
     check_tensors(x, weight)
-    _check_groups(x, weight, groups)
-    in_norm = checked_norm(x.shape[1], "in_", a.norm, a.act)
-    norm = checked_norm(weight.shape[0], "out_", out.norm, out.act)
-    check_per_channel(weight.shape[0], bias=out.bias)
-    if norm is not None and out.bias is not None:
+    check_groups(x, weight, groups)
+    check_act(behind.act)
+    norm = checked_norm(weight.shape[0], behind.norm)
+    check_per_channel(weight.shape[0], bias=behind.bias)
+    if norm is not None and behind.bias is not None:
         raise ValueError("conv2d: expected a norm behind it or a bias, got both")
     n, c_in, h, w = x.shape
     c_out, c_in_group, *window = weight.shape
@@ -69,21 +70,20 @@ def conv2d(
     y = torch.empty(
         (n, c_out, h_out, w_out), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
-    check_sizes("residual", out.residual, y.shape, x.dtype)
-    pixels, asked = n * h_out * w_out, out.statistics
+    check_sizes("residual", behind.residual, y.shape, x.dtype)
+    pixels, asked = n * h_out * w_out, behind.statistics
     check_pixels(pixels)
-    by_descriptors = has_descriptors(window, stride, padding, groups, x, weight)
+    by_descriptors = has_descriptors(x, weight, stride, padding, groups)
     by_channel = groups > 1 and c_in_group == 1
     if tile is None and by_channel:
         tile = depthwise_tile(c_out)
     elif tile is None:
-        lean = is_lean(a.norm is not None, out.residual is not None, by_descriptors, arch_of(x))
+        lean = is_lean(behind.residual is not None, by_descriptors, arch_of(x))
         tile = default_tile(pixels, c_out // groups, c_in_group, x.dtype, lean)
     tiles_m, tiles_n = cdiv(pixels, tile.m), cdiv(c_out // groups, tile.n)
     parts = [x.new_empty((tiles_m, c_out), dtype=torch.float32) for _ in range(2 * asked)]
-    around = (in_norm, norm, out.bias, out.residual, *(parts or (None, None)))
-    acts = {"PRE_ACT": a.act if in_norm else 0, "ACT": out.act}
-    options = {**acts, **blocks(tile), "GROUP_M": tile.group}
+    epilogue = (norm, behind.bias, behind.residual, *(parts or (None, None)))
+    options = {"ACT": behind.act, **blocks(tile), "GROUP_M": tile.group}
     with current_device(x):
         if pixels == 0:
             pass
@@ -91,15 +91,15 @@ def conv2d(
             programs = min(tiles_m * tiles_n, multiprocessors(x))
             matrices = (matrix(x, tile.m, tile.k), matrix(weight, tile.n, tile.k))
             sizes = (pixels, c_in, c_out)
-            pointwise_kernel[(programs,)](*matrices, y, *around, *sizes, **options)
+            pointwise_kernel[(programs,)](*matrices, y, *epilogue, *sizes, **options)
         elif by_channel:
             depthwise_kernel[(tiles_m, cdiv(c_out, tile.n))](
-                x, weight, y, *around, n, h, w, c_in, h_out, w_out, c_out, c_out // groups,
-                *window, *stride, *padding, *dilation, **acts, **depthwise_blocks(tile),
+                x, weight, y, *epilogue, n, h, w, c_in, h_out, w_out, c_out, c_out // groups,
+                *window, *stride, *padding, *dilation, ACT=behind.act, **depthwise_blocks(tile),
             )  # fmt: skip
         else:
             conv2d_kernel[(tiles_m * tiles_n, groups)](
-                x, weight, y, *around,
+                x, weight, y, *epilogue,
                 n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out // groups,
                 *window, *stride, *padding, *dilation,
                 FLAT=c_in_group < tile.k and window != [1, 1], **options,
@@ -119,12 +119,3 @@ def _merged(parts: list[Tensor], pixels: int, rows: int) -> Statistics:
         num_warps=8 if at_once > 256 else 4,
     )  # fmt: skip
     return Statistics(mean, var)
-
-
-def _check_groups(x: Tensor, weight: Tensor, groups: int) -> None:
-    if groups < 1 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups != 0:
-        raise ValueError(
-            f"conv2d: expected weight [c_out, c / groups, kh, kw] with groups dividing c_out and "
-            f"c = {x.shape[1]}, got {tuple(weight.shape)} with groups={groups}"
-        )
-    check_groups(x.shape[1], weight.shape[0], groups)

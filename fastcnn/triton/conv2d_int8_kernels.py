@@ -111,7 +111,7 @@ def conv2d_int8_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for step in range(steps if FLAT else taps * steps):
         tap, i, k, in_k = taps_of(step, steps, c_in_group, taps, BLOCK_K, FLAT)
-        a, _ = load_taps(
+        a = load_taps(
             x_ptr, windows, tap, in_p, group * c_in_group + i, in_k, h, w, c_in, x_zero_point,
             KERNEL_W, DILATION_H, DILATION_W,
         )  # fmt: skip
@@ -143,7 +143,7 @@ def depthwise_int8_kernel(
     windows = windows_of(p, h_out, w_out, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for tap in range(KERNEL_H * KERNEL_W):
-        a, _ = load_taps(
+        a = load_taps(
             x_ptr, windows, tap, in_p, i, in_o, h, w, c_in, x_zero_point,
             KERNEL_W, DILATION_H, DILATION_W,
         )  # fmt: skip

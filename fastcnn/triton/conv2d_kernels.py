@@ -1,15 +1,12 @@
 """Convolution as one product of matrices, for NVIDIA GPUs; every tensor is channels_last.
 
-    product[p, o] = sum over taps t and channels i of a[pixel(p, t), i] * w[o, t, i]
+    product[p, o] = sum over taps t and channels i of x[pixel(p, t), i] * w[o, t, i]
 
-p counts the output's pixels, n * h_out * w_out of them; a tap is one place of the kernel window. a
-is x, or with a prologue act(norm(x)): the batch norm of the layer before, applied while loading.
-Where a tap lies outside the image a is 0, prologue or not. A norm, forward and backward, is
-
-    norm(t) = (t - mean[c]) * scale[c] + bias[c]   scale = rstd * weight, rstd = 1 / sqrt(var + eps)
-
-in float32, centred first; rstd and scale are made in the kernel, of vectors. Kernels take it as
-fastcnn/common/batch_norm_params.py has it, with a weight and a bias.
+p counts the output's pixels, n * h_out * w_out of them; a tap is one place of the kernel window,
+and where it lies outside the image x is 0. Both operands go from memory to shared memory and from
+there to the matrix unit, never through registers: what is computed with x on its way costs more of
+the tensor cores' time than a pass over x (docs/gpu-notes.md), and ptxas before 13.3 may reuse the
+registers of an asynchronous product too early (Triton's issue 9433).
 
 A program makes a tile of BLOCK_M pixels and BLOCK_N channels of one group. It walks the taps, and
 for each the channels in steps of BLOCK_K; with few channels (FLAT) it walks both as one range, so
@@ -21,7 +18,12 @@ Floor: x, w and the residual read once, y written once. A tap beyond the first f
 Epilogue, in float32, each part optional, in this order: the product is rounded to y's type, as the
 next kernel will read it, and its statistics taken; norm, or plus bias; plus residual; act. The
 statistics are a mean and centred squares for each tile and channel, two passes over registers, so
-nothing cancels; merge_statistics merges the tiles in a fixed order.
+nothing cancels; merge_statistics merges the tiles in a fixed order. The norm is
+
+    norm(t) = (t - mean[c]) * scale[c] + bias[c]                   scale = weight / sqrt(var + eps)
+
+in float32, centred first; scale is made in the kernel, of vectors. Kernels take it as
+fastcnn/common/batch_norm_params.py has it, with a weight and a bias.
 """
 
 # Constexpr parameters have capitals: a kernel is compiled anew for each of their values.
@@ -69,14 +71,14 @@ def load_taps(
     x_ptr, windows, tap, in_p, channels, in_i, h, w, c_in, other,
     KERNEL_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
 ):  # fmt: skip
-    """Return x at a tap of each window, `other` outside the image, and what is inside: [p, i]."""
+    """Return x at a tap of each window, `other` outside the image: [p, i]."""
     image, top, left = windows
     row = top + tap // KERNEL_W * DILATION_H
     column = left + tap % KERNEL_W * DILATION_W
     inside = in_p[:, None] & (row >= 0) & (row < h) & (column >= 0) & (column < w)
     inside = inside & in_i[None, :]
     at = ((image * h + row) * w + column) * c_in + channels[None, :]
-    return tl.load(x_ptr + at, mask=inside, other=other), inside
+    return tl.load(x_ptr + at, mask=inside, other=other)
 
 
 @triton.jit
@@ -87,16 +89,15 @@ def load_float32(pointer, at, mask):
 
 @triton.jit
 def per_channel(norm, channels, mask):
-    """Return a norm's mean, rstd, scale and bias at the channels, in float32.
+    """Return a norm's mean, scale and bias at the channels, in float32.
 
     rsqrt, to 2^-22.9, as PyTorch's batch norm takes it on a GPU: IEEE root and division branch,
     and on sm_100, where a thread has a row of the tile, they spilled 152 bytes.
     """
     mean = load_float32(norm.mean, channels, mask)
     var = tl.load(norm.var + channels, mask=mask, other=1.0).to(tl.float32)
-    rstd = tl.rsqrt(var + norm.eps)
-    scale = rstd * load_float32(norm.weight, channels, mask)
-    return mean, rstd, scale, load_float32(norm.bias, channels, mask)
+    scale = tl.rsqrt(var + norm.eps) * load_float32(norm.weight, channels, mask)
+    return mean, scale, load_float32(norm.bias, channels, mask)
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def write_tile(
         tl.store(mean_ptr + partial, mean, mask=in_o)
         tl.store(square_ptr + partial, tl.sum(centred * centred, 0), mask=in_o)
     if norm is not None:
-        mean, _, scale, bias = per_channel(norm, channels, in_o)
+        mean, scale, bias = per_channel(norm, channels, in_o)
         acc = (acc - mean[None, :]) * scale[None, :] + bias[None, :]
     if bias_ptr is not None:
         acc = acc + load_float32(bias_ptr, channels, in_o)[None, :]
@@ -126,21 +127,13 @@ def write_tile(
     tl.store(y_ptr + at, act_fwd(acc, ACT).to(dtype), mask=mask)
 
 
-@triton.jit
-def apply_prologue(a, inside, at_channels, ACT: tl.constexpr):
-    """Return act(norm(a)) in a's type, 0 where not inside; at_channels is per_channel's."""
-    mean, _, scale, bias = at_channels
-    z = (a.to(tl.float32) - mean[None, :]) * scale[None, :] + bias[None, :]
-    return tl.where(inside, act_fwd(z, ACT), 0.0).to(a.dtype)
-
-
 @triton.jit(do_not_specialize=["n"])
 def conv2d_kernel(
-    x_ptr, w_ptr, y_ptr, pre_norm, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr,
+    x_ptr, w_ptr, y_ptr, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr,
     n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out_group,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr, PRE_ACT: tl.constexpr, ACT: tl.constexpr, FLAT: tl.constexpr,
+    DILATION_W: tl.constexpr, ACT: tl.constexpr, FLAT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -161,14 +154,11 @@ def conv2d_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(steps if FLAT else taps * steps):
         tap, i, k, in_k = taps_of(step, steps, c_in_group, taps, BLOCK_K, FLAT)
-        of_group = group * c_in_group + i
-        a, inside = load_taps(
-            x_ptr, windows, tap, in_p, of_group, in_k, h, w, c_in, 0.0,
+        a = load_taps(
+            x_ptr, windows, tap, in_p, group * c_in_group + i, in_k, h, w, c_in, 0.0,
             KERNEL_W, DILATION_H, DILATION_W,
         )  # fmt: skip
         b = tl.load(weights + k[:, None], mask=in_k[:, None] & in_o[None, :], other=0.0)
-        if pre_norm is not None:
-            a = apply_prologue(a, inside, per_channel(pre_norm, of_group, in_k), PRE_ACT)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     write_tile(
         acc, tile_m, p, in_p, channels, in_o, c_out,
@@ -178,9 +168,9 @@ def conv2d_kernel(
 
 @triton.jit(do_not_specialize=["pixels"])
 def pointwise_kernel(
-    x_matrix, w_matrix, y_ptr, pre_norm, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr,
+    x_matrix, w_matrix, y_ptr, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr,
     pixels, c_in, c_out,
-    PRE_ACT: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
+    ACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """A 1x1 convolution without stride: x [pixels, c_in] times w [c_out, c_in], by descriptors.
@@ -198,11 +188,6 @@ def pointwise_kernel(
         for step in range(tl.cdiv(c_in, BLOCK_K)):
             a = x_matrix.load([tile_m * BLOCK_M, step * BLOCK_K])
             b = w_matrix.load([tile_n * BLOCK_N, step * BLOCK_K])
-            if pre_norm is not None:
-                i = step * BLOCK_K + tl.arange(0, BLOCK_K)
-                in_k = i < c_in
-                inside = in_p[:, None] & in_k[None, :]
-                a = apply_prologue(a, inside, per_channel(pre_norm, i, in_k), PRE_ACT)
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
         write_tile(
             acc, tile_m, p, in_p, o, in_o, c_out,

@@ -1,6 +1,5 @@
 """What a launch asks of the device, and its TMA descriptors."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,20 +25,17 @@ def multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def has_descriptors(
-    window: Sequence[int], stride: Pair, padding: Pair, groups: int, *tensors: Tensor | None
-) -> bool:
+def has_descriptors(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, groups: int) -> bool:
     """Whether the convolution is one product of matrices, and the TMA unit can read its operands.
 
     That has sm_90 on; it takes 16 bytes at a time: rows of channels, first to last.
     """
-    given = [t for t in tensors if t is not None]
     return (
         groups == 1
-        and (*window, *stride, *padding) == (1, 1, 1, 1, 0, 0)
-        and arch_of(given[0]) >= 90
-        and all(t.data_ptr() % 16 == 0 and t.shape[1] * t.itemsize % 16 == 0 for t in given)
-        and all(t.numel() > 0 for t in given)
+        and (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0)
+        and arch_of(x) >= 90
+        and x.shape[1] * x.itemsize % 16 == 0
+        and all(t.data_ptr() % 16 == 0 and t.numel() > 0 for t in (x, weight))
     )
 
 

@@ -33,9 +33,8 @@ def default_tile(pixels: int, c_out: int, c_in: int, dtype: torch.dtype, lean: b
 
     128 x 128 results a program: 64 bytes of operands are read for 64 multiplications each way, near
     a H200's ratio of arithmetic to shared memory. Fewer channels get a narrower tile; few pixels a
-    lower one, so that each multiprocessor has a program. Where much stands before and
-    behind the product (not lean), and in float32, 128 x 128 would take more registers than a
-    program has.
+    lower one, so that each multiprocessor has a program. Where much stands behind the product (not
+    lean), and in float32, 128 x 128 would take more registers than a program has.
     """
     k, wide = (64, lean) if dtype.itemsize == 2 else (32, False)
     n = min(128 if wide else 64, max(16, power_of_2(c_out)))
@@ -44,21 +43,6 @@ def default_tile(pixels: int, c_out: int, c_in: int, dtype: torch.dtype, lean: b
     # What is loaded ahead stays below 128 KiB: an A100 has 163 for a program, a H200 227.
     stages = max(2, min(4, 2**17 // ((m + n) * k * dtype.itemsize)))
     return Tile(m, n, k, warps=8 if m * n >= 128 * 64 else 4, stages=stages)
-
-
-def weight_tile(c_out: int, c_in: int, pixels: int, dtype: torch.dtype, both: bool) -> Tile:
-    """Return the tile of dweight [c_out, c_in] of sums over pixels.
-
-    Where batch norms stand before both operands (both) the registers of 128 x 128 results suffice
-    for half a step; a narrower tile would make the operands more often.
-    """
-    tile = default_tile(c_out, c_in, pixels, dtype, lean=True)
-    return half_steps(tile) if both and tile.m * tile.n == 128**2 else tile
-
-
-def half_steps(tile: Tile) -> Tile:
-    """Return the tile with fewer summed channels a step, for want of registers."""
-    return tile._replace(k=max(16, tile.k // 2))
 
 
 def depthwise_tile(c: int) -> Tile:
@@ -72,15 +56,13 @@ def depthwise_blocks(tile: Tile) -> dict[str, Any]:
     return {k: v for k, v in blocks(tile).items() if k not in ("PRECISION", "BLOCK_K")}
 
 
-def is_lean(prologue: bool, residual: bool, by_descriptors: bool, arch: int) -> bool:
-    """Whether 128 x 128 results a program leave registers for what stands before and behind.
+def is_lean(residual: bool, by_descriptors: bool, arch: int) -> bool:
+    """Whether 128 x 128 results a program leave registers for what stands behind.
 
     By descriptors programs stay and keep more: on sm_90 an epilogue with a norm and a residual
     spilled 8 bytes. tests/ops/conv2d/test_triton_compiled.py looks for spills.
     """
-    if by_descriptors:
-        return arch < 100 and not prologue and not residual
-    return not (prologue and residual)
+    return not by_descriptors or (arch < 100 and not residual)
 
 
 def blocks(tile: Tile) -> dict[str, Any]:

@@ -34,15 +34,14 @@ def checked_output_size(
     return h, w
 
 
-def check_tensors(x: Tensor, weight: Tensor, *names: str) -> None:
+def check_tensors(x: Tensor, weight: Tensor) -> None:
     """Raise ValueError naming what is supported."""
-    first, second = (*names, *("x", "weight")[len(names) :])
     if x.dtype not in DTYPES or weight.dtype is not x.dtype:
         raise ValueError(
-            f"conv2d: expected {first} and {second} of one type of float16, bfloat16 and float32, "
+            f"conv2d: expected x and weight of one type of float16, bfloat16 and float32, "
             f"got {x.dtype} and {weight.dtype}"
         )
-    for name, t in ((first, x), (second, weight)):
+    for name, t in (("x", x), ("weight", weight)):
         if t.dim() != 4 or not t.is_contiguous(memory_format=torch.channels_last):
             raise ValueError(
                 f"conv2d: {name}: expected 4 dimensions in channels_last, got shape "
@@ -69,10 +68,14 @@ def check_pixels(pixels: int) -> None:
         raise ValueError(f"conv2d: expected at most {MOST_PIXELS} pixels, got {pixels}")
 
 
-def check_groups(c_in: int, c_out: int, groups: int) -> None:
+def check_groups(x: Tensor, weight: Tensor, groups: int) -> None:
     """Raise ValueError for groups that do not divide the channels, or are too many to launch."""
-    if groups < 1 or c_in % groups != 0 or c_out % groups != 0:
-        raise ValueError(f"conv2d: groups: expected a divisor of {c_in} and {c_out}, got {groups}")
+    c_in = x.shape[1]
+    if groups < 1 or c_in != weight.shape[1] * groups or weight.shape[0] % groups != 0:
+        raise ValueError(
+            f"conv2d: expected weight [c_out, c / groups, kh, kw] with groups dividing c_out and "
+            f"c = {c_in}, got {tuple(weight.shape)} with groups={groups}"
+        )
     if groups > MOST_IN_GRID and c_in != groups:
         raise ValueError(
             f"conv2d: groups: expected at most {MOST_IN_GRID} of several channels, got {groups}"
@@ -91,23 +94,25 @@ def check_per_channel(channels: int, **tensors: Tensor | None) -> None:
             )
 
 
-def checked_norm(channels: int, name: str, norm: Norm | None, act: int) -> Norm | None:
+def check_act(act: int) -> None:
+    """Raise ValueError for an activation's number that is none."""
+    if act not in ACT_NUMBER.values():
+        raise ValueError(
+            f"conv2d: act: expected a number from 0 to {len(ACT_NUMBER) - 1}, got {act!r}"
+        )
+
+
+def checked_norm(channels: int, norm: Norm | None) -> Norm | None:
     """Return the batch norm with a weight and a bias, as kernels take it.
 
     Triton 3.6, torch 2.11's, cannot ask of a tuple with a None in it whether it is None.
 
     Raises:
-        ValueError: a batch norm of other channels, or an act behind it that is none.
+        ValueError: a batch norm of other channels.
     """
-    if norm is not None:
-        tensors = {f"{name}{k}": getattr(norm, k) for k in norm._fields[:4]}
-        check_per_channel(channels, **tensors)
-    if act not in ACT_NUMBER.values():
-        raise ValueError(
-            f"conv2d: {name}act: expected a number from 0 to {len(ACT_NUMBER) - 1}, got {act!r}"
-        )
     if norm is None:
         return None
+    check_per_channel(channels, **{f"bn_{k}": getattr(norm, k) for k in norm._fields[:4]})
     weight = torch.ones_like(norm.mean) if norm.weight is None else norm.weight
     bias = torch.zeros_like(norm.mean) if norm.bias is None else norm.bias
     return norm._replace(weight=weight, bias=bias)

@@ -170,7 +170,7 @@ def test_what_was_called() -> None:
     # Led to Triton's kernels and to the CUDA ones: neither falls back.
     x = image(2, 16, 6, 7).to(DEVICE)
     for plan, expected in (
-        ("triton", {"conv2d_fused", "conv2d_fused_bwd_input", "conv2d_fused_bwd_weight"}),
+        ("triton", {"conv2d_fused", "batch_norm_act_apply"}),
         ("cudnn", {"batch_norm_act_fwd", "batch_norm_act_bwd"}),
     ):
         with on_gpu() as called, planned_by(partial(wherever_it_can, plan)):

@@ -17,15 +17,11 @@ from support.shapes import LAYOUTS
 from support.tolerance import assert_rounded, walk
 from torch import Tensor
 
+from fastcnn.common.conv_epilogue import Epilogue
 from fastcnn.common.conv_geometry import ConvGeometry
-from fastcnn.common.conv_operands import Gradient, Input, Output
 from fastcnn.functional import augment, batch_norm_act, dropout, group_norm_act, interpolate
 from fastcnn.nn import LayerNorm2d
-from fastcnn.ops.conv2d.fused import (
-    conv2d_fused,
-    conv2d_fused_bwd_input,
-    conv2d_fused_bwd_weight as bwd_weight,
-)
+from fastcnn.ops.conv2d.fused import conv2d_fused
 from fastcnn.reference.dropout import draws, threshold
 
 pytestmark = pytest.mark.gpu
@@ -194,30 +190,23 @@ def test_augment(layout: str, large: bool) -> None:
 @pytest.mark.parametrize("size", [1, 3])
 def test_convolutions(size: int, large: bool) -> None:
     sizes, copies = sizes_of(large)
-    x, dy = (Draw(sizes, DTYPE, "channels_last").image() for _ in range(2))
-    c = sizes[1]
+    x, c = Draw(sizes, DTYPE, "channels_last").image(), sizes[1]
     weight = (torch.randn(c, c, size, size) * c**-0.5).to(DTYPE)
     weight = weight.contiguous(memory_format=torch.channels_last).to(DEVICE)
     g = ConvGeometry(padding=(size // 2, size // 2))
-    many, dmany = (repeated(t, copies, "channels_last").detach() for t in (x, dy))
+    many = repeated(x, copies, "channels_last").detach()
     with on_gpu():
-        found = [conv2d_fused(Input(many), weight, g, Output())[0]]
-        found.append(conv2d_fused_bwd_input(Gradient(dmany), weight, Input(many), g)[0])
-        dweight = bwd_weight(Gradient(dmany), weight, Input(many), g).cpu()
-
-    def exact(x: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:
-        leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
-        y = F.conv2d(*leaves, padding=size // 2)
-        y.backward(dy)
-        return [y.detach(), *(t.grad for t in leaves)]
-
-    wide = [t.cpu().double() for t in (x, weight, dy)]
-    wanted, magnitudes = exact(*wide), exact(*(t.abs() for t in wide))
-    for name, t, want, of in zip(("y", "dx"), found, wanted, magnitudes, strict=False):
-        assert_rounded(name, assert_repeats(t, copies), want, walk(c * size**2, DTYPE) * of)
-    terms = copies * x[:, 0].numel()
-    error = walk(terms, DTYPE) * magnitudes[2]
-    assert_rounded("dweight", dweight, wanted[2] * copies, error * copies)
+        y, mean, var = conv2d_fused(many, weight, g, Epilogue(statistics=True))
+    wide = [t.detach().cpu().double() for t in (x, weight)]
+    exact = F.conv2d(*wide, padding=size // 2)
+    error = walk(c * size**2, DTYPE) * F.conv2d(*(t.abs() for t in wide), padding=size // 2)
+    assert_rounded("y", assert_repeats(y, copies), exact, error)
+    # Of the values as they were rounded: as exact as a walk over all of them.
+    dims, values = (0, 2, 3), assert_repeats(y, copies).double()
+    terms = walk(copies * values[:, 0].numel(), torch.float32)
+    exact_var, exact_mean = torch.var_mean(values, dims, correction=0)
+    assert_rounded("mean", mean.cpu(), exact_mean, terms * values.abs().mean(dims))
+    assert_rounded("var", var.cpu(), exact_var, 4 * terms * values.square().mean(dims))
 
 
 @SIZE

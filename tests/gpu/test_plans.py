@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.device import DEVICE, HAS_GPU, needs_gpu
+from support.device import DEVICE, HAS_GPU
 from support.gpu_networks import batch, expected_results, networks, results
 from support.gpu_plans import planned_by, wherever_it_can
 from support.paths import TESTS
@@ -22,7 +22,7 @@ import fastcnn.plan
 import fastcnn.plan.tune
 from fastcnn.nn import BatchNormAct2d, conv_bn_act
 from fastcnn.ops.conv_bn_act import interface as conv_bn_act_op
-from fastcnn.ops.conv_bn_act.candidates import BWD, FWD
+from fastcnn.ops.conv_bn_act.candidates import FWD
 from fastcnn.plan import OPS, Problem
 from fastcnn.plan.environment import environment_of
 from fastcnn.plan.plan_file import PlanFile
@@ -91,7 +91,7 @@ def test_tuned_once_and_read_by_the_next_process(tmp_path: Path) -> None:
     second = trained("read", tmp_path)
     assert file.read_bytes() == written
     assert second == first
-    assert len(first["rows"]) == (6 if HAS_GPU else 2)
+    assert len(first["rows"]) == (3 if HAS_GPU else 1)
     for problem, plan, source, reason, milliseconds in first["rows"]:
         assert source == "tuned", problem
         assert milliseconds > 0
@@ -100,16 +100,13 @@ def test_tuned_once_and_read_by_the_next_process(tmp_path: Path) -> None:
         assert "refused" not in reason
 
 
-@pytest.mark.parametrize(
-    "plan",
-    ["cudnn", "triton", *(pytest.param(p, marks=needs_gpu) for p in ("triton_dx", "triton_dw"))],
-)
+@pytest.mark.parametrize("plan", ["cudnn", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_plan_trains_as_exactly(
     plan: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A whole network, so that what one kernel leaves to the next fits together: statistics from an
-    # epilogue, sums that the convolution before has made, gradients that nobody has written.
+    # epilogue.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     fused, plain = networks()
     x, target = batch(n=8 if HAS_GPU else 2)
@@ -140,7 +137,7 @@ def test_untuned_steps_are_cudnn_s(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(conv_bn_act_op, "is_planned", lambda x: True)
     step_of(*((128, 64, 56, 56) if HAS_GPU else (1, 16, 3, 4)))
     plans = planner.plans()
-    assert {problem.op for problem in plans} == {FWD, BWD}
+    assert {problem.op for problem in plans} == {FWD}
     assert {plan[:2] for plan in plans.values()} == {("cudnn", "default")}
     assert all("triton " in plan.reason for plan in plans.values())  # what it takes at least
 
@@ -171,7 +168,7 @@ def test_a_wrong_candidate_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         (32, 16, 1, 1),
         torch.float32,
         torch.device("cuda", 0) if HAS_GPU else DEVICE,
-        options=("training", "channels_last"),
+        options=("channels_last",),
     )
     with pytest.warns(UserWarning, match="refused") as warned:
         plan = planner.choose(problem)

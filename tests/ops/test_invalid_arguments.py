@@ -28,7 +28,7 @@ SEED += ["sparse", "empty", "longer", "storage freed", "storage freed behind an 
 SEED += ["storage halved", "storage without its last byte"]
 OPTIONAL = ("residual", "saved", "weight", "bias", "skip", "add")  # total is None already
 OPTIONAL += ("bias1", "bias2", "dw_bias")
-OPTIONAL += ("in_weight", "in_bias", "out_weight", "out_bias")
+OPTIONAL += ("bn_weight", "bn_bias")
 ALONE = {"other float", "another half", "meta", "empty", "shorter", "longer"}
 ALONE |= {"channel less", "column less", "the other layout"}
 SOUND_STRIDES = {"expanded", "huge strides", "strided"}
@@ -47,21 +47,11 @@ VALID_HERE = {
     **{("conv2d_int8", key): SOUND_STRIDES for key in ("weight", "weight_scale", "bias")},
     # A batch norm's numbers are of any type below float64, each, and made dense.
     **{
-        (op, f"{side}_{key}"): SOUND_STRIDES | {"another half"}
-        for op in ("conv2d_fused", "conv2d_fused_bwd_input", "conv2d_fused_bwd_weight")
-        for side in ("in", "out")
+        ("conv2d_fused", f"bn_{key}"): SOUND_STRIDES | {"another half"}
         for key in ("mean", "var", "weight", "bias")
     },
-    **{
-        (f"conv2d_fused_bwd_{of}", key): {"another half"}
-        for of in ("input", "weight")
-        for key in ("sum", "sum_xhat")
-    },
     # A weight is copied into channels_last.
-    **{
-        (op, "weight"): SOUND_STRIDES | {"the other layout"}
-        for op in ("conv2d_fused", "conv2d_fused_bwd_input")
-    },
+    ("conv2d_fused", "weight"): SOUND_STRIDES | {"the other layout"},
     **{("conv2d_winograd_bwd_weight", key): {"channel less"} for key in ("dy", "x")},
     ("conv2d_winograd_fwd", "u"): SOUND_STRIDES,  # PyTorch's product reads it
     ("pointwise_depthwise_conv2d_fwd", "x"): ALONE

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastcnn.plan.accuracy import Wrong, difference, errors, limit
 from fastcnn.plan.problem import Problem
-from fastcnn.plan.registry import Candidate, Finalize
+from fastcnn.plan.registry import Candidate
 
 
 def wide(dtype: torch.dtype, *options: str) -> Problem:
@@ -128,49 +128,6 @@ def test_without_its_baseline_a_bound_counts(how: str, tmp_path: Path) -> None:
     assert plan.name == "near"
     assert "far refused: output 0: error " in plan.reason
     assert " by a bound" in plan.reason
-
-
-def test_what_is_left_to_the_consumer(tmp_path: Path) -> None:
-    # It gives x, and leaves the doubling; that takes none of its time.
-    def doubles(
-        _: Problem, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
-    ) -> tuple[Tensor]:
-        assert torch.equal(inputs[0], outputs[0])
-        clock.now += 1.0
-        return (outputs[0] * 2,)
-
-    clock = Clock()
-    ways = [
-        candidate("whole", clock, 2.0),
-        candidate("half", clock, 1.0, run=lambda _, x: x.clone(), finalize=doubles),
-    ]
-    plan = planner("tune", clock, tmp_path, *ways).choose(problem())
-    assert plan[:3] == ("half", "tuned", "whole 2 ms, half 1 ms")
-
-
-def test_a_baseline_that_is_finalized_in_float64(tmp_path: Path) -> None:
-    # Beside a candidate that needs no finalizing, and rounds to the problem's dtype.
-    clock = Clock()
-    ways = [
-        candidate("own", clock, 2.0, finalize=lambda _, inputs, outputs: (outputs[0].double(),)),
-        candidate("rounds", clock, 1.0),
-    ]
-    assert planner("tune", clock, tmp_path, *ways).choose(problem()).name == "rounds"
-
-
-@pytest.mark.parametrize(
-    ("finalize", "reason"),
-    [
-        (lambda _, inputs, outputs: (outputs[0] * 3,), r"output 0: error \S+, limit"),
-        (lambda _, inputs, outputs: (outputs[0], inputs[0]), "outputs: expected"),
-        (lambda _, inputs, outputs: (outputs[1],), "IndexError: tuple index out of range"),
-    ],
-)
-def test_what_finalize_makes_wrong(finalize: Finalize, reason: str, tmp_path: Path) -> None:
-    clock = Clock()
-    ways = [candidate("whole", clock, 2.0), candidate("half", clock, finalize=finalize)]
-    with pytest.warns(UserWarning, match=f"half refused: {reason}"):
-        assert planner("tune", clock, tmp_path, *ways).choose(problem()).name == "whole"
 
 
 def test_the_baseline_only_has_to_be_finite(tmp_path: Path) -> None:

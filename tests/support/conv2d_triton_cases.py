@@ -1,4 +1,4 @@
-"""Problems of Triton's convolutions, forward and backward, and the types that each is run in."""
+"""Problems of Triton's convolutions, and the types that each is run in."""
 
 import itertools
 from collections.abc import Iterable
@@ -7,22 +7,13 @@ from typing import Any
 import torch
 from support.activations import ACTS
 from support.device import slow_unless, thinned
-from support.triton_interpreter import Bounded, activated, before_act, given
 
 from fastcnn.common.activation import ACT_NUMBER
-from fastcnn.common.conv_operands import Input
 from fastcnn.triton.conv2d_fwd import Tile
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = Tile(m=32, n=16, k=16, warps=4, stages=2, group=2)
 NAMES = list(ACT_NUMBER)
-
-
-def normalised(a: Input) -> Bounded:
-    """What the convolution multiplies: made in float32, rounded to x's type."""
-    if a.norm is None:
-        return given(a.x)
-    return activated(before_act(given(a.x), a.norm), NAMES[a.act]).read(a.x.dtype)
 
 
 GEOMETRIES = {
@@ -70,4 +61,4 @@ def in_two_types(names: Iterable[str], step: int) -> list[Any]:
 
 
 HALF = [("relu", torch.bfloat16), ("gelu", torch.bfloat16), ("silu", torch.float16)]
-BEFORE_AND_BEHIND = [*((act, torch.float32) for act in ACTS), *HALF]
+BEHIND = [*((act, torch.float32) for act in ACTS), *HALF]

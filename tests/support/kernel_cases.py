@@ -21,8 +21,8 @@ from torch import Tensor
 
 from fastcnn.augment import Augment
 from fastcnn.common.batch_norm_params import Norm
+from fastcnn.common.conv_epilogue import Epilogue
 from fastcnn.common.conv_geometry import ConvGeometry
-from fastcnn.common.conv_operands import Gradient, Input, Output, Sums
 from fastcnn.functional import (
     batch_norm_act,
     conv2d_int8,
@@ -33,11 +33,7 @@ from fastcnn.functional import (
     squeeze_excite,
 )
 from fastcnn.nn import LayerNorm2d
-from fastcnn.ops.conv2d.fused import (
-    conv2d_fused,
-    conv2d_fused_bwd_input,
-    conv2d_fused_bwd_weight,
-)
+from fastcnn.ops.conv2d.fused import conv2d_fused
 
 ops = torch.ops.fastcnn
 SIZES = {
@@ -164,20 +160,16 @@ CUDA: dict[str, Callable[[], None]] = {
 
 
 def convolution(kernel: int, groups: int) -> None:
-    """Batch norms on both sides: forward with statistics or with a residual, both gradients."""
-    x, dy = (
+    """With statistics, and with a batch norm and a residual."""
+    x, residual = (
         image(2, 32, 9, 7, layout="channels_last", dtype=torch.bfloat16).detach() for _ in range(2)
     )
     weight = torch.randn(32, 32 // groups, kernel, kernel, device=DEVICE).bfloat16()
-    mean, bn_weight, bias, *sums = torch.randn(5, 32, device=DEVICE)
+    mean, bn_weight, bias = torch.randn(3, 32, device=DEVICE)
     norm = Norm(mean, torch.ones_like(mean), bn_weight, bias, 1e-5)
-    a, half = Input(x, norm, act=1), (kernel // 2, kernel // 2)
-    g = ConvGeometry(padding=half, groups=groups)
-    conv2d_fused(a, weight, g, Output(statistics=True))
-    conv2d_fused(Input(x), weight, g, Output(norm, residual=dy, act=1))
-    gradient = Gradient(dy, x, norm, 1, Sums(*sums))
-    conv2d_fused_bwd_input(gradient, weight, a, g)
-    conv2d_fused_bwd_weight(gradient, weight, a, g)
+    g = ConvGeometry(padding=(kernel // 2, kernel // 2), groups=groups)
+    conv2d_fused(x, weight, g, Epilogue(statistics=True))
+    conv2d_fused(x, weight, g, Epilogue(norm, residual, act=1))
 
 
 def convolution_int8(groups: int) -> None:

@@ -13,7 +13,7 @@ OPERATORS = [
     "batch_norm_act_reduce", "batch_norm_act_dx", "batch_norm_join_stats",
     "batch_norm_act_concat_fwd", "batch_norm_act_concat_apply", "batch_norm_act_concat_bwd",
     "batch_norm_update_running", "conv2d_int8", "conv2d_int8_epilogue", "conv2d_fused",
-    "conv2d_fused_bwd_input", "conv2d_fused_bwd_weight", "upsample_fwd", "upsample_bwd",
+    "upsample_fwd", "upsample_bwd",
     "upsample_taps_fwd", "upsample_taps_bwd", "augment", "augment_mask", "dropout_apply",
     "dropout_apply_", "group_norm_act_fwd", "group_norm_act_bwd", "pixel_norm_act_fwd",
     "pixel_norm_act_bwd", "depthwise_conv2d_fwd", "depthwise_conv2d_bwd_act",
@@ -138,32 +138,14 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str, w: int = 4) -> dict
             return {**fc1, "fc2": fcs[1], "bias2": c[0], **names}
         z = {"z1": torch.ones(2, 5, dtype=acc), "z2": torch.ones(2, 6, dtype=acc)}
         return {"dy": image(), "x": image(), "fc1": fcs[0], "fc2": fcs[1], **z, **names}
-    if op.startswith("conv2d_fused"):
+    if op == "conv2d_fused":
         dtype = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
         layout = "channels_last"
-        before, behind = (
-            {f"{side}_{key}": torch.ones(6) for key in ("mean", "var", "weight", "bias")}
-            | {f"{side}_eps": 1e-5, f"{side}_act": 1}
-            for side in ("in", "out")
-        )
+        weight = {"weight": torch.ones(6, 6, 3, 3, dtype=dtype), "bias": None}
+        bn = {f"bn_{key}": torch.ones(6) for key in ("mean", "var", "weight", "bias")}
+        rest = {"bn_eps": 1e-5, "residual": image(), "act": 1, "statistics": True}
         how = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}
-        weight = {"weight": torch.ones(6, 6, 3, 3, dtype=dtype)}
-        if op == "conv2d_fused":
-            act = {"residual": image(), "out_act": behind.pop("out_act"), "statistics": True}
-            return {"x": image(), **weight, "bias": None, **before, **behind, **act, **how}
-        behind = {"out_raw": image(), **behind, "sum": torch.ones(6), "sum_xhat": torch.ones(6)}
-        if op == "conv2d_fused_bwd_weight":
-            return {
-                "dy": image(),
-                "x": image(),
-                "kernel_h": 3,
-                "kernel_w": 3,
-                **behind,
-                **before,
-                **how,
-            }
-        before = {"in_raw": image(), **before}
-        return {"dy": image(), **weight, "h": 4, "w": w, **behind, "add": image(), **before, **how}
+        return {"x": image(), **weight, **bn, **rest, **how}
     if op.startswith("conv2d_int8"):
         layout = "channels_last"
         q = image().mul(20).to(torch.uint8)

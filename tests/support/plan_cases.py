@@ -13,7 +13,7 @@ from fastcnn.plan.environment import environment_of
 from fastcnn.plan.plan_file import PlanFile
 from fastcnn.plan.planner import Planner
 from fastcnn.plan.problem import Device, Problem
-from fastcnn.plan.registry import Candidate, Finalize, Kernel, Op
+from fastcnn.plan.registry import Candidate, Kernel, Op
 
 H200 = Device("NVIDIA H200", "sm_90", "CUDA 13000, 580.95.05")
 
@@ -53,7 +53,6 @@ def candidate(
     run: Callable[[Problem, Tensor], Tensor] = lambda _, x: x * 2,
     supports: Callable[[Problem], str | None] = lambda _: None,
     passes: int = 1,
-    finalize: Finalize | None = None,
 ) -> Candidate:
     """Takes these milliseconds, the last of them for ever; the model is told of `passes` over x."""
     times = iter([milliseconds] if isinstance(milliseconds, float) else milliseconds)
@@ -73,7 +72,7 @@ def candidate(
     def kernels(problem: Problem) -> list[Kernel]:
         return [Kernel(1e9)] * passes
 
-    return Candidate(name, timed, supports, kernels, finalize)
+    return Candidate(name, timed, supports, kernels)
 
 
 def op(*candidates: Candidate, baseline: str | None = None) -> Op:

@@ -1,13 +1,16 @@
 """Compile the Triton kernels ahead of time, for GPUs that are not there; print what came out.
 
     python -m support.triton_compile 80,90,100             all kernels
-    python -m support.triton_compile 90 1x1 "dx of 1x1"    these
+    python -m support.triton_compile 90 1x1 "int8 3x3"     these
+    python -m support.triton_compile 90 --tiles            float convolutions at every tile
 
 A line of JSON a kernel and GPU: name, arch, which matrix instructions, whether of 8-bit integers,
-whether tiles are copied by the TMA unit, registers and bytes of local memory a thread. Runs where
-the interpreter is off.
+whether tiles are copied by the TMA unit, whether a wgmma takes its left operand from registers,
+whether ptxas had to serialise them, registers and bytes of local memory a thread. Runs where the
+interpreter is off.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -15,133 +18,142 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from fastcnn.common.activation import ACT_NUMBER
 from fastcnn.common.batch_norm_params import Norm
-from fastcnn.common.conv_operands import Sums
 from fastcnn.ops.conv2d_int8.cuda import default_tile as default_int8_tile
-from fastcnn.triton import (
-    conv2d_bwd_kernels,
-    conv2d_int8_kernels,
-    conv2d_kernels,
-    depthwise_kernels,
-    pointwise_bwd_kernels,
-)
+from fastcnn.triton.conv2d_int8_kernels import conv2d_int8_kernel
+from fastcnn.triton.conv2d_kernels import conv2d_kernel, merge_statistics_kernel, pointwise_kernel
+from fastcnn.triton.depthwise_kernels import depthwise_kernel
 from fastcnn.triton.tiles import (
     Tile,
     blocks,
     default_tile,
     depthwise_blocks,
     depthwise_tile,
-    half_steps,
     is_lean,
-    weight_tile,
 )
 
 MATRIX = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
-RELU = ACT_NUMBER["relu"]
-BY_DESCRIPTORS = (
-    conv2d_kernels.pointwise_kernel,
-    pointwise_bwd_kernels.pointwise_bwd_input_kernel,
-    pointwise_bwd_kernels.pointwise_bwd_weight_kernel,
-)
-POINTWISE = {"ACT": RELU, "PRE_ACT": RELU, "DY_ACT": RELU, "GROUP_M": 8}
+# wgmma.mma_async.sync.aligned.shape.types {accumulators}, left operand, ...: a descriptor of shared
+# memory, or a list of registers.
+FROM_REGISTERS = re.compile(r"wgmma\.mma_async\S+\s*\{[^}]*\}\s*,\s*\{")
+SERIALISED = "C7515"  # ptxas: wgmma.mma_async instructions are serialized
 # Of floating point convolutions; the others are images.
-NUMBERS = {"bias_ptr", "mean_ptr", "square_ptr", "sum_ptr", "sum_xhat_ptr", "parts_ptr"}
-NUMBERS |= {"means_ptr", "squares_ptr"}
+NUMBERS = {"bias_ptr", "mean_ptr", "square_ptr", "means_ptr", "squares_ptr"}
 NORM: Any = Norm(*["*fp32"] * 4, "fp32")  # type: ignore[arg-type]
-STRUCTS = {"pre_norm": NORM, "norm": NORM, "dy_norm": NORM, "dy_sums": Sums(*["*fp32"] * 2)}
-SCALARS = {"share", "residual_scale", "six", "x_scale", "out_scale"}
+SCALARS = {"residual_scale", "six", "x_scale", "out_scale"}
+HALVES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def window(size: int, stride: int) -> dict[str, int]:
+class Case(NamedTuple):
+    """A kernel, its constants, what is None, and the sizes that its tile is chosen by.
+
+    dtype: of x, and but for u8 of the other images.
+    """
+
+    kernel: Any
+    constants: dict[str, Any]
+    absent: set[str]
+    dtype: str = "bf16"
+    pixels: int = 256 * 56 * 56
+    c_out: int = 256
+    c_in: int = 256
+
+
+def window(size: int, stride: int) -> dict[str, Any]:
     """The constants of a convolution's geometry."""
-    sides = {
-        "KERNEL": size,
-        "STRIDE": stride,
-        "PADDING": size // 2,
-        "DILATION": 1,
-        "GCD": 1,
-    }
+    sides = {"KERNEL": size, "STRIDE": stride, "PADDING": size // 2, "DILATION": 1}
     return {f"{name}_{side}": value for name, value in sides.items() for side in "HW"}
 
 
-def cases() -> Iterator[tuple[str, Any, dict[str, Any], set[str]]]:
-    """A name, a kernel, its constants, and what is None. Most have every epilogue."""
-    stem, three = {**window(7, 2), "FLAT": True}, {**window(3, 1), "FLAT": False}
-    forward, bwd = conv2d_kernels, conv2d_bwd_kernels
-    bias, statistics = {"bias_ptr"}, {"mean_ptr", "square_ptr"}
-    yield "stem", forward.conv2d_kernel, stem, {"pre_norm", *bias}
-    for name, kernel, constants in (
-        ("3x3", forward.conv2d_kernel, three),
-        ("1x1", forward.pointwise_kernel, {}),
+STEM, THREE = {**window(7, 2), "FLAT": True}, {**window(3, 1), "FLAT": False}
+KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "1x1": (pointwise_kernel, {}),
+    "1x1, stride 2": (conv2d_kernel, {**window(1, 2), "FLAT": False}),
+    "3x3": (conv2d_kernel, THREE),
+    "3x3, stride 2": (conv2d_kernel, {**window(3, 2), "FLAT": False}),
+    "stem": (conv2d_kernel, STEM),
+}
+# The activation, and what is absent.
+RELU = {"ACT": ACT_NUMBER["relu"]}
+BEHIND: dict[str, tuple[dict[str, int], set[str]]] = {
+    "in training": ({"ACT": 0}, {"norm", "bias_ptr", "residual_ptr"}),
+    "in evaluation": (RELU, {"bias_ptr", "mean_ptr", "square_ptr"}),
+    "with a bias": (RELU, {"norm", "residual_ptr", "mean_ptr", "square_ptr"}),
+    "with everything": (RELU, {"bias_ptr"}),
+}
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    """Every kernel, the convolutions at their largest tiles with every epilogue."""
+    for name, behind in itertools.product(KERNELS, BEHIND):
+        yield f"{name} {behind}", convolution(name, behind, "fp16" if name == "stem" else "bf16")
+    for name in ("1x1", "3x3", "stem"):
+        yield f"{name} in training, float32", convolution(name, "in training", "fp32")
+    int8 = {**THREE, "ACT": 1, "QUANTISED": True, "LEAST": -128, "MOST": 127}
+    for name, constants in (
+        ("3x3", int8),
+        ("1x1", int8 | window(1, 1)),
+        ("stem", int8 | STEM),
     ):
-        yield name, kernel, constants, bias
-        yield f"{name} in evaluation", kernel, constants, {"pre_norm", *bias, *statistics}
-        yield f"{name} in training", kernel, constants, {"norm", "residual_ptr", *bias}
-    yield "dx of 3x3", bwd.conv2d_bwd_input_kernel, three, set()
-    yield "dx of 1x1, stride 2", bwd.conv2d_bwd_input_kernel, window(1, 2), set()
-    int8 = {**three, "ACT": 1, "QUANTISED": True, "LEAST": -128, "MOST": 127}
-    yield "int8 3x3", conv2d_int8_kernels.conv2d_int8_kernel, int8, set()
-    yield "depthwise", depthwise_kernels.depthwise_kernel, {**three, "MULTIPLIER": 1}, bias
-    pointwise = pointwise_bwd_kernels
-    behind, before = {"raw_ptr", "norm", "sum_ptr", "sum_xhat_ptr"}, {"dy_norm", "dy_sums", "share"}
-    for name, kernel, absent in (
-        ("dx of 1x1", pointwise.pointwise_bwd_input_kernel, behind),
-        ("dw of 1x1", pointwise.pointwise_bwd_weight_kernel, {"pre_norm"}),
-    ):
-        yield name, kernel, {}, set()
-        yield f"{name}, one norm", kernel, {}, absent
-        yield f"{name}, no norm", kernel, {}, {"dy_raw_matrix", *before, *absent}
+        for dtype in ("i8", "u8"):
+            yield f"int8 {name} of {dtype}", Case(conv2d_int8_kernel, constants, set(), dtype)
+    depthwise = {**THREE, **RELU, "MULTIPLIER": 1}
+    yield "depthwise", Case(depthwise_kernel, depthwise, {"bias_ptr"})
     merged = {"ROWS": 128, "BLOCK_T": 1024, "BLOCK_C": 8}
-    yield "merge of statistics", forward.merge_statistics_kernel, merged, set()
-    yield "sums of tiles", bwd.sum_tiles_kernel, {"BLOCK_T": 1024, "BLOCK_C": 8}, set()
-    yield "stem in float32", forward.conv2d_kernel, stem, {"pre_norm", *bias}
-    yield "3x3 in training, float32", forward.conv2d_kernel, three, {"norm", "residual_ptr", *bias}
-    yield "dw of 3x3", bwd.conv2d_bwd_weight_kernel, three, set()
-    yield "dw of the stem", bwd.conv2d_bwd_weight_kernel, stem, {"pre_norm"}
+    yield "merge of statistics", Case(merge_statistics_kernel, merged, set())
 
 
-def compile_one(
-    kernel: Any, constants: dict[str, Any], absent: set[str], arch: int, half: str
-) -> dict[str, Any]:
-    """Compile for one GPU: bfloat16 or float16 images, float32 numbers per channel."""
-    # As the launches choose.
-    lean = "sum_ptr" not in set(kernel.arg_names) - absent
-    if "residual_ptr" in kernel.arg_names:
-        given = {"pre_norm", "residual_ptr"} - absent
-        by_descriptors = kernel is conv2d_kernels.pointwise_kernel
-        lean = is_lean("pre_norm" in given, "residual_ptr" in given, by_descriptors, arch)
-    int8, depthwise = "QUANTISED" in constants, "MULTIPLIER" in constants
-    if int8:
-        tile = default_int8_tile(256 * 56 * 56, 256)
-    elif "parts_ptr" in kernel.arg_names:
-        both = not {"pre_norm", "dy_norm"} & absent
-        tile = weight_tile(2048, 2048, 256 * 56 * 56, torch.bfloat16, both)
-    else:
-        dtype = torch.float32 if half == "fp32" else torch.bfloat16
-        tile = default_tile(256 * 56 * 56, 256, 256, dtype, lean)
-        if kernel is pointwise_bwd_kernels.pointwise_bwd_input_kernel and "dy_norm" not in absent:
-            tile = half_steps(tile)
-    tile = depthwise_tile(256) if depthwise else tile
-    options = depthwise_blocks(tile) if depthwise else blocks(tile)
-    known = {**options, **POINTWISE, **constants}
+def tiled_cases() -> Iterator[tuple[str, Case]]:
+    """The float convolutions in training: every dtype, high and low, wide and narrow tiles."""
+    sizes = [(49, *pair) for pair in itertools.product((16, 64, 256), (16, 64))]
+    sizes += [(256 * 56 * 56, *pair) for pair in ((64, 64), (256, 16), (256, 64))]
+    for name, dtype, (pixels, c_out, c_in) in itertools.product(KERNELS, HALVES, sizes):
+        case = convolution(name, "in training", dtype, pixels, c_out, c_in)
+        yield f"{name}, {dtype}, {pixels} pixels, {c_in} to {c_out}", case
+
+
+def convolution(name: str, behind: str, *sizes: Any) -> Case:
+    """One of KERNELS with one of BEHIND; sizes: of Case, from dtype on."""
+    (kernel, constants), (act, absent) = KERNELS[name], BEHIND[behind]
+    return Case(kernel, {**constants, **act}, absent, *sizes)
+
+
+def tile_of(case: Case, arch: int) -> Tile:
+    """The tile that the launch chooses."""
+    if "QUANTISED" in case.constants:
+        return default_int8_tile(case.pixels, case.c_out)
+    if "MULTIPLIER" in case.constants:
+        return depthwise_tile(case.c_out)
+    residual = "residual_ptr" not in case.absent
+    lean = is_lean(residual, case.kernel is pointwise_kernel, arch)
+    return default_tile(case.pixels, case.c_out, case.c_in, HALVES[case.dtype], lean)
+
+
+def compile_one(case: Case, arch: int) -> dict[str, Any]:
+    """Compile for one GPU: images of a case's dtype, float32 numbers per channel."""
+    kernel, constants, absent, half = case[:4]
+    int8, tile = "QUANTISED" in constants, tile_of(case, arch)
+    options = depthwise_blocks(tile) if "MULTIPLIER" in constants else blocks(tile)
+    known = {**options, "GROUP_M": 8, **constants}
     signature, values, divisible = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in absent or name in known:
             signature[name], values[name] = "constexpr", known.get(name)
         elif name.endswith("_matrix"):
-            rows, columns = block(kernel, name, tile)
-            signature[name] = f"tensordesc<{half}[{rows}, {columns}]>"
-        elif name in STRUCTS:
-            signature[name] = STRUCTS[name]
-            for i, field in enumerate(STRUCTS[name]):
+            rows = tile.m if name == "x_matrix" else tile.n
+            signature[name] = f"tensordesc<{half}[{rows}, {tile.k}]>"
+        elif name == "norm":
+            signature[name] = NORM
+            for i, field in enumerate(NORM):
                 if field.startswith("*"):
                     divisible[(place, i)] = [["tt.divisibility", 16]]
         elif name in SCALARS:
@@ -152,6 +164,8 @@ def compile_one(
                 divisible[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=divisible)
     options = {k: v for k, v in options.items() if k not in values and k.islower()}
+    if int8:
+        options["enable_fp_fusion"] = False
     if "BLOCK_T" in constants:
         options["num_warps"] = 8
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -161,25 +175,33 @@ def compile_one(
         "matrix": [name for name, word in MATRIX.items() if word in ptx],
         "int8": ".s8.s8" in ptx or "kind::i8" in ptx,
         "tma": "cp.async.bulk.tensor" in ptx,
+        "from_registers": FROM_REGISTERS.search(ptx) is not None,
+        "serialised": "wgmma" in ptx and SERIALISED in assembled(ptx, arch),
         "shared": made.metadata.shared,
         **resources(made.asm["cubin"]),
     }
 
 
-def block(kernel: Any, name: str, tile: Tile) -> tuple[int, int]:
-    """The block of a matrix that a step reads."""
-    forward, bwd_input, _ = BY_DESCRIPTORS
-    if kernel is forward:
-        return (tile.m if name == "x_matrix" else tile.n), tile.k
-    if kernel is bwd_input:
-        return (tile.k, tile.n) if name == "w_matrix" else (tile.m, tile.k)
-    return tile.k, (tile.n if name == "x_matrix" else tile.m)
+def assembled(ptx: str, arch: int) -> str:
+    """What Triton's ptxas says of the code; Triton itself keeps it to itself."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [
+            get_ptxas(arch).path,
+            "-v",
+            f"--gpu-name=sm_{arch}a",
+            file.name,
+            "-o",
+            "/dev/null",
+        ]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def _pointer(name: str, half: str, int8: bool) -> str:
     if int8:
         vectors = {"sum_ptr": "*i32", "weight_scale_ptr": "*fp32", "bias_ptr": "*fp32"}
-        return vectors.get(name, "*i8")
+        return {**vectors, "x_ptr": f"*{half}"}.get(name, "*i8")
     return "*fp32" if name in NUMBERS else f"*{half}"
 
 
@@ -199,13 +221,11 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 if __name__ == "__main__":
     _, archs, *names = sys.argv
-    for name, kernel, constants, absent in cases():
-        if names and name not in names:
+    for name, case in tiled_cases() if names == ["--tiles"] else cases():
+        if names not in ([], ["--tiles"]) and name not in names:
             continue
         for arch in map(int, archs.split(",")):
-            if arch < 90 and kernel in BY_DESCRIPTORS:
+            if arch < 90 and case.kernel is pointwise_kernel:
                 continue  # no TMA: the other kernel runs there
-            half = "fp16" if "stem" in name else "bf16"
-            half = "fp32" if "float32" in name else half
-            row = compile_one(kernel, constants, absent, arch, half)
+            row = compile_one(case, arch)
             print(json.dumps({"name": name, "triton": triton.__version__, **row}), flush=True)

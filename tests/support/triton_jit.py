@@ -24,17 +24,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastcnn.common.batch_norm_params import Norm
+from fastcnn.common.conv_epilogue import Epilogue
 from fastcnn.common.conv_geometry import ConvGeometry
-from fastcnn.common.conv_operands import Gradient, Input, Output, Sums
 from fastcnn.functional import conv2d_int8
 from fastcnn.ops.conv2d import fused_cuda as operators
-from fastcnn.ops.conv2d.fused import (
-    conv2d_fused,
-    conv2d_fused_bwd_input,
-    conv2d_fused_bwd_weight,
-)
+from fastcnn.ops.conv2d.fused import conv2d_fused
 from fastcnn.ops.conv2d_int8 import interface as int8
-from fastcnn.triton import conv2d_bwd, conv2d_fwd as conv2d
+from fastcnn.triton import conv2d_fwd as conv2d
 
 # A H200's.
 PROCESSORS, MOST_THREADS, MOST_SHARED = 132, 1024, 227 * 2**10
@@ -96,7 +92,7 @@ class Driver:
         return 0
 
 
-def convolutions(
+def convolution(
     sizes: tuple[int, ...],
     c_out: int,
     window: int,
@@ -104,35 +100,28 @@ def convolutions(
     groups: int = 1,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    norms: bool = True,
+    norm: bool = True,
     affine: bool = True,
     training: bool = True,
 ) -> None:
-    """Forward and both gradients.
+    """A batch norm is behind, else a bias.
 
-    norms: on both sides, else a bias behind. training: with statistics and the sums of the norm's
-    gradient, else with the norm behind, which has fixed statistics, and a residual.
+    training: with the norm's statistics, else with the norm, whose statistics are fixed, and a
+    residual.
     """
     n, c_in, *sides = sizes
     pair, padding = (stride, stride), (window // 2, window // 2)
     g = ConvGeometry(pair, padding, (1, 1), groups)
     outside = [(side + 2 * (window // 2) - window) // stride + 1 for side in sides]
     x = image(*sizes, layout="channels_last", dtype=dtype).detach()
-    dy = image(n, c_out, *outside, layout="channels_last", dtype=dtype).detach()
+    residual = image(n, c_out, *outside, layout="channels_last", dtype=dtype).detach()
     weight = torch.randn(c_out, c_in // groups, window, window).to(dtype)
-    a, gradient = Input(x), Gradient(dy)
-    if norms:
-        a = Input(x, _norm(c_in, affine), act=1)
-        sums = Sums(torch.randn(c_out), torch.randn(c_out)) if training else None
-        gradient = Gradient(dy, dy, _norm(c_out, affine), 1, sums)
-    if norms and training:
-        conv2d_fused(a, weight, g, Output(statistics=True))
-    elif norms:
-        conv2d_fused(a, weight, g, Output(_norm(c_out, affine), residual=dy, act=1))
-    else:
-        conv2d_fused(a, weight, g, Output(act=1, bias=torch.randn(c_out)))
-    conv2d_fused_bwd_input(gradient, weight, a, g)
-    conv2d_fused_bwd_weight(gradient, weight, a, g)
+    behind = Epilogue(act=1, bias=torch.randn(c_out))
+    if norm:
+        behind = Epilogue(_norm(c_out, affine), residual, act=1)
+    if norm and training:
+        behind = Epilogue(statistics=True)
+    conv2d_fused(x, weight, g, behind)
 
 
 def _norm(c: int, affine: bool) -> Norm:
@@ -159,24 +148,24 @@ def convolution_int8(
 LARGE, ONE = (8, 256, 56, 56), (1, 1, 1, 1)
 MORE: dict[str, Callable[[], None]] = {
     # What BatchNorm2d(affine=False) brings.
-    "1x1, no affine": partial(convolutions, (2, 32, 9, 7), 32, 1, affine=False),
+    "1x1, no affine": partial(convolution, (2, 32, 9, 7), 32, 1, affine=False, training=False),
     "groups, stride 2, no affine": partial(
-        convolutions, (2, 64, 9, 7), 64, 3, stride=2, groups=4, affine=False, training=False
+        convolution, (2, 64, 9, 7), 64, 3, stride=2, groups=4, affine=False, training=False
     ),
-    "1x1, fixed statistics": partial(convolutions, (2, 32, 9, 7), 32, 1, training=False),
-    "1x1, plain": partial(convolutions, (2, 32, 9, 7), 32, 1, norms=False),
+    "1x1, fixed statistics": partial(convolution, (2, 32, 9, 7), 32, 1, training=False),
+    "1x1, plain": partial(convolution, (2, 32, 9, 7), 32, 1, norm=False),
     # The largest tiles.
-    "large 1x1": partial(convolutions, LARGE, 256, 1),
-    "large 3x3, float32": partial(convolutions, LARGE, 256, 3, norms=False, dtype=torch.float32),
+    "large 1x1": partial(convolution, LARGE, 256, 1),
+    "large 3x3, float32": partial(convolution, LARGE, 256, 3, norm=False, dtype=torch.float32),
     "the stem": partial(
-        convolutions, (2, 3, 32, 32), 64, 7, stride=2, norms=False, dtype=torch.float16
+        convolution, (2, 3, 32, 32), 64, 7, stride=2, norm=False, dtype=torch.float16
     ),
-    "1x1, stride 2": partial(convolutions, (2, 32, 9, 7), 32, 1, stride=2, norms=False),
+    "1x1, stride 2": partial(convolution, (2, 32, 9, 7), 32, 1, stride=2, norm=False),
     # Sizes that are 1 are constants for the JIT.
-    "one pixel": partial(convolutions, ONE, 1, 3),
-    "one pixel, 1x1": partial(convolutions, (1, 16, 1, 1), 16, 1),
+    "one pixel": partial(convolution, ONE, 1, 3),
+    "one pixel, 1x1": partial(convolution, (1, 16, 1, 1), 16, 1),
     "one pixel, depthwise, no affine": partial(
-        convolutions, (1, 2, 1, 1), 4, 3, groups=2, affine=False
+        convolution, (1, 2, 1, 1), 4, 3, groups=2, affine=False, training=False
     ),
     "int8, large": partial(convolution_int8, LARGE, 256, 3),
     "int8, one pixel": partial(convolution_int8, ONE, 1, 3, quantised=False),
@@ -188,8 +177,7 @@ def emulate_h200() -> torch.library.Library:
     """Where the launches ask for a GPU, tell them of a H200; undone with the object returned."""
     triton.runtime.driver.set_active(Driver)
     operators.interpreted = lambda: True
-    for module in (conv2d, conv2d_bwd):
-        module.multiprocessors = lambda x: PROCESSORS
+    conv2d.multiprocessors = lambda x: PROCESSORS
     library = torch.library.Library("fastcnn", "IMPL")
     library.impl("conv2d_int8", int8._cuda, "CPU", allow_override=True)
     return library

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.checks import check_like, in_format_of
-from fastcnn.common.conv_operands import Input
+from fastcnn.common.conv_epilogue import Epilogue
 from fastcnn.common.library import apply, distinct, once_differentiable, positional
 from fastcnn.ops.batch_norm_act.operators import (
     batch_norm_act_apply,
@@ -24,14 +23,9 @@ from fastcnn.ops.batch_norm_act.operators import (
     image_to_save,
 )
 from fastcnn.ops.conv2d.aten import convolve, max_pool_with_indices
+from fastcnn.ops.conv2d.fused import conv2d_fused
 from fastcnn.ops.conv_bn_act.backward import FIRST, TENSORS, saved_blocks
-from fastcnn.ops.conv_bn_act.passes import batch_statistics, fused_raw, written
-from fastcnn.ops.conv_bn_act.step import (
-    BlockSettings,
-    StepSettings,
-    any_by_triton,
-    leaves_norm,
-)
+from fastcnn.ops.conv_bn_act.step import BlockSettings, StepSettings, any_by_triton
 
 
 class Call:
@@ -70,19 +64,17 @@ def _steps_fwd(
     own: bool,
 ) -> Tensor:
     """Run a chain; own: the residual is the block's input or made of it, not the caller's."""
-    a, by_triton = Input(x), any_by_triton(steps)
+    by_triton = any_by_triton(steps)
     for i, s in enumerate(steps):
         weight, conv_bias, bn_weight, bn_bias, mean, var = tensors[i * TENSORS : (i + 1) * TENSORS]
         added = residual if i == len(steps) - 1 else None
-        leaves = by_triton and leaves_norm(steps, i)
         assert weight is not None
-        found: tuple[Tensor, ...] = ()
-        if s.plan.fwd:
-            statistics = s.training and s.group is None
-            raw, *stats = fused_raw(a, weight, conv_bias, s, statistics)
-            found = tuple(stats) if statistics else ()
+        found: list[Tensor] = []
+        if s.by_triton:
+            raw, *found = conv2d_fused(x, weight, s.conv, Epilogue(statistics=True))
+            mean, var = found
         else:
-            raw = convolve(written(a), weight, conv_bias, s.conv)
+            raw = convolve(x, weight, conv_bias, s.conv)
             if by_triton:  # an image of one channel is in both layouts, and PyTorch takes either
                 raw = raw.contiguous(memory_format=torch.channels_last)
         if added is not None and own:
@@ -91,29 +83,19 @@ def _steps_fwd(
             check_like("conv_bn_act", "residual", added, raw)
         if not s.recompute:
             kept.append(raw)
-        if s.training and not found and (leaves or s.group is not None):
-            found = batch_statistics(raw, s.group)
-        if not s.training:
-            assert mean is not None
-            assert var is not None
-        elif found:
-            mean, var = found[:2]
         if mean is None or var is None:
-            y, *stats = batch_norm_act_fwd(raw, added, bn_weight, bn_bias, s.eps, s.act)
-            found, a = tuple(stats), Input(y)
-        elif leaves:
-            a = Input(raw, Norm(mean, var, bn_weight, bn_bias, s.eps), s.act)
+            norm = raw, added, bn_weight, bn_bias
+            x, *found = batch_norm_act_fwd(*norm, s.eps, s.act, s.group)
         else:
-            a = Input(batch_norm_act_apply(raw, added, bn_weight, bn_bias, mean, var, s.eps, s.act))
+            x = batch_norm_act_apply(raw, added, bn_weight, bn_bias, mean, var, s.eps, s.act)
         kept += found
         if s.pool is not None:
-            pooled, indices = max_pool_with_indices(a.x, s.pool)
-            a = Input(pooled)
+            x, indices = max_pool_with_indices(x, s.pool)
             if s.saves_indices:
                 kept.append(indices)
         if s.saves_output:
-            kept.append(a.x)
-    return a.x
+            kept.append(x)
+    return x
 
 
 class ConvBnActFunction(torch.autograd.Function):

@@ -12,19 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.checks import in_format_of
-from fastcnn.common.conv_operands import Gradient, Input, Sums
+from fastcnn.common.conv_epilogue import Epilogue
 from fastcnn.common.library import clone_no_cse
 from fastcnn.ops.batch_norm_act.operators import batch_norm_act_apply, batch_norm_act_bwd
-from fastcnn.ops.conv2d.aten import convolve, max_pool, max_pool_bwd
-from fastcnn.ops.conv_bn_act.passes import (
-    batch_norm_gradient,
-    bias_gradient,
-    convolution_bwd,
-    fused_raw,
-    written,
-)
+from fastcnn.ops.conv2d.aten import convolve, convolve_bwd, max_pool, max_pool_bwd
+from fastcnn.ops.conv2d.fused import conv2d_fused
 from fastcnn.ops.conv_bn_act.step import BlockSettings, StepSettings, any_by_triton
 
 # Of a step: weight, conv_bias, bn_weight, bn_bias, and the fixed mean and var, which are None where
@@ -61,37 +54,29 @@ class SavedSteps:
         """Return step i's convolution output, saved or recomputed."""
         step = self.saved[i]
         if step.raw is None:
-            self._run_again(i, self.input(i, x))
-        assert step.raw is not None
+            step.raw = self._convolved(i, self.input(i, x))
         return step.raw
 
-    def _run_again(self, i: int, a: Input) -> Input:
-        """Run step i's convolution again; return its input as far as that had to be written."""
+    def _convolved(self, i: int, a: Tensor) -> Tensor:
+        """Run step i's convolution again on its input. The same bits, by the same kernel."""
         step, s = self.saved[i], self.settings[i]
         weight = clone_no_cse(step.weight) if i == 0 else step.weight
-        if s.plan.fwd:
-            step.raw = fused_raw(a, weight, step.conv_bias, s)[0]
-            return a
-        image = written(a)
-        step.raw = convolve(image, weight, step.conv_bias, s.conv)
+        if s.by_triton:
+            return conv2d_fused(a, weight, s.conv, Epilogue())[0]
+        raw = convolve(a, weight, step.conv_bias, s.conv)
         if any_by_triton(self.settings):
-            step.raw = step.raw.contiguous(memory_format=torch.channels_last)
-        return Input(image)
+            raw = raw.contiguous(memory_format=torch.channels_last)
+        return raw
 
-    def input(self, i: int, x: Tensor) -> Input:
-        """Return step i's input. What is recomputed of it has the same bits, by the same kernel."""
-        if i == 0:
-            return Input(x)
-        if self.saved[i - 1].output is not None or self.settings[i - 1].pool is not None:
-            return Input(self.output(i - 1, x))
-        return Input(self.raw(i - 1, x), self.norm(i - 1), self.settings[i - 1].act)
+    def input(self, i: int, x: Tensor) -> Tensor:
+        """Return step i's input, saved or recomputed."""
+        return x if i == 0 else self.output(i - 1, x)
 
-    def norm(self, i: int) -> Norm:
-        """Return step i's batch norm."""
-        step, s = self.saved[i], self.settings[i]
-        # In training the forward has run another operator.
-        mean = step.mean if s.training else clone_no_cse(step.mean)
-        return Norm(mean, step.var, step.bn_weight, step.bn_bias, s.eps)
+    def _like_input(self, i: int, x: Tensor) -> Tensor:
+        """Return a tensor of step i's input's sizes and layout, recomputing nothing for it."""
+        if i == 0 or self.saved[i - 1].output is not None or self.settings[i - 1].pool is not None:
+            return self.input(i, x)
+        return self.raw(i - 1, x)
 
     def output(self, i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return step i's output, saved or recomputed: its activation, pooled where it pools."""
@@ -101,12 +86,14 @@ class SavedSteps:
         return max_pool(self.activation(i, x, residual), self.settings[i].pool)
 
     def activation(self, i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return act(batch_norm(raw) + residual) of step i."""
-        raw, act = self.raw(i, x), self.settings[i].act
+        """Return act(batch_norm(raw) + residual) of step i. The same bits, by the same kernel."""
+        raw, step, s = self.raw(i, x), self.saved[i], self.settings[i]
         if residual is not None:
             residual = in_format_of(residual, raw)
-        mean, var, weight, bias, eps = self.norm(i)
-        return batch_norm_act_apply(raw, residual, weight, bias, mean, var, eps, act)
+        # In training the forward has run another operator.
+        mean = step.mean if s.training else clone_no_cse(step.mean)
+        norm = step.bn_weight, step.bn_bias, mean, step.var
+        return batch_norm_act_apply(raw, residual, *norm, s.eps, s.act)
 
     def backward(
         self,
@@ -126,14 +113,15 @@ class SavedSteps:
         what it has used.
         """
         dresidual: Tensor | None = None
-        sums: Sums | None = None  # of dy, which is in front of the activation then
         while self.saved:
             i = len(self.saved) - 1
             s, step, last = self.settings[i], self.saved[i], i == len(self.settings) - 1
             at = self.first + i * TENSORS
             input_needs = x_needs or any(needs[self.first : at])
-            a = self._run_again(i, self.input(i, x)) if step.raw is None else None
-            assert step.raw is not None
+            a: Tensor | None = None
+            if step.raw is None:
+                a = self.input(i, x)
+                step.raw = self._convolved(i, a)
             if s.pool is not None:
                 saved = step.indices is not None  # then only the sizes matter
                 dy = max_pool_bwd(
@@ -144,20 +132,12 @@ class SavedSteps:
             want = (input_needs, needs[at], needs[at + 1])
             of_parameters = needs[at + 2] or needs[at + 3]
             want_dz = last and wants_dresidual
-            d: Tensor | Gradient | None
-            dbias: Tensor | None = None
-            if sums is not None or s.plan.dx or s.plan.dw:
-                d, added, *dbn, dbias = batch_norm_gradient(
-                    dy, step.raw, image if last else None, self.norm(i), step.conv_bias, s, sums,
-                    want_dz, of_parameters or want[2], any(want), step.total,
-                )  # fmt: skip
-            else:
-                d, added, *dbn = batch_norm_act_bwd(
-                    dy, step.raw, image if last else None, step.bn_weight, step.bn_bias, step.mean,
-                    step.var, s.eps, s.act, s.training, want_dz, any(want), of_parameters,
-                    step.total, s.group,
-                )  # fmt: skip
-                dbias = bias_gradient(step.conv_bias, s) if want[2] else None
+            d, added, *dbn = batch_norm_act_bwd(
+                dy, step.raw, image if last else None, step.bn_weight, step.bn_bias, step.mean,
+                step.var, s.eps, s.act, s.training, want_dz, any(want), of_parameters,
+                step.total, s.group,
+            )  # fmt: skip
+            dbias = _bias_gradient(step.conv_bias, s) if want[2] else None
             dresidual = added if last else dresidual
             grads[at + 1 : at + 4] = dbias, *dbn
             self.saved.pop()
@@ -165,19 +145,31 @@ class SavedSteps:
             if d is None or not any(want):
                 return None, dresidual
             if a is None:
-                a = self.input(i, x)
-            added = dresidual if adds and i == 0 else None
+                a = self.input(i, x) if want[1] else self._like_input(i, x)
             want = (*want[:2], want[2] and dbias is None)
-            dx, sums, grads[at], by_torch = convolution_bwd(
-                d, a, step.weight, step.conv_bias, s, want, added
-            )
+            found: tuple[Tensor | None, ...] = (None, None, None)
+            if any(want):
+                found = convolve_bwd(d, a, step.weight, step.conv_bias, s.conv, want)
+            dx, grads[at], by_convolution = found
             if want[2]:
-                grads[at + 1] = by_torch
+                grads[at + 1] = by_convolution
             del a, step, d, added
             if dx is None:
                 return None, dresidual
+            if adds and i == 0 and dresidual is not None:
+                dx += dresidual
             dy = dx
         return dy, dresidual
+
+
+def _bias_gradient(conv_bias: Tensor | None, s: StepSettings) -> Tensor | None:
+    """Return a convolution's bias's gradient where it is 0, else None.
+
+    The statistics of the batch follow a bias; those of a batch of which this is a part do not.
+    """
+    if conv_bias is None or not s.training or s.group is not None:
+        return None
+    return torch.zeros_like(conv_bias)
 
 
 @dataclass

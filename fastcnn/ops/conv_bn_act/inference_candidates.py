@@ -20,8 +20,8 @@ from torch import Tensor
 from fastcnn.common.activation import ACT_NUMBER, activation
 from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.checks import check_format, check_like, in_format_of
+from fastcnn.common.conv_epilogue import Epilogue
 from fastcnn.common.conv_geometry import ConvGeometry
-from fastcnn.common.conv_operands import Input, Output
 from fastcnn.ops.batch_norm_act.operators import batch_norm_act_apply
 from fastcnn.ops.conv2d.aten import convolve, max_pool
 from fastcnn.ops.conv2d.cudnn_relu import conv2d_relu
@@ -74,7 +74,7 @@ def convolve_planned(
     own: the residual is of the block's making, and may come in the other layout.
     keep: makes what is made of the weight, or has kept it.
     """
-    options = [act_option("out", s.act), *(["residual"] if residual is not None else [])]
+    options = [act_option(s.act), *(["residual"] if residual is not None else [])]
     norm = norm_of_step(step)
     plan = choose(problem(EVAL, x, x.shape, step.weight.shape, s.conv, *options))
     if plan == "cudnn_fused":
@@ -117,7 +117,7 @@ def _triton(a: Arguments) -> Tensor:
         residual = residual.contiguous(memory_format=torch.channels_last)
     elif residual is not None:
         check_format("conv_bn_act", "residual", residual, torch.channels_last)
-    return conv2d_fused(Input(a.x), a.weight, a.geometry, Output(a.norm, residual, a.act))[0]
+    return conv2d_fused(a.x, a.weight, a.geometry, Epilogue(a.norm, residual, a.act))[0]
 
 
 _RUN = {"cudnn": _cudnn, "cudnn_fused": _cudnn_fused, "triton": _triton}
@@ -131,18 +131,13 @@ def _tensors(problem: Problem, generator: torch.Generator) -> tuple[Tensor, ...]
 
 def _exact(problem: Problem, x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
     z = normalised(convolve(x.double(), weight.double(), None, geometry_of(problem)), rest[:4])
-    act = act_of(problem, "out")
-    assert act is not None
-    return activation(z + rest[4].double() if len(rest) > 4 else z, act)
+    return activation(z + rest[4].double() if len(rest) > 4 else z, act_of(problem))
 
 
 def _run(plan: str, problem: Problem, x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
-    act = act_of(problem, "out")
-    assert act is not None
     residual = rest[4] if len(rest) > 4 else None
-    norm = norm_of(rest[:4])
-    geometry = geometry_of(problem)
-    return _RUN[plan](Arguments(x, weight, geometry, norm, ACT_NUMBER[act], residual, False))
+    norm, act = norm_of(rest[:4]), ACT_NUMBER[act_of(problem)]
+    return _RUN[plan](Arguments(x, weight, geometry_of(problem), norm, act, residual, False))
 
 
 def _kernels(plan: str, problem: Problem) -> list[Kernel]:
@@ -164,7 +159,7 @@ def _supports(plan: str, problem: Problem) -> str | None:
         return "there is no cuDNN"
     if "deterministic" in problem.options:
         return "PyTorch's operator does not ask cuDNN for deterministic ways"
-    return None if act_of(problem, "out") == "relu" else "relu only"
+    return None if act_of(problem) == "relu" else "relu only"
 
 
 register(

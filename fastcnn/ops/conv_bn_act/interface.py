@@ -25,8 +25,8 @@ residual that came as a tensor:
 
 Eager saves what "full" does. What is recomputed has the same bits: the kernels that made it run
 again. The convolutions on the CPU are those of conv2d/aten.py, most of them PyTorch's own; on CUDA
-those of a step are Triton's where the planner finds them faster, and what stands before and
-behind is fused into them (passes.py, candidates.py). In evaluation, where no gradient is required,
+that of a step in training is Triton's, with the statistics of what it writes, where the planner
+finds that faster (candidates.py). In evaluation, where no gradient is required,
 each step is one convolution on the CPU (conv2d/onednn.py), on CUDA one of inference_candidates.py.
 
 A call: validate.py checks the blocks, planning.py chooses how their convolutions run, autograd.py

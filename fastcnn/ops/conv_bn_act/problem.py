@@ -1,8 +1,7 @@
 """What the planned ops of conv_bn_act have in common: problems, synthetic tensors, bytes, who can.
 
-Options of a problem: in=ACT and out=ACT, a batch norm with that activation before or behind
-the convolution; training, with statistics of the batch; residual; no_dx, where nothing requires the
-input's gradient; channels_last; and how PyTorch is set: tf32, benchmark, deterministic.
+Options of a problem: out=ACT, a batch norm with that activation behind the convolution; residual;
+channels_last; and how PyTorch is set: tf32, benchmark, deterministic.
 """
 
 import importlib.util
@@ -18,7 +17,6 @@ from fastcnn.common.batch_norm_params import Norm
 from fastcnn.common.checks import memory_format_of
 from fastcnn.common.constant_result import constant_result
 from fastcnn.common.conv_geometry import ConvGeometry
-from fastcnn.ops.conv_bn_act.step import StepPlan, StepSettings
 from fastcnn.plan import Kernel, Problem
 from fastcnn.triton.support import DTYPES, allows_tf32, interpreted
 
@@ -28,8 +26,8 @@ EPS = 1e-5
 TRITON_SHARE = 0.7
 STEM_SHARE, STEM_CHANNELS = 0.25, 16
 
-# Of shared memory: what sm_80 has for a program that opts in. The stem's weight gradient takes
-# 160 KiB, and GPUs of other generations (sm_86, sm_89, sm_120), which have 99, refuse to launch it.
+# Of shared memory: what sm_80 has for a program that opts in. The largest tiles take 128 KiB, and
+# GPUs of other generations (sm_86, sm_89, sm_120), which have 99, refuse to launch them.
 SHARED = 163 << 10
 
 _ACT_NAMES = list(ACT_NUMBER)
@@ -65,15 +63,14 @@ def problem(
     )  # fmt: skip
 
 
-def act_option(before: str, act: int) -> str:
-    """Return the option that says which activation stands before or behind the convolution."""
-    return f"{before}={_ACT_NAMES[act]}"
+def act_option(act: int) -> str:
+    """Return the option that says which activation stands behind the convolution."""
+    return f"out={_ACT_NAMES[act]}"
 
 
-def act_of(problem: Problem, before: str) -> str | None:
-    """Return the activation of that option, None without."""
-    found = (option.split("=") for option in problem.options if option.startswith(f"{before}="))
-    return next((act for _, act in found), None)
+def act_of(problem: Problem) -> str:
+    """Return the activation of that option."""
+    return next(o.removeprefix("out=") for o in problem.options if o.startswith("out="))
 
 
 def geometry_of(problem: Problem) -> ConvGeometry:
@@ -81,18 +78,8 @@ def geometry_of(problem: Problem) -> ConvGeometry:
     return ConvGeometry(problem.stride, problem.padding, problem.dilation, problem.groups)
 
 
-def settings_of(problem: Problem, plan: StepPlan) -> StepSettings:
-    """Return the problem's convolution as a step's, without activation."""
-    training = "training" in problem.options
-    return StepSettings(geometry_of(problem), training, EPS, act=0, plan=plan)
-
-
 class Synthetic:
-    """Tensors of a problem from a generator: values of order 1, in the problem's layout.
-
-    Images hold eighths, and a norm's mean odd sixteenths: what it makes of an image is never near
-    0, where the derivative of an activation jumps and rounding would decide.
-    """
+    """Tensors of a problem from a generator: values of order 1, in the problem's layout."""
 
     def __init__(self, problem: Problem, generator: torch.Generator) -> None:
         self.problem, self._generator = problem, generator
@@ -106,7 +93,7 @@ class Synthetic:
 
     def image(self, sizes: Sequence[int]) -> Tensor:
         """Return an image of the problem's dtype."""
-        flat = self.numbers(math.prod(sizes)).mul_(8).round_().div_(8).to(self.problem.dtype)
+        flat = self.numbers(math.prod(sizes)).to(self.problem.dtype)
         return flat.view(list(sizes)).contiguous(memory_format=self._format)
 
     def weight(self) -> Tensor:
@@ -117,9 +104,9 @@ class Synthetic:
 
     def norm(self, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return mean, var, weight and bias."""
-        quarters = [self.numbers(channels).mul_(2).round_() / 4 for _ in range(2)]
+        mean, bias = (self.numbers(channels) for _ in range(2))
         var, weight = (self.numbers(channels).abs() + 0.5 for _ in range(2))
-        return quarters[0] + 1 / 16, var, weight, quarters[1] * weight / (var + EPS).sqrt()
+        return mean, var, weight, bias
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Norm:

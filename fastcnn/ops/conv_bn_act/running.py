@@ -6,7 +6,6 @@ from torch import Tensor
 
 from fastcnn.common.autocast import cast
 from fastcnn.ops.batch_norm_act.operators import fixed_statistics, update_running
-from fastcnn.ops.conv_bn_act.passes import leaves_out_bias
 from fastcnn.ops.conv_bn_act.validate import CheckedStep
 
 
@@ -15,10 +14,7 @@ def statistics_of(checked: CheckedStep) -> tuple[Tensor | None, Tensor | None]:
     step = checked.given
     if step.training:
         return None, None
-    mean, var = fixed_statistics(step.running_mean, step.running_var)
-    if mean is not None and step.conv_bias is not None and leaves_out_bias(checked.settings):
-        mean = mean - cast(step.conv_bias.detach(), checked.dtype)
-    return mean, var
+    return fixed_statistics(step.running_mean, step.running_var)
 
 
 def update_running_statistics(steps: Sequence[CheckedStep], kept: Sequence[Tensor]) -> None:
@@ -31,7 +27,7 @@ def update_running_statistics(steps: Sequence[CheckedStep], kept: Sequence[Tenso
             first = at + names.index("mean")
             mean, var = kept[first : first + 2]
             total = kept[first + 2] if "total" in names else None
-            if step.conv_bias is not None and leaves_out_bias(settings):
+            if step.conv_bias is not None and settings.by_triton:  # it was left out
                 mean = mean + cast(step.conv_bias.detach(), checked.dtype)
             moved = step.running_mean, step.running_var
             update_running(*moved, mean, var, step.momentum, checked.values, total)

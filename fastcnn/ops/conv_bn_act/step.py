@@ -84,14 +84,6 @@ class ConvBnActBlock(NamedTuple):
     shortcut: Sequence[ConvBnActStep] | None = None
 
 
-class StepPlan(NamedTuple):
-    """What of a step's convolution Triton runs (passes.py): itself, and its two gradients."""
-
-    fwd: bool = False
-    dx: bool = False
-    dw: bool = False
-
-
 class StepSettings(NamedTuple):
     """What is not a tensor in a step, as the Function takes it."""
 
@@ -104,7 +96,7 @@ class StepSettings(NamedTuple):
     recompute: bool = False  # the convolution's output is not saved: backward runs it again
     saves_indices: bool = False  # the pooling's
     saves_output: bool = False  # the next step's input: backward recomputes nothing of it
-    plan: StepPlan = StepPlan()
+    by_triton: bool = False  # the convolution, with its statistics: candidates.py
 
     def saved(self) -> tuple[str, ...]:
         """Return what the Function keeps of a step for backward, in order."""
@@ -115,14 +107,9 @@ class StepSettings(NamedTuple):
         return (*names, "output") if self.saves_output else names
 
 
-def leaves_norm(steps: Sequence[StepSettings], i: int) -> bool:
-    """Whether the next convolution applies step i's batch norm and activation itself."""
-    return i + 1 < len(steps) and steps[i + 1].plan.fwd and steps[i].pool is None
-
-
 def any_by_triton(steps: Iterable[StepSettings]) -> bool:
-    """Whether Triton, which reads channels_last, runs something of these steps."""
-    return any(any(s.plan) for s in steps)
+    """Whether Triton, which reads channels_last, runs a convolution of these steps."""
+    return any(s.by_triton for s in steps)
 
 
 class BlockSettings(NamedTuple):

@@ -12,7 +12,6 @@ from fastcnn.ops.conv_bn_act.step import (
     ConvBnActStep,
     StepSettings,
     check_step,
-    leaves_norm,
 )
 
 
@@ -45,15 +44,13 @@ def steps_of(blocks: Iterable[CheckedBlock]) -> list[CheckedStep]:
 
 
 def saving_outputs(block: CheckedBlock) -> CheckedBlock:
-    """Return a block whose backward recomputes nothing: memory="full", once it is planned."""
+    """Return a block whose backward recomputes nothing: memory="full"."""
 
     def chain(steps: tuple[CheckedStep, ...], with_last: bool) -> tuple[CheckedStep, ...]:
-        settings = [step.settings for step in steps]
         found = []
-        for i, (step, s) in enumerate(zip(steps, settings, strict=True)):
-            read = i + 1 < len(steps) or with_last
-            s = s._replace(saves_output=read and not leaves_norm(settings, i))
-            found.append(step._replace(settings=s))
+        for i, step in enumerate(steps, start=1):
+            read = i < len(steps) or with_last
+            found.append(step._replace(settings=step.settings._replace(saves_output=read)))
         return tuple(found)
 
     shortcut = block.shortcut

@@ -37,8 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastcnn import functional
 from fastcnn.nn import BatchNormAct2d, conv_bn_act, convert_sync_batchnorm
-from fastcnn.ops.conv_bn_act import interface as conv_bn_act_op, planning
-from fastcnn.ops.conv_bn_act.step import StepPlan
+from fastcnn.ops.conv_bn_act import candidates, interface as conv_bn_act_op
 
 WORLD = 2
 SECONDS = 600  # far more than the processes need, also beside others; a hang then fails
@@ -173,14 +172,12 @@ def too_few(rank: int) -> Results:
     return found
 
 
-def fused(rank: int) -> Results:
-    # One rank's convolutions are all Triton's, the other's PyTorch's: plans are each machine's own.
-    def planned(*_: object) -> StepPlan:
-        return StepPlan(rank == 0, rank == 0, rank == 0)
-
+def planned(rank: int) -> Results:
+    # One rank's plans are all Triton's, whose statistics are its own part's: shared ones are not
+    # taken from there.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conv_bn_act_op, "is_planned", lambda x: True)
-        patch.setattr(planning, "plan_step", planned)
+        patch.setattr(candidates, "choose", lambda _: "triton" if rank == 0 else "cudnn")
         patch.setattr(torch.backends.cudnn, "allow_tf32", False)
         found = {}
         for name, parts in (("uneven", CHAIN_PARTS), ("empty", (sum(CHAIN_PARTS), 0))):
@@ -191,7 +188,7 @@ def fused(rank: int) -> Results:
     return found
 
 
-QUICK: list[Callable[[int], Results]] = [cases, network, fused, without_others, too_few]
+QUICK: list[Callable[[int], Results]] = [cases, network, planned, without_others, too_few]
 
 
 def work(rank: int, folder: str, *scenarios: Callable[[int], Results]) -> None:
@@ -283,7 +280,7 @@ def test_a_network_in_ddp(ranks: list[Results]) -> None:
 
 @pytest.mark.parametrize("parts", ["uneven", "empty"])
 def test_ranks_with_different_plans(ranks: list[Results], parts: str) -> None:
-    found = [rank["fused"][parts] for rank in ranks]
+    found = [rank["planned"][parts] for rank in ranks]
     y = torch.cat([part["y"] for part in found])
     for part in found:
         whole = {k: t * WORLD if k.startswith("d") else t for k, t in part.items()} | {"y": y}

@@ -1,4 +1,4 @@
-"""The operators of Triton's convolutions: as PyTorch wants operators, and what they refuse.
+"""The operator of Triton's convolution: as PyTorch wants operators, and what it refuses.
 
 What a device cannot change is asked on the CPU alone.
 """
@@ -16,7 +16,6 @@ from torch.library import opcheck
 
 from fastcnn.ops.conv2d import fused_cuda as operators
 from fastcnn.ops.conv_bn_act import interface as conv_bn_act, planning
-from fastcnn.ops.conv_bn_act.step import StepPlan
 
 ops = torch.ops.fastcnn
 GEOMETRY = ([1, 1], [1, 1], [1, 1], 1)
@@ -40,21 +39,10 @@ def test_opcheck() -> None:
     pytest.importorskip("expecttest")  # which torch's opcheck imports
     # Schema, fake results against real ones (sizes, strides, dtypes), symbolic sizes.
     x, y, weight = image(*X), image(*Y), image(*WEIGHT)
-    sums = tuple(torch.randn(2, 6, device=DEVICE))
     for statistics in (True, False):
-        args = (x, weight, None, *norm(8), 1, *norm(6), y, 1, statistics, *GEOMETRY)
-        opcheck(ops.conv2d_fused, args)
-        opcheck(
-            ops.conv2d_fused,
-            (x, weight, y[0, :, 0, 0].clone(), *NONE, 0, *NONE, None, 0, statistics, *GEOMETRY),
-        )
-    behind, plain = (y, *norm(6), 1, *sums), (None, *NONE, 0, None, None)
-    for gradient in (behind, plain):
-        for before in ((x, *norm(8), 1), (None, *NONE, 0)):
-            args = (y, weight, 4, 5, *gradient, image(*X), *before, *GEOMETRY)
-            opcheck(ops.conv2d_fused_bwd_input, args)
-            args = (y, x, 3, 3, *gradient, *before[1:], *GEOMETRY)
-            opcheck(ops.conv2d_fused_bwd_weight, args)
+        opcheck(ops.conv2d_fused, (x, weight, None, *norm(6), y, 1, statistics, *GEOMETRY))
+        bias = y[0, :, 0, 0].clone()
+        opcheck(ops.conv2d_fused, (x, weight, bias, *NONE, None, 0, statistics, *GEOMETRY))
 
 
 def test_opcheck_of_cudnn_s() -> None:
@@ -68,7 +56,7 @@ def test_opcheck_of_cudnn_s() -> None:
 def test_a_weight_in_the_other_layout() -> None:
     # As a model has it that nobody converted: copied, since it is small; images never are.
     x, weight = image(*X), torch.randn(WEIGHT, device=DEVICE)
-    rest = (None, *NONE, 0, *NONE, None, 0, False, *GEOMETRY)
+    rest = (None, *NONE, None, 0, False, *GEOMETRY)
     y, _, _ = ops.conv2d_fused(x, weight, *rest)
     same, _, _ = ops.conv2d_fused(x, weight.contiguous(memory_format=torch.channels_last), *rest)
     assert torch.equal(y, same)
@@ -80,16 +68,8 @@ def test_without_a_gpu_and_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(operators, "interpreted", lambda: False)
     with pytest.raises(ValueError, match=r"x: expected a CUDA tensor, .* got one on cpu"):
         ops.conv2d_fused(
-            image(*X).cpu(), image(*WEIGHT).cpu(), None, *NONE, 0, *NONE, None, 0, False, *GEOMETRY
+            image(*X).cpu(), image(*WEIGHT).cpu(), None, *NONE, None, 0, False, *GEOMETRY
         )
-
-
-def all_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def planned(*_: object) -> StepPlan:
-        return StepPlan(True, True, True)
-
-    monkeypatch.setattr(conv_bn_act, "is_planned", lambda x: True)
-    monkeypatch.setattr(planning, "plan_step", planned)
 
 
 def blocks() -> Stage:
@@ -97,28 +77,23 @@ def blocks() -> Stage:
 
 
 @pytest.mark.gpu
-def test_what_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Two blocks: 4 + 3 convolutions. Written beside their outputs are the blocks' outputs and the
-    # projection's; statistics and sums come with the convolutions, but for each block's last sums,
-    # behind an addition, and the projection's.
-    all_fused(monkeypatch)
+def test_statistics_come_with_the_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two blocks: 4 + 3 convolutions, each with a pass behind it that applies its batch norm.
+    monkeypatch.setattr(conv_bn_act, "is_planned", lambda x: True)
+    monkeypatch.setattr(planning, "plan_step", lambda *_: True)
     x = image(2, 4, 6, 7).requires_grad_()
     model = blocks()
     with Operators() as forward:
         y = model(x).sum()
     assert forward.calls[ops.conv2d_fused] == 7
-    assert forward.calls[ops.batch_norm_act_apply] == 3
+    assert forward.calls[ops.batch_norm_act_apply] == 7
     assert not forward.calls[torch.ops.aten.convolution]
     assert not forward.calls[ops.batch_norm_act_fwd] + forward.calls[ops.batch_norm_act_stats]
     with Operators() as backward:
         y.backward()
-    assert backward.calls[ops.conv2d_fused_bwd_input] == 7
-    assert backward.calls[ops.conv2d_fused_bwd_weight] == 7
-    assert backward.calls[ops.batch_norm_act_reduce] == 3
-    # The projection's output once more: silu's derivative behind the addition asks for it.
-    assert backward.calls[ops.batch_norm_act_apply] == 1
-    written = (ops.batch_norm_act_dx, ops.batch_norm_act_bwd, torch.ops.aten.convolution_backward)
-    assert not any(backward.calls[op] for op in written)
+    assert backward.calls[ops.batch_norm_act_bwd] == 7
+    assert backward.calls[torch.ops.aten.convolution_backward]
+    assert not backward.calls[ops.conv2d_fused]  # the convolutions' outputs were saved
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit

@@ -12,14 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.conv2d_triton_cases import (
-    BEFORE_AND_BEHIND,
+    BEHIND,
     DTYPES,
     GEOMETRIES,
     HALF,
     NAMES,
     SMALL,
     in_two_types,
-    normalised,
 )
 from support.device import DEVICE, slow_unless, thinned
 from support.seeds import seed_all
@@ -29,6 +28,7 @@ from support.triton_interpreter import (
     activated,
     before_act,
     channels_last,
+    given,
     norm_of,
     without_tf32,
 )
@@ -36,9 +36,11 @@ from torch import Tensor
 
 from fastcnn.common.activation import ACT_NUMBER
 from fastcnn.common.batch_norm_params import Norm
+from fastcnn.common.conv_epilogue import Epilogue
 from fastcnn.common.conv_geometry import ConvGeometry
-from fastcnn.common.conv_operands import Input, Output
+from fastcnn.triton import conv2d_fwd
 from fastcnn.triton.conv2d_fwd import Tile, conv2d
+from fastcnn.triton.device import arch_of, matrix
 from fastcnn.triton.support import allows_tf32
 from fastcnn.triton.validate import checked_norm
 
@@ -82,22 +84,20 @@ def check(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
     tile: Tile | None = SMALL,
-    before: tuple[Norm, int] = (None, 0),  # type: ignore[assignment]
-    **behind: Any,
+    **parts: Any,
 ) -> None:
-    geometry, out = ConvGeometry(stride, padding, dilation, groups), Output(**behind)
-    a = Input(x, *before)
-    y, statistics = conv2d(a, weight, geometry, out, tile)
-    product = convolved(normalised(a), weight, *geometry)
+    geometry, behind = ConvGeometry(stride, padding, dilation, groups), Epilogue(**parts)
+    y, statistics = conv2d(x, weight, geometry, behind, tile)
+    product = convolved(given(x), weight, *geometry)
     if statistics is not None:
         assert_statistics(statistics, product, x.dtype)
         # They are of values rounded to y's type, and so is what stands behind.
         rounding = unit_roundoff(x.dtype) * (product.exact.abs() + product.error)
         product = Bounded(product.exact, product.error + rounding)
-    z = before_act(product, out.norm, out.bias, out.residual)
+    z = before_act(product, behind.norm, behind.bias, behind.residual)
     assert y.dtype is x.dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert_rounded("y", y, *activated(z, NAMES[out.act]))
+    assert_rounded("y", y, *activated(z, NAMES[behind.act]))
 
 
 @pytest.mark.parametrize(("name", "dtype"), in_two_types(GEOMETRIES, 2))
@@ -108,19 +108,14 @@ def test_geometries(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("act", "dtype"),
-    slow_unless(
-        lambda *how: how in (HALF[0], ("gelu", torch.float32)), thinned(BEFORE_AND_BEHIND, 5)
-    ),
+    slow_unless(lambda *how: how in (HALF[0], ("gelu", torch.float32)), thinned(BEHIND, 5)),
 )
-def test_activations_before_and_behind(act: str, dtype: torch.dtype) -> None:
-    # Padding: act(bias) of a pixel outside would be seen in every border pixel.
+def test_activations(act: str, dtype: torch.dtype) -> None:
     for size in (1, 3):
         x, weight = (
             channels_last(2, 16, 4, 5, dtype=dtype),
             channels_last(8, 16, size, size, dtype=dtype),
         )
-        before = norm_of(16, dtype), ACT_NUMBER[act]
-        check(x, weight, padding=(size // 2, size // 2), before=before)
         check(x, weight, padding=(size // 2, size // 2), act=ACT_NUMBER[act])
 
 
@@ -149,28 +144,27 @@ def test_everything_behind(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16]
 )
-def test_depthwise_before_and_behind(dtype: torch.dtype) -> None:
+def test_depthwise_with_everything_behind(dtype: torch.dtype) -> None:
     x, weight = channels_last(2, 20, 6, 5, dtype=dtype), channels_last(20, 1, 3, 3, dtype=dtype)
-    before = norm_of(20, dtype)._replace(weight=None), ACT_NUMBER["silu"]
     behind = {
         "norm": norm_of(20)._replace(bias=None),
         "act": ACT_NUMBER["relu"],
         "statistics": True,
         "residual": channels_last(2, 20, 6, 5, dtype=dtype),
     }
-    check(x, weight, padding=(1, 1), groups=20, before=before, **behind)
+    check(x, weight, padding=(1, 1), groups=20, **behind)
     check(x, weight, padding=(1, 1), groups=20, tile=None)
 
 
 def test_a_norm_comes_whole() -> None:
     # Triton 3.6 compiles no tuple with a None in it; the interpreter does not mind.
     mean, var, *_ = norm_of(16)
-    found = checked_norm(16, "", Norm(mean, var), 0)
+    found = checked_norm(16, Norm(mean, var))
     assert found is not None
     assert torch.equal(found.weight, torch.ones(16, device=DEVICE))
     assert torch.equal(found.bias, torch.zeros(16, device=DEVICE))
     assert found[:2] == (mean, var)
-    assert checked_norm(16, "", None, 0) is None
+    assert checked_norm(16, None) is None
 
 
 def test_nothing_cancels() -> None:
@@ -181,7 +175,6 @@ def test_nothing_cancels() -> None:
     weight = weight.contiguous(memory_format=torch.channels_last).to(DEVICE)
     norm = norm_of(16)
     norm = norm._replace(mean=norm.mean + 1e4)
-    check(x, weight, before=(norm, 0))
     check(x, weight, norm=norm)
     check(x, weight, statistics=True)
 
@@ -195,7 +188,7 @@ def test_many_tiles_are_merged() -> None:
 def test_the_same_bits_twice() -> None:
     x, weight = channels_last(2, 16, 6, 5), channels_last(16, 16, 3, 3)
     first, second = (
-        conv2d(Input(x), weight, out=Output(statistics=True), tile=SMALL) for _ in range(2)
+        conv2d(x, weight, behind=Epilogue(statistics=True), tile=SMALL) for _ in range(2)
     )
     assert torch.equal(first[0], second[0])
     assert all(map(torch.equal, first[1], second[1]))  # type: ignore[arg-type]
@@ -220,7 +213,7 @@ def test_whether_tf32_is_allowed_is_read_where_it_is_set() -> None:
 
 
 def test_empty_batch() -> None:
-    y, _ = conv2d(Input(channels_last(0, 16, 4, 4)), channels_last(8, 16, 3, 3))
+    y, _ = conv2d(channels_last(0, 16, 4, 4), channels_last(8, 16, 3, 3))
     assert y.shape == (0, 8, 2, 2)
 
 
@@ -244,20 +237,23 @@ X, W = (1, 8, 4, 4), (8, 8, 1, 1)
 def test_what_is_refused(make: Any, said: str) -> None:
     x, *others = make()
     with pytest.raises(ValueError, match=said):
-        conv2d(Input(x), *others)
+        conv2d(x, *others)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"out": Output(Norm(*[torch.ones(7)] * 2))}, r"out_mean: expected \[8\]"),
-        ({"out": Output(bias=torch.ones(16)[::2])}, r"bias: expected \[8\], contiguous"),
-        ({"out": Output(bias=torch.ones(8).double())}, "bias: .* of torch.float64"),
-        ({"out": Output(norm_of(8), bias=torch.ones(8))}, "a norm behind it or a bias, got both"),
-        ({"out": Output(residual=torch.randn(X))}, "residual: expected"),
-        ({"out": Output(act=8)}, "out_act: expected a number from 0 to 7, got 8"),
-        ({"before": (norm_of(8), -1)}, "in_act: expected a number from 0 to 7"),
-        ({"before": (norm_of(8)._replace(bias=torch.ones(1)), 1)}, "in_bias: expected"),
+        ({"behind": Epilogue(Norm(*[torch.ones(7)] * 2))}, r"bn_mean: expected \[8\]"),
+        ({"behind": Epilogue(bias=torch.ones(16)[::2])}, r"bias: expected \[8\], contiguous"),
+        ({"behind": Epilogue(bias=torch.ones(8).double())}, "bias: .* of torch.float64"),
+        (
+            {"behind": Epilogue(norm_of(8), bias=torch.ones(8))},
+            "a norm behind it or a bias, got both",
+        ),
+        ({"behind": Epilogue(residual=torch.randn(X))}, "residual: expected"),
+        ({"behind": Epilogue(act=8)}, "conv2d: act: expected a number from 0 to 7, got 8"),
+        ({"behind": Epilogue(norm_of(8)._replace(bias=torch.ones(1)))}, "bn_bias: expected"),
+        ({"behind": Epilogue(act=-1)}, "conv2d: act: expected a number from 0 to 7, got -1"),
         ({"geometry": ConvGeometry(stride=(0, 1))}, "stride: expected"),
         ({"geometry": ConvGeometry(padding=(-1, 0))}, "padding: expected"),
         (
@@ -268,6 +264,36 @@ def test_what_is_refused(make: Any, said: str) -> None:
 )
 def test_which_options_are_refused(options: dict[str, Any], said: str) -> None:
     weight = channels_last(*options.pop("weight", W))
-    a = Input(channels_last(*X), *options.pop("before", ()))
     with pytest.raises(ValueError, match=said):
-        conv2d(a, weight, **options)
+        conv2d(channels_last(*X), weight, **options)
+
+
+def test_more_pixels_than_kernels_count_are_refused() -> None:
+    # In int32: a kernel would find all of its pixels outside, and leave y as it was allocated.
+    image = torch.empty(2, 1, 2**15, 2**15, device="meta", dtype=torch.half)
+    weight = torch.empty(1, 1, 1, 1, device="meta", dtype=torch.half)
+    with pytest.raises(ValueError, match="expected at most 2147418112 pixels, got 2147483648"):
+        conv2d(image, weight)
+
+
+POINTWISE = {  # whether the descriptors of x and weight are asked for
+    "as it is": (24, 0, True),
+    "rows that are no 16 bytes": (19, 0, False),
+    "an address that is no 16 bytes": (24, 1, False),
+}
+
+
+@pytest.mark.parametrize("how", POINTWISE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_1x1_by_descriptors(how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 6 ragged tiles, two a program in the interpreter.
+    (c_in, moved, expected), read = POINTWISE[how], []
+    monkeypatch.setattr(conv2d_fwd, "matrix", lambda *a: (read.append(a), matrix(*a))[1])
+    x, weight = (
+        channels_last(2, c_in, 7, 5, dtype=dtype),
+        channels_last(40, c_in, 1, 1, dtype=dtype),
+    )
+    if moved:
+        x = torch.empty(x.numel() + 1).to(x)[1:].as_strided(x.shape, x.stride()).copy_(x)
+    check(x, weight, statistics=True)
+    assert len(read) == 2 * (expected and arch_of(x) >= 90)

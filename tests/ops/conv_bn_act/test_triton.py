@@ -1,7 +1,6 @@
 """Chains whose convolutions are Triton's, in its interpreter, against PyTorch in float64.
 
-The plan of each step is forced here: forward, input's gradient and weight's gradient each by
-PyTorch's convolution or by Triton's, in every combination and next to every other one.
+The plan of each step is forced here: its convolution by PyTorch or by Triton, next to either.
 """
 
 import copy
@@ -35,32 +34,20 @@ from fastcnn.ops.conv_bn_act import (
     planning,
 )
 from fastcnn.ops.conv_bn_act.folded import FoldedConv2d
-from fastcnn.ops.conv_bn_act.step import StepPlan
 
-Plan = tuple[bool, bool, bool]  # fused, dx_fused, dw_fused
 Force = Callable[..., None]
 Case = tuple[Stage, Tensor, Tensor | None, Expected]
-NONE, ALL = (False, False, False), (True, True, True)
-
-
-def plans_of(first: tuple[Plan, ...], *others: tuple[Plan, ...]) -> pytest.MarkDecorator:
-    """Parametrize a test: with these plans in turn, and at length (slow) with the others."""
-    cases = slow_unless(lambda plans: plans is first, [(plans,) for plans in (first, *others)])
-    return pytest.mark.parametrize("plans", cases, ids=str)
+Plans = tuple[bool, ...]  # of a chain's steps in turn: whether Triton runs the convolution
 
 
 @pytest.fixture
 def force(monkeypatch: pytest.MonkeyPatch) -> Force:
-    """Gives the steps of all chains these plans, in turn."""
+    """Gives the steps of all chains these plans, in turn; without the batch's statistics none."""
 
-    def set_plans(*plans: Plan) -> None:
+    def set_plans(*plans: bool) -> None:
         turn = itertools.cycle(plans)
-
-        def planned(*_: object) -> StepPlan:
-            return StepPlan(*next(turn))
-
         monkeypatch.setattr(conv_bn_act, "is_planned", lambda x: True)
-        monkeypatch.setattr(planning, "plan_step", planned)
+        monkeypatch.setattr(planning, "plan_step", lambda s, *_: next(turn) and s.training)
 
     return set_plans
 
@@ -71,13 +58,8 @@ def check(model: Stage, x: Tensor, residual: Tensor | None = None, **how: bool) 
 
 
 SMOOTH = ["none", "silu", "sigmoid"]  # and gelu
-ONE_FOR_ALL = [(p,) for p in itertools.product((False, True), repeat=3)]
-BESIDE_EACH_OTHER = [
-    (ALL, NONE, ALL),
-    (NONE, ALL, NONE),
-    (ALL, (True, False, True), (False, True, False)),
-    (NONE, (True, False, False), (False, False, True)),
-]
+ALL = (True,)
+NEXT_TO_EACH_OTHER = [(False,), (True, False, True), (False, True, False)]
 
 
 @pytest.fixture(scope="module")
@@ -92,17 +74,10 @@ def cases() -> list[Case]:
 
 @pytest.mark.parametrize(
     "plans",
-    [
-        *(pytest.param(p, marks=() if p == (ALL,) else pytest.mark.slow) for p in ONE_FOR_ALL),
-        *BESIDE_EACH_OTHER,
-    ],
+    slow_unless(lambda p: any(p), [(p,) for p in (ALL, *NEXT_TO_EACH_OTHER)]),
     ids=str,
 )
-def test_every_plan(
-    plans: tuple[Plan, ...],
-    cases: list[tuple[Stage, Tensor, Tensor | None, Expected]],
-    force: Force,
-) -> None:
+def test_every_plan(plans: Plans, cases: list[Case], force: Force) -> None:
     force(*plans)
     for model, x, residual, expected in cases:
         expected.check(results(copy.deepcopy(model), x, residual))
@@ -112,22 +87,17 @@ def test_every_plan(
     "act", ["gelu", *(pytest.param(act, marks=pytest.mark.slow) for act in SMOOTH)]
 )
 def test_activations(act: str, force: Force) -> None:
-    # Those whose derivative jumps: conv2d/test_triton_backward.py, where values keep away from it.
-    force(ALL, (True, False, True), ALL)
+    force(True, False, True)
     for residual in (None, image(2, 24, 3, 4)):
         check(chain(act), image(2, 16, 6, 7), residual)
 
 
 @pytest.mark.parametrize(
     "plans",
-    slow_unless(
-        lambda p: p == (ALL,),
-        [((ALL,),), ((NONE, ALL),), ((ALL, NONE),), (((True, False, True),),)],
-    ),
+    slow_unless(lambda p: p == ALL, [(ALL,), ((False, True),), ((True, False),)]),
     ids=str,
 )
-def test_blocks(plans: tuple[Plan, ...], force: Force) -> None:
-    # Identity, whose gradient is added in dx's epilogue, and projections.
+def test_blocks(plans: Plans, force: Force) -> None:
     force(*plans)
     for shortcut in ("none", "identity", "projection", "two steps"):
         check(stage(shortcut, act="silu"), image(2, 4, 6, 7))
@@ -135,11 +105,10 @@ def test_blocks(plans: tuple[Plan, ...], force: Force) -> None:
 
 @pytest.mark.parametrize(
     "plans",
-    slow_unless(lambda p: p == (NONE, ALL), [((ALL,),), ((ALL, NONE),), ((NONE, ALL),)]),
+    slow_unless(lambda p: p == (False, True), [(ALL,), ((True, False),), ((False, True),)]),
     ids=str,
 )
-def test_pooling_grouped_and_depthwise(plans: tuple[Plan, ...], force: Force) -> None:
-    # A pooled activation is written: the step behind it has an activation before it.
+def test_pooling_grouped_and_depthwise(plans: Plans, force: Force) -> None:
     force(*plans)
     check(*pooled_grouped_and_depthwise())
 
@@ -150,7 +119,7 @@ def test_pooling_grouped_and_depthwise(plans: tuple[Plan, ...], force: Force) ->
     ids=str,
 )
 def test_batch_norms_of_other_kinds(kind: dict[str, object], force: Force) -> None:
-    force(ALL)
+    force(True)
     for training in (True, False):
         steps = [(nn.Conv2d(8, 8, 1), BatchNormAct2d(8, act="silu", **kind)) for _ in range(2)]
         check(Chain(*steps).train(training), image(2, 8, 4, 5))
@@ -158,12 +127,10 @@ def test_batch_norms_of_other_kinds(kind: dict[str, object], force: Force) -> No
 
 @pytest.mark.parametrize(
     "plans",
-    slow_unless(
-        lambda p: p != (ALL,), [((ALL,),), (((True, True, False), (True, False, True), ALL),)]
-    ),
+    slow_unless(lambda p: p != ALL, [(ALL,), ((True, False, True),)]),
     ids=str,
 )
-def test_frozen_parts(plans: tuple[Plan, ...], force: Force) -> None:
+def test_frozen_parts(plans: Plans, force: Force) -> None:
     # Without a gradient for x, for weights, for batch norms; some statistics fixed.
     force(*plans)
     for part in ("convs.0.weight", "convs.1.weight", "bns.1.weight", "bns.2.bias"):
@@ -180,7 +147,7 @@ def test_memory_levels_give_the_same_bits(memory: str, force: Force) -> None:
         model = stage("projection", "identity", act="silu").train(training)
         other, x = copy.deepcopy(model), image(2, 4, 6, 7)
         other.memory = memory
-        force(ALL)
+        force(True)
         expected = results(model, x, None)
         for name, t in results(other, x, None).items():
             assert t is None or torch.equal(t, expected[name]), name
@@ -188,7 +155,7 @@ def test_memory_levels_give_the_same_bits(memory: str, force: Force) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves(dtype: torch.dtype, force: Force) -> None:
-    for plans in ((ALL,), (NONE, ALL, NONE)):
+    for plans in (ALL, (False, True, False)):
         force(*plans)
         model = chain(bias=False)
         model.convs.to(dtype)
@@ -200,14 +167,14 @@ def test_images_that_are_in_both_layouts(force: Force) -> None:
     # other, right behind it and behind a pooling.
     for sizes in ((2, 1, 6, 7), (20, 8, 1, 1)):
         for pool in ((), (nn.MaxPool2d(1),)):
-            force(NONE, ALL)
+            force(False, True)
             first = (*conv_bn(sizes[1], 8, 1, "silu"), *pool)
             check(Chain(first, conv_bn(8, 8, 1, "silu")), image(*sizes))
 
 
 def test_gradients_in_any_layout(force: Force) -> None:
     # A sum's gradient has strides of 0; another consumer's may be NCHW.
-    force(ALL)
+    force(True)
     model, x = chain(), image(2, 16, 6, 7).requires_grad_()
     weights = list(model.parameters())
     dense = torch.autograd.grad(model(x), weights, torch.ones(2, 24, 3, 4))
@@ -217,7 +184,7 @@ def test_gradients_in_any_layout(force: Force) -> None:
 
 
 def test_the_same_bits_twice(force: Force) -> None:
-    force(ALL)
+    force(True)
     model, x = chain(), image(2, 16, 6, 7)
     first, second = (results(copy.deepcopy(model), x, None) for _ in range(2))
     for name in ("y", "dx", "dconvs.1.weight", "dbns.0.weight"):
@@ -231,7 +198,7 @@ def test_the_same_bits_twice(force: Force) -> None:
     ),
 )
 def test_inference(act: str, plan: str, force: Force, monkeypatch: pytest.MonkeyPatch) -> None:
-    force(NONE)
+    force(False)
     monkeypatch.setattr(conv_bn_act, "folds", lambda x: False)
     monkeypatch.setattr(inference_candidates, "choose", lambda problem: plan)
     model = chain(act).eval()
@@ -244,7 +211,7 @@ def test_inference(act: str, plan: str, force: Force, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("plan", ["cudnn", "triton"])
 def test_inference_in_autocast(plan: str, force: Force, monkeypatch: pytest.MonkeyPatch) -> None:
     # Of weights in float32: as of the same weights in bfloat16.
-    force(NONE)
+    force(False)
     monkeypatch.setattr(conv_bn_act, "folds", lambda x: False)
     monkeypatch.setattr(inference_candidates, "choose", lambda problem: plan)
     monkeypatch.setattr(conv2d_folded, "folds", lambda x: False)
@@ -267,7 +234,7 @@ def test_inference_of_a_block_in_any_layout(
     plan: str, c_in: int, force: Force, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # PyTorch's convolutions go by the weight where the image is NCHW, or is both layouts.
-    force(NONE)
+    force(False)
     monkeypatch.setattr(conv_bn_act, "folds", lambda x: False)
     monkeypatch.setattr(inference_candidates, "choose", lambda problem: plan)
     block = Block([conv_bn(c_in, 4, 3)], [conv_bn(c_in, 4, 1, "none")])
@@ -281,7 +248,7 @@ def test_inference_of_a_block_in_any_layout(
 
 
 def test_a_residual_in_the_other_layout(force: Force, monkeypatch: pytest.MonkeyPatch) -> None:
-    force(ALL)
+    force(True)
     monkeypatch.setattr(conv_bn_act, "folds", lambda x: False)
     monkeypatch.setattr(inference_candidates, "choose", lambda problem: "triton")
     for training in (True, False):
@@ -297,7 +264,7 @@ def test_parameters_that_are_not_dense(force: Force) -> None:
     dense = [torch.full((bn.num_features,), 0.5) for bn in model.bns]
     found = []
     for weights in (dense, [t[:1].expand_as(t) for t in dense]):
-        force(ALL)
+        force(True)
         for bn, weight in zip(model.bns, weights, strict=True):
             del bn.weight
             bn.weight = weight
@@ -307,6 +274,6 @@ def test_parameters_that_are_not_dense(force: Force) -> None:
 
 
 def test_an_empty_batch_takes_pytorchs_way(force: Force) -> None:
-    force(ALL)
+    force(True)
     y = chain().eval()(image(0, 16, 6, 7))
     assert y.shape == (0, 24, 3, 4)

@@ -1,0 +1,26 @@
+"""What stands behind a convolution in the same kernel: one record, from the op to the launch.
+
+    y = act(norm(conv2d(x, weight)) + residual), or + bias without a norm
+
+Kernels: fastcnn/triton/conv2d_kernels.py.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastcnn.common.batch_norm_params import Norm
+
+
+class Epilogue(NamedTuple):
+    """Each part is optional; without a norm a bias [c_out] may stand there.
+
+    act: the schema's number (activation.py). statistics: also the mean and biased variance of the
+    convolution itself.
+    """
+
+    norm: Norm | None = None
+    residual: Tensor | None = None
+    act: int = 0
+    statistics: bool = False
+    bias: Tensor | None = None
