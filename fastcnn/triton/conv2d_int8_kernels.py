@@ -8,6 +8,10 @@ zero point times the sum of its weights, and the bias if y is quantised. Then, i
 quantised y, whose products are exact, and float32 else, in the formula's order: scale, bias
 (floating y), residual, act, zero point, rounding to nearest even, saturation.
 
+The product is of the weights times x, [o, p], and is turned over for the epilogue. Unsigned x pass
+through registers to become signed; as the left operand of a wgmma they would stay there, which is
+not safe (conv2d_kernels.py), and the right one is always read from shared memory.
+
 The walk over tiles, taps and channels is conv2d_kernels.py's. Floor: x, w, residual, y once.
 """
 
@@ -108,7 +112,7 @@ def conv2d_int8_kernel(
     taps = KERNEL_H * KERNEL_W
     weights = w_ptr + channels.to(tl.int64)[None, :] * (taps * c_in_group)
     steps = tl.cdiv(taps * c_in_group if FLAT else c_in_group, BLOCK_K)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for step in range(steps if FLAT else taps * steps):
         tap, i, k, in_k = taps_of(step, steps, c_in_group, taps, BLOCK_K, FLAT)
         a = load_taps(
@@ -116,9 +120,9 @@ def conv2d_int8_kernel(
             KERNEL_W, DILATION_H, DILATION_W,
         )  # fmt: skip
         b = tl.load(weights + k[:, None], mask=in_k[:, None] & in_o[None, :], other=0)
-        acc = tl.dot(_signed(a), b, acc, out_dtype=tl.int32)
+        acc = tl.dot(b.T, _signed(a).T, acc, out_dtype=tl.int32)
     write_int8_tile(
-        acc, p.to(tl.int64)[:, None] * c_out + channels[None, :], in_p, channels, in_o,
+        acc.T, p.to(tl.int64)[:, None] * c_out + channels[None, :], in_p, channels, in_o,
         y_ptr, sum_ptr, weight_scale_ptr, bias_ptr, residual_ptr, x_scale, out_scale,
         residual_scale, six, _signed_zero(x_ptr, x_zero_point), residual_zero_point,
         out_zero_point, ACT, QUANTISED, LEAST, MOST,

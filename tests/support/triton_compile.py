@@ -87,7 +87,6 @@ RELU = {"ACT": ACT_NUMBER["relu"]}
 BEHIND: dict[str, tuple[dict[str, int], set[str]]] = {
     "in training": ({"ACT": 0}, {"norm", "bias_ptr", "residual_ptr"}),
     "in evaluation": (RELU, {"bias_ptr", "mean_ptr", "square_ptr"}),
-    "with a bias": (RELU, {"norm", "residual_ptr", "mean_ptr", "square_ptr"}),
     "with everything": (RELU, {"bias_ptr"}),
 }
 
