@@ -1,7 +1,14 @@
 """Tuning: every candidate is run once and checked, those that are right are timed.
 
 The inputs are synthetic, from a generator of tuning's own: the user's random numbers stay what they
-would have been. Candidates take turns, each call finds cold caches, and the medians count.
+would have been. They have the problem's own sizes, so that a kernel is checked as it will run: the
+same tiles, as many of them, the same ragged edges. Candidates take turns, each call finds cold
+caches, and the medians count.
+
+The fastest is then launched LAUNCHES times on the same inputs and has to give the same bits each
+time: a race between threads, or an instruction that reads a register too late, shows in few of many
+launches. Not so the baseline, which runs where nothing was tuned: what PyTorch computes is what the
+user would have had.
 """
 
 import contextlib
@@ -9,6 +16,7 @@ import functools
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +32,9 @@ __all__ = ["tune"]
 
 WARMUP = 2
 REPEATS = 9
+# By the kind of device, on others FEW_LAUNCHES: there is no such race in an interpreter.
+LAUNCHES = {"cuda": 1000}
+FEW_LAUNCHES = 3
 
 
 def tune(op: Op, problem: Problem, candidates: Sequence[Candidate], timer: Timer) -> Entry:
@@ -35,18 +46,44 @@ def tune(op: Op, problem: Problem, candidates: Sequence[Candidate], timer: Timer
     """
     with _apart(problem.device):
         tensors, refused = _checked(op, problem, candidates, timer)
-        for name, why in refused.items():
-            warnings.warn(f"{op.name}: {name} refused: {why}", stacklevel=2)
-        right: dict[str, Callable[[], object]] = {
+        right: dict[str, Callable[[], Any]] = {
             candidate.name: functools.partial(candidate.run, problem, *tensors)
             for candidate in candidates
             if candidate.name not in refused
         }
-        if not right:
-            raise RuntimeError(f"{op.name}: no candidate is right for {problem}: {refused}")
         times = interleaved(right, REPEATS, WARMUP, timer.seconds)
-    milliseconds = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+        medians = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+        for fastest in sorted(medians, key=medians.__getitem__):
+            why = None if fastest == op.baseline else _unsteady(right[fastest], problem.device)
+            if why is None:
+                break
+            refused[fastest] = why
+    for name, why in refused.items():
+        warnings.warn(f"{op.name}: {name} refused: {why}", stacklevel=2)
+    milliseconds = {name: median for name, median in medians.items() if name not in refused}
+    if not milliseconds:
+        raise RuntimeError(f"{op.name}: no candidate is right for {problem}: {refused}")
     return Entry(min(milliseconds, key=milliseconds.__getitem__), milliseconds, refused)
+
+
+def _unsteady(run: Callable[[], Any], device: torch.device) -> str | None:
+    """Say which of many launches gives other bits than the first, None if none does."""
+    launches = LAUNCHES.get(device.type, FEW_LAUNCHES)
+    first = _bits(run())
+    differ = torch.zeros(launches, dtype=torch.bool, device=device)
+    for k in range(1, launches):
+        for y, same in zip(_bits(run()), first, strict=True):
+            differ[k] |= (y != same).any()  # the device is waited for once, at the end
+    if not differ.any():
+        return None
+    k = int(differ.int().argmax()) + 1
+    return f"not deterministic: launch {k} of {launches} differs"
+
+
+def _bits(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return outputs as integers: a NaN is unlike itself, and -0 like 0."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tuple(y.view(integers[y.itemsize]) for y in _tuple(result))
 
 
 @contextlib.contextmanager

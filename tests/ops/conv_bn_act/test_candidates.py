@@ -7,6 +7,7 @@ interpreter, under the planner's own check: the one that decides on a GPU.
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +17,18 @@ from support.shapes import RESNET50_CONVS, Conv
 from torch import nn
 
 import fastcnn.plan.tune
+from fastcnn.common.conv_epilogue import Epilogue
+from fastcnn.common.conv_geometry import ConvGeometry
 from fastcnn.nn import BatchNormAct2d, conv_bn_act
+from fastcnn.ops.conv2d.fused import conv2d_fused
 from fastcnn.ops.conv_bn_act import interface as op_module, problem as conv_bn_act_problem
 from fastcnn.ops.conv_bn_act.candidates import FWD
 from fastcnn.ops.conv_bn_act.inference_candidates import EVAL
 from fastcnn.plan import OPS, Problem
 from fastcnn.plan.planner import Planner
 from fastcnn.plan.tune import tune
+from fastcnn.triton import conv2d_fwd
+from fastcnn.triton.tiles import Tile, default_tile
 
 CPU = torch.device("cpu")
 CASES = [(FWD, ()), (EVAL, ("out=relu",)), (EVAL, ("out=relu", "residual")), (EVAL, ("out=silu",))]
@@ -60,6 +66,39 @@ def test_every_candidate_is_right(
         if "out=silu" in options:
             expected -= {"cudnn_fused"}
         assert entry.names() == expected
+
+
+@pytest.mark.parametrize("weight", [(24, 16, 1, 1), (24, 16, 3, 3)], ids=str)
+def test_a_candidate_is_checked_at_the_tiles_that_it_runs_with(
+    weight: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Several of them, with ragged edges: 70 pixels, 24 channels.
+    monkeypatch.setattr(fastcnn.plan.tune, "REPEATS", 1)
+    tiles: list[tuple[int, Tile]] = []
+
+    def noted(pixels: int, *sizes: Any) -> Tile:
+        tiles.append((pixels, default_tile(pixels, *sizes)))
+        return tiles[-1][1]
+
+    monkeypatch.setattr(conv2d_fwd, "default_tile", noted)
+    padding = (weight[2] // 2,) * 2
+    problem = Problem(
+        FWD, (2, 16, 5, 7), weight, torch.float32, CPU, padding=padding, options=("channels_last",)
+    )
+    able, _ = OPS[FWD].supporting(problem)
+    tune(OPS[FWD], problem, list(able.values()), Clock())
+    in_tuning = set(tiles)
+    tiles.clear()
+    x, w = (
+        torch.randn(sizes).contiguous(memory_format=torch.channels_last)
+        for sizes in (problem.x, problem.weight)
+    )
+    conv2d_fused(x, w, ConvGeometry(padding=padding), Epilogue(statistics=True))
+    assert in_tuning == set(tiles)
+    ((pixels, tile),) = tiles
+    assert pixels > tile.m
+    assert pixels % tile.m != 0
+    assert weight[0] % tile.n != 0
 
 
 def on_gpu(op: str, conv: Conv, *options: str, **others: object) -> Problem:
