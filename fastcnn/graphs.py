@@ -90,8 +90,8 @@ def _device_of(leaves: Sequence[Any]) -> torch.device:
             )
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             raise ValueError(
-                "graphed: example: expected tensors that require no gradient, got one of "
-                f"{_kind_of(leaf)} that does: what backward gives it would stay in the graph"
+                "graphed: example: expected tensors that require no gradient, got "
+                f"{_kind_of(leaf)}: what backward gives it would stay in the graph"
             )
     devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
     if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
@@ -175,8 +175,9 @@ class GraphedFunction:
     def __init__(self, function: Function, example: Any, warmup: int, graph: Graph) -> None:
         self._function, self._graph = function, graph
         self._calls_before = warmup
-        self._leaves, self._form = pytree.tree_flatten(example)
-        self._kinds = [_kind_of(leaf) for leaf in self._leaves]
+        leaves, self._form = pytree.tree_flatten(example)
+        self._kinds = [_kind_of(leaf) for leaf in leaves]
+        self._leaves: list[Any] = []  # what the graph reads
         self._settings: _Settings | None = None  # the capture's
         self._result: Any = None
         self._numbers: list[_Numbers] = []
@@ -292,4 +293,5 @@ def _kind_of(leaf: Any) -> str:
     if not isinstance(leaf, Tensor):
         return repr(leaf)
     sizes = "x".join(map(str, leaf.shape)) or "a scalar"
-    return f"{sizes} {str(leaf.dtype).removeprefix('torch.')} on {leaf.device}"
+    kind = f"{sizes} {str(leaf.dtype).removeprefix('torch.')} on {leaf.device}"
+    return f"{kind}, which requires a gradient" if leaf.requires_grad else kind

@@ -115,6 +115,7 @@ def warmed(function: Any, *inputs: Any) -> Any:
         (torch.ones(3, 3), r"expected 2x3 float32 on .*, got 3x3 float32"),
         (torch.ones(2, 3, dtype=torch.float64), r"got 2x3 float64"),
         (7, r"expected 2x3 float32 on .*, got 7"),
+        (torch.ones(2, 3, requires_grad=True), r"got 2x3 float32 on .*, which requires a gradient"),
     ],
 )
 def test_inputs_of_another_kind(x: Any, names: str) -> None:
@@ -218,7 +219,7 @@ def test_what_cannot_be_captured() -> None:
         (abs, (), 3, ValueError, "expected tensors of one GPU or the CPU, got no tensor"),
         (abs, (torch.ones(1, device="meta"),), 3, ValueError, "got meta"),
         (abs, (torch.ones(1), object()), 3, TypeError, "strings and None, got object"),
-        (abs, (torch.ones(1, requires_grad=True),), 3, ValueError, "got one of 1 float32 on cpu"),
+        (abs, (torch.ones(1, requires_grad=True),), 3, ValueError, "which requires a gradient"),
         (abs, (torch.ones(1),), 0, ValueError, "warmup: expected an integer of 1 or more, got 0"),
     ],
 )
