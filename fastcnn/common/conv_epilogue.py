@@ -1,6 +1,6 @@
 """What stands behind a convolution in the same kernel: one record, from the op to the launch.
 
-    y = act(norm(conv2d(x, weight)) + residual), or + bias without a norm
+    y = act(norm(conv2d(x, weight)) + residual)
 
 Kernels: fastcnn/triton/conv2d_kernels.py.
 """
@@ -13,7 +13,7 @@ from fastcnn.common.batch_norm_params import Norm
 
 
 class Epilogue(NamedTuple):
-    """Each part is optional; without a norm a bias [c_out] may stand there.
+    """Each part is optional.
 
     act: the schema's number (activation.py). statistics: also the mean and biased variance of the
     convolution itself.
@@ -23,4 +23,3 @@ class Epilogue(NamedTuple):
     residual: Tensor | None = None
     act: int = 0
     statistics: bool = False
-    bias: Tensor | None = None

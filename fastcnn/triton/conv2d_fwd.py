@@ -27,7 +27,6 @@ from fastcnn.triton.tiles import (
 from fastcnn.triton.validate import (
     check_act,
     check_groups,
-    check_per_channel,
     check_pixels,
     check_sizes,
     check_tensors,
@@ -61,9 +60,6 @@ def conv2d(
     check_groups(x, weight, groups)
     check_act(behind.act)
     norm = checked_norm(weight.shape[0], behind.norm)
-    check_per_channel(weight.shape[0], bias=behind.bias)
-    if norm is not None and behind.bias is not None:
-        raise ValueError("conv2d: expected a norm behind it or a bias, got both")
     n, c_in, h, w = x.shape
     c_out, c_in_group, *window = weight.shape
     h_out, w_out = checked_output_size((h, w), window, stride, padding, dilation)
@@ -82,7 +78,7 @@ def conv2d(
         tile = default_tile(pixels, c_out // groups, c_in_group, x.dtype, lean)
     tiles_m, tiles_n = cdiv(pixels, tile.m), cdiv(c_out // groups, tile.n)
     parts = [x.new_empty((tiles_m, c_out), dtype=torch.float32) for _ in range(2 * asked)]
-    epilogue = (norm, behind.bias, behind.residual, *(parts or (None, None)))
+    epilogue = (norm, behind.residual, *(parts or (None, None)))
     options = {"ACT": behind.act, **blocks(tile), "GROUP_M": tile.group}
     with current_device(x):
         if pixels == 0:

@@ -16,7 +16,7 @@ L2 cache: GROUP_M tiles below each other, then the next column.
 Floor: x, w and the residual read once, y written once. A tap beyond the first finds x in a cache.
 
 Epilogue, in float32, each part optional, in this order: the product is rounded to y's type, as the
-next kernel will read it, and its statistics taken; norm, or plus bias; plus residual; act. The
+next kernel will read it, and its statistics taken; norm; plus residual; act. The
 statistics are a mean and centred squares for each tile and channel, two passes over registers, so
 nothing cancels; merge_statistics merges the tiles in a fixed order. The norm is
 
@@ -103,7 +103,7 @@ def per_channel(norm, channels, mask):
 @triton.jit
 def write_tile(
     acc, tile_m, p, in_p, channels, in_o, c_out,
-    y_ptr, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr, ACT: tl.constexpr,
+    y_ptr, norm, residual_ptr, mean_ptr, square_ptr, ACT: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of y, and its statistics: the epilogue."""
     dtype = y_ptr.dtype.element_ty
@@ -120,8 +120,6 @@ def write_tile(
     if norm is not None:
         mean, scale, bias = per_channel(norm, channels, in_o)
         acc = (acc - mean[None, :]) * scale[None, :] + bias[None, :]
-    if bias_ptr is not None:
-        acc = acc + load_float32(bias_ptr, channels, in_o)[None, :]
     if residual_ptr is not None:
         acc = acc + load_float32(residual_ptr, at, mask)
     tl.store(y_ptr + at, act_fwd(acc, ACT).to(dtype), mask=mask)
@@ -129,7 +127,7 @@ def write_tile(
 
 @triton.jit(do_not_specialize=["n"])
 def conv2d_kernel(
-    x_ptr, w_ptr, y_ptr, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr,
+    x_ptr, w_ptr, y_ptr, norm, residual_ptr, mean_ptr, square_ptr,
     n, h, w, c_in, h_out, w_out, c_out, c_in_group, c_out_group,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr,
@@ -162,13 +160,13 @@ def conv2d_kernel(
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     write_tile(
         acc, tile_m, p, in_p, channels, in_o, c_out,
-        y_ptr, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr, ACT,
+        y_ptr, norm, residual_ptr, mean_ptr, square_ptr, ACT,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["pixels"])
 def pointwise_kernel(
-    x_matrix, w_matrix, y_ptr, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr,
+    x_matrix, w_matrix, y_ptr, norm, residual_ptr, mean_ptr, square_ptr,
     pixels, c_in, c_out,
     ACT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -191,7 +189,7 @@ def pointwise_kernel(
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
         write_tile(
             acc, tile_m, p, in_p, o, in_o, c_out,
-            y_ptr, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr, ACT,
+            y_ptr, norm, residual_ptr, mean_ptr, square_ptr, ACT,
         )  # fmt: skip
 
 

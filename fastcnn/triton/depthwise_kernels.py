@@ -16,7 +16,7 @@ from fastcnn.triton.conv2d_kernels import load_float32, load_taps, windows_of, w
 
 @triton.jit(do_not_specialize=["n"])
 def depthwise_kernel(
-    x_ptr, w_ptr, y_ptr, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr,
+    x_ptr, w_ptr, y_ptr, norm, residual_ptr, mean_ptr, square_ptr,
     n, h, w, c_in, h_out, w_out, c_out,
     MULTIPLIER: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PADDING_H: tl.constexpr,
@@ -39,5 +39,5 @@ def depthwise_kernel(
         acc += a.to(tl.float32) * weights[None, :]
     write_tile(
         acc, tile_m, p, in_p, o, in_o, c_out,
-        y_ptr, norm, bias_ptr, residual_ptr, mean_ptr, square_ptr, ACT,
+        y_ptr, norm, residual_ptr, mean_ptr, square_ptr, ACT,
     )  # fmt: skip

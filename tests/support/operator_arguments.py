@@ -141,7 +141,7 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str, w: int = 4) -> dict
     if op == "conv2d_fused":
         dtype = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
         layout = "channels_last"
-        weight = {"weight": torch.ones(6, 6, 3, 3, dtype=dtype), "bias": None}
+        weight = {"weight": torch.ones(6, 6, 3, 3, dtype=dtype)}
         bn = {f"bn_{key}": torch.ones(6) for key in ("mean", "var", "weight", "bias")}
         rest = {"bn_eps": 1e-5, "residual": image(), "act": 1, "statistics": True}
         how = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}

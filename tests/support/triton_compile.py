@@ -47,7 +47,7 @@ MATRIX = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen0
 FROM_REGISTERS = re.compile(r"wgmma\.mma_async\S+\s*\{[^}]*\}\s*,\s*\{")
 SERIALISED = "C7515"  # ptxas: wgmma.mma_async instructions are serialized
 # Of floating point convolutions; the others are images.
-NUMBERS = {"bias_ptr", "mean_ptr", "square_ptr", "means_ptr", "squares_ptr"}
+NUMBERS = {"mean_ptr", "square_ptr", "means_ptr", "squares_ptr"}
 NORM: Any = Norm(*["*fp32"] * 4, "fp32")  # type: ignore[arg-type]
 SCALARS = {"residual_scale", "six", "x_scale", "out_scale"}
 HALVES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,9 +85,9 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
 # The activation, and what is absent.
 RELU = {"ACT": ACT_NUMBER["relu"]}
 BEHIND: dict[str, tuple[dict[str, int], set[str]]] = {
-    "in training": ({"ACT": 0}, {"norm", "bias_ptr", "residual_ptr"}),
-    "in evaluation": (RELU, {"bias_ptr", "mean_ptr", "square_ptr"}),
-    "with everything": (RELU, {"bias_ptr"}),
+    "in training": ({"ACT": 0}, {"norm", "residual_ptr"}),
+    "in evaluation": (RELU, {"mean_ptr", "square_ptr"}),
+    "with everything": (RELU, set()),
 }
 
 
@@ -106,7 +106,7 @@ def cases() -> Iterator[tuple[str, Case]]:
         for dtype in ("i8", "u8"):
             yield f"int8 {name} of {dtype}", Case(conv2d_int8_kernel, constants, set(), dtype)
     depthwise = {**THREE, **RELU, "MULTIPLIER": 1}
-    yield "depthwise", Case(depthwise_kernel, depthwise, {"bias_ptr"})
+    yield "depthwise", Case(depthwise_kernel, depthwise, set())
     merged = {"ROWS": 128, "BLOCK_T": 1024, "BLOCK_C": 8}
     yield "merge of statistics", Case(merge_statistics_kernel, merged, set())
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import triton.language as tl
-from support.activations import ACTS, near_nondifferentiable
+from support.activations import ACTS
 from support.device import DEVICE
 from support.norm_cases import STEEPEST
 from support.tolerance import walk
@@ -79,13 +79,6 @@ class Bounded(NamedTuple):
     exact: Tensor
     error: Tensor
 
-    def read(self, dtype: torch.dtype) -> "Bounded":
-        """As a product's factor: rounded to a type, of which an error may reach the neighbours."""
-        low, value, high = (
-            (self.exact + side * self.error).to(dtype).double() for side in (-1, 0, 1)
-        )
-        return Bounded(value, torch.maximum(high - value, value - low))
-
 
 # The relative error of a few operations in float32.
 ONE = walk(1, torch.float32)
@@ -108,19 +101,16 @@ def centre(norm: Norm) -> tuple[Tensor, Tensor]:
     return per_channel(norm.mean, 0), (per_channel(norm.var, 1) + norm.eps).sqrt()
 
 
-def before_act(
-    t: Bounded, norm: Norm | None, bias: Tensor | None = None, residual: Tensor | None = None
-) -> Bounded:
-    """norm(t) + bias + residual in float32, each where given."""
+def before_act(t: Bounded, norm: Norm | None, residual: Tensor | None = None) -> Bounded:
+    """norm(t) + residual in float32, each where given."""
     exact, error, size = t.exact, t.error, t.exact.abs()
     if norm is not None:
         mean, std = centre(norm)
         gain, shift = per_channel(norm.weight, 1) / std, per_channel(norm.bias, 0)
         size = (size + mean.abs()) * gain.abs() + shift.abs()
         exact, error = (exact - mean) * gain + shift, error * gain.abs()
-    added = [None if bias is None else per_channel(bias, 0), residual]
-    for more in (m.double() for m in added if m is not None):
-        exact, size = exact + more, size + more.abs()
+    if residual is not None:
+        exact, size = exact + residual.double(), size + residual.double().abs()
     return Bounded(exact, error + ONE * size)
 
 
@@ -128,11 +118,3 @@ def activated(z: Bounded, act: str) -> Bounded:
     """act(z), computed in float32."""
     y = ACTS[act](z.exact)
     return Bounded(y, STEEPEST * z.error + ONE * y.abs())
-
-
-def derivative(z: Bounded, act: str) -> Bounded:
-    """act'(z): next to where it jumps, by 1 at most, either side is right."""
-    leaf = z.exact.detach().requires_grad_()
-    with torch.enable_grad():
-        (found,) = torch.autograd.grad(ACTS[act](leaf).sum(), leaf)
-    return Bounded(found, z.error + ONE * STEEPEST + near_nondifferentiable(z.exact, act, z.error))

@@ -104,7 +104,7 @@ def convolution(
     affine: bool = True,
     training: bool = True,
 ) -> None:
-    """A batch norm is behind, else a bias.
+    """A batch norm is behind, else an activation alone.
 
     training: with the norm's statistics, else with the norm, whose statistics are fixed, and a
     residual.
@@ -116,7 +116,7 @@ def convolution(
     x = image(*sizes, layout="channels_last", dtype=dtype).detach()
     residual = image(n, c_out, *outside, layout="channels_last", dtype=dtype).detach()
     weight = torch.randn(c_out, c_in // groups, window, window).to(dtype)
-    behind = Epilogue(act=1, bias=torch.randn(c_out))
+    behind = Epilogue(act=1)
     if norm:
         behind = Epilogue(_norm(c_out, affine), residual, act=1)
     if norm and training:

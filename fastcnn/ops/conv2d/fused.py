@@ -1,6 +1,6 @@
 """A convolution with what stands behind it, in one kernel: for CUDA, in Triton.
 
-    y = act(norm(conv2d(x, weight)) + residual), or + bias without a norm
+    y = act(norm(conv2d(x, weight)) + residual)
     and mean and biased variance of conv2d(x, weight), where asked for
 
 norm(t) = (t - mean) * rstd * weight + bias, rstd = 1 / sqrt(var + eps), per channel, with None for
@@ -36,9 +36,9 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 declare(
-    "conv2d_fused(Tensor x, Tensor weight, Tensor? bias, Tensor? bn_mean, Tensor? bn_var, "
-    "Tensor? bn_weight, Tensor? bn_bias, float bn_eps, Tensor? residual, int act, "
-    "bool statistics, int[2] stride, int[2] padding, int[2] dilation, int groups) "
+    "conv2d_fused(Tensor x, Tensor weight, Tensor? bn_mean, Tensor? bn_var, Tensor? bn_weight, "
+    "Tensor? bn_bias, float bn_eps, Tensor? residual, int act, bool statistics, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups) "
     "-> (Tensor y, Tensor mean, Tensor var)",
     _fake,
 )
@@ -69,4 +69,4 @@ def conv2d_fused(
     """Return y, and mean and variance of the convolution, which are empty where not asked for."""
     # A constant of the function: torch.compile takes a number of the module for a changing one.
     norm = (None, None, None, None, 0.0) if behind.norm is None else tuple(behind.norm)
-    return _fused(x, weight, behind.bias, *norm, behind.residual, behind.act, behind.statistics, *g)
+    return _fused(x, weight, *norm, behind.residual, behind.act, behind.statistics, *g)

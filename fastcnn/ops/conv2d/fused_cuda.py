@@ -24,9 +24,7 @@ def conv2d_fused(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     given = by_name(torch.ops.fastcnn.conv2d_fused.default, args)
     _check_memory(given)
     x, weight = given["x"], given["weight"].contiguous(memory_format=torch.channels_last)
-    behind = Epilogue(
-        _norm(given), given["residual"], given["act"], given["statistics"], given["bias"]
-    )
+    behind = Epilogue(_norm(given), given["residual"], given["act"], given["statistics"])
     y, found = conv2d(x, weight, _geometry(given), behind)
     return y, *(found or (x.new_empty(0, dtype=torch.float32) for _ in range(2)))
 

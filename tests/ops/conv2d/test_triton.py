@@ -94,7 +94,7 @@ def check(
         # They are of values rounded to y's type, and so is what stands behind.
         rounding = unit_roundoff(x.dtype) * (product.exact.abs() + product.error)
         product = Bounded(product.exact, product.error + rounding)
-    z = before_act(product, behind.norm, behind.bias, behind.residual)
+    z = before_act(product, behind.norm, behind.residual)
     assert y.dtype is x.dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_rounded("y", y, *activated(z, NAMES[behind.act]))
@@ -130,7 +130,6 @@ def test_everything_behind(dtype: torch.dtype) -> None:
         {},
         {"norm": norm},
         {"norm": norm._replace(weight=None, bias=None)},
-        {"bias": torch.randn(24).to(DEVICE, dtype)},
     ]
     residuals = [{}, {"residual": channels_last(1, 24, 5, 7, dtype=dtype)}]
     statistics = [{}, {"statistics": True}]
@@ -244,15 +243,16 @@ def test_what_is_refused(make: Any, said: str) -> None:
     ("options", "said"),
     [
         ({"behind": Epilogue(Norm(*[torch.ones(7)] * 2))}, r"bn_mean: expected \[8\]"),
-        ({"behind": Epilogue(bias=torch.ones(16)[::2])}, r"bias: expected \[8\], contiguous"),
-        ({"behind": Epilogue(bias=torch.ones(8).double())}, "bias: .* of torch.float64"),
         (
-            {"behind": Epilogue(norm_of(8), bias=torch.ones(8))},
-            "a norm behind it or a bias, got both",
+            {"behind": Epilogue(norm_of(8)._replace(bias=torch.ones(16)[::2]))},
+            r"bn_bias: expected \[8\], contiguous",
+        ),
+        (
+            {"behind": Epilogue(norm_of(8)._replace(weight=torch.ones(8).double()))},
+            "bn_weight: .* of torch.float64",
         ),
         ({"behind": Epilogue(residual=torch.randn(X))}, "residual: expected"),
         ({"behind": Epilogue(act=8)}, "conv2d: act: expected a number from 0 to 7, got 8"),
-        ({"behind": Epilogue(norm_of(8)._replace(bias=torch.ones(1)))}, "bn_bias: expected"),
         ({"behind": Epilogue(act=-1)}, "conv2d: act: expected a number from 0 to 7, got -1"),
         ({"geometry": ConvGeometry(stride=(0, 1))}, "stride: expected"),
         ({"geometry": ConvGeometry(padding=(-1, 0))}, "padding: expected"),
