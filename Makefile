@@ -2,11 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
-demo test test-all test-processors fuzz lint bench bench-models: export FASTCNN_WERROR = ON
+demo test test-all test-processors fuzz lint bench bench-models sass: export FASTCNN_WERROR = ON
 # Packages are installed without bytecode: the first import writes it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-all test-processors fuzz lint bench bench-models chart gpu wheel clean
+.PHONY: help demo test test-all test-processors fuzz lint bench bench-models chart sass gpu wheel clean
 
 help:
 	@echo "make demo   teach a U-Net to read, and the same in plain PyTorch: accuracy, speed, memory"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench-models     20 networks of other people vs. PyTorch and OpenVINO: hours; QUICK=1 minutes"
 	@echo "make chart  docs/networks.svg and README's table of networks, from benchmarks/results/"
 	@echo "make gpu    with a GPU: build, measure, test, sanitize, tune into RESULTS=dir; STAGES=build,step"
+	@echo "make sass   docs/gpu-static.md: what the GPU kernels' machine code says; without a GPU, with nvcc"
 	@echo "make wheel  a wheel for this Python and CUDA, in dist/"
 
 demo:
@@ -69,6 +70,11 @@ bench-models:
 chart:
 	@$(PYTHON) tools/environment.py train
 	$(BIN)/python tools/chart.py
+
+# ACCEPT=1 also writes down which figures are missed today: what the tests then hold.
+sass:
+	@$(PYTHON) tools/environment.py dev
+	PYTHONPATH=tools $(BIN)/python -m gpu_static $(if $(ACCEPT),--accept)
 
 # With the Python and the packages that are there, without .venv and downloads.
 gpu:

@@ -137,7 +137,7 @@ def tile_of(case: Case, arch: int) -> Tile:
     return default_tile(case.pixels, case.c_out, case.c_in, HALVES[case.dtype], lean)
 
 
-def compile_one(case: Case, arch: int) -> dict[str, Any]:
+def compiled(case: Case, arch: int) -> Any:
     """Compile for one GPU: images of a case's dtype, float32 numbers per channel."""
     kernel, constants, absent, half = case[:4]
     int8, tile = "QUANTISED" in constants, tile_of(case, arch)
@@ -167,7 +167,11 @@ def compile_one(case: Case, arch: int) -> dict[str, Any]:
         options["enable_fp_fusion"] = False
     if "BLOCK_T" in constants:
         options["num_warps"] = 8
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def described(made: Any, arch: int) -> dict[str, Any]:
+    """What a test asks of compiled code."""
     ptx = made.asm["ptx"]
     return {
         "arch": arch,
@@ -226,5 +230,5 @@ if __name__ == "__main__":
         for arch in map(int, archs.split(",")):
             if arch < 90 and case.kernel is pointwise_kernel:
                 continue  # no TMA: the other kernel runs there
-            row = compile_one(case, arch)
+            row = described(compiled(case, arch), arch)
             print(json.dumps({"name": name, "triton": triton.__version__, **row}), flush=True)

@@ -1,0 +1,1 @@
+"""What the compiled GPU code says about its speed where there is no GPU: `make sass`."""
