@@ -14,9 +14,7 @@ from pathlib import Path
 import triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-LINE = re.compile(
-    r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([\w.]+)\s*(.*?);?\s*(?:\(\*(.*)\*\))?$"
-)
+LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([\w.]+)\s*(.*)$")
 LABEL = re.compile(r"^(\.L_\w+):")
 USED = re.compile(r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
@@ -126,11 +124,11 @@ def _bodies(text: str) -> Iterator[tuple[str, list[Instruction]]]:
             if label := LABEL.match(line):
                 labels.append(label[1])
             elif match := LINE.match(line):
-                _, predicate, opcode, operands, note = match.groups()
-                # Callers of a subroutine come back: what it is called is no jump.
-                targets = re.findall(r"\.L_\w+", note or "") if opcode == "BRX" else []
-                if opcode.split(".")[0] == "BRA":
-                    targets = re.findall(r"\.L_\w+", operands)
+                _, predicate, opcode, operands = match.groups()
+                # What CALL calls comes back: it is no jump. BRX has its targets in a remark.
+                jumps = opcode.split(".")[0] in ("BRA", "BRX")
+                targets = re.findall(r"\.L_\w+", operands) if jumps else []
+                operands = operands.split(";")[0].split("(*")[0]
                 code.append(Instruction(opcode, operands, predicate is not None, targets, labels))
                 labels = []
         yield name, code
