@@ -137,38 +137,6 @@ FASTCNN_HOST_DEVICE V act_bwd(V dy, V z) {
   }
 }
 
-// Those whose derivative needs only y, as one: z within bounds. A bound that an activation lacks is
-// NaN, with which no comparison holds. Loops of CUDA kernels have it inline; nvcc makes two
-// selections of two conditions one behind the other, and branches of nested ones.
-class BoundedAct {
- public:
-  static constexpr bool kLong = false;
-
-  FASTCNN_HOST_DEVICE explicit BoundedAct(Act act)
-      : low_(act == Act::kNone ? __builtin_nanf("") : 0.f),
-        high_(act == Act::kRelu6 ? 6.f : __builtin_nanf("")) {}
-
-  FASTCNN_HOST_DEVICE bool derivative_needs_only_y() const { return true; }
-
-  template <int kCount>
-  FASTCNN_HOST_DEVICE void fwd_each(float (&z)[kCount]) const {
-    for (int i = 0; i < kCount; ++i) {
-      z[i] = z[i] < low_ ? low_ : z[i];
-      z[i] = z[i] > high_ ? high_ : z[i];
-    }
-  }
-  template <int kCount>
-  FASTCNN_HOST_DEVICE void bwd_each(float (&dy)[kCount], const float (&z)[kCount]) const {
-    for (int i = 0; i < kCount; ++i) {
-      dy[i] = z[i] <= low_ ? 0.f : dy[i];
-      dy[i] = z[i] >= high_ ? 0.f : dy[i];
-    }
-  }
-
- private:
-  float low_, high_;
-};
-
 // An activation of several values, in place. cpu/simd/vec_math.h has those of exp for its vectors.
 template <class V>
 struct EachAct {
@@ -225,39 +193,6 @@ FASTCNN_HOST_DEVICE void act_bwd(Act act, V (&dy)[kCount], const V (&z)[kCount])
       return EachAct<V>::template bwd<Act::kSigmoid>(dy, z);
     case Act::kHardswish:
       return EachAct<V>::template bwd<Act::kHardswish>(dy, z);
-  }
-}
-
-// The others, as the loops of CUDA kernels have them: a switch, and so much code that a loop should
-// hold it once.
-class SwitchedAct {
- public:
-  static constexpr bool kLong = true;
-
-  FASTCNN_HOST_DEVICE explicit SwitchedAct(Act act) : act_(act) {}
-
-  FASTCNN_HOST_DEVICE bool derivative_needs_only_y() const { return false; }
-
-  template <int kCount>
-  FASTCNN_HOST_DEVICE void fwd_each(float (&z)[kCount]) const {
-    act_fwd(act_, z);
-  }
-  template <int kCount>
-  FASTCNN_HOST_DEVICE void bwd_each(float (&dy)[kCount], const float (&z)[kCount]) const {
-    act_bwd(act_, dy, z);
-  }
-
- private:
-  Act act_;
-};
-
-// body(the activation), compiled for either kind.
-template <class Body>
-FASTCNN_HOST_DEVICE void with_act(Act act, Body body) {
-  if (derivative_needs_only_y(act)) {
-    body(BoundedAct(act));
-  } else {
-    body(SwitchedAct(act));
   }
 }
 

@@ -154,57 +154,27 @@ struct Group {
 #pragma unroll
     for (int v = 0; v < kVector; ++v) out[v] = element<T, kVector>(words[tensor][u], v);
   }
-  __device__ void move_up();
 };
-
-// The second value comes first, and so on.
-template <class Value, int kN>
-__device__ void move_up(Value (&values)[kN]) {
-#pragma unroll
-  for (int u = 0; u + 1 < kN; ++u) values[u] = values[u + 1];
-}
-
-template <class T, int kVector, int kN, int kTensors>
-__device__ void Group<T, kVector, kN, kTensors>::move_up() {
-#pragma unroll
-  for (int t = 0; t < kTensors; ++t) fastcnn::move_up(words[t]);
-}
 
 // Takes `left` vectors, whose offsets next() tells one after the other, kGroup at a time:
 // group = load(offsets) has their loads in flight together, then each(group, u, offset) takes
 // vector u of it. Offsets are int64_t[kGroup], or int64_t[1] for those that are left.
-// kLong: `each` is so much code that it is to be there once. It is a loop then, in which a group's
-// vectors move up to vector 0, and a last group repeats its last vector.
-template <int kGroup, bool kLong, class Next, class Load, class Each>
+template <int kGroup, class Next, class Load, class Each>
 __device__ void in_groups(int64_t left, Next next, Load load, Each each) {
-  if constexpr (kLong) {
-    for (; left > 0; left -= kGroup) {
-      int64_t offsets[kGroup] = {next()};
-#pragma unroll
-      for (int u = 1; u < kGroup; ++u) offsets[u] = u < left ? next() : offsets[u - 1];
-      auto group = load(offsets);
-      const int count = left < kGroup ? static_cast<int>(left) : kGroup;
 #pragma unroll 1
-      for (int u = 0; u < count; ++u) {
-        each(group, 0, offsets[0]);
-        group.move_up();
-        move_up(offsets);
-      }
-    }
-  } else {
-    for (; left >= kGroup; left -= kGroup) {
-      int64_t offsets[kGroup];
+  for (; left >= kGroup; left -= kGroup) {
+    int64_t offsets[kGroup];
 #pragma unroll
-      for (int u = 0; u < kGroup; ++u) offsets[u] = next();
-      auto group = load(offsets);
+    for (int u = 0; u < kGroup; ++u) offsets[u] = next();
+    auto group = load(offsets);
 #pragma unroll
-      for (int u = 0; u < kGroup; ++u) each(group, u, offsets[u]);
-    }
-    for (; left > 0; --left) {
-      const int64_t offset[] = {next()};
-      auto group = load(offset);
-      each(group, 0, offset[0]);
-    }
+    for (int u = 0; u < kGroup; ++u) each(group, u, offsets[u]);
+  }
+#pragma unroll 1
+  for (; left > 0; --left) {
+    const int64_t offset[] = {next()};
+    auto group = load(offset);
+    each(group, 0, offset[0]);
   }
 }
 
@@ -295,15 +265,16 @@ struct Walk {
   }
 
   // in_groups for all vectors that are left.
-  template <int kGroup, bool kLong, class Load, class Each>
+  template <int kGroup, class Load, class Each>
   __device__ void for_each(Load load, Each each) {
-    in_groups<kGroup, kLong>(left_, [&] { return next(); }, load, each);
+    in_groups<kGroup>(left_, [&] { return next(); }, load, each);
   }
 
   // body(offsets) for kGroup vectors at a time, then one by one: int64_t[kGroup] or int64_t[1].
   template <int kGroup, class Body>
   __device__ void run_groups(Body body) {
     while (left_ >= kGroup) take<kGroup>(body);
+#pragma unroll 1
     while (left_ > 0) take<1>(body);
   }
 

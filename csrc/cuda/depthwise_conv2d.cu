@@ -13,6 +13,7 @@
 //                 the kernel; its threads' sums are merged in shared memory, splits by a second
 //                 kernel, both in a fixed order. dy is read kernel_h times, x as often.
 // Rows and columns that neighbouring threads share come from the L1 or L2 cache.
+#include "cuda/activation.cuh"
 #include "cuda/columns.cuh"
 #include "cuda/divisor.cuh"
 #include "cuda/launch.cuh"
@@ -102,7 +103,7 @@ struct Place {
 template <class T, int kVector>
 __device__ void finish(const Pass& p, float (&z)[kVector], int64_t at) {
   T* y = static_cast<T*>(p.to) + at;
-  with_act(p.act, [&](auto act) {
+  with_act<T>(p.act, [&](auto act) {
     if (p.dy == nullptr) {
       act.fwd_each(z);
       store(y, z);

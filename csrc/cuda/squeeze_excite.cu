@@ -43,14 +43,14 @@ struct Reduction {
 
 // partial: [samples, splits, c]
 template <class T, int kVector, bool kChannelsLast, bool kDy>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     squeeze_excite_reduce_kernel(Reduction r, SamplePlan plan, float* partial) {
   constexpr int kCount = kSlots<kVector, kChannelsLast>, kTensors = kDy ? 2 : 1;
   Walk<kVector, kChannelsLast> walk(plan.sample, plan.columns, plan.tile());
   const T* from[kTensors] = {static_cast<const T*>(r.x) + plan.offset()};
   if constexpr (kDy) from[kTensors - 1] = static_cast<const T*>(r.dy) + plan.offset();
   float sums[kVector] = {};
-  walk.template for_each<kUnroll, false>(
+  walk.template for_each<kUnroll>(
       [&]<int kN>(const int64_t(&offsets)[kN]) {
         return Group<T, kVector, kN, kTensors>(from, offsets);
       },
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   const T* x = static_cast<const T*>(p.x) + plan.offset();
   T* y = static_cast<T*>(p.y) + plan.offset();
-  walk.template for_each<kUnroll, false>(
+  walk.template for_each<kUnroll>(
       [&]<int kN>(const int64_t(&offsets)[kN]) { return Group<T, kVector, kN, 1>({x}, offsets); },
       [&](const auto& group, int u, int64_t offset) {
         float value[kVector];

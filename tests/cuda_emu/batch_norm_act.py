@@ -33,7 +33,7 @@ MULTI_PASS, ONE_PASS = 0, 227 << 10
 # The largest |act'| and |act''| (where they are differentiable) of the activations that calculate.
 STEEPNESS = {"leaky_relu": 1.0, "silu": 1.1, "gelu": 1.13, "sigmoid": 0.25, "hardswish": 1.5}
 CURVATURE = {"leaky_relu": 0.0, "silu": 0.5, "gelu": 0.8, "sigmoid": 0.1, "hardswish": 1 / 3}
-ACT_ROUNDINGS = 16  # exp, erf and erff to 2 ulp, and what combines them
+ACT_ROUNDINGS = 16  # exp2 to 4, 1 / x to 2, GELU in half types to 9, and what combines them
 Shape = tuple[int, int, int, int]
 Options = tuple[str, bool, bool, bool, bool]  # act, residual, weight, bias, batch statistics
 

@@ -101,6 +101,21 @@ void __stcs(T* address, T value) {
   *address = value;
 }
 
+// The special function unit, as far off as PTX's manual allows, to one side or the other: what is
+// made with it is right on every GPU if it is right here. Subnormal arguments and results are 0.
+namespace cuda_emu {
+inline float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? copysignf(0, x) : x; }
+inline float off_by(float y, float x, double relative) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return flushed(static_cast<float>(y * (1 + (bits * 2654435761u >> 31 ? relative : -relative))));
+}
+inline float exp2_approx(float x) {
+  return off_by(static_cast<float>(std::exp2(static_cast<double>(flushed(x)))), x, 0x1p-22);
+}
+inline float reciprocal_approx(float x) { return off_by(1.0f / flushed(x), x, 0x1p-23); }
+}  // namespace cuda_emu
+
 // Arithmetic. extern "C", because some C libraries declare functions of the same names.
 extern "C" {
 inline float rsqrtf(float x) noexcept { return 1.0f / sqrtf(x); }

@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   T* y = static_cast<T*>(p.y);
   constexpr int kCount = kSlots<kVector, kChannelsLast>;
   const auto k = read_coefficients<kCount>(p, SlotChannels(walk.channel, plan.repeat));
-  with_act(p.act, [&](auto act) {
-    walk.template for_each<kUnroll, act.kLong>(
+  with_act<T>(p.act, [&](auto act) {
+    walk.template for_each<kUnroll>(
         [&]<int kN>(const int64_t(&offsets)[kN]) {
           FwdGroup<T, kVector, kN> group;
           group.load_x(p, offsets);
@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (walk.active) {
     const auto k = read_coefficients<kCount>(p, SlotChannels(walk.channel, plan.repeat));
     T* dresidual = static_cast<T*>(p.dresidual);
-    with_act(p.act, [&](auto act) {
-      walk.template for_each<kBwdUnroll, act.kLong>(
+    with_act<T>(p.act, [&](auto act) {
+      walk.template for_each<kBwdUnroll>(
           [&]<int kN>(const int64_t(&offsets)[kN]) {
             BwdGroup<T, kVector, kN> group;
             group.template load<false>(p, offsets);
@@ -152,8 +152,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                rstd_of(static_cast<const float*>(p.var)[channel], p.eps), 1.f / count);
   }
   T* dx = static_cast<T*>(p.dx);
-  with_act(p.act, [&](auto act) {
-    walk.template for_each<kBwdUnroll, act.kLong>(
+  with_act<T>(p.act, [&](auto act) {
+    walk.template for_each<kBwdUnroll>(
         [&]<int kN>(const int64_t(&offsets)[kN]) {
           BwdGroup<T, kVector, kN> group;
           group.template load<true>(p, offsets);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "batch_norm_act.h"
+#include "cuda/activation.cuh"
 #include "cuda/norm_coefficients.cuh"
 
 namespace fastcnn {
@@ -47,10 +48,6 @@ struct FwdGroup {
   }
   __device__ void load_residual(const BatchNormActFwdParams& p, const int64_t (&offsets)[kN]) {
     if (p.residual != nullptr) read(p.residual, offsets, residual);
-  }
-  __device__ void move_up() {
-    fastcnn::move_up(x);
-    fastcnn::move_up(residual);
   }
 
  private:
@@ -100,39 +97,28 @@ struct BwdGroup {
   __device__ void load_saved(const BatchNormActBwdParams& p, const int64_t (&offsets)[kN]) {
     if (p.saved != nullptr) read<kLast>(p.saved, offsets, saved);
   }
-  __device__ void move_up() {
-    fastcnn::move_up(dy);
-    fastcnn::move_up(x);
-    fastcnn::move_up(saved);
-  }
 
   // body(v, s, dz, x - mean) for each element v of vector u, whose slot is s. z is recomputed as
   // the forward made it; where a residual was added, with the saved residual, or y is read in place
-  // of z. Four elements share a branch on the activation; eight would take too many registers.
+  // of z.
   template <class A, int kCount, class Body>
   __device__ void for_each_dz(const BatchNormActBwdParams& p, A act,
                               const NormCoefficients<kCount>& k, int u, Body body) const {
-    constexpr int kPart = kVector < 4 ? kVector : 4;
+    float dz[kVector], z[kVector], centered[kVector];
 #pragma unroll
-    for (int part = 0; part < kVector; part += kPart) {
-      float dz[kPart], z[kPart], centered[kPart];
-#pragma unroll
-      for (int i = 0; i < kPart; ++i) {
-        const int v = part + i, s = kCount == 1 ? 0 : v;
-        dz[i] = element<T, kVector>(dy[u], v);
-        centered[i] = element<T, kVector>(x[u], v) - k.mean[s];
-        z[i] = centered[i] * k.scale[s] + k.bias[s];
-        if (p.saved != nullptr) {
-          const float saved_value = element<T, kVector>(saved[u], v);
-          z[i] = act.derivative_needs_only_y() ? saved_value : z[i] + saved_value;
-        }
-      }
-      act.bwd_each(dz, z);
-#pragma unroll
-      for (int i = 0; i < kPart; ++i) {
-        body(part + i, kCount == 1 ? 0 : part + i, dz[i], centered[i]);
+    for (int v = 0; v < kVector; ++v) {
+      const int s = kCount == 1 ? 0 : v;
+      dz[v] = element<T, kVector>(dy[u], v);
+      centered[v] = element<T, kVector>(x[u], v) - k.mean[s];
+      z[v] = centered[v] * k.scale[s] + k.bias[s];
+      if (p.saved != nullptr) {
+        const float saved_value = element<T, kVector>(saved[u], v);
+        z[v] = act.derivative_needs_only_y() ? saved_value : z[v] + saved_value;
       }
     }
+    act.bwd_each(dz, z);
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) body(v, kCount == 1 ? 0 : v, dz[v], centered[v]);
   }
 
  private:

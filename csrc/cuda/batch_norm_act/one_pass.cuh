@@ -154,9 +154,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
   if (p.y == nullptr) return;
   T* y = static_cast<T*>(p.y);
-  with_act(p.act, [&](auto act) {
+  with_act<T>(p.act, [&](auto act) {
     int i = 0;
-    walk.template for_each<kUnroll, act.kLong>(
+    walk.template for_each<kUnroll>(
         [&]<int kN>(const int64_t(&offsets)[kN]) {
           FwdGroup<T, kVector, kN> group;
           group.load_residual(p, offsets);
@@ -182,9 +182,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const bool active = walk.active;
   const SlotChannels channels(active ? walk.channel : 0, plan.repeat);
   const auto k = read_coefficients<kCount>(p, channels);
-  with_act(p.act, [&](auto act) {
+  with_act<T>(p.act, [&](auto act) {
     int i = 0;
-    walk.template for_each<kBwdUnroll, act.kLong>(
+    walk.template for_each<kBwdUnroll>(
         [&]<int kN>(const int64_t(&offsets)[kN]) {
           BwdGroup<T, kVector, kN> group;
           group.template load_saved<true>(p, offsets);
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
   T* dx = static_cast<T*>(p.dx);
   Walk<kVector, kChannelsLast> again(p.shape, plan);
-  with_act(p.act, [&](auto act) {
+  with_act<T>(p.act, [&](auto act) {
     for (int i = 0; again.left() > 0; ++i) {
       const BwdGroup<T, kVector, 1> one{{tiles[0][i]}, {tiles[1][i]}, {}};
       store_word<kVector>(dx + again.next(), grad_x.of(p, act, k, one, 0));

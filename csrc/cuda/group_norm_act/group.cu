@@ -11,6 +11,7 @@
 // order. No atomics: the same bits from run to run. Variance: kUnroll values are summed, then
 // squared around their own mean, in registers; what follows is merged by Chan's formula. There is
 // never a difference of large squares.
+#include "cuda/activation.cuh"
 #include "cuda/group_norm_act/one_pass.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/norm_coefficients.cuh"
@@ -100,8 +101,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const T* x = static_cast<const T*>(p.x) + plan.offset();
   T* y = static_cast<T*>(p.y) + plan.offset();
   const auto k = read_coefficients<kSlots<kVector, kChannelsLast>>(p, plan, walk.channel);
-  with_act(p.act, [&](auto act) {
-    walk.template for_each<kUnroll, act.kLong>(
+  with_act<T>(p.act, [&](auto act) {
+    walk.template for_each<kUnroll>(
         [&]<int kN>(const int64_t(&offsets)[kN]) { return Group<T, kVector, kN, 1>({x}, offsets); },
         [&](const auto& group, int u, int64_t offset) {
           float z[kVector];
@@ -126,8 +127,8 @@ __device__ void for_each_dz(const GroupNormActBwdParams& p, const SamplePlan& pl
                             Walk<kVector, kChannelsLast>& walk, const Coefficients& k, Body body) {
   const T* dy = static_cast<const T*>(p.dy) + plan.offset();
   const T* x = static_cast<const T*>(p.x) + plan.offset();
-  with_act(p.act, [&](auto act) {
-    walk.template for_each<kUnroll, act.kLong>(
+  with_act<T>(p.act, [&](auto act) {
+    walk.template for_each<kUnroll>(
         [&]<int kN>(const int64_t(&offsets)[kN]) {
           return Group<T, kVector, kN, 2>({dy, x}, offsets);
         },
@@ -149,7 +150,7 @@ __device__ void for_each_dz(const GroupNormActBwdParams& p, const SamplePlan& pl
 
 // partial: Sums [samples, splits, c]
 template <class T, int kVector, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     group_norm_act_reduce_kernel(GroupNormActBwdParams p, SamplePlan plan, Sums* partial) {
   constexpr int kCount = kSlots<kVector, kChannelsLast>;
   Walk<kVector, kChannelsLast> walk(plan.sample, plan.columns, plan.tile());

@@ -6,6 +6,7 @@
 //   backward  dx reads dy and x, twice in a row as above, and is written (3T); the sums of dweight
 //             and dbias read both again, channel by channel (2T).
 // Sums have two stages and a fixed order; no atomics. Statistics in two passes around the mean.
+#include "cuda/activation.cuh"
 #include "cuda/columns.cuh"
 #include "cuda/group_norm_act/one_pass.cuh"
 #include "cuda/group_norm_act/pixel_tiles.cuh"
@@ -33,8 +34,8 @@ __global__ void __launch_bounds__(kOnePassThreads, 1)
   const float rstd = active ? rstd_of(static_cast<const float*>(p.var)[row], p.eps) : 0.f;
   // body(channel, xhat, weight * dz) for each of the lane's vectors
   const auto for_each = [&](auto body) {
-    with_act(p.act, [&](auto act) {
-      for_each_of_lane<act.kLong>(
+    with_act<T>(p.act, [&](auto act) {
+      for_each_of_lane(
           vectors, lane, lanes,
           [&]<int kN>(const int64_t(&numbers)[kN]) {
             int64_t channels[kN];
@@ -110,8 +111,8 @@ __global__ void __launch_bounds__(kThreads)
     weight[s] = walk.active ? number(p.weight, walk.channel + s, 1.f) : 0.f;
     bias[s] = walk.active ? number(p.bias, walk.channel + s, 0.f) : 0.f;
   }
-  with_act(p.act, [&](auto act) {
-    walk.template for_each<kUnroll, act.kLong>(
+  with_act<T>(p.act, [&](auto act) {
+    walk.template for_each<kUnroll>(
         [&]<int kN>(const int64_t(&offsets)[kN]) {
           return Group<T, kVector, kN, 2>({x, dy}, offsets);
         },

@@ -4,6 +4,7 @@
 // L2 cache.
 #pragma once
 
+#include "cuda/activation.cuh"
 #include "cuda/columns.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
@@ -41,7 +42,7 @@ struct TilePlan {
 
 // in_groups for what a lane has of `count` vectors, of which it takes every `lanes`-th: their
 // numbers are the offsets.
-template <bool kLong, class Load, class Each>
+template <class Load, class Each>
 __device__ void for_each_of_lane(int64_t count, int lane, int lanes, Load load, Each each) {
   int64_t next = lane;
   const auto take = [&] {
@@ -49,8 +50,7 @@ __device__ void for_each_of_lane(int64_t count, int lane, int lanes, Load load, 
     next += lanes;
     return at;
   };
-  in_groups<kUnroll, kLong>(count > lane ? (count - lane + lanes - 1) / lanes : 0, take, load,
-                            each);
+  in_groups<kUnroll>(count > lane ? (count - lane + lanes - 1) / lanes : 0, take, load, each);
 }
 
 // The sum over the lanes of each column, for all of them.
@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const T* x = static_cast<const T*>(p.x) + begin;
   T* y = static_cast<T*>(p.y) + begin;
   // body(channel, x) for each of the lane's channels
-  const auto for_each = [&]<bool kLong>(std::bool_constant<kLong>, auto body) {
-    for_each_of_lane<kLong>(
+  const auto for_each = [&](auto body) {
+    for_each_of_lane(
         active ? c : 0, plan.lane(), plan.lanes,
         [&]<int kN>(const int64_t(&channels)[kN]) {
           int64_t offsets[kN];
@@ -93,14 +93,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
   const float inverse = 1.f / static_cast<float>(c);
   float mean[kVector] = {}, deviations[kVector] = {}, var[kVector] = {}, rstd[kVector];
-  for_each(std::false_type{}, [&](int64_t, const float(&values)[kVector]) {
+  for_each([&](int64_t, const float(&values)[kVector]) {
 #pragma unroll
     for (int v = 0; v < kVector; ++v) mean[v] += values[v];
   });
   sum_of_lanes(mean, plan);
 #pragma unroll
   for (int v = 0; v < kVector; ++v) mean[v] *= inverse;
-  for_each(std::false_type{}, [&](int64_t, const float(&values)[kVector]) {
+  for_each([&](int64_t, const float(&values)[kVector]) {
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       const float a = values[v] - mean[v];
@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       static_cast<float*>(p.var)[statistic + v] = var[v];
     }
   }
-  with_act(p.act, [&](auto act) {
-    for_each(std::bool_constant<act.kLong>{}, [&](int64_t j, const float(&values)[kVector]) {
+  with_act<T>(p.act, [&](auto act) {
+    for_each([&](int64_t j, const float(&values)[kVector]) {
       const float weight = number(p.weight, j, 1.f), bias = number(p.bias, j, 0.f);
       float out[kVector];
 #pragma unroll
@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   // body(channel, xhat, weight * dz) for each of the lane's channels
   const auto for_each = [&](auto body) {
-    with_act(p.act, [&](auto act) {
-      for_each_of_lane<act.kLong>(
+    with_act<T>(p.act, [&](auto act) {
+      for_each_of_lane(
           active ? c : 0, plan.lane(), plan.lanes,
           [&]<int kN>(const int64_t(&channels)[kN]) {
             int64_t offsets[kN];
