@@ -182,12 +182,30 @@ __device__ void in_groups(int64_t left, Next next, Load load, Each each) {
 struct ColumnPlan {
   int vector;      // elements of a vector: 16 bytes of them, or 1
   int columns;     // column vectors of a block; 1 for NCHW
-  int lanes;       // kThreads / columns
+  int lanes;       // kThreads / columns, what is left of the threads being idle
   int64_t tiles;   // blocks side by side: they cover the channels
   int splits;      // blocks along the reduction
   int64_t length;  // vectors along the reduction
   int64_t repeat;  // neighbouring columns of one channel: 1, or of a flat walk hw
 };
+
+// Column vectors of a block, at most `most`: all that there are, else so many that the blocks have
+// equally many, about half of `most` at the least, and that the fewest threads have no lane.
+inline int columns_of(int64_t vectors, int most) {
+  if (vectors <= most) return static_cast<int>(vectors);
+  int best = most;
+  int64_t best_tiles = (vectors + most - 1) / most;
+  for (int columns = most; 2 * columns > most; --columns) {
+    const int64_t tiles = (vectors + columns - 1) / columns;
+    const int even = static_cast<int>((vectors + tiles - 1) / tiles);
+    // Busy threads are vectors * lanes of tiles * kThreads.
+    if (kThreads / even * best_tiles > kThreads / best * tiles) {
+      best = even;
+      best_tiles = tiles;
+    }
+  }
+  return best;
+}
 
 // `aligned`: every tensor of the call lies on a 16-byte address.
 inline ColumnPlan plan_columns(const ImageShape& shape, int element_bytes, bool aligned,
@@ -197,8 +215,7 @@ inline ColumnPlan plan_columns(const ImageShape& shape, int element_bytes, bool 
   const int64_t row = shape.channels_last ? shape.c : shape.hw;  // must be whole vectors
   plan.vector = aligned && row % wide == 0 ? wide : 1;
   const int64_t vectors = shape.channels_last ? shape.c / plan.vector : 1;
-  plan.columns = 1;
-  while (plan.columns < 32 && plan.columns < vectors) plan.columns *= 2;
+  plan.columns = columns_of(vectors, 32);
   plan.lanes = kThreads / plan.columns;
   plan.tiles = shape.channels_last ? (vectors + plan.columns - 1) / plan.columns : shape.c;
   plan.length = shape.channels_last ? shape.per_channel() : shape.per_channel() / plan.vector;

@@ -48,16 +48,16 @@ struct MergeSums {
 };
 
 // Merges what the lanes of a block hold, value by value: a tree in shared memory, in a fixed order.
-// lanes is a power of two; lane l of a column is thread l * columns + column. Every thread calls
-// it; lane 0 gets the result.
+// Lane l of a column is thread l * columns + column. Every thread calls it; lane 0 gets the result.
 template <int kCount, class Value, class Merge>
 __device__ void merge_lanes(Value (&values)[kCount], int columns, int lanes, Merge merge) {
   Value* shared = shared_memory<Value>();
   const int lane = threadIdx.x / columns;
   for (int s = 0; s < kCount; ++s) shared[threadIdx.x * kCount + s] = values[s];
-  for (int half = lanes / 2; half > 0; half /= 2) {
+  for (int left = lanes, half; left > 1; left = half) {
+    half = (left + 1) / 2;
     __syncthreads();
-    if (lane < half) {
+    if (lane < left - half) {
       for (int s = 0; s < kCount; ++s) {
         merge(shared[threadIdx.x * kCount + s],
               shared[(threadIdx.x + half * columns) * kCount + s]);

@@ -51,8 +51,7 @@ inline BatchNormPlan plan_one_pass(const ImageShape& shape, int element_bytes, b
   if (shape.channels_last) {
     columns.vector = aligned && shape.c % wide == 0 ? wide : 1;
     const int64_t vectors = shape.c / columns.vector;
-    const int most = row_bytes / (columns.vector * element_bytes);
-    while (columns.columns < most && columns.columns < vectors) columns.columns *= 2;
+    columns.columns = columns_of(vectors, row_bytes / (columns.vector * element_bytes));
     columns.tiles = (vectors + columns.columns - 1) / columns.columns;
     columns.length = shape.per_channel();
   } else {

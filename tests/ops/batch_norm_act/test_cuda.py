@@ -45,13 +45,15 @@ def shapes(dtype: torch.dtype, channels_last: bool) -> list[Shape]:
         (2, 3, 5, 7),  # no whole vectors in either layout
         (1, 7, 4, 4),  # whole vectors in NCHW only
         (2, 8, 3, 3),  # and in channels_last only
-        (2, 257, 1, 3),  # a column more than 8 blocks of 32, and than 8 finalizing blocks
+        (2, 257, 1, 3),  # a prime number of columns, one more than 32 finalizing blocks have
     ]
     if channels_last:
         return [
             *both,
             *[(1, 32 * wide, 1, pixels) for pixels in (31, 32, 33)],  # 8 lanes of 4 pixels
-            (2, 40 * wide, 7, 5),  # the second block has 24 columns without a channel
+            (2, 3 * wide, 9, 19),  # 85 lanes, a number that is odd more than once while halved
+            (2, 40 * wide, 7, 5),  # two blocks of 20 columns: 12 lanes, 16 threads without one
+            (2, 37 * wide, 7, 5),  # the second block has columns without a channel
             (3, wide, 10, 70),  # 256 lanes, 3 splits
             (1, 2 * wide, 64, 65),  # 33 vectors for each of 128 lanes: too long for one pass
             (2, 32 * wide, 12, 12),
@@ -67,7 +69,7 @@ def shapes(dtype: torch.dtype, channels_last: bool) -> list[Shape]:
         # Flat walks: planes that are no whole vectors, of half types or of all.
         (3, 16, 7, 7),  # one-pass alone, 8 (or 4) planes a block: too few rows for multi-pass
         (16, 4, 14, 14),
-        (70, 8, 7, 7),  # 3 splits; the second block has columns beyond the last
+        (70, 8, 7, 7),  # the second block has a column beyond the last
         (40, 8, 1, 3),  # the 8 elements of a vector belong to 3 or 4 channels
         (2, 8, 15, 15),  # 225 columns, so a single lane
         (2, 8, 17, 17),  # more columns than a block has threads: elements one by one

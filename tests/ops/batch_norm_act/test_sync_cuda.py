@@ -150,3 +150,28 @@ def test_the_choice(
     case = Case("plan", numbers, outputs={"chosen": torch.empty(6, dtype=torch.int64)})
     chosen = run_cases("batch_norm_act", [case])[0].tensors["chosen"]
     assert tuple(chosen.tolist()) == expected
+
+
+# Of EfficientNet, MobileNet, ConvNeXt, DenseNet and ResNet, which no power of two divides well.
+CHANNELS = (24, 40, 48, 72, 96, 112, 144, 160, 192, 240, 288, 320, 384, 480, 576, 672, 768, 960)
+
+
+@pytest.mark.parametrize("bytes_", [2, 4])
+def test_few_threads_are_idle(bytes_: int) -> None:
+    sizes = {"n": 64, "hw": 3136, "channels_last": 1, "bytes": bytes_, "tensors": 1}
+    cases = [
+        Case(
+            "plan",
+            {**H200, **sizes, "c": c, "shared_bytes": MULTI_PASS},
+            outputs={"chosen": torch.empty(6, dtype=torch.int64)},
+        )
+        for c in CHANNELS
+    ]
+    for c, result in zip(CHANNELS, run_cases("batch_norm_act", cases), strict=True):
+        one_pass, tiles, splits, vector, columns, _ = result.tensors["chosen"].tolist()
+        assert not one_pass
+        assert vector == 16 // bytes_
+        assert columns * tiles >= c // vector > columns * (tiles - 1)
+        busy = c // vector * (256 // columns) / (tiles * 256)
+        assert busy >= 0.9, f"{c} channels: {busy:.0%} of the threads, {columns} columns"
+        assert 0.9 * 264 <= tiles * splits <= 264  # two blocks on each of 132 SMs

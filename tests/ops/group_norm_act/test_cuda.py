@@ -45,7 +45,7 @@ def group_shapes(wide: int, channels_last: bool) -> list[tuple[Shape, int]]:
             ((2, 8 * wide, 3, 5), 4),  # whole vectors a group: held on the chip
             ((2, 3 * wide, 5, 5), wide),  # c / g = 3, but whole vectors a pixel
             ((1, 5 * wide, 6, 11), wide),  # likewise c / g = 5; several splits
-            ((1, 40 * wide, 7, 5), 10),  # a second block with 8 columns of channels
+            ((1, 40 * wide, 7, 5), 10),  # two blocks of 20 columns, 12 lanes each
             ((2, 320, 1, 1), 1),  # 1x1 images as rows
         ]
     return [

@@ -19,7 +19,7 @@ from fastcnn.ops.squeeze_excite import GATE_NUMBER
 INVALID_VALUE = 1  # cudaErrorInvalidValue
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDE = [
-    Sizes(2, 320, 3, 5, 10, "channels_last: a second block of channels, with 8 columns"),
+    Sizes(2, 320, 3, 5, 10, "channels_last: a second block of channels"),
     Sizes(1, 16, 3, 64, 3, "several splits, whole vectors in both layouts"),
     Sizes(2, 70, 2, 8, 33, "more outputs than a block of the products has"),
 ]
