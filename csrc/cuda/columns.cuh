@@ -29,6 +29,8 @@ constexpr int kUnroll = 4;  // vectors that a thread has in flight
 // thread. Their 2 * 256 * kUnroll loads of 16 bytes are 32 KiB in flight on an SM; 4.3 TB/s over
 // 132 SMs at a latency of 0.7 us (predicted) need 23 KB.
 constexpr int kBlocksPerSm = 2;
+// Of kernels that keep little: 80 registers a thread, and 48 KiB in flight.
+constexpr int kSmallBlocksPerSm = 3;
 
 // kVector neighbouring elements.
 template <class T, int kVector>
@@ -209,7 +211,7 @@ inline int columns_of(int64_t vectors, int most) {
 
 // `aligned`: every tensor of the call lies on a 16-byte address.
 inline ColumnPlan plan_columns(const ImageShape& shape, int element_bytes, bool aligned,
-                               int sm_count) {
+                               int sm_count, int blocks_per_sm = kBlocksPerSm) {
   ColumnPlan plan{};
   const int wide = 16 / element_bytes;
   const int64_t row = shape.channels_last ? shape.c : shape.hw;  // must be whole vectors
@@ -222,7 +224,7 @@ inline ColumnPlan plan_columns(const ImageShape& shape, int element_bytes, bool 
   plan.repeat = 1;
   // As many blocks as are resident: more would be merged for nothing, and a last, partly filled
   // round of them leaves SMs idle. No more than there is unrolled work for.
-  const int64_t fill = int64_t{kBlocksPerSm} * sm_count / plan.tiles;
+  const int64_t fill = int64_t{blocks_per_sm} * sm_count / plan.tiles;
   const int64_t useful = (plan.length + plan.lanes * kUnroll - 1) / (plan.lanes * kUnroll);
   const int64_t splits = fill < useful ? fill : useful;
   plan.splits = static_cast<int>(splits < 1 ? 1 : (splits > 1024 ? 1024 : splits));

@@ -46,8 +46,10 @@ class Row:
         """Blocks on an SM, by their registers and as the launcher makes them."""
         registers = -(-self.function.registers // 8) * 8 * self.function.threads
         fit = min(REGISTER_FILE // registers, THREADS_OF_SM // self.function.threads)
-        planned = re.match(PLANNED, self.function.kernel)
-        return min(fit, blocks_planned()) if planned else fit
+        if not re.match(PLANNED, self.function.kernel):
+            return fit
+        small = self.function.kernel == "batch_norm_act_stats_kernel"
+        return min(fit, constant("kSmallBlocksPerSm" if small else "kBlocksPerSm"))
 
     @property
     def in_flight(self) -> int:
@@ -140,9 +142,9 @@ def vector_of(function: Function) -> int:
     return int(words[1]) if len(words) > 1 and words[1].isdigit() else 1
 
 
-def blocks_planned() -> int:
-    """The blocks an SM that launchers plan for."""
+def constant(name: str) -> int:
+    """A constant of the sources, as how many blocks an SM the launchers plan for."""
     text = (ROOT / "csrc" / "cuda" / "columns.cuh").read_text()
-    found = re.search(r"constexpr int kBlocksPerSm = (\d+);", text)
-    assert found, "expected kBlocksPerSm in columns.cuh, got none"
+    found = re.search(rf"constexpr int {name} = (\d+);", text)
+    assert found, f"expected {name} in columns.cuh, got none"
     return int(found[1])

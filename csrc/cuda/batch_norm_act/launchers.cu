@@ -51,7 +51,9 @@ int64_t batch_norm_act_workspace(const ImageShape& shape, DType dtype, const Cud
   // Which of the two plans it will be, the addresses decide.
   int64_t partials = 0;
   for (const bool aligned : {false, true}) {
-    const BatchNormPlan plan = plan_multi_pass(shape, element_bytes(dtype), aligned, device);
+    // The forward's, whose blocks are the most.
+    const BatchNormPlan plan =
+        plan_multi_pass(shape, element_bytes(dtype), aligned, device, kSmallBlocksPerSm);
     const int64_t of_plan = plan.columns.splits * plan.walked.c;
     if (of_plan > partials) partials = of_plan;
   }
@@ -84,15 +86,18 @@ int launch_batch_norm_act_fwd(const BatchNormActFwdParams& given, float* workspa
     });
   }
   Moments* partial = reinterpret_cast<Moments*>(workspace);
+  const ColumnPlan stats = plan_multi_pass(given.shape, element_bytes(p.dtype), aligned_fwd(p),
+                                           device, kSmallBlocksPerSm)
+                               .columns;
   int error = dispatch_plan(p, plan, [&](auto t, auto vector, auto cl) {
     constexpr int kVector = decltype(vector)::value;
-    return launch(device, grid_of(columns), kThreads,
+    return launch(device, grid_of(stats), kThreads,
                   kThreads * kSlots<kVector, cl.value> * sizeof(Moments),
-                  batch_norm_act_stats_kernel<decltype(t), kVector, cl.value>, p, columns, partial);
+                  batch_norm_act_stats_kernel<decltype(t), kVector, cl.value>, p, stats, partial);
   });
   if (error != cudaSuccess) return error;
   error = launch(device, finalize_grid(c), kThreads, kThreads * sizeof(Moments),
-                 batch_norm_act_finalize_stats_kernel, p, columns, partial);
+                 batch_norm_act_finalize_stats_kernel, p, stats, partial);
   return error != cudaSuccess || p.y == nullptr ? error : launch_apply(p, plan, device);
 }
 

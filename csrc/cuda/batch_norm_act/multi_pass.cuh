@@ -20,7 +20,7 @@ namespace fastcnn {
 
 // partial: Moments [splits, p.shape.c]
 template <class T, int kVector, bool kChannelsLast>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kSmallBlocksPerSm)
     batch_norm_act_stats_kernel(BatchNormActFwdParams p, ColumnPlan plan, Moments* partial) {
   const T* x = static_cast<const T*>(p.x);
   Walk<kVector, kChannelsLast> walk(p.shape, plan);

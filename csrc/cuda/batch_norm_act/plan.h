@@ -26,13 +26,13 @@ constexpr int64_t kOnePassSteps = 8 * kUnroll;
 constexpr int64_t kFlatRows = 16;
 
 inline BatchNormPlan plan_multi_pass(const ImageShape& shape, int element_bytes, bool aligned,
-                                     const CudaDevice& device) {
+                                     const CudaDevice& device, int blocks_per_sm = kBlocksPerSm) {
   const int wide = 16 / element_bytes;
   BatchNormPlan plan{{}, shape, false};
   const bool flat = aligned && !shape.channels_last && shape.hw % wide != 0 &&
                     shape.c * shape.hw % wide == 0 && shape.n >= kFlatRows;
   if (flat) plan.walked = {shape.n, shape.c * shape.hw, 1, true};
-  plan.columns = plan_columns(plan.walked, element_bytes, aligned, device.sm_count);
+  plan.columns = plan_columns(plan.walked, element_bytes, aligned, device.sm_count, blocks_per_sm);
   if (flat) plan.columns.repeat = shape.hw;
   return plan;
 }
