@@ -119,7 +119,8 @@ class FixedAct {
 };
 
 // Those whose derivative needs only y, as one: z within bounds. A bound that an activation lacks is
-// NaN, with which no comparison holds.
+// NaN, with which no comparison holds. Of two conditions one behind the other nvcc makes
+// selections, of nested ones branches.
 class BoundedAct {
  public:
   __device__ explicit BoundedAct(Act act)
@@ -131,12 +132,18 @@ class BoundedAct {
   template <int kCount>
   __device__ void fwd_each(float (&z)[kCount]) const {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) z[i] = z[i] < low_ ? low_ : (z[i] > high_ ? high_ : z[i]);
+    for (int i = 0; i < kCount; ++i) {
+      z[i] = z[i] < low_ ? low_ : z[i];
+      z[i] = z[i] > high_ ? high_ : z[i];
+    }
   }
   template <int kCount>
   __device__ void bwd_each(float (&dy)[kCount], const float (&z)[kCount]) const {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) dy[i] = z[i] <= low_ ? 0.f : (z[i] >= high_ ? 0.f : dy[i]);
+    for (int i = 0; i < kCount; ++i) {
+      dy[i] = z[i] <= low_ ? 0.f : dy[i];
+      dy[i] = z[i] >= high_ ? 0.f : dy[i];
+    }
   }
 
  private:

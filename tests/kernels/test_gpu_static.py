@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from gpu_static import known
+import torch
+from gpu_static import known, networks
 from gpu_static.kernels import Row, row_of
 from gpu_static.sass import functions
 from support.paths import ROOT
@@ -166,3 +167,29 @@ def test_no_triton_kernel_misses_more_than_known(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     check(*json.loads(done.stdout))
+
+
+def test_a_network_s_step_is_the_sum_of_its_operations() -> None:
+    # By hand: 2 images of 8 channels and 4 x 4, at half of the copy in the norm's passes.
+    block = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, padding=1, bias=False), torch.nn.BatchNorm2d(8), torch.nn.ReLU()
+    )
+    found = list(networks.parts(block, (2, 3, 4, 4), lambda _: 0.5))
+    image, y, weight = 2 * 3 * 16, 2 * 8 * 16, 8 * 3 * 9
+    convolution = 2 * (image + y + weight) / (networks.CUDNN_MEMORY * networks.COPY)
+    norm = 2 * y / (0.5 * networks.COPY)
+    expected = [convolution] * 2 + [norm, 2 * norm, 2 * norm, 3 * norm]  # no gradient of the image
+    assert [part.seconds for part in found] == pytest.approx(expected)
+    step = networks.Step("block", 2, found)
+    assert step.seconds == pytest.approx(2 * convolution + 8 * norm)
+    assert step.share_of("memory") == 1.0
+    assert [kind for kind, _ in step.by_kind()] == ["batch norm and activation", "convolution"]
+
+
+def test_large_products_are_bound_by_tensor_cores() -> None:
+    conv = torch.nn.Conv2d(512, 512, 3, padding=1, bias=False)
+    sizes = torch.Size((64, 512, 28, 28))
+    flops = 2 * sizes.numel() * 512 * 9
+    for part in networks.convolution(conv, sizes, sizes, first=False):
+        assert part.bound == "tensor cores"
+        assert part.seconds == pytest.approx(flops / networks.TENSOR_CORES)

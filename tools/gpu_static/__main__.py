@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from fastcnn import _C
-from gpu_static import matrix, page
+from gpu_static import matrix, networks, page
 from gpu_static.kernels import ROOT, row_of
 from gpu_static.known import FILE, compiler, found_misses
 from gpu_static.sass import functions
@@ -22,7 +22,7 @@ def main() -> None:
         raise SystemExit("expected a build with CUDA kernels, got one without: is nvcc on PATH?")
     rows = [row_of(f) for f in functions(Path(_C.__file__).with_name("_ops.so"))]
     products = matrix.rows()
-    (ROOT / "docs" / "gpu-static.md").write_text(page.text(rows, products))
+    (ROOT / "docs" / "gpu-static.md").write_text(page.text(rows, products, networks.steps(rows)))
     if "--accept" in sys.argv:
         misses = {**found_misses(rows), **found_misses(products)}
         FILE.write_text(json.dumps({"compiler": compiler(), "misses": misses}, indent=1) + "\n")

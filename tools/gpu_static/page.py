@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from gpu_static.kernels import LEAST_IN_FLIGHT, MOST_ISSUE, Row
 from gpu_static.known import compiler
 from gpu_static.matrix import MatrixRow
+from gpu_static.networks import CUDNN_MEMORY, PYTORCH, TENSOR_CORES, Step
 
 HEAD = """# What the compiled GPU code says
 
@@ -37,15 +38,22 @@ MATRIX = """Triton's convolutions, a trip of the loop over products: clocks that
 issue its instructions, and its tensor cores to multiply. Asked: no more of the first, and that
 ptxas serialises nothing (its C7515).
 """
+NETWORKS = """A training step in bf16, channels_last, memory="full", from the shares of the copy
+above and guesses for what is not this package's: convolutions reach {tensor_cores:.0f} TFLOP/s on
+tensor cores or {cudnn:.0%} of the copy, PyTorch's other kernels {pytorch:.0%}. Without host,
+gaps between kernels and optimizer. Shares are of the slowest activation: with ReLU it is less.
+"""
+NETWORK_COLUMNS = ("network", "batch", "ms", "images/s", "bound by tensor cores", "ms by operation")
 WALKS_COLUMNS = ("kernel", "registers", "spilled", "blocks/SM", "KB in flight", "16-byte")
 WALKS_COLUMNS += ("narrower", "instr. a KB", "issue", "of copy")
 MATRIX_COLUMNS = ("kernel", "warps", "registers", "spilled", "instr. a warp", "issue clocks")
 MATRIX_COLUMNS += ("matrix clocks", "issue / matrix", "serialised")
 
 
-def text(rows: Sequence[Row], products: Sequence[MatrixRow]) -> str:
+def text(rows: Sequence[Row], products: Sequence[MatrixRow], networks: Sequence[Step]) -> str:
     """Return the page."""
     head = HEAD.format(**compiler(), in_flight=LEAST_IN_FLIGHT >> 10, issue=round(100 * MOST_ISSUE))
+    guesses = NETWORKS.format(tensor_cores=TENSOR_CORES / 1e12, cudnn=CUDNN_MEMORY, pytorch=PYTORCH)
     kinds: dict[str, list[Row]] = {"walks": [], "cached": [], "small": []}
     for row in sorted(rows, key=lambda row: row.name):
         kinds[row.kind].append(row)
@@ -65,6 +73,8 @@ def text(rows: Sequence[Row], products: Sequence[MatrixRow]) -> str:
             _table(("kernel", "registers", "spilled"), small),
             f"## Kernels on tensor cores\n\n{MATRIX}",
             _table(MATRIX_COLUMNS, [_matrix_cells(row) for row in products]),
+            f"## Whole networks\n\n{guesses}",
+            _table(NETWORK_COLUMNS, [_network_cells(step) for step in networks]),
         )
     )
 
@@ -97,6 +107,18 @@ def _matrix_cells(row: MatrixRow) -> tuple[str, ...]:
         f"{row.multiplying:.0f}",
         _marked(f"{row.ratio:.2f}", row.ratio > 1),
         _marked("yes" if row.serialised else "no", row.serialised),
+    )
+
+
+def _network_cells(step: Step) -> tuple[str, ...]:
+    kinds = ", ".join(f"{kind} {1e3 * seconds:.1f}" for kind, seconds in step.by_kind())
+    return (
+        step.name,
+        f"{step.images}",
+        f"{1e3 * step.seconds:.1f}",
+        f"{step.images / step.seconds:.0f}",
+        f"{step.share_of('tensor cores'):.0%}",
+        kinds,
     )
 
 

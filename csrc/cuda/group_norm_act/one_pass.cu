@@ -1,4 +1,5 @@
 // The forward whose tiles a block holds: cuda/group_norm_act/one_pass.cuh.
+#include "cuda/activation.cuh"
 #include "cuda/group_norm_act/one_pass.cuh"
 #include "cuda/norm_coefficients.cuh"
 
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(kOnePassThreads, 1)
     static_cast<float*>(p.var)[tile] = var;
   }
 
-  with_act(p.act, [&](auto act) {
+  with_act<T>(p.act, [&](auto act) {
     for (at = first; at.vector < vectors; at.next()) {
       const Vector word = again(at);
       const int64_t channel = group * per_group + (channels_last ? at.within * kVector : at.row);
