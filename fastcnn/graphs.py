@@ -8,8 +8,9 @@ written once) and the graph's results out of it. Memory: what the function alloc
 graph's, apart from PyTorch's other memory, as long as the graph lives.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from types import NoneType
+from types import CellType, FunctionType, ModuleType, NoneType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -34,13 +35,18 @@ def graphed(function: Function, *example: Any, warmup: int = 3) -> Function:
     its results. Dropout draws anew at each replay, batch norm's statistics and batches are counted.
 
     What a capture cannot see is refused rather than frozen: inputs of another size, type or device,
-    other numbers among them, another training flag, autocast or grad mode, and hyper-parameters
-    of the optimizers which step in it, where those are Python's numbers. So schedules need
-    ``lr=torch.tensor(0.1, device="cuda")`` with ``fused=True`` or ``capturable=True``. A GradScaler
-    needs ``fused=True``, which hands its scale to the kernels; other optimizers read it on the CPU.
+    other numbers among them, autocast or grad mode, hyper-parameters of the optimizers that step in
+    it where those are Python's numbers; and another training flag, other memory or another
+    requires_grad of the modules that the function names: itself, what it closes over, globals,
+    attributes of its object. So schedules need a learning rate like
+    ``torch.tensor(0.1, device="cuda")``. SGD then wants ``fused=True``, Adam and most others
+    ``capturable=True``; with a GradScaler all want ``fused=True`` too, which hands its scale to the
+    kernels. PyTorch's global switches (deterministic, TF32) stay what they were at the capture.
 
-    Results are detached: backward belongs into the function. Print, ``.item()`` and other Python of
-    the function run while it is captured, and never again.
+    Results are detached: backward belongs into the function. Where the optimizer stands outside,
+    gradients are where the graph writes them after each call, also behind a ``zero_grad()``. Print,
+    ``.item()`` and other Python of the function run while it is captured, and never again. One
+    thread may call it at a time, on any stream.
 
     Args:
         function: takes these inputs; returns tensors, also in lists, tuples and dicts.
@@ -109,8 +115,8 @@ class Graph(Protocol):
     def capture(self, function: Callable[[], Any]) -> Any:
         """Return the results that each replay fills anew."""
 
-    def replay(self) -> None:
-        """Do it again."""
+    def replay(self, fill: Callable[[], None], read: Callable[[], Any]) -> Any:
+        """Fill the inputs, do it again, and return what is read of the results."""
 
 
 class CudaGraph:
@@ -118,6 +124,7 @@ class CudaGraph:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
+        self._done = torch.cuda.Event()
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def run(self, function: Callable[[], Any]) -> Any:
@@ -135,19 +142,30 @@ class CudaGraph:
     def capture(self, function: Callable[[], Any]) -> Any:
         """Return the results that each replay fills anew."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on: a loader's that pins memory is no part of the graph.
+        # Other threads may go on: a loader's that pins memory is no part of the graph. The stream
+        # is entered by itself too: a capture that fails does not leave its own.
         with (
             torch.cuda.device(self._device),
+            torch.cuda.stream(self._stream),
             torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
         ):
             result = function()
         self._graph = graph
         return result
 
-    def replay(self) -> None:
-        """Launch it."""
+    def replay(self, fill: Callable[[], None], read: Callable[[], Any]) -> Any:
+        """Fill the inputs, launch it, and return what is read of the results.
+
+        A call on another stream waits for the one before, whose memory it uses.
+        """
         assert self._graph is not None
+        now = torch.cuda.current_stream(self._device)
+        now.wait_event(self._done)
+        fill()
         self._graph.replay()
+        result = read()
+        self._done.record(now)
+        return result
 
 
 class _Settings(NamedTuple):
@@ -156,17 +174,105 @@ class _Settings(NamedTuple):
     grad_mode: bool
     inference_mode: bool
     autocast: torch.dtype | None
-    training: list[bool]  # of a module and its parts
+    training: list[bool]  # of the modules
+    parameters: list[
+        tuple[int, bool]
+    ]  # and buffers: where they lie, whether they require a gradient
 
     @classmethod
-    def of(cls, function: Function, leaves: Sequence[Any]) -> "_Settings":
-        parts = function.modules() if isinstance(function, nn.Module) else ()
+    def of(cls, modules: Sequence[nn.Module], leaves: Sequence[Any]) -> "_Settings":
+        tensors = [
+            t
+            for module in modules
+            for t in (*module._parameters.values(), *module._buffers.values())
+            if t is not None
+        ]
         return cls(
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
             next(autocast_dtype(leaf) for leaf in leaves if isinstance(leaf, Tensor)),
-            [part.training for part in parts],
+            [module.training for module in modules],
+            [(t.data_ptr(), t.requires_grad) for t in tensors],
         )
+
+
+class _Watched:
+    """What takes part while a function is captured: modules, optimizers, gradients.
+
+    Not by hooks on all modules, with which a converted model runs unfused.
+    """
+
+    def __init__(self, function: Function) -> None:
+        self.modules = _parts_of(function)
+        self.numbers: list[_Numbers] = []
+        self.gradients: list[_Gradient] = []
+
+    def __enter__(self) -> "_Watched":
+        self._hooks: list[Any] = [
+            # Before the step: a schedule in the function changes them behind it.
+            register_optimizer_step_pre_hook(
+                lambda optimizer, *_: self.numbers.append(_Numbers(optimizer))
+            )
+        ]
+        for p in {p for module in self.modules for p in module._parameters.values()}:
+            if p is not None and p.requires_grad and p.is_leaf:
+                self._watch(p, p.grad)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _watch(self, p: Tensor, before: Tensor | None) -> None:
+        def accumulated(p: Tensor) -> None:
+            self.gradients.append(_Gradient(p, before is not None and p.grad is before))
+
+        self._hooks.append(p.register_post_accumulate_grad_hook(accumulated))
+
+
+def _parts_of(function: Any) -> list[nn.Module]:
+    """Return the modules that a function names, and their parts.
+
+    The function itself or what it belongs to, what it closes over, its globals and defaults, and
+    what an object among these has as an attribute.
+    """
+    named: list[Any] = [function, getattr(function, "__self__", None)]
+    while isinstance(function, functools.partial):
+        named += [*function.args, *function.keywords.values()]
+        function = function.func
+    function = getattr(function, "__func__", function)
+    if isinstance(function, FunctionType):
+        cells = [cell for cell in function.__closure__ or () if cell != CellType()]  # an empty one
+        named += [cell.cell_contents for cell in cells]
+        named += [function.__globals__.get(name) for name in function.__code__.co_names]
+        named += function.__defaults__ or ()
+    attributes = [
+        value
+        for one in named
+        if hasattr(one, "__dict__") and not isinstance(one, (nn.Module, ModuleType, type))
+        for value in vars(one).values()
+    ]
+    modules = [one for one in (*named, *attributes) if isinstance(one, nn.Module)]
+    return list(dict.fromkeys(part for module in modules for part in module.modules()))
+
+
+class _Gradient:
+    """A parameter's gradient, where a graph writes it; added: to what is there."""
+
+    def __init__(self, parameter: Tensor, added: bool) -> None:
+        self._parameter, self._added, self._grad = parameter, added, parameter.grad
+
+    def check(self) -> None:
+        """Refuse another memory where the graph adds to what is there."""
+        if self._added and self._parameter.grad is not self._grad:
+            raise ValueError(
+                "graphed: expected gradients in the memory that they had at the capture, to which "
+                "the graph adds: zero them by zero_grad(set_to_none=False), or in the function"
+            )
+
+    def put_back(self) -> None:
+        """Let the parameter have it, after a zero_grad() that took it away."""
+        self._parameter.grad = self._grad
 
 
 class GraphedFunction:
@@ -179,24 +285,26 @@ class GraphedFunction:
         self._kinds = [_kind_of(leaf) for leaf in leaves]
         self._leaves: list[Any] = []  # what the graph reads
         self._settings: _Settings | None = None  # the capture's
+        self._watched = _Watched(function)
         self._result: Any = None
-        self._numbers: list[_Numbers] = []
 
     def __call__(self, *inputs: Any) -> Any:
         """Return the function's results, detached."""
         leaves = self._checked(inputs)
         if self._calls_before > 0:
-            self._calls_before -= 1
             result = self._graph.run(lambda: self._function(*inputs))
+            self._calls_before -= 1  # not where it has raised
             return pytree.tree_map_only(Tensor, Tensor.detach, result)
         if self._settings is None:
             self._capture(leaves)
         self._check_settings()
-        for mine, leaf in zip(self._leaves, leaves, strict=True):
-            if isinstance(mine, Tensor):
-                mine.copy_(leaf)
-        self._graph.replay()
-        return pytree.tree_map_only(Tensor, Tensor.clone, self._result)
+        result = self._graph.replay(
+            lambda: self._fill(leaves),
+            lambda: pytree.tree_map_only(Tensor, Tensor.clone, self._result),
+        )
+        for gradient in self._watched.gradients:
+            gradient.put_back()
+        return result
 
     def __repr__(self) -> str:
         state = "captured" if self._settings else f"{self._calls_before} calls before the capture"
@@ -217,38 +325,44 @@ class GraphedFunction:
                 )
         return leaves
 
+    def _fill(self, leaves: Sequence[Any]) -> None:
+        for mine, leaf in zip(self._leaves, leaves, strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(leaf)
+
     def _capture(self, leaves: Sequence[Any]) -> None:
         self._leaves = [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]
-        settings, stepped = _Settings.of(self._function, leaves), list[Optimizer]()
         inputs = pytree.tree_unflatten(self._leaves, self._form)
-        hook = register_optimizer_step_pre_hook(lambda optimizer, *_: stepped.append(optimizer))
         caches = torch.is_autocast_cache_enabled()
         torch.clear_autocast_cache()  # weights cast before would be numbers of the graph
         torch.set_autocast_cache_enabled(False)
         try:
-            result = self._graph.capture(lambda: self._function(*inputs))
+            with _Watched(self._function) as self._watched:
+                result = self._graph.capture(lambda: self._function(*inputs))
         except RuntimeError as error:
             raise RuntimeError(
-                "graphed: expected a function that reads no result on the CPU, with optimizers of "
-                f"fused=True or capturable=True, got, while it was captured: {error}"
+                "graphed: expected a function that reads no result on the CPU, with SGD of "
+                "fused=True and other optimizers of capturable=True, got, while it was captured: "
+                f"{error}"
             ) from error
         finally:
             torch.set_autocast_cache_enabled(caches)
-            hook.remove()
+            torch.clear_autocast_cache()  # and the graph's, those of others
         self._result = pytree.tree_map_only(Tensor, Tensor.detach, result)
-        self._numbers = [_Numbers(optimizer) for optimizer in stepped]
-        self._settings = settings
+        self._settings = _Settings.of(self._watched.modules, leaves)
 
     def _check_settings(self) -> None:
         """Refuse what the graph has as it was when it was captured."""
         assert self._settings is not None
-        found = _Settings.of(self._function, self._leaves)
+        found = _Settings.of(self._watched.modules, self._leaves)
         for name, then, now in zip(_Settings._fields, self._settings, found, strict=True):
             if then != now:
-                said = "" if name == "training" else f" {then}, got {now}"
-                raise ValueError(f"graphed: expected {name} as it was at the capture{said}")
-        for numbers in self._numbers:
+                said = "" if isinstance(then, list) else f" {then}, got {now}"
+                raise ValueError(f"graphed: expected {name} as at the capture{said}")
+        for numbers in self._watched.numbers:
             numbers.check()
+        for gradient in self._watched.gradients:
+            gradient.check()
 
 
 class _Numbers:
@@ -263,8 +377,7 @@ class _Numbers:
             return
         groups = zip(self._then, now, strict=False)
         changed = [
-            f"{name} of group {at}: expected {then[name]} as it was at the capture, got "
-            f"{found.get(name)}"
+            f"{name} of group {at}: expected {then[name]} as at the capture, got {found.get(name)}"
             for at, (then, found) in enumerate(groups)
             for name in then
             if found.get(name) != then[name]

@@ -142,15 +142,15 @@ def test_settings_that_the_graph_has_as_they_were() -> None:
     with torch.no_grad():
         run = warmed(model, x)
         model.train()
-        with pytest.raises(ValueError, match="expected training as it was"):
+        with pytest.raises(ValueError, match="expected training as at the capture"):
             run(x)
         model.eval()
         with (
             torch.autocast(DEVICE.type, torch.bfloat16),
-            pytest.raises(ValueError, match=r"autocast as it was at the capture None, got .*bf"),
+            pytest.raises(ValueError, match=r"autocast as at the capture None, got .*bf"),
         ):
             run(x)
-    with pytest.raises(ValueError, match="grad_mode as it was at the capture False, got True"):
+    with pytest.raises(ValueError, match="grad_mode as at the capture False, got True"):
         run(x)
 
 
@@ -163,6 +163,123 @@ def test_a_number_of_an_optimizer_that_changes() -> None:
     mine.optimizer.param_groups[0]["lr"] = 0.01
     with pytest.raises(ValueError, match=r"SGD: lr of group 0: expected 0.05 .*, got 0.01"):
         step(*batch(0))
+
+
+def test_a_schedule_in_the_function() -> None:
+    # The kernels have the number from before the schedule's step.
+    mine = Training(network())
+    schedule = torch.optim.lr_scheduler.ExponentialLR(mine.optimizer, 0.9)
+
+    def step(x: Tensor, target: Tensor) -> None:
+        mine.step(x, target)
+        schedule.step()
+
+    run = graphed_here(step, *batch(0), state=mine.state(), warmup=1)
+    run(*batch(0))
+    with pytest.raises(ValueError, match=r"SGD: lr of group 0: expected 0.045.* got 0.0405"):
+        run(*batch(0))
+
+
+def test_modules_and_parameters_that_change() -> None:
+    # Also where the function is no module, and calls one.
+    model, (x, _) = network().eval(), batch(0)
+    with torch.no_grad():
+        run = warmed(lambda x: model(x), x)
+        model[0].bn1.train()
+        with pytest.raises(ValueError, match="expected training as at the capture"):
+            run(x)
+        model.eval()
+        model[0].fc.weight.requires_grad_(False)
+        with pytest.raises(ValueError, match="expected parameters as at the capture"):
+            run(x)
+        model[0].fc.weight.requires_grad_(True)
+        run(x)
+        model[0].fc.weight.data = model[0].fc.weight.data.clone()
+        with pytest.raises(ValueError, match="expected parameters as at the capture"):
+            run(x)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_an_optimizer_outside(set_to_none: bool) -> None:
+    # zero_grad() takes away what the graph writes, or fills it with 0: parameters have it again.
+    plain = Training(network())
+    mine = Training(copy.deepcopy(plain.model))
+
+    def forward_backward(model: nn.Module, x: Tensor, target: Tensor) -> None:
+        F.cross_entropy(model(x), target).backward()
+
+    def run(x: Tensor, target: Tensor) -> None:
+        forward_backward(mine.model, x, target)
+
+    gradients = [torch.zeros_like(p) for p in mine.model.parameters()]
+    for p, gradient in zip(mine.model.parameters(), gradients, strict=True):
+        p.grad = None if set_to_none else gradient
+    state = [*mine.state(), *([] if set_to_none else gradients)]
+    leaves = list(mine.model.parameters())
+    graph = graphed_here(run, *batch(0), state=state, parameters=leaves, warmup=1)
+    for seed in range(4):
+        for one in (plain, mine):
+            one.optimizer.zero_grad(set_to_none=set_to_none)
+            seed_all(seed)
+            if one is mine:
+                graph(*batch(seed))
+            else:
+                forward_backward(plain.model, *batch(seed))
+            assert all(p.grad is not None for p in one.model.parameters())
+            one.optimizer.step()
+    for one, other in zip(mine.state(), plain.state(), strict=True):
+        assert torch.equal(one, other)
+    if not set_to_none:
+        mine.optimizer.zero_grad(set_to_none=True)
+        with pytest.raises(ValueError, match=r"expected gradients in the memory .* the capture"):
+            graph(*batch(0))
+
+
+def test_a_call_that_raises_warms_nothing_up() -> None:
+    calls = []
+
+    def once(x: Tensor) -> Tensor:
+        calls.append(x)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("of another process")
+        return 2 * x
+
+    x = torch.ones(2, device=DEVICE)
+    run = graphed_here(once, x, warmup=1)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(x)
+    assert "1 calls before the capture" in repr(run)
+    assert torch.equal(run(x), 2 * x)
+    assert torch.equal(run(3 * x), 6 * x)
+
+
+@needs_gpu
+def test_adam_makes_its_state_while_it_warms_up() -> None:
+    plain, how = network(), {"lr": scalar(1e-3), "capturable": True}
+    mine = copy.deepcopy(plain)
+    steps = []
+    for model in (plain, mine):
+        optimizer = torch.optim.Adam(model.parameters(), **how)
+
+        def step(x: Tensor, target: Tensor, model: Any = model, optimizer: Any = optimizer) -> None:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), target).backward()
+            optimizer.step()
+
+        steps.append(step)
+    graph = graphed_here(steps[1], *batch(0), warmup=1)
+    for seed in range(4):
+        for run in (steps[0], graph):
+            seed_all(seed)
+            run(*batch(seed))
+    assert_same(mine, plain)
+
+
+def assert_same(model: nn.Module, plain: nn.Module) -> None:
+    for (name, one), other in zip(
+        model.state_dict().items(), plain.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
 
 
 @needs_gpu
@@ -208,8 +325,11 @@ def test_a_scaler() -> None:
 def test_what_cannot_be_captured() -> None:
     run = graphed_here(lambda x: x * x.sum().item(), torch.ones(2, device=DEVICE), warmup=1)
     run(torch.ones(2, device=DEVICE))
+    stream = torch.cuda.current_stream()
     with pytest.raises(RuntimeError, match="expected a function that reads no result on the CPU"):
         run(torch.ones(2, device=DEVICE))
+    assert torch.cuda.current_stream() == stream
+    assert torch.randn(2, device=DEVICE).isfinite().all()  # the generator is no graph's any more
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,14 @@ def captured(run: Callable[[], Sequence[Tensor]]) -> tuple[list[Tensor], Replay]
 class RepeatedGraph:
     """What graphed() needs of a graph, without a GPU: a replay runs the captured function again.
 
-    Its results stay where they were at the capture, as those of a CUDA graph do. A capture changes
-    nothing: the tensors of state, and PyTorch's generator, are put back.
+    Its results stay where they were at the capture, as those of a CUDA graph do, and so do the
+    gradients of parameters that had none before. A capture changes nothing: the tensors of state,
+    and PyTorch's generator, are put back.
     """
 
-    def __init__(self, state: Sequence[Tensor]) -> None:
-        self._state = state
+    def __init__(self, state: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+        self._state, self._parameters = state, parameters
+        self._gradients: list[tuple[Tensor, Tensor]] = []
         self._function: Callable[[], Any] = lambda: None
         self._results: list[Tensor] = []
 
@@ -60,7 +62,13 @@ class RepeatedGraph:
     def capture(self, function: Callable[[], Any]) -> Any:
         """Return the results that each replay fills anew."""
         before, random = [t.detach().clone() for t in self._state], torch.get_rng_state()
+        had = [p.grad for p in self._parameters]
         result = function()
+        self._gradients = [
+            (p, p.grad)
+            for p, grad in zip(self._parameters, had, strict=True)
+            if p.grad is not None and p.grad is not grad
+        ]
         with torch.no_grad():
             for t, value in zip(self._state, before, strict=True):
                 t.copy_(value)
@@ -70,10 +78,18 @@ class RepeatedGraph:
             t.detach().zero_()
         return result
 
-    def replay(self) -> None:
-        """Run the function."""
+    def replay(self, fill: Callable[[], None], read: Callable[[], Any]) -> Any:
+        """Run the function with other inputs, and return what is read of its results."""
+        fill()
+        for p, _ in self._gradients:
+            p.grad = None
         for old, new in zip(self._results, tensors_of(self._function()), strict=True):
             old.detach().copy_(new)
+        for p, grad in self._gradients:
+            assert p.grad is not None
+            grad.copy_(p.grad)
+            p.grad = None  # a graph knows no Python: it is for others to put it there
+        return read()
 
 
 def tensors_of(result: Any) -> list[Tensor]:
@@ -82,9 +98,16 @@ def tensors_of(result: Any) -> list[Tensor]:
 
 
 def graphed_here(
-    function: Callable[..., Any], *example: Any, state: Sequence[Tensor] = (), warmup: int = 3
+    function: Callable[..., Any],
+    *example: Any,
+    state: Sequence[Tensor] = (),
+    parameters: Sequence[Tensor] = (),
+    warmup: int = 3,
 ) -> Callable[..., Any]:
-    """Return fastcnn.graphed of a function, without a GPU with a RepeatedGraph that has a state."""
+    """Return fastcnn.graphed of a function; without a GPU, of a RepeatedGraph with these tensors.
+
+    parameters: whose gradients outlive the function.
+    """
     if HAS_GPU:
         return graphed(function, *example, warmup=warmup)
-    return GraphedFunction(function, example, warmup, RepeatedGraph(state))
+    return GraphedFunction(function, example, warmup, RepeatedGraph(state, parameters))
