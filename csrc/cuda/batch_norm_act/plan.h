@@ -51,7 +51,9 @@ inline BatchNormPlan plan_one_pass(const ImageShape& shape, int element_bytes, b
   if (shape.channels_last) {
     columns.vector = aligned && shape.c % wide == 0 ? wide : 1;
     const int64_t vectors = shape.c / columns.vector;
-    columns.columns = columns_of(vectors, row_bytes / (columns.vector * element_bytes));
+    // All that there are, or whole rows: even shares would cut memory's 32 bytes.
+    const int64_t most = row_bytes / (columns.vector * element_bytes);
+    columns.columns = static_cast<int>(vectors < most ? vectors : most);
     columns.tiles = (vectors + columns.columns - 1) / columns.columns;
     columns.length = shape.per_channel();
   } else {

@@ -278,8 +278,10 @@ int64_t group_norm_act_workspace(const ImageShape& shape, DType dtype, const Cud
 int launch_group_norm_act_fwd(const GroupNormActFwdParams& p, float* workspace,
                               const CudaDevice& device) {
   const int bytes = element_bytes(p.dtype);
-  const bool whole = aligned({p.x, p.y, p.weight, p.bias});
-  const OnePassPlan one_pass = plan_one_pass(p.shape, p.groups, bytes, whole);
+  const bool whole = aligned({p.x, p.y});
+  // In channels_last the one-pass kernel loads parameters by 16 bytes too.
+  const bool words = whole && (!p.shape.channels_last || aligned({p.weight, p.bias}));
+  const OnePassPlan one_pass = plan_one_pass(p.shape, p.groups, bytes, words);
   if (is_on_chip(p.shape, one_pass, bytes, device.sm_count)) {
     return launch_one_pass_norm_act_fwd(p, one_pass, device);
   }

@@ -185,7 +185,8 @@ int launch_dx(const GroupNormActBwdParams& p, const CudaDevice& device, bool who
       return pixel_norm_act_dx_kernel<decltype(t), decltype(vector)::value>;
     });
   }
-  const OnePassPlan plan = plan_rows(p.shape, element_bytes(p.dtype), whole);
+  const bool words = whole && aligned({p.weight, p.bias});  // it loads them by 16 bytes too
+  const OnePassPlan plan = plan_rows(p.shape, element_bytes(p.dtype), words);
   if (!plan.fits) return cudaErrorInvalidValue;
   const int64_t blocks = (plan.tiles + plan.per_block - 1) / plan.per_block;
   if (!fits_a_grid(blocks)) return cudaErrorInvalidValue;
@@ -207,7 +208,7 @@ int64_t pixel_norm_act_workspace(const ImageShape& shape, DType dtype, const Cud
 }
 
 int launch_pixel_norm_act_fwd(const GroupNormActFwdParams& p, float*, const CudaDevice& device) {
-  const bool whole = aligned({p.x, p.y, p.weight, p.bias});
+  const bool whole = aligned({p.x, p.y});
   if (!p.shape.channels_last) {
     return launch_tiles(p, device, whole, [](auto t, auto vector) {
       return pixel_norm_act_fwd_kernel<decltype(t), decltype(vector)::value>;
@@ -216,13 +217,14 @@ int launch_pixel_norm_act_fwd(const GroupNormActFwdParams& p, float*, const Cuda
   GroupNormActFwdParams rows = p;
   rows.shape = {p.shape.per_channel(), p.shape.c, 1, true};
   rows.groups = 1;
-  return launch_one_pass_norm_act_fwd(rows, plan_rows(p.shape, element_bytes(p.dtype), whole),
+  const bool words = whole && aligned({p.weight, p.bias});  // it loads them by 16 bytes too
+  return launch_one_pass_norm_act_fwd(rows, plan_rows(p.shape, element_bytes(p.dtype), words),
                                       device);
 }
 
 int launch_pixel_norm_act_bwd(const GroupNormActBwdParams& p, float* workspace,
                               const CudaDevice& device) {
-  const bool whole = aligned({p.dy, p.x, p.dx, p.weight, p.bias});
+  const bool whole = aligned({p.dy, p.x, p.dx});
   const ColumnPlan plan = plan_columns(p.shape, element_bytes(p.dtype), whole, device.sm_count);
   if (!fits_a_grid(plan.tiles, plan.splits)) return cudaErrorInvalidValue;
   const int dx = launch_dx(p, device, whole);
