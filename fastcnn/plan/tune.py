@@ -69,13 +69,18 @@ def tune(op: Op, problem: Problem, candidates: Sequence[Candidate], timer: Timer
 def _unsteady(run: Callable[[], Any], device: torch.device) -> str | None:
     """Say which of many launches gives other bits than the first, None if none does."""
     launches = LAUNCHES.get(device.type, FEW_LAUNCHES)
-    first = _bits(run())
     differ = torch.zeros(launches, dtype=torch.bool, device=device)
-    for k in range(1, launches):
-        for y, same in zip(_bits(run()), first, strict=True):
-            differ[k] |= (y != same).any()  # the device is waited for once, at the end
-    if not differ.any():
-        return None
+    try:
+        first = _bits(run())
+        for k in range(1, launches):
+            for y, same in zip(_bits(run()), first, strict=True):
+                differ[k] |= (y != same).any()  # the device is waited for once, at the end
+        if not differ.any():
+            return None
+    except torch.OutOfMemoryError:
+        raise  # that says nothing about the candidate
+    except Exception as error:
+        return f"in {launches} launches: {type(error).__name__}: {error}"
     k = int(differ.int().argmax()) + 1
     return f"not deterministic: launch {k} of {launches} differs"
 

@@ -88,3 +88,8 @@ def test_bits_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tune._unsteady(lambda: next(outputs), CPU) == (
         "not deterministic: launch 2 of 20 differs"
     )
+
+
+def test_a_launch_that_raises() -> None:
+    outputs = iter([torch.ones(2), torch.ones(2)])  # then StopIteration
+    assert tune._unsteady(lambda: next(outputs), CPU) == "in 20 launches: StopIteration: "
