@@ -83,8 +83,7 @@ gpu:
 # As packagers build: no warnings as errors, and in a fresh .venv nothing but what building takes.
 wheel:
 	@$(PYTHON) tools/environment.py wheel
-	@FASTCNN_CUDA=$${FASTCNN_CUDA:-ON} FASTCNN_CUDA_ARCHS=$${FASTCNN_CUDA_ARCHS:-80-real,90} \
-		$(BIN)/python tools/build_wheel.py dist
+	@FASTCNN_CUDA=$${FASTCNN_CUDA:-ON} $(BIN)/python tools/build_wheel.py dist
 
 clean:
 	rm -rf .venv build dist runs

@@ -1,4 +1,4 @@
-"""Build, test, tune and measure on a machine with an NVIDIA GPU, in under ten minutes.
+"""Build, test, tune and measure on a machine with an NVIDIA GPU, in nine minutes.
 
     python -m gpu RESULTS [build,step,memory,test,convolutions,sanitize,tune,bench]
 
@@ -43,7 +43,7 @@ NEEDED = ("pip", "scikit_build_core", "pybind11", "pytest", "pytest_benchmark", 
 def main(arguments: Sequence[str]) -> int:
     """Run stages; return 0 if all went well."""
     if len(arguments) not in (1, 2) or not arguments[0]:
-        stop("expected a folder for the results: make gpu RESULTS=dir [STAGES=build,test]")
+        stop("expected a folder for the results: make gpu RESULTS=dir [STAGES=build,step]")
     names = arguments[1].split(",") if len(arguments) == 2 and arguments[1] else [*STAGES]
     if unknown := [name for name in names if name not in STAGES | ON_REQUEST]:
         expected = ", ".join(STAGES | ON_REQUEST)

@@ -10,11 +10,10 @@ from pathlib import Path
 from triton.backends.nvidia.compiler import get_ptxas
 
 from gpu_static.loops import Ways
-from gpu_static.sass import functions
+from gpu_static.sass import ARCH, functions
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-ARCH = 90
 # Of an SM's tensor cores, a clock.
 FLOPS = {"BF16": 4096, "F16": 4096, "TF32": 2048, "S8": 8192, "U8": 8192}
 SHAPE = re.compile(r"(?:HGMMA|IGMMA)\.(\d+)x(\d+)x(\d+)\.")

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 COPY = 4.3e12  # bytes a second
 TENSOR_CORES = 600e12  # operations a second that a large convolution in bf16 reaches
-CUDNN_MEMORY = 0.85  # of the copy, convolutions that memory bounds
+CUDNN_MEMORY = 0.85  # of the copy, convolutions that memory bounds, depthwise ones too
 PYTORCH = 0.85  # of the copy, PyTorch's poolings, concatenations and additions
 ELEMENT = 2  # bytes
 Share = Callable[[str], float]  # of the copy, by a kernel's name
@@ -42,14 +42,15 @@ class Part:
 def convolution(conv: nn.Conv2d, x: torch.Size, y: torch.Size, first: bool) -> Iterator[Part]:
     """Forward, and both gradients; that of the image is not asked for."""
     image, out, weight = x.numel(), y.numel(), conv.weight.numel()
-    flops = 2 * out * weight // conv.out_channels
+    depthwise = conv.groups == conv.in_channels > 1  # this package's kernels, without tensor cores
+    flops = 0 if depthwise else 2 * out * weight // conv.out_channels
+    arithmetic = flops / TENSOR_CORES
+    moved = ELEMENT * (image + out + weight) / (CUDNN_MEMORY * COPY)
+    kind = "depthwise convolution" if depthwise else "convolution"
+    bound = "tensor cores" if arithmetic > moved else "memory"
     for wanted in (True, not first, True):
         if wanted:
-            arithmetic = flops / TENSOR_CORES
-            moved = ELEMENT * (image + out + weight) / (CUDNN_MEMORY * COPY)
-            bound = "tensor cores" if arithmetic > moved and conv.groups == 1 else "memory"
-            depthwise = "depthwise convolution" if conv.groups > 1 else "convolution"
-            yield Part(depthwise, moved if conv.groups > 1 else max(arithmetic, moved), bound)
+            yield Part(kind, max(arithmetic, moved), bound)
 
 
 def passes(kind: str, image: int, share: Share, **of_kernels: int) -> Iterator[Part]:

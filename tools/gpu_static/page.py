@@ -39,8 +39,8 @@ issue its instructions, and its tensor cores to multiply. Asked: no more of the 
 ptxas serialises nothing (its C7515).
 """
 NETWORKS = """A training step in bf16, channels_last, memory="full", from the shares of the copy
-above and guesses for what is not this package's: convolutions reach {tensor_cores:.0f} TFLOP/s on
-tensor cores or {cudnn:.0%} of the copy, PyTorch's other kernels {pytorch:.0%}. Without host,
+above and guesses for the rest: convolutions reach {tensor_cores:.0f} TFLOP/s on tensor cores or
+{cudnn:.0%} of the copy, depthwise ones too, PyTorch's other kernels {pytorch:.0%}. Without host,
 gaps between kernels and optimizer. Shares are of the slowest activation: with ReLU it is less.
 """
 NETWORK_COLUMNS = ("network", "batch", "ms", "images/s", "bound by tensor cores", "ms by operation")

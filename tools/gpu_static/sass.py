@@ -13,6 +13,7 @@ from pathlib import Path
 
 import triton
 
+ARCH = 90  # whose figures are asked
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([\w.]+)\s*(.*)$")
 LABEL = re.compile(r"^(\.L_\w+):")
@@ -76,7 +77,9 @@ def functions(library: Path) -> list[Function]:
         cubins = [library]
         if library.suffix != ".cubin":
             _run("cuobjdump", "-xelf", "all", library.resolve(), cwd=folder)
-            cubins = sorted(Path(folder).glob("*.cubin"))
+            cubins = sorted(Path(folder).glob(f"*sm_{ARCH}.cubin"))
+            if not cubins:
+                raise ValueError(f"{library}: expected code for sm_{ARCH}, got none")
         with ThreadPoolExecutor() as pool:
             return [function for found in pool.map(_of_cubin, cubins) for function in found]
 
