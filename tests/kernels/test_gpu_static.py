@@ -182,9 +182,9 @@ def test_a_network_s_step_is_the_sum_of_its_operations() -> None:
     convolution = 2 * (image + y + weight) / (networks.CUDNN_MEMORY * networks.COPY)
     norm = 2 * y / (0.5 * networks.COPY)
     expected = [convolution] * 2 + [norm, 2 * norm, 2 * norm, 3 * norm]  # no gradient of the image
-    assert [part.seconds for part in found] == pytest.approx(expected)
+    assert [part.seconds for part in found] == pytest.approx(expected, rel=1e-9, abs=0)
     step = networks.Step("block", 2, found)
-    assert step.seconds == pytest.approx(2 * convolution + 8 * norm)
+    assert step.seconds == pytest.approx(2 * convolution + 8 * norm, rel=1e-9, abs=0)
     assert step.share_of("memory") == 1.0
     assert [kind for kind, _ in step.by_kind()] == ["batch norm and activation", "convolution"]
 
@@ -195,4 +195,4 @@ def test_large_products_are_bound_by_tensor_cores() -> None:
     flops = 2 * sizes.numel() * 512 * 9
     for part in networks.convolution(conv, sizes, sizes, first=False):
         assert part.bound == "tensor cores"
-        assert part.seconds == pytest.approx(flops / networks.TENSOR_CORES)
+        assert part.seconds == pytest.approx(flops / networks.TENSOR_CORES, rel=1e-9, abs=0)

@@ -68,7 +68,7 @@ def parts(model: nn.Module, sizes: tuple[int, ...], share: Share) -> Iterator[Pa
     for node in graph.graph.nodes:
         y = shapes.get(node)
         module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if y is None or node.op == "placeholder":
+        if y is None or node.op in ("placeholder", "output"):
             continue
         if isinstance(module, nn.Conv2d):
             yield from convolution(module, shapes[node.args[0]], y, first)
