@@ -175,9 +175,7 @@ class _Settings(NamedTuple):
     inference_mode: bool
     autocast: torch.dtype | None
     training: list[bool]  # of the modules
-    parameters: list[
-        tuple[int, bool]
-    ]  # and buffers: where they lie, whether they require a gradient
+    parameters: list[tuple[int, bool]]  # and buffers: where they lie, and requires_grad
 
     @classmethod
     def of(cls, modules: Sequence[nn.Module], leaves: Sequence[Any]) -> "_Settings":
@@ -285,7 +283,7 @@ class GraphedFunction:
         self._kinds = [_kind_of(leaf) for leaf in leaves]
         self._leaves: list[Any] = []  # what the graph reads
         self._settings: _Settings | None = None  # the capture's
-        self._watched = _Watched(function)
+        self._watched: _Watched  # the capture's, too
         self._result: Any = None
 
     def __call__(self, *inputs: Any) -> Any:

@@ -113,25 +113,22 @@ def memory(run: Run) -> Found:
 
 
 def convolutions(run: Run) -> Found:
-    """Time five shapes of each of Triton's kernels, vs. cuDNN's."""
+    """Time the convolutions that the benchmarks name, by Triton's kernels and cuDNN's."""
     return benchmark(run, "tune", "bench_conv_bn_act.py", "bench_conv2d_int8.py")
 
 
-def benchmark(run: Run, plans: str, *names: str) -> Found:
-    """Run benchmarks vs. PyTorch's eager mode: compiling its others would take most of the time.
+def benchmark(run: Run, plans: str, *names: str, eager: bool = True) -> Found:
+    """Run benchmarks, all without a name.
 
-    plans: FASTCNN_PLAN. The rows are in the results' folder as they are measured.
+    plans: FASTCNN_PLAN. eager: vs. PyTorch's eager mode, as compiling takes most of the time. The
+    rows are in the results' folder as they are measured.
     """
     rows = run.log.with_suffix(".jsonl")
     rows.unlink(missing_ok=True)
     seconds = max(1, int(run.seconds_left()) - LAST_CASE)
-    options = ["--eager", f"--rows={rows}", f"--seconds={seconds}"]
-    files = [ROOT / "benchmarks" / name for name in names]
-    return measured(run, run.execute([*BENCHMARKS, *options, *files], FASTCNN_PLAN=plans), rows)
-
-
-def measured(run: Run, status: int | None, rows: Path) -> Found:
-    """Return the rows that there are, and the plans."""
+    options = ["--eager"] * eager + [f"--rows={rows}", f"--seconds={seconds}"]
+    files = [ROOT / "benchmarks" / name for name in names] or [ROOT / "benchmarks"]
+    status = run.execute([*BENCHMARKS, *options, *files], FASTCNN_PLAN=plans)
     found = {"rows": benchmark_table.read(rows) if rows.exists() else [], **keep_plans(run)}
     if status != 0:
         raise Failed(how(status, "benchmarks"), found)
@@ -174,11 +171,7 @@ def bench(run: Run) -> Found:
         # Nor has inductor timed its kernels alone: it does so again.
         for path in (WORK / "inductor").rglob("*.best_config"):
             path.unlink()
-    rows = run.log.with_suffix(".jsonl")
-    rows.unlink(missing_ok=True)
-    options = [f"--rows={rows}", f"--seconds={int(run.seconds_left()) - LAST_CASE}"]
-    command = [*BENCHMARKS, *options, ROOT / "benchmarks"]
-    return measured(run, run.execute(command, FASTCNN_PLAN="tune"), rows)
+    return benchmark(run, "tune", eager=False)
 
 
 def keep_plans(run: Run) -> Found:

@@ -12,8 +12,9 @@ from gpu_static.sass import Function
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTER_FILE, THREADS_OF_SM = 65536, 2048
+COPY = 4.3e12  # bytes a second
 # Instructions that an SM may issue a byte while it copies.
-ISSUED_PER_BYTE = 4 * 1.85e9 * 132 / 4.3e12
+ISSUED_PER_BYTE = 4 * 1.85e9 * 132 / COPY
 MOST_ISSUE = 0.7  # of them: what is asked, and what scheduling is taken to reach
 LEAST_IN_FLIGHT = 40 << 10  # bytes of an SM
 

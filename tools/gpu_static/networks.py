@@ -9,20 +9,15 @@ how much all this is wrong.
 """
 
 import operator
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from gpu_static.kernels import Row
+from gpu_static.kernels import COPY, Row
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-
-COPY = 4.3e12  # bytes a second
 TENSOR_CORES = 600e12  # operations a second that a large convolution in bf16 reaches
 CUDNN_MEMORY = 0.85  # of the copy, convolutions that memory bounds, depthwise ones too
 PYTORCH = 0.85  # of the copy, PyTorch's poolings, concatenations and additions
