@@ -5,70 +5,15 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
-#include <vector>
 
+#include "bindings/depthwise_shape.h"
 #include "bindings/on_device.h"
 
 namespace fastcnn {
 namespace {
 
-using Pair = std::vector<int64_t>;  // height, width
-
-int64_t at(const char* op, const char* name, const Pair& pair, int d, int64_t least, int64_t most) {
-  if (pair.size() != 2 || pair[d] < least || pair[d] > most) {
-    fail(op, name, ": expected two integers from ", least, " to ", most);
-  }
-  return pair[d];
-}
-
-// Rows (d = 0) or columns of the window.
-WindowAxis axis_of(const char* op, int d, int64_t size, int64_t kernel, const Pair& stride,
-                   const Pair& padding, const Pair& dilation) {
-  WindowAxis axis{size,
-                  0,
-                  kernel,
-                  at(op, "stride", stride, d, 1, kMaxStep),
-                  at(op, "padding", padding, d, 0, kMaxStep),
-                  at(op, "dilation", dilation, d, 1, kMaxStep)};
-  const bool sound = size >= 1 && size <= kMaxSide && kernel >= 1 && kernel <= kMaxStep;
-  const int64_t reach =
-      sound ? size + 2 * axis.padding - axis.dilation * (kernel - 1) - 1 : int64_t{-1};
-  if (reach < 0) {
-    fail(op, d == 0 ? "h" : "w", ": expected 1 to ", kMaxSide,
-         " pixels, and a kernel that fits into the padded image, got ", size, " and ", kernel);
-  }
-  axis.size_out = reach / axis.stride + 1;
-  return axis;
-}
-
-DepthwiseShape shape_of(const char* op, int64_t n, int64_t c, int64_t h, int64_t w,
-                        int64_t kernel_h, int64_t kernel_w, const Pair& stride, const Pair& padding,
-                        const Pair& dilation, bool channels_last) {
-  if (c > INT32_MAX) fail(op, "c: expected at most 2^31 - 1 channels, got ", c);
-  DepthwiseShape s{n, c, axis_of(op, 0, h, kernel_h, stride, padding, dilation),
-                   axis_of(op, 1, w, kernel_w, stride, padding, dilation), channels_last};
-  if (kernel_h * kernel_w > kMaxTaps) {
-    fail(op, "kernel: expected at most 2^24 elements a channel, got ", kernel_h, " x ", kernel_w);
-  }
-  // Of one pixel both layouts are one, whose channels lie side by side.
-  s.channels_last |= h * w == 1 && s.rows.size_out * s.columns.size_out == 1;
-  return s;
-}
-
 // What is dense in both orders counts as NCHW, as fastcnn/common/checks.py has it.
 bool is_channels_last(const Tensor& t) { return !is_dense(t, false); }
-
-const void* weight_of(const char* op, const Tensor& weight, const Tensor& x, ScalarType acc,
-                      int64_t c) {
-  if (weight.device() != x.device() || weight.scalar_type() != acc || weight.dim() != 4 ||
-      weight.size(0) != c || weight.size(1) != 1 || !is_dense(weight, false)) {
-    fail(op, "weight: expected a dense tensor [", c, ", 1, kernel_h, kernel_w] of ",
-         torch::headeronly::toString(acc), " and ", device_of(x), ", got sizes ", sizes_of(weight),
-         " of ", torch::headeronly::toString(weight.scalar_type()), " and ", device_of(weight));
-  }
-  check_storage(op, "weight", weight);
-  return weight.const_data_ptr();
-}
 
 // -> y, or with a dy dy * act'(z)
 template <auto launch>
@@ -157,35 +102,6 @@ std::tuple<Tensor, Tensor> bwd_weight(const Tensor& dy, const Tensor& x, int64_t
   return {dweight, dbias};
 }
 
-// -> y, [n, c, h_out, w_out] in channels_last
-Tensor pointwise_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t act,
-                     const Tensor& dw_weight, const OptionalTensor& dw_bias, const Pair& stride,
-                     const Pair& padding, const Pair& dilation, int64_t dw_act) {
-  constexpr const char* kOp = "pointwise_depthwise_conv2d_fwd";
-  const Check check(kOp, x);
-  if (!is_dense(x, true)) {
-    fail(kOp, "x: expected a dense tensor in channels_last, got sizes ", sizes_of(x));
-  }
-  PointwiseDepthwiseConv2dFwdParams p{};
-  const int64_t c = dw_weight.dim() > 0 ? dw_weight.size(0) : 0;
-  p.dtype = p.depthwise.dtype = check.dtype();
-  p.act = check.act(act);
-  p.depthwise.act = check.act(dw_act);
-  p.c_in = x.size(1);
-  p.weight = check.matrix("weight", weight, p.c_in, c);
-  p.bias = bias ? check.numbers("bias", *bias, c) : nullptr;
-  p.depthwise.weight = weight_of(kOp, dw_weight, x, check.acc(), c);
-  p.depthwise.bias = dw_bias ? check.numbers("dw_bias", *dw_bias, c) : nullptr;
-  DepthwiseShape& s = p.depthwise.shape;
-  s = shape_of(kOp, x.size(0), c, x.size(2), x.size(3), dw_weight.size(2), dw_weight.size(3),
-               stride, padding, dilation, true);
-  Tensor y = empty_image(x, x.scalar_type(), s.n, c, s.rows.size_out, s.columns.size_out, true);
-  p.depthwise.x = x.const_data_ptr();
-  p.depthwise.y = y.mutable_data_ptr();
-  if (y.numel() > 0) pointwise_depthwise_conv2d_fwd_cpu(p);
-  return y;
-}
-
 #ifdef FASTCNN_WITH_CUDA
 int64_t workspace(const DepthwiseShape& shape, DType, const CudaDevice&) {
   return depthwise_conv2d_workspace(shape);
@@ -207,7 +123,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastcnn, CPU, m) {
          TORCH_BOX((&bwd_act<on_cpu<depthwise_conv2d_fwd_cpu, FwdParams>>)));
   m.impl("depthwise_conv2d_bwd_data",
          TORCH_BOX((&bwd_data<on_cpu<depthwise_conv2d_bwd_data_cpu, DataParams>>)));
-  m.impl("pointwise_depthwise_conv2d_fwd", TORCH_BOX(&pointwise_fwd));
   m.impl("depthwise_conv2d_bwd_weight",
          TORCH_BOX((&bwd_weight<on_cpu<depthwise_conv2d_bwd_weight_cpu, WeightParams>>)));
 }

@@ -57,21 +57,9 @@ struct DepthwiseConv2dBwdWeightParams {
   void* dbias;     // [c] acc
 };
 
-// y = act2(depthwise(act(conv2d(x, weight) + bias))) of a 1x1 convolution: depthwise has the second
-// one's numbers, and x and y. channels_last alone.
-struct PointwiseDepthwiseConv2dFwdParams {
-  DType dtype;
-  DepthwiseConv2dFwdParams depthwise;
-  int64_t c_in;  // of x
-  Act act;
-  const void* weight;  // [c_in, c] acc
-  const void* bias;    // [c] acc; null: 0
-};
-
 FASTCNN_CPU_KERNEL(depthwise_conv2d_fwd_cpu, DepthwiseConv2dFwdParams)
 FASTCNN_CPU_KERNEL(depthwise_conv2d_bwd_data_cpu, DepthwiseConv2dBwdDataParams)
 FASTCNN_CPU_KERNEL(depthwise_conv2d_bwd_weight_cpu, DepthwiseConv2dBwdWeightParams)
-FASTCNN_CPU_KERNEL(pointwise_depthwise_conv2d_fwd_cpu, PointwiseDepthwiseConv2dFwdParams)
 
 // The CUDA launchers return a cudaError_t. float64 is the CPU's: they refuse it.
 // workspace: the function's number of floats, uninitialised.

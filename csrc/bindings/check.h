@@ -139,6 +139,11 @@ class Check {
     shape_.channels_last = nhwc && (!nchw || shape_.hw == 1);
   }
 
+  // The caller checks x's sizes and strides.
+  Check(const char* op, const Tensor& x, const ImageShape& shape) : op_(op), x_(x), shape_(shape) {
+    check_storage(op, "x", x);
+  }
+
   const ImageShape& shape() const { return shape_; }
 
   DType dtype() const { return dtype_of(op_, "x", x_); }
@@ -194,6 +199,22 @@ class Check {
     if (t.dim() != 2 || t.size(0) != rows || t.size(1) != columns || t.scalar_type() != acc() ||
         (columns > 1 && t.stride(1) != 1) || (rows > 1 && t.stride(0) != columns)) {
       fail(op_, name, ": expected a dense matrix [", rows, ", ", columns, "] of ",
+           torch::headeronly::toString(acc()), ", got sizes ", sizes_of(t), " of ",
+           torch::headeronly::toString(t.scalar_type()));
+    }
+    return t.const_data_ptr();
+  }
+
+  // The weight of a 1x1 convolution in panels, [ceil(c_out / width), c_in, width], in the
+  // accumulate type.
+  const void* panels(const char* name, const Tensor& t, int64_t c_in, int64_t c_out,
+                     int64_t width) const {
+    data(name, t);
+    const int64_t count = (c_out + width - 1) / width;
+    if (t.dim() != 3 || t.size(0) != count || t.size(1) != c_in || t.size(2) != width ||
+        t.scalar_type() != acc() || t.stride(2) != 1 || (c_in > 1 && t.stride(1) != width) ||
+        (count > 1 && t.stride(0) != c_in * width)) {
+      fail(op_, name, ": expected dense panels [", count, ", ", c_in, ", ", width, "] of ",
            torch::headeronly::toString(acc()), ", got sizes ", sizes_of(t), " of ",
            torch::headeronly::toString(t.scalar_type()));
     }

@@ -27,7 +27,7 @@ SEED = ["None", "no tensor", "a number", "bool", "complex", "other float", "anot
 SEED += ["sparse", "empty", "longer", "storage freed", "storage freed behind an offset"]
 SEED += ["storage halved", "storage without its last byte"]
 OPTIONAL = ("residual", "saved", "weight", "bias", "skip", "add")  # total is None already
-OPTIONAL += ("bias1", "bias2", "dw_bias")
+OPTIONAL += ("bias1", "bias2", "expand_bias", "project_bias")
 OPTIONAL += ("bn_weight", "bn_bias")
 ALONE = {"other float", "another half", "meta", "empty", "shorter", "longer"}
 ALONE |= {"channel less", "column less", "the other layout"}
@@ -54,7 +54,9 @@ VALID_HERE = {
     ("conv2d_fused", "weight"): SOUND_STRIDES | {"the other layout"},
     **{("conv2d_winograd_bwd_weight", key): {"channel less"} for key in ("dy", "x")},
     ("conv2d_winograd_fwd", "u"): SOUND_STRIDES,  # PyTorch's product reads it
-    ("pointwise_depthwise_conv2d_fwd", "x"): ALONE
+    ("pointwise_conv2d_fwd", "x"): ALONE
+    - {"other float", "meta", "channel less", "the other layout"},
+    ("inverted_residual_fwd", "x"): ALONE
     - {"other float", "meta", "channel less", "the other layout"},
     ("squeeze_excite_fwd", "x"): ALONE - {"other float", "meta", "channel less"},
     ("upsample_fwd", "x"): {"channel less"},

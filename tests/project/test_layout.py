@@ -25,8 +25,8 @@ COMPOSED = {"conv_bn_act", "linear_act"}  # of other ops or PyTorch's: no kernel
 MODULES = {"augment": "fastcnn/augment/module.py"}  # the others: fastcnn/nn/<op>.py
 NO_CUDA_SOURCE = {"conv2d_int8"}  # on GPUs convolutions are Triton's
 NO_MODULE = {"conv2d_int8"}  # quantisation makes its modules
-# On CUDA cuDNN's weight gradient needs no help, and it has a Winograd of its own; a 1x1 convolution
-# and the depthwise one behind it are two calls, pieces are concatenated first, and conv2d_int8 is
+# On CUDA cuDNN's weight gradient needs no help, and it has a Winograd and 1x1 convolutions of its
+# own; an inverted residual block is three calls, pieces are concatenated first, and conv2d_int8 is
 # one kernel with its epilogue.
 CPU_ONLY = {
     *(f"batch_norm_act_concat_{way}" for way in ("fwd", "apply", "bwd")),
@@ -34,7 +34,8 @@ CPU_ONLY = {
     "conv2d_int8_epilogue",
     "conv2d_winograd_bwd_weight",
     "conv2d_winograd_fwd",
-    "pointwise_depthwise_conv2d_fwd",
+    "inverted_residual_fwd",
+    "pointwise_conv2d_fwd",
     "upsample_taps_fwd",
     "upsample_taps_bwd",
 }

@@ -19,7 +19,7 @@ OPERATORS = [
     "pixel_norm_act_bwd", "depthwise_conv2d_fwd", "depthwise_conv2d_bwd_act",
     "depthwise_conv2d_bwd_data", "depthwise_conv2d_bwd_weight", "conv2d_winograd_fwd",
     "conv2d_winograd_bwd_weight", "squeeze_excite_fwd", "squeeze_excite_bwd",
-    "pointwise_depthwise_conv2d_fwd",
+    "inverted_residual_fwd", "pointwise_conv2d_fwd",
 ]  # fmt: skip
 PYTORCHS_OWN = ["clone_no_cse", "conv2d_relu"]  # under another name, with its checks
 OPERATORS += ["conv2d_bwd_weight"] * _C.has_bf16_dot()  # elsewhere it raises in any case
@@ -125,11 +125,19 @@ def good_arguments(op: str, dtype: torch.dtype, layout: str, w: int = 4) -> dict
             return {"dy": image(), "x": image(), "kernel_h": 3, "kernel_w": 3, **how}
         call = {"x": image(), **given, "bias": c[1], **how, "act": 4}
         return call if op.endswith("fwd") else {"dy": image(), **call}
-    if op.startswith("pointwise_depthwise"):
-        layout, how = "channels_last", {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
-        first = {"x": image(), "weight": torch.ones(6, 5, dtype=acc), "bias": c[0][:5], "act": 1}
-        second = {"dw_weight": torch.ones(5, 1, 3, 3, dtype=acc), "dw_bias": c[1][:5].clone()}
-        return {**first, **second, **how, "dw_act": 4}
+    if op in ("pointwise_conv2d_fwd", "inverted_residual_fwd"):
+        layout, wide = "channels_last", torch.ones(20, dtype=acc)
+        residual = torch.cat([image()] * 4, 1)[:, :20].contiguous(memory_format=LAYOUTS[layout])
+        panels = torch.ones(2, 6, 16, dtype=acc)
+        if op == "pointwise_conv2d_fwd":
+            more = {"bias": wide, "residual": residual, "act": 4}
+            return {"x": image(), "weight": panels, "c_out": 20, **more}
+        expand = {"expand": panels, "expand_bias": wide, "expand_act": 1}
+        how = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "act": 2}
+        between = {"weight": torch.ones(20, 1, 3, 3, dtype=acc), "bias": wide.clone(), **how}
+        project = {"project": torch.ones(2, 20, 16, dtype=acc), "c_out": 20}
+        last = {**project, "project_bias": wide.clone(), "project_act": 0, "residual": residual}
+        return {"x": image(), **expand, **between, **last}
     if op.startswith("squeeze_excite"):
         fcs = [torch.ones(*size, 1, 1, dtype=acc) for size in ((5, 6), (6, 5))]
         names = {"act": 4, "gate": 1}

@@ -28,8 +28,7 @@ void gathered_by_two(const Tile<T>& tile, Vec<Acc<T>>* sums) {
     });
     unrolled<0, kRead>([&](auto m) __attribute__((always_inline)) {
       if (tile.holds(begin + m.value)) {
-        Vec<S> value = load(dy + m.value * tile.pixel);
-        keep_in_register(value);
+        const Vec<S> value = in_register(load(dy + m.value * tile.pixel));
         unrolled<0, kKernel>([&](auto b) __attribute__((always_inline)) {
           constexpr int kAt = kOdd + 2 * decltype(m)::value + decltype(b)::value - (kKernel - 1);
           if constexpr (kAt >= 0 && kAt < kColumns) sum[kAt] += value * w[b.value];

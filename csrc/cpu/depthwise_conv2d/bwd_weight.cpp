@@ -37,8 +37,7 @@ void window_products(const Tile<T>& tile, const T* dy, Acc<T>* sums, Acc<T>* bia
     });
     unrolled<0, (kColumns - 1) * kStride + kKernel>([&](auto j) __attribute__((always_inline)) {
       if (tile.holds(tile.first + j.value)) {
-        Vec<S> value = load(x + j.value * tile.pixel);
-        keep_in_register(value);
+        const Vec<S> value = in_register(load(x + j.value * tile.pixel));
         unrolled<0, kKernel>([&](auto b) __attribute__((always_inline)) {
           constexpr int kAt = decltype(j)::value - decltype(b)::value;
           if constexpr (kAt >= 0 && kAt % kStride == 0 && kAt / kStride < kColumns) {

@@ -19,8 +19,7 @@ inline __attribute__((always_inline)) void add_taps(const Tile<T>& tile, const T
   });
   unrolled<0, (kColumns - 1) * kStride + kTaps>([&](auto j) __attribute__((always_inline)) {
     if (tile.holds(first + j.value)) {
-      Vec<S> value = load(x + j.value * tile.pixel);
-      keep_in_register(value);
+      const Vec<S> value = in_register(load(x + j.value * tile.pixel));
       unrolled<0, kTaps>([&](auto b) __attribute__((always_inline)) {
         constexpr int kAt = decltype(j)::value - decltype(b)::value;
         if constexpr (kAt >= 0 && kAt % kStride == 0 && kAt / kStride < kColumns) {

@@ -15,6 +15,7 @@ namespace fastcnn::FASTCNN_CPU_LEVEL {
 
 constexpr int64_t kBlockChannels = 64;
 constexpr int kMostColumns = 14;  // of a tile
+constexpr int64_t kNoRing = INT64_MAX;
 
 template <class T>
 struct Sweep {
@@ -31,35 +32,46 @@ struct Sweep {
   int tile = 0;
   TileSums<T> sums_of[2] = {};  // by the parity of a tile's first column, see Tile::first below
   Finish<T> finish = nullptr;
+  // What is read lies in a ring of so many rows: row r of it at (first_row + r) % ring.
+  int64_t first_row = 0, ring = kNoRing;
 
   int64_t height() const { return of_input ? rows.size : rows.size_out; }
   int64_t width() const { return of_input ? columns.size : columns.size_out; }
   int64_t read_height() const { return of_input ? rows.size_out : rows.size; }
   int64_t read_width() const { return of_input ? columns.size_out : columns.size; }
   int64_t taps_of(int64_t row, RowTap* taps) const {
-    return (of_input ? row_taps_of_input : row_taps)(rows, row, taps);
+    const int64_t count = (of_input ? row_taps_of_input : row_taps)(rows, row, taps);
+    for (int64_t t = 0; t < count; ++t) taps[t].row = (first_row + taps[t].row) % ring;
+    return count;
   }
 
-  void run() const {
-    const ChannelVectors vectors(c, kLanes<S>);
+  // Weights as a sweep reads them: [vectors, kernel_h, kernel_w, lanes].
+  int64_t packed_size(const ChannelVectors& vectors) const {
+    return vectors.count * rows.kernel * columns.kernel * kLanes<S>;
+  }
+  void pack(const ChannelVectors& vectors, S* packed) const {
     const int64_t taps = rows.kernel * columns.kernel;
-    const Scratch<S> packed(vectors.count * taps * kLanes<S>);
-    const auto pack = [&](int64_t v) {
-      S* out = packed.get() + v * taps * kLanes<S>;
+    parallel_for(vectors.count, task_grain(vectors.count, c * taps), [&](int64_t v) {
+      S* out = packed + v * taps * kLanes<S>;
       const S* in = weight + vectors.channel(v) * taps;
       for (int64_t lane = 0; lane < vectors.width(); ++lane, in += taps) {
         for (int64_t t = 0; t < taps; ++t) {
           out[t * kLanes<S> + lane] = in[flipped ? taps - 1 - t : t];
         }
       }
-    };
-    parallel_for(vectors.count, task_grain(vectors.count, c * taps), pack);
+    });
+  }
+
+  void run() const {
+    const ChannelVectors vectors(c, kLanes<S>);
+    const Scratch<S> packed(packed_size(vectors));
+    pack(vectors, packed.get());
     const int64_t all = n * height();
     parallel_ranges(all, task_grain(all, all * width() * c),
                     [&](int64_t begin, int64_t end) { sweep(vectors, packed.get(), begin, end); });
   }
 
-  // Rows [begin, end) of the results of all images; packed: [vectors, kernel_h, kernel_w, lanes].
+  // Rows [begin, end) of the results of all images.
   void sweep(const ChannelVectors& vectors, const S* packed, int64_t begin, int64_t end) const {
     const Scratch<RowTap> taps(2 * rows.kernel);
     RowTap *now = taps.get(), *next = now + rows.kernel;
@@ -72,7 +84,8 @@ struct Sweep {
       const bool more = row + 1 < end && (row + 1) / height() == image;
       coming = row + 1 < end ? taps_of((row + 1) % height(), next) : 0;
       // Rows that the next row of the result reads first.
-      const int64_t fetch = last(now, count) + 1, fetch_end = more ? last(next, coming) + 1 : 0;
+      const int64_t fetch = last(now, count) + 1,
+                    fetch_end = more && ring == kNoRing ? last(next, coming) + 1 : 0;
       Tile<T> tile_of{};
       tile_of.taps = now;
       tile_of.tap_count = count;

@@ -8,30 +8,11 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#include "cpu/simd/unrolled.h"
 #include "cpu/spans.h"
 #include "depthwise_conv2d.h"
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
-
-#if defined(__AVX512F__)
-constexpr bool kManyRegisters = true;  // 32 vectors; 16 below
-#else
-constexpr bool kManyRegisters = false;
-#endif
-
-template <int kIndex>
-struct Index {
-  static constexpr int value = kIndex;
-};
-
-// body(Index<i>{}) for i from kBegin to kEnd - 1: arrays that are indexed by it stay in registers.
-template <int kBegin, int kEnd, class Body>
-inline __attribute__((always_inline)) void unrolled(const Body& body) {
-  if constexpr (kBegin < kEnd) {
-    body(Index<kBegin>{});
-    unrolled<kBegin + 1, kEnd>(body);
-  }
-}
 
 // Columns of a tile, whose sums (or dy) stay in registers beside a row of the kernel: the width
 // with the least work for `columns` of them. Networks on images of 224^2 have multiples of 7.
@@ -122,14 +103,6 @@ class Prefetcher {
   int64_t lines_, per_call_;
 };
 
-// The compiler would read a vector from memory again for each multiply-add that it is part of.
-template <class V>
-inline __attribute__((always_inline)) void keep_in_register(V& v) {
-#if defined(__x86_64__)
-  asm("" : "+v"(v));
-#endif
-}
-
 // One vector of channels in one tile of columns.
 template <class T>
 struct Tile {
@@ -215,9 +188,28 @@ void finish_act_bwd(const Vec<Acc<T>>* sums, Act number, const T* dy, T* y, int6
   }
 }
 
+// An activation that is compiled into its loop, of several vectors at a time.
+template <Act act>
+struct SeveralAct {
+  static constexpr int kVectors = 4;
+
+  explicit SeveralAct(Act) {}
+  template <class V, int kCount>
+  void fwd(V (&z)[kCount]) const {
+    EachAct<V>::template fwd<act>(z);
+  }
+};
+
 template <class T>
 Finish<T> choose_finish(Act act, bool backward) {
   if (backward) return finish_act_bwd<T>;
+  if constexpr (sizeof(Acc<T>) == sizeof(float)) {
+    if (act == Act::kLeakyRelu) return finish_act<T, SeveralAct<Act::kLeakyRelu>>;
+    if (act == Act::kSilu) return finish_act<T, SeveralAct<Act::kSilu>>;
+    if (act == Act::kGelu) return finish_act<T, SeveralAct<Act::kGelu>>;
+    if (act == Act::kSigmoid) return finish_act<T, SeveralAct<Act::kSigmoid>>;
+    if (act == Act::kHardswish) return finish_act<T, SeveralAct<Act::kHardswish>>;
+  }
   return dispatch_act<Acc<T>>(
       act, [](auto of) -> Finish<T> { return finish_act<T, typename decltype(of)::type>; });
 }

@@ -19,7 +19,12 @@ from fastcnn.convert.codegen import runtime
 from fastcnn.convert.codegen.fit import Shortcut, StepModules, linears_unfit
 from fastcnn.convert.codegen.runtime import Resizing
 from fastcnn.convert.options import Options
-from fastcnn.ops.conv_bn_act.folded import FoldedConv2d, is_plain_inference, prepare_pair
+from fastcnn.ops.conv_bn_act.folded import (
+    FoldedConv2d,
+    Together,
+    is_plain_inference,
+    prepare_together,
+)
 from fastcnn.ops.conv_bn_act.weight_cache import MOST_SIZES, Attribute, State, Unchanged
 from fastcnn.ops.linear_act.folded import FoldedLinears, LinearAct
 from fastcnn.ops.upsample_conv2d.folded import FoldedUpsampleConv2d
@@ -241,20 +246,32 @@ def _prepared(
     """Return the output and what has run; add the states of steps that keep one, as they do."""
     ran, rest = list[Ran](), list(steps)
     while rest:
-        (step, pool), *rest = rest
-        added, paired = None if rest else residual, None
-        if pool is None and rest and (residual is None or len(rest) > 1):
-            paired = prepare_pair(step, rest[0][0], x, dtype)
-        if paired is not None:
-            (kept, run), ((_, pool), *rest) = paired, rest
-        else:
-            found = step.prepare(x, added, dtype)
-            kept = [] if found is None else [(found[0], step.keeps(found[0]))]
-            run = step if found is None else found[1]
-        states += kept
-        ran.append((run, pool))
-        x = _through(x, ran[-1:], added, dies)
+        first = _first_prepared(x, rest, residual, dtype)
+        _, pool = rest[first.steps - 1]
+        rest = rest[first.steps :]
+        states += first.kept
+        ran.append((first.run, pool))
+        x = _through(x, ran[-1:], None if rest else residual, dies)
     return x, ran
+
+
+def _first_prepared(
+    x: Tensor,
+    steps: Sequence[tuple[FoldedConv2d, Any]],
+    residual: Tensor | None,
+    dtype: torch.dtype | None,
+) -> Together:
+    """Return what runs the first steps that are one call, or the first; residual: the last's."""
+    pooled = [i for i, (_, pool) in enumerate(steps[:-1], start=1) if pool is not None]
+    alike = [step for step, _ in steps[: pooled[0] if pooled else None]]
+    together = prepare_together(alike, x, None if pooled else residual, dtype)
+    if together is not None:
+        return together
+    step = alike[0]
+    found = step.prepare(x, residual if len(steps) == 1 else None, dtype)
+    if found is None:
+        return Together(1, [], step)
+    return Together(1, [(found[0], step.keeps(found[0]))], found[1])
 
 
 def _differentiable(

@@ -1,6 +1,6 @@
 """A convolution with an epilogue: the sum, the activation, one kernel for inference.
 
-oneDNN's, or where those are faster depthwise_conv2d.py's and winograd.py's.
+oneDNN's, or where those are faster depthwise_conv2d.py's, pointwise.py's and winograd.py's.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,11 @@ from torch import Tensor
 from fastcnn.common.activation import ACT_NUMBER, eager_activation
 from fastcnn.common.checks import check_format, check_like, in_format_of, memory_format_of
 from fastcnn.common.conv_geometry import ConvGeometry
+from fastcnn.common.dtypes import acc_type, as_acc
 from fastcnn.ops.conv2d.aten import convolve
 from fastcnn.ops.conv2d.float32_products import in_float32, is_slow
 from fastcnn.ops.conv2d.onednn_workarounds import onednn_crashes, with_border
+from fastcnn.ops.conv2d.pointwise import by_panels, panels, pointwise_conv2d
 from fastcnn.ops.conv2d.winograd import EACH_CALL, by_winograd, conv2d_winograd, transformed
 from fastcnn.ops.depthwise_conv2d import depthwise_calling, is_depthwise
 
@@ -54,6 +56,8 @@ def folds(x: Tensor) -> bool:
 
 def weight_type(x: Tensor, weight: Tensor, g: ConvGeometry) -> torch.dtype:
     """Return the type in which a convolution reads a weight and a bias, and need not cast them."""
+    if by_panels(x, weight, g):
+        return acc_type(x)
     own = is_depthwise(x, weight, g.groups)
     return torch.float32 if not own and in_float32(x, weight, g) else x.dtype
 
@@ -81,6 +85,8 @@ def packed_onednn(x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
     """
     if memory_format_of(x) is not torch.channels_last or leaves_onednn(x, weight, g):
         return weight
+    if by_panels(x, weight, g):
+        return weight
     if onednn_crashes(x, weight, *g[:3]) or is_depthwise(x, weight, g.groups):
         return weight  # which is given a border, and which is not oneDNN's
     packed: Tensor = _reorder(weight, g.padding, g.stride, g.dilation, g.groups, list(x.shape))
@@ -93,6 +99,9 @@ def convolving_onednn(
     """Return what computes act(conv2d(x)) of images like x: which kernel does is asked once."""
     if is_depthwise(x, weight, g.groups):
         return depthwise_calling(x, weight, bias, g[:3], ACT_NUMBER[act])
+    if by_panels(x, weight, g):
+        in_panels, wide = panels(weight.to(acc_type(x))), as_acc(x, bias)
+        return lambda x: pointwise_conv2d(x, in_panels, len(weight), wide, act)
     if by_winograd(x, weight, g, EACH_CALL):
         u = transformed(weight)
         return lambda x: conv2d_winograd(x, u, bias, g.padding, ACT_NUMBER[act])
@@ -121,21 +130,13 @@ def _pointwise(x: Tensor, g: ConvGeometry, weight: Tensor, bias: Tensor | None, 
     return y
 
 
-def add_by_winograd(
-    x: Tensor,
-    u: Tensor,
-    bias: Tensor | None,
-    g: ConvGeometry,
-    act: str,
-    residual: Tensor | None,
-    own: bool,
-) -> Tensor:
-    """Return act(conv2d(x) + residual) of a weight that winograd.py has transformed."""
+def residual_beside(x: Tensor, residual: Tensor | None, own: bool) -> Tensor | None:
+    """Return a residual for kernels of our own, in x's layout; own: it may come in another one."""
     if residual is not None and own:
-        residual = in_format_of(residual, x)
-    elif residual is not None:
+        return in_format_of(residual, x)
+    if residual is not None:
         check_format("conv_bn_act", "residual", residual, memory_format_of(x))
-    return conv2d_winograd(x, u, bias, g.padding, ACT_NUMBER[act], residual)
+    return residual
 
 
 def convolve_onednn(
@@ -154,8 +155,12 @@ def convolve_onednn(
     """
     if residual is None:
         return convolving_onednn(x, weight, bias, g, act)(x)
+    if by_panels(x, weight, g):
+        added, in_panels = residual_beside(x, residual, own), panels(weight.to(acc_type(x)))
+        return pointwise_conv2d(x, in_panels, len(weight), as_acc(x, bias), act, added)
     if by_winograd(x, weight, g, EACH_CALL):
-        return add_by_winograd(x, transformed(weight), bias, g, act, residual, own)
+        added, u = residual_beside(x, residual, own), transformed(weight)
+        return conv2d_winograd(x, u, bias, g.padding, ACT_NUMBER[act], added)
     if not is_depthwise(x, weight, g.groups) and in_float32(x, weight, g):
         wide = None if bias is None else bias.float()
         added = residual.float()

@@ -9,8 +9,8 @@ call, and oneDNN lays them out anew; here both are kept:
 
     CPU, channels_last   the weight in oneDNN's layout, for each of the last sizes of x; as
                          winograd.py transforms it, in either layout, in float32: four times the
-                         weight of float32, eight times that of half types; of a depthwise
-                         convolution, which is not oneDNN's, as it is
+                         weight of float32, eight times that of half types; of a 1x1 convolution in
+                         pointwise.py's panels; of a depthwise one, which is not oneDNN's, as it is
     CPU, NCHW            the folded weight: oneDNN's operator answers a packed one in channels_last
     CUDA                 the folded weight, for the plan that wants it folded
 
@@ -26,29 +26,35 @@ what torch.compile, torch.export, torch.func, subclasses of Tensor and calls tha
 see: all these by conv_bn_act's own way.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastcnn.common.activation import act_number
+from fastcnn.common.activation import ACT_NUMBER, act_number
 from fastcnn.common.autocast import autocast_dtype, cast
 from fastcnn.common.checks import as_convolved, check_image
-from fastcnn.common.conv_geometry import padding_of
-from fastcnn.common.dtypes import acc_type
+from fastcnn.common.conv_geometry import ConvGeometry, padding_of
+from fastcnn.ops.conv2d.inverted_residual import (
+    Convolution,
+    Depthwise,
+    Pointwise,
+    inverted_residual,
+    taken_together,
+)
 from fastcnn.ops.conv2d.onednn import (
-    add_by_winograd,
     convolve_onednn,
     convolving_onednn,
     folds,
     packed_onednn,
+    residual_beside,
     weight_type,
 )
-from fastcnn.ops.conv2d.pointwise_depthwise import outruns_two, pointwise_depthwise_conv2d
-from fastcnn.ops.conv2d.winograd import KEPT, by_winograd, transformed
+from fastcnn.ops.conv2d.pointwise import by_panels, panels, pointwise_conv2d, takes_products
+from fastcnn.ops.conv2d.winograd import KEPT, by_winograd, conv2d_winograd, transformed
 from fastcnn.ops.conv_bn_act.inference import folded, norm_of_step
 from fastcnn.ops.conv_bn_act.inference_candidates import convolve_planned
 from fastcnn.ops.conv_bn_act.interface import OP, conv_bn_act
@@ -236,9 +242,18 @@ class FoldedConv2d:
             return lambda x, residual, _: convolve_planned(x, step, s, residual, False, state.kept)
         norm, g = norm_of_step(step), s.conv
         tensors = step.weight, step.conv_bias, norm
+        if by_panels(x, step.weight, g):
+            w, bias = state.kept(_in_panels, *tensors, torch.float32)
+            c_out = len(bias)
+            return lambda x, residual, _: pointwise_conv2d(
+                x, w, c_out, bias, step.act, residual_beside(x, residual, False)
+            )
         if by_winograd(x, step.weight, g, KEPT):  # one for all sizes, four times the weight
             u, bias = state.kept(_transformed, *tensors, torch.float32)
-            return lambda x, residual, _: add_by_winograd(x, u, bias, g, step.act, residual, False)
+            padding, act = g.padding, ACT_NUMBER[step.act]
+            return lambda x, residual, _: conv2d_winograd(
+                x, u, bias, padding, act, residual_beside(x, residual, False)
+            )
         dtype = weight_type(x, step.weight, g)
         folded_weight, bias = folded(*tensors, dtype)
         weight = packed_onednn(x, folded_weight, g)
@@ -255,38 +270,61 @@ class FoldedConv2d:
         return run
 
 
-def prepare_pair(
-    first: FoldedConv2d, second: FoldedConv2d, x: Tensor, dtype: torch.dtype | None
-) -> tuple[list[tuple[State, Attribute]], Run] | None:
-    """Return what runs two steps as one call on images like x, and for how long it may.
+class Together(NamedTuple):
+    """The first steps of some that run as one call: how many, for how long they may, and how."""
 
-    None where they are not known to be faster so, or nothing is kept. dtype: as prepare's.
+    steps: int
+    kept: list[tuple[State, Attribute]]
+    run: Run
+
+
+def prepare_together(
+    foldings: Sequence[FoldedConv2d],
+    x: Tensor,
+    residual: Tensor | None,
+    dtype: torch.dtype | None,
+) -> Together | None:
+    """Return what runs the first of these steps on images like x as one call.
+
+    None where they are not known to be faster so, or nothing is kept. residual: added behind the
+    last of all. dtype: as prepare's.
     """
-    if first.conv.groups > 1 or second.conv.groups == 1:
+    if len(foldings) < 2 or not takes_products(x):
         return None
-    both, numbers, kept = (first, second), list[Tensor](), list[tuple[State, Attribute]]()
-    given = [folding.read() for folding in both]
-    one, two = steps = [folding.step(read[0]) for folding, read in zip(both, given, strict=True)]
+    given = [folding.read() for folding in foldings[:3]]
+    steps = [folding.step(read[0]) for folding, read in zip(foldings, given, strict=False)]
     block = check_block(OP, ConvBnActBlock(steps), x, list(x.shape), dtype, "default", False)
-    g, dw_g = [checked.settings.conv for checked in block.steps]
-    if not outruns_two(x, one.weight, g, one.act, two.weight, dw_g):
+    found = [(s, checked.settings.conv) for s, checked in zip(steps, block.steps, strict=True)]
+    count = taken_together(x, [Convolution(s.weight, g, s.act) for s, g in found])
+    added = residual if count == len(foldings) else None
+    if count == 0 or (added is not None and not _is_added(added, x, found[-1][1], block.output)):
         return None
-    made = zip(both, given, steps, (_turned, folded), strict=True)
-    for folding, read, step, make in made:
-        state = folding.state_for(x, None, *read)
+    kept, parts = list[tuple[State, Attribute]](), list[Pointwise | Depthwise]()
+    for folding, read, (step, g) in zip(foldings[:count], given, found, strict=False):
+        state = folding.state_for(x, added, *read)
         if state is None:
             return None
-        numbers += state.kept(make, step.weight, step.conv_bias, norm_of_step(step), acc_type(x))
         kept.append((state, folding.keeps(state)))
-    w, b, dw_w, dw_b = numbers
-    return kept, lambda x, *_: pointwise_depthwise_conv2d(
-        x, w, b, one.act, dw_w, dw_b, dw_g, two.act
-    )
+        how = step.weight, step.conv_bias, norm_of_step(step), torch.float32
+        weight, bias = state.kept(folded if g.groups > 1 else _in_panels, *how)
+        part = Pointwise(weight, bias, step.act)
+        parts.append(Depthwise(*part, g) if g.groups > 1 else part)
+
+    def run(x: Tensor, residual: Tensor | None, _: bool) -> Tensor:
+        return inverted_residual(x, parts, residual_beside(x, residual, False))
+
+    return Together(count, kept, run)
 
 
-def _turned(*how: Any) -> tuple[Tensor, Tensor]:
+def _is_added(residual: Tensor, x: Tensor, last: ConvGeometry, sizes: list[int]) -> bool:
+    """Whether a call of several steps adds a residual: behind a 1x1 convolution, of y's kind."""
+    fits = residual.dtype is x.dtype and residual.device == x.device
+    return last.groups == 1 and fits and list(residual.shape) == sizes
+
+
+def _in_panels(*how: Any) -> tuple[Tensor, Tensor]:
     weight, bias = folded(*how)
-    return weight.flatten(1).t().contiguous(), bias
+    return panels(weight), bias
 
 
 def _transformed(*how: Any) -> tuple[Tensor, Tensor]:

@@ -11,17 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastcnn.common.activation import eager_activation
+from fastcnn.common.activation import ACT_NUMBER, eager_activation
 from fastcnn.common.autocast import autocast_dtype, cast
 from fastcnn.ops.conv2d.onednn import (
-    add_by_winograd,
     convolve_onednn,
     convolving_onednn,
     folds,
     packed_onednn,
+    residual_beside,
     weight_type,
 )
-from fastcnn.ops.conv2d.winograd import KEPT, by_winograd, transformed
+from fastcnn.ops.conv2d.winograd import KEPT, by_winograd, conv2d_winograd, transformed
 from fastcnn.ops.conv_bn_act.folded import FoldedConv2d
 from fastcnn.ops.conv_bn_act.inference import folded, norm_of_step
 from fastcnn.ops.conv_bn_act.step import ConvBnActStep
@@ -121,7 +121,9 @@ def _run(
         if ws is None or concat is None:
             return eager_activation(y.add_(bias[:, None, None]), step.act, inplace=True)
         if winograd:
-            return add_by_winograd(concat, ws, bias, AROUND, step.act, y, True)
+            added = residual_beside(concat, y, True)
+            act = ACT_NUMBER[step.act]
+            return conv2d_winograd(concat, ws, bias, AROUND.padding, act, added)
         return convolve_onednn(concat, ws, bias, AROUND, step.act, y, True, into=True)
 
     return run
