@@ -241,12 +241,12 @@ def conv2d_int8(
     .. math::
         z = s_x s_o \sum (x - z_x) w + \mathrm{bias}_o + r, \quad
         y = \mathrm{saturate}\left(\mathrm{round}\left(
-            \frac{\mathrm{act}(z)}{s_y} + z_y\right)\right)
+            \frac{\mathrm{act}(z)}{s_y}\right) + z_y\right)
 
     A quantised number q stands for (q - zero_point) * scale, a weight for w * weight_scale[o].
     Sums are int32 and exact, rounding is to nearest even. fastcnn/ops/conv2d_int8/interface.py
     writes down every operation with the type it is done in: y is the same integers on every
-    backend, and without a residual those of onnx.reference's QLinearConv. There is no backward.
+    backend, and without a residual those of onnxruntime's QLinearConv. There is no backward.
 
     Args:
         x: [n, c, h, w] uint8 or int8, dense in channels_last or NCHW. channels_last is faster: NCHW

@@ -1,10 +1,10 @@
 // The epilogue of conv2d_int8 on the CPU.
 //
 // Data movement: reads acc (4 bytes an element, which the caller keeps small enough for the caches)
-// and the residual, writes y (1, 2 or 4 bytes). A task is some pixels; per channel numbers are
-// brought into the type of the arithmetic once a call: float64 for a quantised y, where every
-// product is exact, float32 for the others. This file is compiled without fused multiply-adds:
-// they would round float results otherwise than a multiplication and an addition do.
+// and the residual, writes y (1, 2 or 4 bytes). A row is some pixels, and the channels' numbers are
+// repeated in step with it (WideRows): 2 or 3 channels fill vectors as 64 do. All arithmetic is
+// float32's. This file is compiled without fused multiply-adds: they would round otherwise than a
+// multiplication and an addition do.
 #include "conv2d_int8.h"
 
 #include "cpu/dispatch.h"
@@ -14,149 +14,184 @@
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 namespace {
 
-constexpr int64_t kTaskElements = int64_t{1} << 14;
+// Added to a float32 below 2^22 it rounds that to an integer, to nearest even, and leaves it in the
+// lowest bits: 1.5 * 2^23.
+constexpr float kRounds = 12582912.0f;
 
-// What the tasks of one call share. S: the type of the arithmetic.
-template <class S>
+template <class T>
+using Lanes = typename VecOf<T, kLanes<float>* static_cast<int>(sizeof(T))>::type;
+
+// As many elements as a vector of floats has, `count` of them from memory.
+template <class T>
+inline Lanes<T> load_lanes(const T* from, int64_t count) {
+  Lanes<T> v{};
+  std::memcpy(&v, from, static_cast<size_t>(count) * sizeof(T));
+  return v;
+}
+
+// GCC 12 takes the bytes one by one, to int32 and back, where it is not told how.
+template <class T>
+inline Vec<int32_t> widen_bytes(Lanes<T> bytes) {
+  [[maybe_unused]] constexpr bool kSigned = static_cast<T>(-1) < 0;
+#if defined(__AVX512F__)
+  const auto v = reinterpret_cast<__m128i>(bytes);
+  return reinterpret_cast<Vec<int32_t>>(kSigned ? _mm512_maskz_cvtepi8_epi32(0xffff, v)
+                                                : _mm512_maskz_cvtepu8_epi32(0xffff, v));
+#elif defined(__AVX2__)
+  const __m128i v = _mm_cvtsi64_si128(reinterpret_cast<int64_t>(bytes));
+  return reinterpret_cast<Vec<int32_t>>(kSigned ? _mm256_cvtepi8_epi32(v)
+                                                : _mm256_cvtepu8_epi32(v));
+#else
+  return __builtin_convertvector(bytes, Vec<int32_t>);
+#endif
+}
+
+// The lowest byte of each lane.
+inline Lanes<uint8_t> low_bytes(Vec<uint32_t> v) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, reinterpret_cast<__m512i>(v));
+  return reinterpret_cast<Lanes<uint8_t>>(bytes);
+#elif defined(__AVX2__)
+  const auto alone = reinterpret_cast<__m256i>(v & 0xffu);
+  const __m128i halves =
+      _mm_packus_epi32(_mm256_castsi256_si128(alone), _mm256_extracti128_si256(alone, 1));
+  const int64_t bytes = _mm_cvtsi128_si64(_mm_packus_epi16(halves, halves));
+  return reinterpret_cast<Lanes<uint8_t>>(bytes);
+#else
+  return __builtin_convertvector(v, Lanes<uint8_t>);
+#endif
+}
+
+// The channels' numbers in a row of pixels. A: the sums' type.
+template <class A>
 struct Channels {
-  Scratch<S> multiplier, bias;
+  Scratch<float> multiplier, bias;  // bias: of a y in floating point
+  Scratch<A> units;                 // bias: of a quantised one, in units of acc; A holds it
 
-  explicit Channels(const Conv2dInt8Params& p) : multiplier(p.c), bias(p.c) {
-    for (int64_t j = 0; j < p.c; ++j) {
-      multiplier[j] = p.multiplier[j];
+  Channels(const Conv2dInt8Params& p, int64_t count)
+      : multiplier(count), bias(count), units(count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t j = i % p.c;
+      multiplier[i] = p.multiplier[j];
       if (p.bias == nullptr) continue;
-      bias[j] = p.quantizes ? static_cast<S>(static_cast<const int32_t*>(p.bias)[j])
-                            : static_cast<S>(static_cast<const float*>(p.bias)[j]);
+      if (p.quantizes)
+        units[i] = static_cast<A>(static_cast<const int32_t*>(p.bias)[j]);
+      else
+        bias[i] = static_cast<const float*>(p.bias)[j];
     }
   }
 };
 
-// to[i] = (from[i] - zero) * scale
-template <class T, class S>
-void dequantize(const T* from, S* to, int64_t count, int32_t zero, S scale) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<S>(from[i] - zero) * scale;
-}
+struct NoResidual {
+  explicit NoResidual(const Conv2dInt8Params&) {}
+  Vec<float> add_to(Vec<float> z, int64_t, int64_t) const { return z; }
+};
 
-// The residual of a pixel, in units of z.
-template <class Y, class S>
-void residual_row(const Conv2dInt8Params& p, int64_t o, S* row) {
-  const int64_t c = p.c;
-  const int32_t zero = p.residual_zero_point;
-  const S scale = p.residual_scale;
-  if (p.residual_kind == ResidualKind::kUint8) {
-    dequantize(static_cast<const uint8_t*>(p.residual) + o, row, c, zero, scale);
-  } else if (p.residual_kind == ResidualKind::kInt8) {
-    dequantize(static_cast<const int8_t*>(p.residual) + o, row, c, zero, scale);
-  } else if constexpr (sizeof(S) == 4) {
-    const Y* from = static_cast<const Y*>(p.residual) + o;
-    for_each_vector<S>(
-        c, [&](int64_t i, int64_t count) { store(row + i, load(from + i, count), count); });
+// In units of z. R: 8 bits, or the type of a y in floating point.
+template <class R>
+struct Residual {
+  const R* from;
+  const Vec<float> scale;
+  const Vec<int32_t> zero;
+
+  explicit Residual(const Conv2dInt8Params& p)
+      : from(static_cast<const R*>(p.residual)),
+        scale(splat(p.residual_scale)),
+        zero(splat(p.residual_zero_point)) {}
+
+  Vec<float> add_to(Vec<float> z, int64_t o, int64_t count) const {
+    if constexpr (sizeof(R) == 1) {
+      const Vec<int32_t> q = widen_bytes<R>(load_lanes(from + o, count)) - zero;
+      return z + __builtin_convertvector(q, Vec<float>) * scale;
+    } else {
+      return z + load(from + o, count);
+    }
+  }
+};
+
+// What becomes of z. Y: uint8_t for both kinds of 8 bits.
+template <class Y>
+struct Output {
+  static constexpr bool kQuantizes = sizeof(Y) == 1;
+  Y* y;
+  Vec<float> low, high;
+  Lanes<uint8_t> zero;
+
+  // Bounds of integers are bounds of what is rounded to them; a zero point lies within its type's.
+  explicit Output(const Conv2dInt8Params& p)
+      : y(static_cast<Y*>(p.y)), zero(Lanes<uint8_t>{} + static_cast<uint8_t>(p.zero_point)) {
+    float least = -__builtin_inff(), most = p.cap;
+    if constexpr (kQuantizes) {
+      least = static_cast<float>(p.low - p.zero_point);
+      const auto last = static_cast<float>(p.high - p.zero_point);
+      most = most < last ? most : last;
+    }
+    low = splat(p.relu ? 0.0f : least);
+    high = splat(most);
+  }
+
+  // A NaN of the residual comes through the bounds.
+  void write(Vec<float> z, int64_t o, int64_t count) const {
+    z = at_most(high, at_least(low, z));
+    if constexpr (kQuantizes) {
+      const Lanes<uint8_t> q = low_bytes(reinterpret_cast<Vec<uint32_t>>(z + kRounds)) + zero;
+      std::memcpy(y + o, &q, static_cast<size_t>(count));
+    } else {
+      store(y + o, z, count);
+    }
+  }
+};
+
+// `count` rows from element o on, or the first `length` elements of one.
+template <class A, class R, class Y>
+void write_rows(const Conv2dInt8Params& p, const Channels<A>& channels, int64_t o, int64_t count,
+                int64_t length) {
+  const A *acc = static_cast<const A*>(p.acc), *units = channels.units.get();
+  const float *multiplier = channels.multiplier.get(), *bias = channels.bias.get();
+  const R residual(p);
+  const Output<Y> out(p);
+  for (int64_t row = 0; row < count; ++row, o += length) {
+    for_each_vector<float>(
+        length, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+          auto sums = load_lanes(acc + o + i, lanes);
+          if constexpr (out.kQuantizes) sums += load_lanes(units + i, kLanes<float>);
+          Vec<float> z = __builtin_convertvector(sums, Vec<float>) * load(multiplier + i);
+          if constexpr (!out.kQuantizes) z += load(bias + i);
+          out.write(residual.add_to(z, o + i, lanes), o + i, lanes);
+        });
   }
 }
 
-// kLanes<double> sums.
-template <class A>
-Vec<double> load_sums(const A* p, int64_t count) {
-  typename VecOf<A, kVectorBytes / 2>::type v{};
-  std::memcpy(&v, p, static_cast<size_t>(count) * sizeof(A));
-  return __builtin_convertvector(v, Vec<double>);
-}
-
-// The lowest byte of each lane. GCC 12 makes a dozen shuffles of the conversion.
-inline void store_low_bytes(uint8_t* p, Vec<uint64_t> v, int64_t count) {
-#if defined(__AVX512F__)
-  const auto bytes = _mm512_maskz_cvtepi64_epi8(0xff, reinterpret_cast<__m512i>(v));
-#else
-  const auto bytes = __builtin_convertvector(v, VecOf<uint8_t, kLanes<double>>::type);
-#endif
-  std::memcpy(p, &bytes, static_cast<size_t>(count));
-}
-
-// A quantised pixel. Adding 1.5 * 2^52 rounds a double to an integer, to nearest even, and
-// leaves it in the lowest bits.
-template <class A, bool kAdds>
-void quantize_row(const A* acc, const double* multiplier, const double* bias,
-                  const double* residual, uint8_t* y, int64_t c, double zero, double low,
-                  double high) {
-  constexpr double kRounds = 6755399441055744.0;
-  const Vec<double> least = splat(low), most = splat(high);
-  for_each_vector<double>(
-      c, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
-        Vec<double> z =
-            (load_sums(acc + j, count) + load(bias + j, count)) * load(multiplier + j, count);
-        if constexpr (kAdds) z += load(residual + j, count);
-        z += zero;
-        z = z > least ? z : least;
-        z = (z < most ? z : most) + kRounds;
-        store_low_bytes(y + j, reinterpret_cast<Vec<uint64_t>>(z), count);
-      });
-}
-
-// A pixel in floating point. A NaN of the residual comes through the comparisons.
-template <class A, bool kAdds>
-void float_row(const A* acc, const float* multiplier, const float* bias, const float* residual,
-               float* z_row, int64_t c, float low, float cap) {
-  for (int64_t j = 0; j < c; ++j) {
-    float z = static_cast<float>(acc[j]) * multiplier[j] + bias[j];
-    if constexpr (kAdds) z += residual[j];
-    z = z < low ? low : z;
-    z_row[j] = z > cap ? cap : z;
-  }
-}
-
-template <class Body>
-void for_each_pixel(const Conv2dInt8Params& p, const Body& body) {
-  const int64_t step = max(1, kTaskElements / p.c), tasks = ceil_div(p.pixels, step);
-  const auto pixels = [&](int64_t begin, int64_t end) {
-    body(begin * step, min(end * step, p.pixels));
+template <class A, class R, class Y>
+void run(const Conv2dInt8Params& p) {
+  const WideRows rows({1, p.c, p.pixels, true}, sizeof(A), kLanes<float>);
+  const Channels<A> channels(p, rows.wide);
+  const auto task = [&](int64_t t) {
+    const int64_t first = rows.first(t), count = rows.last(t) - first;
+    write_rows<A, R, Y>(p, channels, first * rows.wide, count, rows.wide);
   };
-  parallel_ranges(tasks, 1, pixels);
+  parallel_for(rows.tasks, rows.grain, task);
+  write_rows<A, R, Y>(p, channels, rows.rows * rows.wide, 1, rows.rest);
 }
 
-template <class A, bool kAdds>
-void quantize(const Conv2dInt8Params& p, const A* acc) {
-  const Channels<double> k(p);
-  // ReLU and ReLU6 are bounds of z. Rounding is monotonic, and the zero point an integer: the
-  // bounds may be moved behind the addition of the zero point.
-  const double zero = p.zero_point, cap = static_cast<double>(p.cap) + zero;
-  const double low = p.relu && zero > p.low ? zero : p.low, high = cap < p.high ? cap : p.high;
-  for_each_pixel(p, [&](int64_t begin, int64_t end) {
-    const Scratch<double> added(kAdds ? p.c : 0);
-    for (int64_t o = begin * p.c; o < end * p.c; o += p.c) {
-      if constexpr (kAdds) residual_row<float>(p, o, added.get());
-      quantize_row<A, kAdds>(acc + o, k.multiplier.get(), k.bias.get(), added.get(),
-                             static_cast<uint8_t*>(p.y) + o, p.c, zero, low, high);
-    }
-  });
-}
-
-template <class A, bool kAdds, class Y>
-void to_floats(const Conv2dInt8Params& p, const A* acc, Y* y) {
-  const Channels<float> k(p);
-  const float low = p.relu ? 0.0f : -__builtin_inff();
-  for_each_pixel(p, [&](int64_t begin, int64_t end) {
-    const Scratch<float> added(kAdds ? p.c : 0), z(p.c);
-    for (int64_t o = begin * p.c; o < end * p.c; o += p.c) {
-      if constexpr (kAdds) residual_row<Y>(p, o, added.get());
-      float_row<A, kAdds>(acc + o, k.multiplier.get(), k.bias.get(), added.get(), z.get(), p.c, low,
-                          p.cap);
-      for_each_vector<float>(p.c, [&](int64_t i, int64_t count) {
-        store(y + o + i, load(z.get() + i, count), count);
-      });
-    }
-  });
+template <class A, class Y>
+void run(const Conv2dInt8Params& p) {
+  switch (p.residual_kind) {
+    case ResidualKind::kNone:
+      return run<A, NoResidual, Y>(p);
+    case ResidualKind::kUint8:
+      return run<A, Residual<uint8_t>, Y>(p);
+    case ResidualKind::kInt8:
+      return run<A, Residual<int8_t>, Y>(p);
+    case ResidualKind::kOutput:
+      if constexpr (sizeof(Y) > 1) return run<A, Residual<Y>, Y>(p);
+  }
 }
 
 template <class A>
 void run(const Conv2dInt8Params& p) {
-  const A* acc = static_cast<const A*>(p.acc);
-  dispatch_bool(p.residual != nullptr, [&](auto adds) {
-    if (p.quantizes) return quantize<A, adds.value>(p, acc);
-    dispatch_half_or_float(p.dtype, [&](auto element) {
-      using Y = decltype(element);
-      to_floats<A, adds.value>(p, acc, static_cast<Y*>(p.y));
-    });
-  });
+  if (p.quantizes) return run<A, uint8_t>(p);
+  dispatch_half_or_float(p.dtype, [&](auto element) { run<A, decltype(element)>(p); });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""conv2d_int8 in plain PyTorch: float64, in which every sum and every product is exact."""
+"""conv2d_int8 in plain PyTorch: exact sums, and float32 operations that are rounded one by one."""
 
 import torch
 import torch.nn.functional as F
@@ -26,39 +26,36 @@ def conv2d_int8(
 ) -> Tensor:
     """Return y, by the formula at the top of fastcnn/ops/conv2d_int8/interface.py."""
 
-    def one(number: float | None) -> Tensor:  # as float32 has it
+    def one(number: float) -> Tensor:  # as float32 has it
         return torch.tensor(number, dtype=torch.float32, device=x.device)
 
     def per_channel(t: Tensor) -> Tensor:
         return t[:, None, None]
 
+    # float64's sums of integers are exact.
     acc = F.conv2d(
         x.double() - x_zero_point, weight.double(), None, stride, padding, dilation, groups
-    )
-    scale, added = one(x_scale) * weight_scale, None
-    if residual is not None:
-        added = residual.double() - (residual_zero_point or 0)
-    if out_dtype in (torch.uint8, torch.int8):
-        assert out_zero_point is not None
+    ).int()
+    scale, six = one(x_scale) * weight_scale, one(6.0)
+    added, factor = residual, residual_scale and one(residual_scale)
+    if out_scale is not None:
         if bias is not None:
-            acc = acc + per_channel(torch.round(bias / scale).double())
-        z = acc * per_channel((scale / one(out_scale)).double())
-        if added is not None:
-            z = z + added * (one(residual_scale) / one(out_scale)).double()
-        z = _activate(z, act, (one(6.0) / one(out_scale)).double())
-        info = torch.iinfo(out_dtype)
-        return torch.round(z + out_zero_point).clamp(info.min, info.max).to(out_dtype)
+            acc = acc + per_channel(torch.round(bias / scale).int())
+        scale, six = scale / one(out_scale), six / one(out_scale)
+        factor = factor and factor / one(out_scale)
     z = acc.float() * per_channel(scale)
-    if bias is not None:
+    if bias is not None and out_scale is None:
         z = z + per_channel(bias)
     if added is not None:
-        quantised = residual_scale is not None
-        z = z + (added.float() * one(residual_scale) if quantised else added.float())
-    return _activate(z, act, one(6.0)).to(out_dtype)
-
-
-def _activate(z: Tensor, act: str, six: Tensor) -> Tensor:
-    if act == "none":
-        return z
-    z = z.clamp(min=0)
-    return torch.minimum(z, six) if act == "relu6" else z
+        if factor is not None:
+            added = (added.int() - (residual_zero_point or 0)).float() * factor
+        z = z + added.float()
+    if act != "none":
+        z = z.clamp(min=0)
+    if act == "relu6":
+        z = torch.minimum(z, six)
+    if out_zero_point is None:
+        return z.to(out_dtype)
+    info = torch.iinfo(out_dtype)
+    integers = torch.round(z.clamp(-1e6, 1e6)).int()  # int32 holds them
+    return (integers + out_zero_point).clamp(info.min, info.max).to(out_dtype)

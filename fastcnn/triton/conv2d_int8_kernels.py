@@ -4,9 +4,9 @@
 
 x is signed by taking 128 from unsigned ones and their zero point. The zero point is not taken from
 each x: outside the image x is the zero point, and what is added to a channel's sum holds minus the
-zero point times the sum of its weights, and the bias if y is quantised. Then, in float64 for
-quantised y, whose products are exact, and float32 else, in the formula's order: scale, bias
-(floating y), residual, act, zero point, rounding to nearest even, saturation.
+zero point times the sum of its weights, and the bias if y is quantised. Then, in float32 and the
+formula's order, each operation rounded by itself (launches have enable_fp_fusion=False): scale,
+bias (floating y), residual, act, rounding to nearest even, zero point.
 
 The product is of the weights times x, [o, p], and is turned over for the epilogue. Unsigned x pass
 through registers to become signed; as the left operand of a wgmma they would stay there, which is
@@ -21,8 +21,10 @@ import triton.language as tl
 
 from fastcnn.triton.conv2d_kernels import load_taps, taps_of, tile_of, windows_of
 
-# Added to a float64 below 2^51 and taken away again, it leaves the nearest even integer.
-ROUND = tl.constexpr(1.5 * 2.0**52)
+# Added to a float32 below 2^22, it leaves the nearest even integer in the lowest bits.
+ROUND = tl.constexpr(1.5 * 2.0**23)
+# All float32 from here on are integers.
+INTEGERS = tl.constexpr(2.0**23)
 # Triton would compile anew for a 1, and for the multiples of 16.
 ZERO_POINTS = ["x_zero_point", "residual_zero_point", "out_zero_point"]
 
@@ -39,6 +41,24 @@ def _signed_zero(x_ptr, x_zero_point):
 
 
 @triton.jit
+def _nearest(z):
+    """Return the nearest integer, of two the even one, of any float32 that int32 holds."""
+    size = tl.abs(z)
+    size = tl.where(size < INTEGERS, (size + INTEGERS) - INTEGERS, size).to(tl.int32)
+    return tl.where(z < 0, -size, size)
+
+
+@triton.jit
+def _quantised(z, six, zero_point, ACT: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr):
+    """Return y in the lowest byte of int32. Bounds of integers are bounds of what is rounded."""
+    z = tl.maximum(z, 0.0 if ACT >= 1 else (LEAST - zero_point).to(tl.float32))
+    z = tl.minimum(z, (MOST - zero_point).to(tl.float32))
+    if ACT == 2:
+        z = tl.minimum(z, six)
+    return (z + ROUND).to(tl.int32, bitcast=True) + zero_point
+
+
+@triton.jit
 def _of_channels(
     channels, in_o, sum_ptr, weight_scale_ptr, bias_ptr, x_scale, out_scale, zero,
     QUANTISED: tl.constexpr,
@@ -52,7 +72,7 @@ def _of_channels(
     if QUANTISED:
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + channels, mask=in_o, other=0.0)
-            start += ((tl.div_rn(bias, scale).to(tl.float64) + ROUND) - ROUND).to(tl.int32)
+            start += _nearest(tl.div_rn(bias, scale))
         scale = tl.div_rn(scale, out_scale)
     return start, scale
 
@@ -68,23 +88,20 @@ def write_int8_tile(
     start, scale = _of_channels(
         channels, in_o, sum_ptr, weight_scale_ptr, bias_ptr, x_scale, out_scale, zero, QUANTISED
     )
-    acc, scale = acc + start[None, :], scale[None, :]
-    z = acc.to(tl.float64) * scale.to(tl.float64) if QUANTISED else acc.to(tl.float32) * scale
+    z = (acc + start[None, :]).to(tl.float32) * scale[None, :]
     if bias_ptr is not None and not QUANTISED:
         z += tl.load(bias_ptr + channels, mask=in_o, other=0.0)[None, :]
     if residual_ptr is not None:
         r = tl.load(residual_ptr + at, mask=mask, other=0)
-        z += (r.to(tl.float32) - residual_zero_point).to(z.dtype) * residual_scale
-    if ACT >= 1:
-        z = tl.where(z < 0, 0.0, z)
-    if ACT == 2:
-        z = tl.where(z > six, six, z)
+        z += (r.to(tl.float32) - residual_zero_point) * residual_scale
     if QUANTISED:
-        z = z + out_zero_point
-        z = tl.where(z < LEAST, LEAST, tl.where(z > MOST, MOST, z))
-        z = (z + ROUND) - ROUND
-        tl.store(y_ptr + at, z.to(tl.int32).to(y_ptr.dtype.element_ty), mask=mask)
+        y = _quantised(z, six, out_zero_point, ACT, LEAST, MOST)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
     else:
+        if ACT >= 1:
+            z = tl.where(z < 0, 0.0, z)
+        if ACT == 2:
+            z = tl.where(z > six, six, z)
         tl.store(y_ptr + at, z.to(y_ptr.dtype.element_ty), mask=mask)
 
 

@@ -57,6 +57,7 @@ CASES = [
     Case((1, 64, 2, 8), 64, 2, "depthwise with windows that read padding only", 3, 8, 1, 64),
     Case((1, 4, 5, 1), 8, 2, "windows that read padding only", (1, 2), 3, 2),
     Case((1, 33, 1, 5), 1, 5, "rows of windows that do", (3, 1), (5, 6), 2),
+    Case((1, 5, 40, 41), 2, 3, "2 channels: many pixels a row, and some are left", padding=1),
     Case((1, 1100, 3, 3), 5, 3, "9900 terms: sums that float32 does not hold", padding=1),
 ]
 
@@ -160,6 +161,8 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"out_scale": None}, ValueError, r"out_scale: expected a finite number above 0, got None"),
     ({"residual_scale": 1e30, "out_scale": 1e-30}, ValueError, r"residual_scale: .* units of out"),
     ({"residual_scale": 1e-30, "out_scale": 1e30}, ValueError, r"residual_scale: .* units of out"),
+    ({"residual_scale": 9e28, "out_scale": 1.0}, ValueError, r"residual_scale: .*7.92282e\+28 in"),
+    ({"x_scale": 1e31, "weight_scale": 1.0}, ValueError, r"x_scale: .* most 7.92282e\+28 in units"),
     ({"residual_scale": None}, ValueError, r"residual_scale: expected a finite number above 0"),
     ({"residual_zero_point": 256}, ValueError, r"residual_zero_point: expected 0 to 255 beside"),
     ({"residual": None}, ValueError, r"residual_scale: expected None without an 8-bit residual"),

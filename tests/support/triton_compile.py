@@ -5,9 +5,9 @@
     python -m support.triton_compile 90 --tiles            float convolutions at every tile
 
 A line of JSON a kernel and GPU: name, arch, which matrix instructions, whether of 8-bit integers,
-whether tiles are copied by the TMA unit, whether a wgmma takes its left operand from registers,
-whether ptxas had to serialise them, registers and bytes of local memory a thread. Runs where the
-interpreter is off.
+whether there is float64, or a fused multiply-add of float32, whether tiles are copied by the TMA
+unit, whether a wgmma takes its left operand from registers, whether ptxas had to serialise them,
+registers and bytes of local memory a thread. Runs where the interpreter is off.
 """
 
 import itertools
@@ -177,6 +177,8 @@ def described(made: Any, arch: int) -> dict[str, Any]:
         "arch": arch,
         "matrix": [name for name, word in MATRIX.items() if word in ptx],
         "int8": ".s8.s8" in ptx or "kind::i8" in ptx,
+        "float64": ".f64" in ptx,
+        "fused": "fma.rn.f32" in ptx,
         "tma": "cp.async.bulk.tensor" in ptx,
         "from_registers": FROM_REGISTERS.search(ptx) is not None,
         "serialised": "wgmma" in ptx and SERIALISED in assembled(ptx, arch),

@@ -87,9 +87,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda", "meta")
 
 
-# So many products of at most 255 * 128, and a bias of MOST_BIAS, stay below 2^29: conv2d_int8.py.
+# So many products of at most 255 * 128, and a bias of MOST_BIAS, stay below 2^29: interface.py.
 # U-Net has 13824 of them, 3x3 over 1536 channels.
 MOST_TERMS = 14336
+
+# What sums and a residual are multiplied by for a quantised y: float32 then holds all that follows.
+MOST_FACTOR = 2.0**96
 
 
 def check_types(
@@ -156,10 +159,10 @@ def check_call(call: Call) -> list[int]:
     if residual is not None and residual.dtype in INT8:
         _check_scale("residual_scale", call.residual_scale)
         _check_zero_point("residual_zero_point", call.residual_zero_point, residual.dtype)
-        if not 0 < quotient(call.residual_scale or 0.0, call.out_scale) < math.inf:
+        if call.out_scale is not None and not 0 < call.added_scale() <= MOST_FACTOR:
             raise ValueError(
-                f"{OP}: residual_scale: expected a scale that float32 holds in units of out_scale, "
-                f"got {call.residual_scale} with out_scale {call.out_scale}"
+                f"{OP}: residual_scale: expected a scale above 0 and at most {MOST_FACTOR:g} in "
+                f"units of out_scale, got {call.residual_scale} with out_scale {call.out_scale}"
             )
     else:
         what = "without an 8-bit residual"

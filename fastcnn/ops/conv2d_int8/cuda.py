@@ -31,7 +31,7 @@ def launch(call: Call, sums: Tensor, y: Tensor, tile: Tile | None = None) -> Non
     if tile is None:
         tile = depthwise_tile(c_out) if by_channel else default_tile(pixels, c_out // groups)
     vectors = (None if t is None else t.contiguous() for t in (call.weight_scale, call.bias))
-    # fl32 of products and quotients of one number each; those of channels are the kernel's.
+    # fl of products and quotients of one number each; those of channels are the kernel's.
     numbers = (
         call.scale(),
         call.out_scale if quantised else 1.0,
@@ -45,7 +45,7 @@ def launch(call: Call, sums: Tensor, y: Tensor, tile: Tile | None = None) -> Non
     sizes = (n, h, w, c_in, h_out, w_out, c_out)
     geometry = (*window, *call.stride, *call.padding, *call.dilation)
     limits = torch.iinfo(y.dtype) if quantised else None
-    # No fused multiply-add: floating y are rounded after each operation.
+    # No fused multiply-add: each operation is rounded.
     options: dict[str, Any] = {
         "ACT": call.act,
         "QUANTISED": quantised,
@@ -86,8 +86,10 @@ def _check_sizes(call: Call, y: Tensor, by_channel: bool) -> None:
 def default_tile(pixels: int, c_out: int) -> Tile:
     """Return the tile of a problem that was not measured.
 
-    A matrix instruction takes 32 channels; 128 x 64 results, since their float64 in the epilogue
-    take two registers each.
+    A matrix instruction takes 32 channels; 128 x 128 results where each multiprocessor then has a
+    program, since one of 128 x 64 issues as much for half the products.
     """
-    n = min(64, max(16, power_of_2(c_out)))
-    return Tile(128 if pixels * c_out >= 128 * 64 * 132 else 64, n, 64, warps=8, stages=3)
+    results = pixels * c_out
+    m = 128 if results >= 128 * 64 * 132 else 64
+    n = min(128 if results >= 128 * 128 * 132 else 64, max(16, power_of_2(c_out)))
+    return Tile(m, n, 64, warps=8, stages=3)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdRef
 
-from fastcnn.ops.conv2d_int8.arguments import OP, Call, float32, quotient
+from fastcnn.ops.conv2d_int8.arguments import MOST_FACTOR, OP, Call, float32, quotient
 
 MOST_BIAS = 2**26
 _ZERO, _ONE = (0.0, 0.0), (1.0, 1.0)
@@ -43,17 +43,19 @@ def check_data(call: Call) -> None:
         raise ValueError(
             f"{OP}: weight_scale: expected finite numbers above 0, got {low} to {high}"
         )
-    tiny = torch.finfo(torch.float32).tiny
+    info, quantised = torch.finfo(torch.float32), call.out_scale is not None
     for scale in scales:
         product = float32(x_scale * scale)
-        if not all(tiny <= f < math.inf for f in (product, quotient(product, call.out_scale))):
+        factor = quotient(product, call.out_scale)
+        if min(product, factor) < info.tiny or factor > (MOST_FACTOR if quantised else info.max):
             raise ValueError(
-                f"{OP}: x_scale: expected scales whose product is a normal float32 number, got "
-                f"x_scale {call.x_scale}, weight_scale {scale}, out_scale {call.out_scale}"
+                f"{OP}: x_scale: expected scales whose product is a normal float32 number, at most "
+                f"{MOST_FACTOR:g} in units of out_scale, got x_scale {call.x_scale}, weight_scale "
+                f"{scale}, out_scale {call.out_scale}"
             )
     low, high = biases
-    most, unit = torch.finfo(torch.float32).max, ""
-    if call.out_scale is not None:
+    most, unit = info.max, ""
+    if quantised:
         low, high = (end / (x_scale * one) for end in units)
         most, unit = float(MOST_BIAS), " in units of x_scale * weight_scale"
     if not (-most <= low and high <= most):

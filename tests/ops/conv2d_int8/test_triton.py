@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import triton_interpreter  # noqa: F401 (mends the interpreter)
 from support.conv2d_triton_cases import GEOMETRIES
 from support.device import DEVICE, thinned
 from torch import Tensor
@@ -95,7 +96,7 @@ def test_ties_go_to_the_even_one_and_ends_saturate() -> None:
         "out_dtype": torch.int8,
         "x_zero_point": 0,
     }
-    for zero_point in (0, 1):  # added before the rounding
+    for zero_point in (0, 1):  # added behind the rounding
         check(x, weight, **half, out_zero_point=zero_point)
     for value in (-128, 127):
         full = torch.full_like(integers(1, 64, 2, 2), value)

@@ -1,4 +1,4 @@
-"""conv2d_int8: the integers of fastcnn.reference and of onnx.reference's QLinearConv, all of them.
+"""conv2d_int8: the integers of fastcnn.reference and of numpy's float32, all of them.
 
 No tolerances: sums, the products behind them and the roundings are exact, or defined operation by
 operation. Ties and saturation are made on purpose, and checked in rational numbers.
@@ -25,7 +25,7 @@ from support.conv2d_int8_cases import (
     problem,
     quantised,
 )
-from support.conv2d_int8_onnx import onnx_qlinear_conv
+from support.conv2d_int8_numpy import requantised
 from support.paths import TESTS
 from support.seeds import seeded
 from torch import Tensor
@@ -67,17 +67,13 @@ def test_float_outputs(case: Case, x_dtype: torch.dtype, step: int) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_onnx_reference(case: Case) -> None:
-    options = list(itertools.product(INT8, INT8, ["none", "relu"], [False, True]))
-    for seed in range(CASES.index(case) % 5, len(options), 5):
-        x_dtype, out_dtype, act, biased = options[seed]
-        units = torch.randint(-5000, 5000, (case.c_out,)).float() if biased else torch.zeros(1)
-        given = problem(case, x_dtype, out_dtype, None, act, seed, units)
-        given["bias"] = given["bias"] if biased else None
-        expected = onnx_qlinear_conv(given, units if biased else None)
-        if act == "relu":  # quantised numbers below the zero point stand for negative ones
-            expected = expected.clamp(min=given["out_zero_point"])
-        assert_same(conv2d_int8(**given), expected, x_dtype, out_dtype, act)
+def test_numpy(case: Case) -> None:
+    options = list(itertools.product(INT8, INT8, [None, *INT8], ACTS))
+    for seed in range(CASES.index(case) % 7, len(options), 7):
+        x_dtype, out_dtype, residual_dtype, act = options[seed]
+        units = torch.randint(-5000, 5000, (case.c_out,)).float()
+        given = problem(case, x_dtype, out_dtype, residual_dtype, act, seed, units)
+        assert_same(conv2d_int8(**given), requantised(given, units), *options[seed])
 
 
 def one_channel(x: Tensor, **given: Any) -> Tensor:
@@ -89,8 +85,8 @@ def one_channel(x: Tensor, **given: Any) -> Tensor:
 @pytest.mark.parametrize("out_dtype", INT8, ids=str)
 @pytest.mark.parametrize("scale", [0.5, 0.25, 1.5, 2.5])
 def test_ties_go_to_even(scale: float, out_dtype: torch.dtype) -> None:
-    # Halves of odd numbers lie between two integers; with an odd zero point the other one is even.
-    # Python's round() of a fraction goes to even, too.
+    # Halves of odd numbers lie between two integers. The zero point is added behind the rounding,
+    # an odd one makes the even integers odd. Python's round() of a fraction goes to even, too.
     info, x = torch.iinfo(out_dtype), torch.arange(256, dtype=torch.uint8)
     for zero, bias in itertools.product([info.min, info.min + 1, 3, 4], [0.0, 0.5, 1.5, -0.5]):
         y = one_channel(
@@ -98,8 +94,8 @@ def test_ties_go_to_even(scale: float, out_dtype: torch.dtype) -> None:
             bias=torch.tensor([bias * scale]), out_zero_point=zero,
         )  # fmt: skip
         units = round(Fraction(bias))
-        exact = [(q - 100 + units) * Fraction(scale) + zero for q in range(256)]
-        assert y.tolist() == [min(max(round(e), info.min), info.max) for e in exact]
+        exact = [(q - 100 + units) * Fraction(scale) for q in range(256)]
+        assert y.tolist() == [min(max(round(e) + zero, info.min), info.max) for e in exact]
 
 
 def test_a_residual_makes_ties_too() -> None:
@@ -115,7 +111,21 @@ def test_a_residual_makes_ties_too() -> None:
         for q, r in zip(x.tolist(), residual.tolist(), strict=True)
     ]
     assert sum(e.denominator == 2 for e in z) > 50
-    assert y.tolist() == [min(max(round(max(e, 0) + 77), 0), 255) for e in z]
+    assert y.tolist() == [min(max(round(max(e, 0)) + 77, 0), 255) for e in z]
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32], ids=str)
+def test_sums_beyond_2_24_are_rounded_before_they_are_multiplied(dtype: torch.dtype) -> None:
+    # From 2^24 to 2^25 float32 holds every other integer. In float64 the sum 2^24 + 1 would give 1.
+    last = torch.channels_last
+    sums = torch.arange(256).view(1, 1, 16, 16).to(dtype).contiguous(memory_format=last)
+    y = torch.empty_like(sums, dtype=torch.uint8)
+    bias, multiplier = torch.tensor([2**24], dtype=torch.int32), torch.tensor([2.0**-25])
+    torch.ops.fastcnn.conv2d_int8_epilogue(y, sums, multiplier, bias, None, 1.0, 0, 0, 1.0, 0)
+    held = [2 * round(Fraction(2**24 + q, 2)) for q in range(256)]
+    assert y.flatten().tolist() == [round(Fraction(n, 2**25)) for n in held]
+    assert y.flatten()[:3].tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize("x_dtype", INT8, ids=str)
