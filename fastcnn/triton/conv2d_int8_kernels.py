@@ -4,9 +4,13 @@
 
 x is signed by taking 128 from unsigned ones and their zero point. The zero point is not taken from
 each x: outside the image x is the zero point, and what is added to a channel's sum holds minus the
-zero point times the sum of its weights, and the bias if y is quantised. Then, in float32 and the
-formula's order, each operation rounded by itself (launches have enable_fp_fusion=False): scale,
-bias (floating y), residual, act, rounding to nearest even, zero point.
+zero point times the sum of its weights, and the bias if y is quantised. A copy from global to
+shared memory that passes by the registers fills with 0 alone: a border of another zero point takes
+twice the instructions (ZERO_FILL).
+
+Then, in float32 and the formula's order, each operation rounded by itself (launches have
+enable_fp_fusion=False): scale, bias (floating y), residual, act, rounding to nearest even, zero
+point.
 
 The product is of the weights times x, [o, p], and is turned over for the epilogue. Unsigned x pass
 through registers to become signed; as the left operand of a wgmma they would stay there, which is
@@ -113,10 +117,13 @@ def conv2d_int8_kernel(
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_H: tl.constexpr, PADDING_W: tl.constexpr, DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr, ACT: tl.constexpr, QUANTISED: tl.constexpr, LEAST: tl.constexpr,
-    MOST: tl.constexpr, FLAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    MOST: tl.constexpr, ZERO_FILL: tl.constexpr, FLAT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Any convolution but depthwise ones. Grid: the tiles of a group, the groups."""
+    """Any convolution but depthwise ones. Grid: the tiles of a group, the groups.
+
+    ZERO_FILL: outside the image x is 0, or nothing is read there.
+    """
     pixels = n * h_out * w_out
     tiles_n = tl.cdiv(c_out_group, BLOCK_N)
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(pixels, BLOCK_M), tiles_n, GROUP_M)
@@ -133,8 +140,8 @@ def conv2d_int8_kernel(
     for step in range(steps if FLAT else taps * steps):
         tap, i, k, in_k = taps_of(step, steps, c_in_group, taps, BLOCK_K, FLAT)
         a = load_taps(
-            x_ptr, windows, tap, in_p, group * c_in_group + i, in_k, h, w, c_in, x_zero_point,
-            KERNEL_W, DILATION_H, DILATION_W,
+            x_ptr, windows, tap, in_p, group * c_in_group + i, in_k, h, w, c_in,
+            0 if ZERO_FILL else x_zero_point, KERNEL_W, DILATION_H, DILATION_W,
         )  # fmt: skip
         b = tl.load(weights + k[:, None], mask=in_k[:, None] & in_o[None, :], other=0)
         acc = tl.dot(b.T, _signed(a).T, acc, out_dtype=tl.int32)

@@ -97,14 +97,16 @@ def cases() -> Iterator[tuple[str, Case]]:
         yield f"{name} {behind}", convolution(name, behind, "fp16" if name == "stem" else "bf16")
     for name in ("1x1", "3x3", "stem"):
         yield f"{name} in training, float32", convolution(name, "in training", "fp32")
-    int8 = {**THREE, "ACT": 1, "QUANTISED": True, "LEAST": -128, "MOST": 127}
-    for name, constants in (
-        ("3x3", int8),
-        ("1x1", int8 | window(1, 1)),
-        ("stem", int8 | STEM),
+    int8 = {**THREE, "ACT": 1, "QUANTISED": True, "LEAST": -128, "MOST": 127, "ZERO_FILL": True}
+    for name, constants, c_in in (
+        ("3x3", int8, 256),
+        ("3x3 with a border", int8 | {"ZERO_FILL": False}, 256),
+        ("1x1", int8 | window(1, 1), 256),
+        ("stem", int8 | STEM, 3),
     ):
         for dtype in ("i8", "u8"):
-            yield f"int8 {name} of {dtype}", Case(conv2d_int8_kernel, constants, set(), dtype)
+            case = Case(conv2d_int8_kernel, constants, set(), dtype, c_in=c_in)
+            yield f"int8 {name} of {dtype}", case
     depthwise = {**THREE, **RELU, "MULTIPLIER": 1}
     yield "depthwise", Case(depthwise_kernel, depthwise, set())
     merged = {"ROWS": 128, "BLOCK_T": 1024, "BLOCK_C": 8}
@@ -129,7 +131,7 @@ def convolution(name: str, behind: str, *sizes: Any) -> Case:
 def tile_of(case: Case, arch: int) -> Tile:
     """The tile that the launch chooses."""
     if "QUANTISED" in case.constants:
-        return default_int8_tile(case.pixels, case.c_out)
+        return default_int8_tile(case.pixels, case.c_out, case.c_in)
     if "MULTIPLIER" in case.constants:
         return depthwise_tile(case.c_out)
     residual = "residual_ptr" not in case.absent

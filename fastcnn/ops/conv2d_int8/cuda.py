@@ -29,7 +29,8 @@ def launch(call: Call, sums: Tensor, y: Tensor, tile: Tile | None = None) -> Non
         return
     _check_sizes(call, y, by_channel)
     if tile is None:
-        tile = depthwise_tile(c_out) if by_channel else default_tile(pixels, c_out // groups)
+        sizes_of_group = (c_out // groups, c_in_group)
+        tile = depthwise_tile(c_out) if by_channel else default_tile(pixels, *sizes_of_group)
     vectors = (None if t is None else t.contiguous() for t in (call.weight_scale, call.bias))
     # fl of products and quotients of one number each; those of channels are the kernel's.
     numbers = (
@@ -64,7 +65,8 @@ def launch(call: Call, sums: Tensor, y: Tensor, tile: Tile | None = None) -> Non
             tiles = cdiv(pixels, tile.m) * cdiv(c_out // groups, tile.n)
             conv2d_int8_kernel[(tiles, groups)](
                 *tensors, *numbers, *sizes, c_in_group, c_out // groups, *geometry,
-                FLAT=c_in_group < tile.k and window != [1, 1], **options,
+                FLAT=c_in_group < tile.k and window != [1, 1],
+                ZERO_FILL=call.x_zero_point == 0 or max(call.padding) == 0, **options,
             )  # fmt: skip
 
 
@@ -83,13 +85,14 @@ def _check_sizes(call: Call, y: Tensor, by_channel: bool) -> None:
         )
 
 
-def default_tile(pixels: int, c_out: int) -> Tile:
+def default_tile(pixels: int, c_out: int, c_in: int) -> Tile:
     """Return the tile of a problem that was not measured.
 
     A matrix instruction takes 32 channels; 128 x 128 results where each multiprocessor then has a
-    program, since one of 128 x 64 issues as much for half the products.
+    program, since one of 128 x 64 issues as much for half the products; steps of 128 channels where
+    they come out even, half as many.
     """
     results = pixels * c_out
     m = 128 if results >= 128 * 64 * 132 else 64
     n = min(128 if results >= 128 * 128 * 132 else 64, max(16, power_of_2(c_out)))
-    return Tile(m, n, 64, warps=8, stages=3)
+    return Tile(m, n, 64 if c_in % 128 else 128, warps=8, stages=3)

@@ -144,6 +144,7 @@ def test_sizes_beyond_a_kernel_s() -> None:
 def test_numbers_compile_no_kernel_anew() -> None:
     given = {**problem(PLAIN), "x_zero_point": 7, "out_zero_point": 5}
     call(**given)
+    call(**{**given, "x_zero_point": 0})  # whose border is zeros
     compiled: list[Any] = []
     hook = knobs.runtime.jit_post_compile_hook
     knobs.runtime.jit_post_compile_hook = lambda **about: compiled.append(about)

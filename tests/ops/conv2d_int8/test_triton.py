@@ -56,6 +56,14 @@ def test_geometries(name: str, dtype: torch.dtype) -> None:
     check(integers(*sizes, dtype=dtype), integers(*window), **geometry)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8], ids=str)
+@pytest.mark.parametrize("c", [3, 40])
+def test_borders_of_zeros(c: int, dtype: torch.dtype) -> None:
+    # Another kernel, whose taps are in one range with 3 channels.
+    given = {"x_zero_point": 0, "padding": (1, 2), "stride": (2, 1)}
+    check(integers(2, c, 5, 4, dtype=dtype), integers(8, c, 3, 3), **given)
+
+
 OUTPUTS = [
     {"out_dtype": torch.uint8},
     {"out_dtype": torch.int8, "out_zero_point": -9},
