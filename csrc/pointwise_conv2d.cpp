@@ -57,16 +57,22 @@ Tensor fwd(const Tensor& x, const Tensor& weight, int64_t c_out, const OptionalT
   return y;
 }
 
-// A 1x1 convolution from c_in to c_out channels, or none.
-PointwisePart part_of(const Check& check, const char* name, const OptionalTensor& weight,
-                      const char* bias_name, const OptionalTensor& bias, int64_t act, int64_t c_in,
-                      int64_t c_out, int64_t c) {
+// The names of a 1x1 convolution's arguments.
+struct PartNames {
+  const char *weight, *bias, *act;
+};
+
+// A 1x1 convolution from c_in to c_out channels, or none; c: of its other image.
+PointwisePart part_of(const char* op, const Check& check, const PartNames& names,
+                      const OptionalTensor& weight, const OptionalTensor& bias, int64_t act,
+                      int64_t c_in, int64_t c_out, int64_t c) {
   PointwisePart part{};
-  part.act = check.act(act);
+  part.act = check.act(act, names.act);
+  if (!weight && bias) fail(op, names.bias, ": expected none without ", names.weight);
   if (weight) {
     part.c = c;
-    part.weight = check.panels(name, *weight, c_in, c_out, kPanel);
-    part.bias = bias ? check.numbers(bias_name, *bias, c_out) : nullptr;
+    part.weight = check.panels(names.weight, *weight, c_in, c_out, kPanel);
+    part.bias = bias ? check.numbers(names.bias, *bias, c_out) : nullptr;
   }
   return part;
 }
@@ -93,10 +99,10 @@ Tensor inverted_residual_fwd(const Tensor& x, const OptionalTensor& expand,
   d.bias = bias ? check.numbers("bias", *bias, c) : nullptr;
   d.shape = shape_of(kOp, x.size(0), c, x.size(2), x.size(3), weight.size(2), weight.size(3),
                      stride, padding, dilation, true);
-  p.expand =
-      part_of(check, "expand", expand, "expand_bias", expand_bias, expand_act, c_in, c, c_in);
-  p.project = part_of(check, "project", project, "project_bias", project_bias, project_act, c,
-                      c_out, c_out);
+  p.expand = part_of(kOp, check, {"expand", "expand_bias", "expand_act"}, expand, expand_bias,
+                     expand_act, c_in, c, c_in);
+  p.project = part_of(kOp, check, {"project", "project_bias", "project_act"}, project, project_bias,
+                      project_act, c, c_out, c_out);
   p.x_stride = pixel_stride(kOp, x);
   Tensor y = empty_image(x, x.scalar_type(), x.size(0), project ? c_out : c, d.shape.rows.size_out,
                          d.shape.columns.size_out, true);

@@ -35,7 +35,7 @@ struct PointwisePart {
 };
 
 // y = project.act(project(depthwise.act(depthwise(expand.act(expand(x))))) + residual); depthwise
-// has the numbers of the convolution between the two, and neither x nor y.
+// has the values of the convolution between the two, and neither x nor y.
 struct InvertedResidualFwdParams {
   DType dtype;
   DepthwiseConv2dFwdParams depthwise;

@@ -227,9 +227,9 @@ class Check {
     return eps;
   }
 
-  Act act(int64_t act) const {
+  Act act(int64_t act, const char* name = "act") const {
     if (act < 0 || act >= kActCount) {
-      fail(op_, "act: expected 0 to ", kActCount - 1, ", got ", act);
+      fail(op_, name, ": expected 0 to ", kActCount - 1, ", got ", act);
     }
     return static_cast<Act>(act);
   }

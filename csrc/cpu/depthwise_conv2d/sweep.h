@@ -41,7 +41,9 @@ struct Sweep {
   int64_t read_width() const { return of_input ? columns.size_out : columns.size; }
   int64_t taps_of(int64_t row, RowTap* taps) const {
     const int64_t count = (of_input ? row_taps_of_input : row_taps)(rows, row, taps);
-    for (int64_t t = 0; t < count; ++t) taps[t].row = (first_row + taps[t].row) % ring;
+    for (int64_t t = 0; t < count && ring != kNoRing; ++t) {
+      taps[t].row = (first_row + taps[t].row) % ring;
+    }
     return count;
   }
 

@@ -32,7 +32,7 @@ struct Bounds {
   }
 };
 
-// Any other activation. Not a part of the tile: its own numbers would take the registers of the
+// Any other activation. Not a part of the tile: its constants would take the registers of the
 // tile's sums.
 template <class S>
 __attribute__((noinline)) void activate(Act act, Vec<S>* z, int count) {

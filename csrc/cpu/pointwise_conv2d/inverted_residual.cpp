@@ -6,7 +6,8 @@
 // makes their depthwise rows; and of these y. All are float, and a step has as many rows as keep
 // the ring and the depthwise rows in the L2 cache (kStepElements). Memory sees x and the residual
 // read and y written once; the image between, up to six times as wide, it never sees. The
-// kernel_h - stride rows that two parts of an image share are expanded twice.
+// rows that two parts of an image share are expanded twice, those between windows of a stride
+// beyond the kernel for nothing.
 #include "cpu/depthwise_conv2d/blocks.h"
 #include "cpu/pointwise_conv2d/rows.h"
 
@@ -75,7 +76,7 @@ class InvertedResidual {
     explicit Memory(const InvertedResidual& of)
         : ring(of.direct_ ? 0 : of.rows_read(of.height_) * of.s_.columns.size * of.s_.c,
                Fill::kNothing),
-          made(of.pixels(of.height_) * of.s_.c, Fill::kNothing),
+          made(of.projects_ || kConverts ? of.pixels(of.height_) * of.s_.c : 0, Fill::kNothing),
           x(kConverts && of.expands_
                 ? of.rows_read(of.height_) * of.s_.columns.size * of.expand_.c_in
                 : 0,
@@ -83,9 +84,10 @@ class InvertedResidual {
   };
 
   int64_t pixels(int64_t rows_out) const { return rows_out * s_.columns.size_out; }
-  // Rows of x that so many rows of y are made of.
+  // Rows of x that so many rows of y are made of, at most.
   int64_t rows_read(int64_t rows_out) const {
-    return (rows_out - 1) * s_.rows.stride + (s_.rows.kernel - 1) * s_.rows.dilation + 1;
+    const int64_t reach = (s_.rows.kernel - 1) * s_.rows.dilation + 1;
+    return min(s_.rows.size, (rows_out - 1) * s_.rows.stride + reach);
   }
   int64_t step_height() const {
     const auto elements = [&](int64_t rows) {

@@ -1,4 +1,4 @@
-// y = act(x w + b + residual) for rows of numbers: what 1x1 convolutions in channels_last are.
+// y = act(x w + b + residual) for rows of values: what 1x1 convolutions in channels_last are.
 //
 // The weight comes in panels of kPanel columns, [panels, c_in, kPanel], 0 beyond c_out, whatever
 // the instruction set. A tile is some rows by two vectors of columns, or three or one at the end,
@@ -15,7 +15,7 @@
 
 namespace fastcnn::FASTCNN_CPU_LEVEL {
 
-// All numbers of a product but the rows themselves.
+// What a product has beside the rows: the weight, the bias and the activation.
 template <class S>
 class Weights {
  public:

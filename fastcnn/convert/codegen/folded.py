@@ -19,12 +19,8 @@ from fastcnn.convert.codegen import runtime
 from fastcnn.convert.codegen.fit import Shortcut, StepModules, linears_unfit
 from fastcnn.convert.codegen.runtime import Resizing
 from fastcnn.convert.options import Options
-from fastcnn.ops.conv_bn_act.folded import (
-    FoldedConv2d,
-    Together,
-    is_plain_inference,
-    prepare_together,
-)
+from fastcnn.ops.conv_bn_act.folded import FoldedConv2d, is_plain_inference
+from fastcnn.ops.conv_bn_act.together import Together, prepare_together
 from fastcnn.ops.conv_bn_act.weight_cache import MOST_SIZES, Attribute, State, Unchanged
 from fastcnn.ops.linear_act.folded import FoldedLinears, LinearAct
 from fastcnn.ops.upsample_conv2d.folded import FoldedUpsampleConv2d

@@ -5,8 +5,8 @@
 
 The blocks of MobileNetV2 (inverted residuals: Sandler et al., CVPR 2018), MNASNet, ShuffleNetV2 and
 EfficientNet. The first or the last of the three may be missing: a depthwise separable convolution,
-and what stands before squeeze-and-excitation. x: [n, c_in, h, w] in channels_last on the CPU, or
-some channels of such an image.
+and what stands before squeeze-and-excitation. x: [n, c_in, h, w] in channels_last on the CPU (the
+operator reads some channels of such an image, too; a chain makes them dense before).
 
 The image between has up to six times the channels of x, and is the largest of its network: it is
 made for some rows at a time, which stay in the L2 cache, and of half types in float32
@@ -33,8 +33,10 @@ of an AMD EPYC (family 23, model 1: AVX2), torch 2.13, medians of 11 in turns, b
     1, 160, 960, 160, 7, 1                    1.31       1.25  1.29
 
 The first two alone, as before squeeze-and-excitation, have 0.98 to 1.30 of that pair's speed and of
-pointwise_conv2d behind them, but for the block without the first one never below 1.01. So with AVX2
-all of them are taken.
+pointwise_conv2d behind them, but for the block without the first one never below 1.01. In bfloat16,
+which is multiplied in float32 there, a depthwise convolution and a 1x1 one of 64 to 1024 channels
+have 0.99 to 1.07, whole blocks 1.07 to 1.26 (2 images). So with AVX2 all of them are taken. Other
+processors with AVX2, whose vectors are not halved, were not measured.
 
 With AVX-512 another kernel of the first two was measured (a Xeon, model 207, AVX512-BF16 without
 AMX, 2 MiB L2 cache, 4 images): in float32 1.41 to 1.70 times as fast up to 16 channels of x, above

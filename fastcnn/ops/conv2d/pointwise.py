@@ -2,16 +2,17 @@
 
     y = act(conv2d(x, weight) + bias + residual)
 
-x: [n, c_in, h, w] in channels_last, or some channels of such an image; weight: [c_out, c_in, 1, 1],
-as panels() lays it out; residual and y: [n, c_out, h, w]. Products and sums are in the accumulate
-type. Bytes: x, the weight, the residual and y once (csrc/cpu/pointwise_conv2d/).
+x: [n, c_in, h, w] in channels_last (the operator reads some channels of such an image, too; a chain
+makes them dense before); weight: [c_out, c_in, 1, 1], as panels() lays it out; residual and y:
+[n, c_out, h, w]. Products and sums are in the accumulate type. Bytes: x, the weight, the residual
+and y once (csrc/cpu/pointwise_conv2d/).
 
 The time of oneDNN's convolution over this one's, float32, ReLU6, one thread of an AMD EPYC (family
 23, model 1: AVX2, vectors halved, 32 KiB and 512 KiB of own caches), torch 2.13, medians of 15 in
-turns, beside other work; GFLOP/s of this one, of 40 that the products alone can have:
+turns, beside other work; and GFLOP/s of this one (the fastest shape in a quiet moment: 43):
 
-    n, c_in, c_out, h = w          GFLOP/s
-    8, 16, 96, 112           1.16       26     writes 308 MB/s a GFLOP/s: memory's
+    n, c_in, c_out, h = w   oneDNN/own   GFLOP/s
+    8, 16, 96, 112           1.16       26
     8, 96, 24, 56            1.01       25
     8, 24, 144, 56           1.12       30
     8, 144, 24, 56           1.05       27
@@ -30,7 +31,8 @@ turns, beside other work; GFLOP/s of this one, of 40 that the products alone can
 
 Below some 40 us a call the rest is what a call of oneDNN costs: one image of 8 to 1024 channels on
 1 to 28 pixels a side takes oneDNN 1.2 to 2.9 times as long, and PyTorch's matrix product, to which
-it leaves some of these, 1.2 to 1.9 times. On AVX-512 nothing was measured: there it is oneDNN's.
+it leaves some of these, 1.2 to 1.9 times. No other processor with AVX2 was measured, and half types
+only within inverted_residual; with AVX-512 nothing was: there it is oneDNN's.
 """
 
 import torch

@@ -2,10 +2,10 @@
 
     y = act(batch_norm(conv2d(x)) + residual)          batch norm and residual are optional
 
-A step of conv_bn_act, with the same checks and the same bits, but in two places: where a weight
-that is kept makes Winograd's products pay, and a sum written into a residual that dies, which is
-another kernel's on processors without AVX2. That one folds the batch norm into the weights at every
-call, and oneDNN lays them out anew; here both are kept:
+A step of conv_bn_act (together.py: several as one call), with the same checks and the same bits,
+but in two places: where a weight that is kept makes Winograd's products pay, and a sum written into
+a residual that dies, which is another kernel's on processors without AVX2. That one folds the batch
+norm into the weights at every call, and oneDNN lays them out anew; here both are kept:
 
     CPU, channels_last   the weight in oneDNN's layout, for each of the last sizes of x; as
                          winograd.py transforms it, in either layout, in float32: four times the
@@ -26,8 +26,8 @@ what torch.compile, torch.export, torch.func, subclasses of Tensor and calls tha
 see: all these by conv_bn_act's own way.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +37,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastcnn.common.activation import ACT_NUMBER, act_number
 from fastcnn.common.autocast import autocast_dtype, cast
 from fastcnn.common.checks import as_convolved, check_image
-from fastcnn.common.conv_geometry import ConvGeometry, padding_of
-from fastcnn.ops.conv2d.inverted_residual import (
-    Convolution,
-    Depthwise,
-    Pointwise,
-    inverted_residual,
-    taken_together,
-)
+from fastcnn.common.conv_geometry import padding_of
 from fastcnn.ops.conv2d.onednn import (
     convolve_onednn,
     convolving_onednn,
@@ -53,7 +46,7 @@ from fastcnn.ops.conv2d.onednn import (
     residual_beside,
     weight_type,
 )
-from fastcnn.ops.conv2d.pointwise import by_panels, panels, pointwise_conv2d, takes_products
+from fastcnn.ops.conv2d.pointwise import by_panels, panels, pointwise_conv2d
 from fastcnn.ops.conv2d.winograd import KEPT, by_winograd, conv2d_winograd, transformed
 from fastcnn.ops.conv_bn_act.inference import folded, norm_of_step
 from fastcnn.ops.conv_bn_act.inference_candidates import convolve_planned
@@ -243,7 +236,7 @@ class FoldedConv2d:
         norm, g = norm_of_step(step), s.conv
         tensors = step.weight, step.conv_bias, norm
         if by_panels(x, step.weight, g):
-            w, bias = state.kept(_in_panels, *tensors, torch.float32)
+            w, bias = state.kept(in_panels, *tensors, torch.float32)
             c_out = len(bias)
             return lambda x, residual, _: pointwise_conv2d(
                 x, w, c_out, bias, step.act, residual_beside(x, residual, False)
@@ -270,59 +263,8 @@ class FoldedConv2d:
         return run
 
 
-class Together(NamedTuple):
-    """The first steps of some that run as one call: how many, for how long they may, and how."""
-
-    steps: int
-    kept: list[tuple[State, Attribute]]
-    run: Run
-
-
-def prepare_together(
-    foldings: Sequence[FoldedConv2d],
-    x: Tensor,
-    residual: Tensor | None,
-    dtype: torch.dtype | None,
-) -> Together | None:
-    """Return what runs the first of these steps on images like x as one call.
-
-    None where they are not known to be faster so, or nothing is kept. residual: added behind the
-    last of all. dtype: as prepare's.
-    """
-    if len(foldings) < 2 or not takes_products(x):
-        return None
-    given = [folding.read() for folding in foldings[:3]]
-    steps = [folding.step(read[0]) for folding, read in zip(foldings, given, strict=False)]
-    block = check_block(OP, ConvBnActBlock(steps), x, list(x.shape), dtype, "default", False)
-    found = [(s, checked.settings.conv) for s, checked in zip(steps, block.steps, strict=True)]
-    count = taken_together(x, [Convolution(s.weight, g, s.act) for s, g in found])
-    added = residual if count == len(foldings) else None
-    if count == 0 or (added is not None and not _is_added(added, x, found[-1][1], block.output)):
-        return None
-    kept, parts = list[tuple[State, Attribute]](), list[Pointwise | Depthwise]()
-    for folding, read, (step, g) in zip(foldings[:count], given, found, strict=False):
-        state = folding.state_for(x, added, *read)
-        if state is None:
-            return None
-        kept.append((state, folding.keeps(state)))
-        how = step.weight, step.conv_bias, norm_of_step(step), torch.float32
-        weight, bias = state.kept(folded if g.groups > 1 else _in_panels, *how)
-        part = Pointwise(weight, bias, step.act)
-        parts.append(Depthwise(*part, g) if g.groups > 1 else part)
-
-    def run(x: Tensor, residual: Tensor | None, _: bool) -> Tensor:
-        return inverted_residual(x, parts, residual_beside(x, residual, False))
-
-    return Together(count, kept, run)
-
-
-def _is_added(residual: Tensor, x: Tensor, last: ConvGeometry, sizes: list[int]) -> bool:
-    """Whether a call of several steps adds a residual: behind a 1x1 convolution, of y's kind."""
-    fits = residual.dtype is x.dtype and residual.device == x.device
-    return last.groups == 1 and fits and list(residual.shape) == sizes
-
-
-def _in_panels(*how: Any) -> tuple[Tensor, Tensor]:
+def in_panels(*how: Any) -> tuple[Tensor, Tensor]:
+    """Return folded()'s weight, of a 1x1 convolution, in panels, and its bias."""
     weight, bias = folded(*how)
     return panels(weight), bias
 

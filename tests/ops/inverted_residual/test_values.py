@@ -1,26 +1,23 @@
-"""inverted_residual: its values against float64, where it is taken, and its errors."""
+"""inverted_residual: its values against float64, and its errors."""
 
+import random
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.activations import ACTS
-from support.conversions import assert_inferred
 from support.depthwise_conv2d_cases import STEEPEST, WINDOWS, Window, square
 from support.seeds import seeded
 from support.tolerance import assert_rounded, walk
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
-from fastcnn import _C, convert
+from fastcnn.common.activation import ACT_NUMBER
 from fastcnn.common.conv_geometry import ConvGeometry
-from fastcnn.convert.codegen import folded
-from fastcnn.ops.conv2d import float32_products, inverted_residual
-from fastcnn.ops.conv2d.float32_products import Least
-from fastcnn.ops.conv2d.inverted_residual import Convolution, Depthwise, Pointwise, taken_together
-from fastcnn.ops.conv2d.pointwise import panels
+from fastcnn.ops.conv2d.inverted_residual import Depthwise, Pointwise, inverted_residual
+from fastcnn.ops.conv2d.pointwise import panels, pointwise_conv2d
 
 op = torch.ops.fastcnn.inverted_residual_fwd.default
 LAST = torch.channels_last
@@ -29,6 +26,10 @@ MORE = [
     square((1, 72, 61, 59), 3, 1, 1, "several steps and parts of an image"),
     square((2, 112, 60, 31), 5, 2, 2, "several steps, downsampling: the ring turns"),
     square((1, 200, 9, 5), 3, 1, 1, "many channels"),
+    Window((1, 130, 40, 31), (3, 3), (1, 1), (6, 6), (6, 6), "dilation, over several steps"),
+    square((1, 130, 41, 31), 2, 5, 0, "a stride beyond the kernel: rows that nobody reads"),
+    square((1, 130, 40, 31), 3, 1, 7, "padding beyond the kernel: steps that read no row"),
+    Window((1, 8, 1, 20), (3, 1), (1, 1), (999, 0), (999, 1), "a kernel far larger than x"),
 ]
 
 
@@ -47,7 +48,7 @@ class Block(NamedTuple):
             g = ConvGeometry(*self.window.geometry, len(w))
             depthwise = i == self.at
             parts.append(Depthwise(w, b, act, g) if depthwise else Pointwise(panels(w), b, act))
-        return inverted_residual.inverted_residual(x, parts, residual)
+        return inverted_residual(x, parts, residual)
 
     def exact(
         self, x: Tensor, residual: Tensor | None, dtype: torch.dtype
@@ -128,13 +129,31 @@ def test_activations(act: str, dtype: torch.dtype) -> None:
     check(MORE[0], dtype, 16, None, act)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_random_blocks(seed: int) -> None:
+    draw = random.Random(seed)
+
+    def pair(low: int, high: int) -> tuple[int, int]:
+        return draw.randint(low, high), draw.randint(low, high)
+
+    kernel, stride, dilation, padding = pair(1, 5), pair(1, 4), pair(1, 3), pair(0, 6)
+    least = [
+        max(1, d * (k - 1) + 1 - 2 * p) for k, d, p in zip(kernel, dilation, padding, strict=True)
+    ]
+    sides = [side + draw.randint(0, 30) for side in least]
+    sizes = (draw.randint(1, 3), draw.randint(1, 150), *sides)
+    window = Window(sizes, kernel, stride, padding, dilation, str(seed))
+    c_in, c_out = draw.choice([(5, 17), (40, None), (None, 33), (1, 64)])
+    acts = [draw.choice(list(ACTS)) for _ in range(1 + (c_in is not None) + (c_out is not None))]
+    check(window, draw.choice(DTYPES), c_in, c_out, acts, adds=draw.random() < 0.5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("window", MORE, ids=str)
+def test_the_same_bits_on_any_number_of_threads(window: Window, dtype: torch.dtype) -> None:
     """Which share an image in parts, whose rows begin anew in the ring."""
-    threads, (block, x, residual) = (
-        torch.get_num_threads(),
-        block_of(MORE[0], dtype, 16, 24, "silu"),
-    )
+    threads = torch.get_num_threads()
+    block, x, residual = block_of(window, dtype, 16, 24, "silu")
     try:
         found = []
         for count in (1, 2, 3, 7):
@@ -192,121 +211,26 @@ def test_operator() -> None:
         ("project", lambda t: t[:, :5], r"project: expected dense panels \[1, 24, 16\]"),
         ("c_out", lambda _: 0, "c_out: expected 1 to"),
         ("residual", lambda t: t.contiguous(), "residual: expected the channels_last layout"),
-        ("project", lambda _: None, "residual: expected none without project"),
-        ("expand_act", lambda _: 8, "act: expected 0 to 7, got 8"),
+        ("project", lambda _: None, "project_bias: expected none without project"),
+        ("expand_act", lambda _: 8, "expand_act: expected 0 to 7, got 8"),
+        ("project_act", lambda _: -1, "project_act: expected 0 to 7, got -1"),
+        ("act", lambda _: 8, "fwd: act: expected 0 to 7, got 8"),
     ],
 )
 def test_errors_name_what_was_expected(name: str, change: Any, message: str) -> None:
     good = arguments()
     with pytest.raises(RuntimeError, match=message):
         op(**good | {name: change(good[name])})
+    with pytest.raises(RuntimeError, match="residual: expected none without project"):
+        op(**good | {"project": None, "project_bias": None})
 
 
-def convolution(c_in: int, act: str = "silu", **how: Any) -> Convolution:
-    return Convolution(torch.empty(8, c_in, 1, 1), ConvGeometry(**how), act)
-
-
-WINDOW = Convolution(torch.empty(8, 1, 3, 3), ConvGeometry((2, 2), (1, 1), (1, 1), 8), "relu")
-
-
-def image(c: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(2, c, 6, 6, dtype=dtype).contiguous(memory_format=LAST)
-
-
-def test_what_is_taken_with_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_C, "cpu_capability", lambda: "avx2")
-    monkeypatch.setattr(float32_products, "LEAST", {torch.float16: Least(0, 0)})
-    first, last = convolution(16), convolution(8)
-    assert taken_together(image(16), [first, WINDOW, last]) == 3
-    assert taken_together(image(16), [first, WINDOW, WINDOW]) == 2
-    assert taken_together(image(16), [first, WINDOW]) == 2
-    assert taken_together(image(8), [WINDOW, last, last]) == 2
-    assert taken_together(image(8), [WINDOW, WINDOW]) == 0
-    assert taken_together(image(8), [WINDOW]) == 0
-    assert taken_together(image(16), [first, last, WINDOW]) == 0
-    assert taken_together(image(16), [first]) == 0
-    assert taken_together(image(16, torch.float16), [first, WINDOW, last]) == 3
-    assert taken_together(image(16, torch.bfloat16), [first, WINDOW, last]) == 0, "is fast there"
-    assert taken_together(image(16, torch.float64), [first, WINDOW, last]) == 0
-    assert taken_together(image(16).contiguous(), [first, WINDOW, last]) == 0
-    assert taken_together(image(16)[:0], [first, WINDOW, last]) == 0
-    strided = convolution(16, stride=(2, 2))
-    assert taken_together(image(16), [strided, WINDOW, last]) == 0
-    padded = convolution(8, padding=(1, 1))
-    assert taken_together(image(16), [first, WINDOW, padded]) == 2
-    grouped = WINDOW._replace(geometry=WINDOW.geometry._replace(groups=4))
-    assert taken_together(image(16), [first, grouped, last]) == 0
-
-
-def test_what_is_taken_with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_C, "cpu_capability", lambda: "avx512")
-    monkeypatch.setattr(float32_products, "LEAST", {torch.float16: Least(0, 0)})
-    for c, dtype, act, count in [
-        (16, torch.float32, "relu6", 2),
-        (17, torch.float32, "relu6", 0),
-        (96, torch.float32, "silu", 2),
-        (97, torch.float32, "silu", 0),
-        (192, torch.float16, "relu", 2),
-        (193, torch.float16, "relu", 0),
-    ]:
-        chain = [convolution(c, act), WINDOW, convolution(8)]
-        assert taken_together(image(c, dtype), chain) == count
-    assert taken_together(image(8), [WINDOW, convolution(8)]) == 0
-    monkeypatch.setattr(_C, "cpu_capability", lambda: "baseline")
-    assert taken_together(image(16), [convolution(16), WINDOW, convolution(8)]) == 0
-
-
-class Residual(nn.Module):
-    """An inverted residual block, or a depthwise separable convolution, with its addition."""
-
-    def __init__(self, c: int, act: type[nn.Module], stride: int, expands: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(c)
-        c_in = 6 if expands else c
-        first = [nn.Conv2d(c_in, c, 1), nn.BatchNorm2d(c), act()] if expands else []
-        self.layers = nn.Sequential(
-            *first,
-            nn.Conv2d(c, c, 3, stride, 1, groups=c, bias=False), nn.BatchNorm2d(c), act(),
-            nn.Conv2d(c, c_in, 1, bias=False), nn.BatchNorm2d(c_in),
-        )  # fmt: skip
-        self.adds = stride == 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layers(x)
-        return x + y if self.adds else y
-
-
-@pytest.mark.parametrize("expands", [True, False])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("act", [nn.ReLU6, nn.SiLU])
-def test_a_converted_block_runs_it(
-    act: type[nn.Module], stride: int, expands: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whose weights are read anew once they have changed."""
-    calls = []
-
-    def counted(*given: Any) -> Tensor:
-        calls.append(given)
-        return inverted_residual.inverted_residual(*given)
-
-    monkeypatch.setattr(_C, "cpu_capability", lambda: "avx2")
-    monkeypatch.setitem(folded.prepare_together.__globals__, "inverted_residual", counted)
-
-    def block() -> nn.Module:
-        model = Residual(24, act, stride, expands).to(memory_format=LAST)
-        model(torch.randn(4, 6 if expands else 24, 9, 9))
-        return model.eval()
-
-    model, exact = block(), block().double()
-    x = torch.randn(2, 6 if expands else 24, 9, 9).to(memory_format=LAST)
-    convert(model, mode="infer")
-    for change in range(2):
-        with torch.no_grad():
-            for times in range(1, 3):
-                y = model(x)
-                assert len(calls) == 2 * change + times
-                assert len(calls[-1][1]) == 2 + expands
-            assert_inferred(y, exact, x)
-            for m in (model, exact):
-                m.layers[-2].weight.mul_(2)
-                m.layers[1].bias.add_(1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_bits_of_its_three_convolutions(dtype: torch.dtype) -> None:
+    block, x, residual = block_of(MORE[0], dtype, 16, 24, "relu6")
+    (first, window, last), geometry = block.weights, [list(pair) for pair in MORE[0].geometry]
+    act, biases = ACT_NUMBER["relu6"], block.biases
+    z = pointwise_conv2d(x, panels(first), len(first), biases[0], "relu6")
+    z = torch.ops.fastcnn.depthwise_conv2d_fwd(z, window, biases[1], *geometry, act)
+    y = pointwise_conv2d(z, panels(last), len(last), biases[2], "relu6", residual)
+    assert torch.equal(block.run(x, residual), y)
