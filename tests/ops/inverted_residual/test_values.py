@@ -221,8 +221,11 @@ def test_errors_name_what_was_expected(name: str, change: Any, message: str) -> 
     good = arguments()
     with pytest.raises(RuntimeError, match=message):
         op(**good | {name: change(good[name])})
+
+
+def test_a_residual_needs_something_that_projects() -> None:
     with pytest.raises(RuntimeError, match="residual: expected none without project"):
-        op(**good | {"project": None, "project_bias": None})
+        op(**arguments() | {"project": None, "project_bias": None})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
